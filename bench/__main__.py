@@ -1,0 +1,208 @@
+"""`python -m bench`: everything, in one report.
+
+On a GPU first what must be right (the `gpu` tests, the same bits every time, compute-sanitizer where it is installed), then every
+bench, each in a process of its own, then one table against targets.toml. Results are written as they come: a run that is stopped
+in the middle leaves all that it had.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench import table, targets
+from bench.command import parse_budget
+from bench.machine import ROOT, describe, pick_device
+from bench.plot import draw
+from bench.record import Report, load
+from gpt.errors import InputError, unknown
+from gpt.options import OptionParser, run_command
+from kernels.registry import SPECS
+
+MODELS = ("train", "generate")
+WEIGHTS = {"gpu tests": 5.0, "same bits": 0.7, "compute-sanitizer": 1.5, "attention": 5.0, "train": 2.0}  # others: 1.5
+GRACE = 45.0  # seconds that a stage may take beyond its share before it is stopped
+ENGINE = (
+    "import sys; from bench.command import command; from bench.engine import find_bench; "
+    "sys.exit(command(find_bench(sys.argv.pop(1))))"
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags."""
+
+    quick: bool = field(default=False, metadata={"help": "the most important case of each bench, for a short time"})
+    budget: str = field(default="9m", metadata={"help": "time for everything; the least important cases beyond it are left out"})
+    device: str | None = field(default=None, metadata={"help": "cpu or cuda (default: a GPU if there is one)"})
+    out: str = field(default="out/bench", metadata={"help": "the folder of the report"})
+
+
+@dataclass
+class Stage:
+    """One process: how it is called with the seconds that it has, and what is made of its end."""
+
+    name: str
+    command: Callable[[float], list[str]]
+    result: Path | None = None  # the report that it writes
+
+    @property
+    def weight(self) -> float:
+        return WEIGHTS.get(self.name, 1.5)
+
+
+@dataclass
+class Run:
+    """A whole run: the report so far and its folder."""
+
+    report: Report
+    folder: Path
+    failed: bool = False
+
+    def stage(self, stage: Stage, seconds: float) -> None:
+        """Runs a stage within its share of the time, and keeps what it found."""
+        print(f"\n=== {stage.name} (up to {seconds:.0f} s)", flush=True)
+        began = time.monotonic()
+        code = run_process(stage.command(seconds), seconds + GRACE if stage.result else seconds)
+        took = time.monotonic() - began
+        if stage.result is not None and stage.result.exists():
+            self.merge(load(stage.result), stage.name)
+        outcome = {None: f"stopped after {took:.0f} s, unfinished", 0: f"passed in {took:.0f} s"}.get(
+            code, f"FAILED with exit code {code}"
+        )
+        if stage.result is None or code != 0:
+            self.report.notes.append(f"{stage.name}: {outcome}")
+            print(f"{stage.name}: {outcome}", flush=True)
+        self.failed = self.failed or code not in (0, None)
+        self.save()
+
+    def merge(self, part: Report, name: str) -> None:
+        self.report.rows += part.rows
+        self.report.ceilings |= part.ceilings
+        self.report.notes += [f"{name}: {note}" for note in part.notes]
+
+    def save(self) -> list[targets.Outcome]:
+        """Writes report.json, report.md and report.png."""
+        self.report.save(self.folder / "report.json")
+        outcomes = [targets.judge(target, self.report) for target in targets.load()]
+        pictures = ["report.png"] if draw(self.report, self.folder / "report.png") else []
+        (self.folder / "report.md").write_text(table.markdown(self.report, outcomes, pictures), encoding="utf-8")
+        return outcomes
+
+
+def stages(names: Sequence[str], options: Options, folder: Path, *, on_gpu: bool) -> list[Stage]:
+    """What is run, in order."""
+    rooms = list(dict.fromkeys(spec.room for spec in SPECS.values()))
+    chosen = [name for name in (*rooms, *MODELS) if not names or name in names or any(op in names for op in _ops(name))]
+    found = _checks([op for room in chosen for op in _ops(room)], whole=not names) if on_gpu else []
+    for name in chosen:
+        result = folder / "parts" / f"{name}.json"
+        picked = [op for op in _ops(name) if op in names] if name not in names else []
+        found.append(Stage(name, _bench(name, options, result, picked), result))
+    return found
+
+
+def _ops(room: str) -> list[str]:
+    return [op for op, spec in SPECS.items() if spec.room == room]
+
+
+def _bench(name: str, options: Options, result: Path, picked: Sequence[str]) -> Callable[[float], list[str]]:
+    program = ["-m", f"bench.{name}"] if name in MODELS else ["-c", ENGINE, name]
+    flags = ["--json", str(result)] + (["--quick"] if options.quick else []) + (["--op", *picked] if picked else [])
+    device = ["--device", options.device] if options.device is not None else []
+    return lambda seconds: [sys.executable, *program, *flags, *device, "--budget", f"{max(1, int(seconds))}s"]
+
+
+def _checks(ops: Sequence[str], *, whole: bool) -> list[Stage]:
+    """What must be right on a GPU before anything is timed."""
+    chosen = [] if whole else ["-k", " or ".join(ops)]
+    safety = [sys.executable, "-m", "bench.safety", *(["--op", *ops] if ops else [])]
+    found = [Stage("same bits", lambda seconds: safety)]
+    if (ROOT / "tests").is_dir():
+        tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--maxfail=20", "tests", *chosen]
+        found.insert(0, Stage("gpu tests", lambda seconds: tests))
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if sanitizer is not None:
+        command = [sanitizer, "--error-exitcode", "9", "--print-limit", "5", *safety, "--repeats", "0"]
+        found.append(Stage("compute-sanitizer", lambda seconds: command))
+    return found
+
+
+def run_process(command: Sequence[str], limit: float) -> int | None:
+    """The exit code of a process in the sources' folder; None where it ran past `limit` seconds and was stopped."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    process = subprocess.Popen(command, env=environment, start_new_session=True, cwd=ROOT)
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = OptionParser("python -m bench", __doc__ or "", options=Options())
+    parser.add_argument("ops", nargs="*", metavar="OP", default=[], help="ops, rooms, train or generate (default: everything)")
+    given, values = parser.parse_tables(argv)
+    options, valid = Options(**values["options"]), [*SPECS, *dict.fromkeys(s.room for s in SPECS.values()), *MODELS]
+    for name in given.ops:
+        if name not in valid:
+            raise unknown("OP", name, valid)
+    seconds = parse_budget(options.budget) or 0.0
+    device = pick_device(options.device)
+    folder = Path(options.out).resolve()
+    try:
+        shutil.rmtree(folder / "parts", ignore_errors=True)
+        (folder / "parts").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: cannot write to {options.out}: {error.strerror}") from error
+    run = Run(Report("fused-gpt bench", describe(device)), folder)
+    print(table.machine(run.report.machine))
+    todo = stages(given.ops, options, folder, on_gpu=device.type == "cuda")
+    signal.signal(signal.SIGTERM, _interrupt)
+    code = _run_all(run, todo, time.monotonic() + seconds)
+    outcomes = run.save()
+    print("\n=== targets\n" + table.outcomes(outcomes) + f"\n\nreport: {folder / 'report.md'}")
+    return code or int(run.failed)
+
+
+def _run_all(run: Run, todo: list[Stage], deadline: float) -> int:
+    """Every stage within its share of what time is left; the exit code where the run was stopped, else 0."""
+    try:
+        while todo:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                run.report.notes.append("left out for the budget: " + ", ".join(stage.name for stage in todo))
+                return 0
+            run.stage(todo[0], left * todo[0].weight / sum(stage.weight for stage in todo))
+            todo.pop(0)
+    except KeyboardInterrupt:
+        part = todo[0].result
+        if part is not None and part.exists():
+            run.merge(load(part), todo[0].name)
+        run.report.notes.append("stopped: " + ", ".join(stage.name for stage in todo) + " unfinished")
+        return 130
+    run.report.complete = True
+    return 0
+
+
+def _interrupt(number: int, _: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("bench", main))

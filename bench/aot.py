@@ -1,0 +1,310 @@
+"""`python -m bench.aot`: every kernel compiled ahead of time, for GPUs that need not be there.
+
+For each tile, dtype and architecture that the ops declare: registers, stack, spills, shared memory and its limit, and how many
+matrix instructions (HMMA, HGMMA, UTCHMMA) and TMA transfers the machine code has. The exit code is 1 where a gate is broken: a
+kernel that does not compile, takes more shared memory than the architecture has, or, where its op gates it, spills or has no
+warp-group product on sm_90.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bench.record import read_json, write_json
+from gpt.errors import InputError, unknown
+from gpt.options import OptionParser, run_command
+from kernels.registry import SPECS
+from kernels.spec import Build
+from kernels.tuning import SHARED_MEMORY
+
+ARCHITECTURES = tuple(SHARED_MEMORY)
+PROCESSES = 2
+RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
+INSTRUCTIONS = {  # column -> opcodes in the disassembly
+    "hmma": re.compile(r"\bHMMA\b"),
+    "hgmma": re.compile(r"\bHGMMA\b"),
+    "utchmma": re.compile(r"\bUTC[A-Z]*MMA\b"),
+    "tma": re.compile(r"\bUTMA(?:LDG|STG|REDG)\b"),
+    "spills": re.compile(r"\b(?:LDL|STL)\b"),
+}
+
+
+class Key(NamedTuple):
+    """Where a build stands: its op, its architecture, and its place among the op's builds for it."""
+
+    op: str
+    architecture: int
+    place: int
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a build's machine code takes; `problem` is the gate that it breaks."""
+
+    op: str
+    kernel: str
+    label: str
+    architecture: int
+    warps: int
+    stages: int
+    gated: bool
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+    hmma: int = 0
+    hgmma: int = 0
+    utchmma: int = 0
+    tma: int = 0
+    spills: int = 0
+    problem: str = ""
+
+    @property
+    def id(self) -> str:
+        return f"{self.op} {self.kernel} {self.label} {self.warps}w{self.stages}s sm_{self.architecture}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags of the report."""
+
+    arch: tuple[str, ...] = field(default=tuple(map(str, ARCHITECTURES)), metadata={"help": "architectures, as in 80 or sm_90"})
+    op: tuple[str, ...] = field(default=tuple(SPECS), metadata={"help": "ops or rooms"})
+    match: str = field(default="", metadata={"help": "only builds whose kernel name and label contain this text"})
+    gated: bool = field(default=False, metadata={"help": "only the builds that an op gates"})
+    json: str | None = field(default=None, metadata={"help": "write the report to this file"})
+    diff: str | None = field(default=None, metadata={"help": "say what changed since the report in this file"})
+
+
+def compile_build(build: Build, architecture: int) -> Any:
+    """Triton's compiled kernel of a build."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = build.kernel.arg_names
+    signature = {n: "constexpr" if n in build.constants else build.signature[n] for n in names}
+    aligned: dict[Any, Any] = {(names.index(n),): [["tt.divisibility", 16]] for n in build.divisible}
+    source = ASTSource(build.kernel, signature, constexprs=dict(build.constants), attrs=aligned)
+    options = {"num_warps": build.tile.num_warps, "num_stages": build.tile.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def _unread(op: str, build: Build, architecture: int) -> Compiled:
+    tile = build.tile
+    return Compiled(op, build.kernel.__name__, build.label, architecture, tile.num_warps, tile.num_stages, build.gated)
+
+
+def examine(op: str, build: Build, architecture: int) -> Compiled:
+    """Compiles a build and reads its machine code."""
+    found = _unread(op, build, architecture)
+    try:
+        compiled = compile_build(build, architecture)
+    except Exception as error:  # whatever the compiler says is the finding
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return replace(found, problem=f"does not compile: {type(error).__name__}: {lines[-1].strip()}")
+    numbers = read_cubin(compiled.asm["cubin"])
+    numbers["shared"] = max(numbers["shared"], compiled.metadata.shared)
+    result = replace(found, **numbers)
+    return replace(result, problem=broken_gate(result, "tt.dot" in compiled.asm["ttir"]))
+
+
+def broken_gate(found: Compiled, has_products: bool) -> str:
+    """The gate that a compiled build breaks, or ""."""
+    limit = SHARED_MEMORY[found.architecture] * 1024
+    if found.shared > limit:
+        return f"shared memory {found.shared / 1024:.0f} KB, the limit is {limit // 1024} KB"
+    if found.gated and found.spills:
+        return f"{found.spills} spill instructions"
+    if found.gated and found.architecture == 90 and has_products and not found.hgmma:
+        return "no HGMMA"
+    return ""
+
+
+def read_cubin(cubin: bytes) -> dict[str, Any]:
+    """Registers, stack and shared bytes of machine code, and how many instructions of each kind it has."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _output(knobs.nvidia.cuobjdump.path, "-res-usage", str(path))
+        code = _output(knobs.nvidia.nvdisasm.path, "-c", str(path))
+    match = RESOURCES.search(usage)
+    if match is None:
+        raise RuntimeError(f"cuobjdump names no resources: {usage.strip()}")
+    registers, stack, shared = map(int, match.groups())
+    counts = {name: len(pattern.findall(code)) for name, pattern in INSTRUCTIONS.items()}
+    return {"registers": registers, "stack": stack, "shared": shared, **counts}
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def builds(op: str, architecture: int) -> list[Build]:
+    """What an op declares for an architecture; nothing while it has no kernel."""
+    declared = SPECS[op].builds
+    return [] if declared is None else list(declared(architecture))
+
+
+def keys(ops: Iterable[str], architectures: Iterable[int], *, gated: bool = False, match: str = "") -> list[Key]:
+    """The chosen builds."""
+    return [
+        Key(op, architecture, place)
+        for op in ops
+        for architecture in architectures
+        for place, build in enumerate(builds(op, architecture))
+        if (build.gated or not gated) and match in f"{build.kernel.__name__} {build.label}"
+    ]
+
+
+def examine_key(key: Key) -> Compiled:
+    return examine(key.op, builds(key.op, key.architecture)[key.place], key.architecture)
+
+
+def examine_all(chosen: Sequence[Key]) -> Iterator[Compiled]:
+    """Compiles in a few processes; the results come in the order of `chosen`, as they are ready."""
+    rest = list(chosen)
+    while rest:
+        crashed = False
+        with _workers(min(PROCESSES, len(rest))) as pool:
+            futures = [pool.submit(examine_key, key) for key in rest]
+            for future in futures:
+                try:
+                    yield future.result()
+                except BrokenProcessPool:
+                    crashed = True
+                    break
+                rest.pop(0)
+        if crashed:
+            yield _examine_alone(rest.pop(0))
+
+
+def _examine_alone(key: Key) -> Compiled:
+    """A build on which the compiler may crash, in a process of its own."""
+    try:
+        with _workers(1) as pool:
+            return pool.submit(examine_key, key).result()
+    except BrokenProcessPool:
+        build = builds(key.op, key.architecture)[key.place]
+        return replace(_unread(key.op, build, key.architecture), problem="the compiler crashed")
+
+
+def _workers(count: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+
+
+HEADER = (
+    f"{'op':<22} {'kernel':<32} {'build':<26} {'arch':>6} {'warps':>5} {'stages':>6} {'regs':>5} {'stack':>5} {'spills':>6} "
+    f"{'shared':>11} {'MMA':>12} {'TMA':>4}"
+)
+
+
+def line(row: Compiled) -> str:
+    """A row of the table: "64/227 KB" is what a block takes and what it may, "16 HGMMA" the matrix instructions."""
+    shared = f"{row.shared / 1024:.0f}/{SHARED_MEMORY[row.architecture]} KB"
+    kinds = {"HMMA": row.hmma, "HGMMA": row.hgmma, "UTCHMMA": row.utchmma}
+    products = " ".join(f"{count} {kind}" for kind, count in kinds.items() if count) or "-"
+    text = (
+        f"{row.op:<22} {row.kernel:<32} {row.label:<26} {'sm_' + str(row.architecture):>6} {row.warps:>5} {row.stages:>6} "
+        f"{row.registers:>5} {row.stack:>5} {row.spills:>6} {shared:>11} {products:>12} {row.tma:>4}"
+    )
+    return f"{text}  {'gated' if row.gated else ''}{'  BROKEN: ' + row.problem if row.problem else ''}".rstrip()
+
+
+def differences(old: Sequence[Compiled], new: Sequence[Compiled]) -> list[str]:
+    """A line for each build of `new` whose numbers are not those of `old`, or that is in one of them alone."""
+    before, after = {row.id: asdict(row) for row in old}, {row.id: asdict(row) for row in new}
+    lines = []
+    for name in [*after, *(name for name in before if name not in after)]:
+        if name not in before or name not in after:
+            lines.append(f"{name}: {'new' if name not in before else 'gone'}")
+            continue
+        changed = [f"{k} {v!r} -> {after[name][k]!r}" for k, v in before[name].items() if v != after[name][k]]
+        lines += [f"{name}: {', '.join(changed)}"] if changed else []
+    return lines
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = OptionParser("python -m bench.aot", __doc__ or "", options=Options())
+    _, values = parser.parse_tables(argv)
+    options = Options(**values["options"])
+    architectures, ops = [_architecture(text) for text in options.arch], _ops(options.op)
+    _check_triton()
+    old = None if options.diff is None else load(options.diff)
+    for op in ops:
+        if SPECS[op].builds is None:
+            print(f"{op}: has no kernel to compile")
+    chosen = keys(ops, architectures, gated=options.gated, match=options.match)
+    rows: list[Compiled] = []
+    print(HEADER)
+    for row in examine_all(chosen):
+        rows.append(row)
+        print(line(row), flush=True)
+    broken = [row for row in rows if row.problem]
+    print(f"{len(rows)} builds, {len(broken)} broken")
+    if options.json is not None:
+        write_json(options.json, {"triton": _triton_version(), "builds": [asdict(row) for row in rows]})
+    if old is not None:
+        found = differences(old, rows)
+        print("\n".join(found) if found else f"the same as {options.diff}")
+    return 1 if broken else 0
+
+
+def load(path: str) -> list[Compiled]:
+    """The rows of a saved report.
+
+    Raises:
+        InputError: It is unreadable, or no such report.
+    """
+    content = read_json(path)
+    try:
+        return [Compiled(**row) for row in content["builds"]]
+    except (TypeError, KeyError) as error:
+        raise InputError(f"{path} is no report of bench.aot: {error}") from error
+
+
+def _architecture(text: str) -> int:
+    digits = text.removeprefix("sm_")
+    if not digits.isdecimal() or int(digits) not in ARCHITECTURES:
+        raise InputError(f"--arch is {text!r}, expected among {', '.join(map(str, ARCHITECTURES))}")
+    return int(digits)
+
+
+def _ops(names: Iterable[str]) -> list[str]:
+    rooms = {spec.room for spec in SPECS.values()}
+    for name in names:
+        if name not in SPECS and name not in rooms:
+            raise unknown("--op", name, [*SPECS, *rooms])
+    return [op for op, spec in SPECS.items() if op in names or spec.room in names]
+
+
+def _check_triton() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise InputError("TRITON_INTERPRET is 1, expected it unset: interpreted kernels cannot be compiled")
+    if _triton_version() is None:
+        raise InputError("triton is not installed, expected it for compiling kernels")
+
+
+def _triton_version() -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("bench.aot", main))

@@ -1,0 +1,111 @@
+"""`python -m bench.attention`: causal attention and decoding, against everything else that computes them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.command import command
+from bench.contestants import Contestant, Unsupported, foreign, only, optional
+from bench.engine import Bench
+from kernels.spec import Case, OpSpec
+
+PINNED = {
+    "SDPA flash": SDPBackend.FLASH_ATTENTION,
+    "SDPA cudnn": SDPBackend.CUDNN_ATTENTION,
+    "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "SDPA math": SDPBackend.MATH,
+}
+CAUSAL_ARGUMENTS = ("q", "k", "v", "scale", "deterministic")
+DECODE_ARGUMENTS = ("q", "k_cache", "v_cache", "cache_len", "scale")
+
+
+def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None, **_: Any) -> torch.Tensor:
+    """PyTorch's own, which aligns its causal mask to the upper left."""
+    if q.shape[2] != k.shape[2]:
+        raise Unsupported("has no causal mask for Tq < Tk")
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _pin(backend: SDPBackend) -> Callable[[], AbstractContextManager[object]]:
+    return lambda: sdpa_kernel(backend)
+
+
+def flex_attention() -> Callable[..., Any]:
+    """FlexAttention, compiled, with a causal block mask that is made once for each shape."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+    masks: dict[tuple[int, int], Any] = {}
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None, **_: Any) -> Any:
+        tq, tk = q.shape[2], k.shape[2]
+        if (tq, tk) not in masks:
+
+            def causal(b: Any, h: Any, row: Any, column: Any) -> Any:
+                return column <= row + (tk - tq)
+
+            masks[tq, tk] = create_block_mask(causal, None, None, tq, tk, device=q.device.type)
+        return compiled(q, k, v, block_mask=masks[tq, tk], scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+    return attend
+
+
+def _transposed(function: Callable[..., Any], scale_name: str, q: Any, k: Any, v: Any, scale: Any = None, **_: Any) -> Any:
+    """For packages that take and return (B, T, H, D); some return more than the output."""
+    result = function(*(t.transpose(1, 2) for t in (q, k, v)), **{scale_name: scale})
+    return (result[0] if isinstance(result, tuple) else result).transpose(1, 2)
+
+
+def flash_attn(module: str) -> Callable[..., Any]:
+    return partial(_transposed, partial(foreign(module, "flash_attn_func"), causal=True), "softmax_scale")
+
+
+def xformers() -> Callable[..., Any]:
+    mask = foreign("xformers.ops.fmha.attn_bias", "LowerTriangularFromBottomRightMask")()
+    return partial(_transposed, partial(foreign("xformers.ops", "memory_efficient_attention"), attn_bias=mask), "scale")
+
+
+def flash_attn_decode() -> Callable[..., Any]:
+    function = foreign("flash_attn", "flash_attn_with_kvcache")
+
+    def attend(q: Any, k_cache: Any, v_cache: Any, cache_len: Any, scale: Any = None) -> Any:
+        tensors = (t.transpose(1, 2) for t in (q, k_cache, v_cache))
+        return function(*tensors, cache_seqlens=cache_len, softmax_scale=scale, causal=True).transpose(1, 2)
+
+    return attend
+
+
+def peers(spec: OpSpec, compiled: bool) -> list[Contestant]:
+    if spec.name == "decode_attention":
+        return [optional("flash-attn", lambda: only(flash_attn_decode(), DECODE_ARGUMENTS))]
+    found = [Contestant(name, only(sdpa, CAUSAL_ARGUMENTS), _pin(backend)) for name, backend in PINNED.items()]
+    if compiled:
+        found.append(optional("FlexAttention", lambda: only(flex_attention(), CAUSAL_ARGUMENTS)))
+    else:
+        found.append(Contestant("FlexAttention", None, absent="left out by --quick on a CPU"))
+    modules = {"flash-attn": "flash_attn", "flash-attn 3": "flash_attn_interface", "flash-attn 4": "flash_attn.cute.interface"}
+    for name, module in modules.items():
+        found.append(optional(name, lambda module=module: only(flash_attn(module), CAUSAL_ARGUMENTS)))
+    return [*found, optional("xformers", lambda: only(xformers(), CAUSAL_ARGUMENTS))]
+
+
+def product(spec: OpSpec, case: Case) -> tuple[int, int, int] | None:
+    """A square product, large enough to fill what runs the case; decoding only reads its caches."""
+    if spec.name == "decode_attention":
+        return None
+    side = 8192 if case["B"] * case["H"] * case["Tq"] >= 2**17 else 1024
+    return side, side, side
+
+
+BENCH = Bench("attention", peers, product)
+
+if __name__ == "__main__":
+    sys.exit(command(BENCH))

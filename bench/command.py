@@ -1,0 +1,181 @@
+"""The command line that the benches of single ops share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import table, targets
+from bench.cases import Race, plan
+from bench.contestants import EAGER, OURS
+from bench.engine import Bench, Runner, lane
+from bench.machine import describe, pick_device
+from bench.measure import Ceilings, Clock, self_check
+from bench.record import Report
+from gpt.errors import InputError, unknown
+from gpt.options import OptionParser, run_command
+from kernels.spec import SHORT_DTYPE
+
+DTYPES = {name: dtype for dtype, name in SHORT_DTYPE.items()}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags of a bench."""
+
+    quick: bool = field(default=False, metadata={"help": "the most important case of each op, for a short time"})
+    op: tuple[str, ...] = field(default=(), metadata={"help": "these ops alone"})
+    contestants: tuple[str, ...] = field(default=(), metadata={"help": "these contestants alone, by the names in the table"})
+    dtype: str = field(default="auto", metadata={"help": "auto is bf16 on a GPU, fp32 on a CPU", "choices": ("auto", *DTYPES)})
+    device: str | None = field(default=None, metadata={"help": "cpu or cuda (default: a GPU if there is one)"})
+    budget: str | None = field(default=None, metadata={"help": "as in 90s or 8m: leave out the least important cases beyond it"})
+    json: str | None = field(default=None, metadata={"help": "write every figure to this file, as they come"})
+    plot: bool = field(default=False, metadata={"help": "draw a PNG into --out"})
+    profile: bool = field(
+        default=False, metadata={"help": "print the top kernels of the first case, and write a Chrome trace into --out"}
+    )
+    out: str = field(default=".", metadata={"help": "where --plot and --profile write"})
+
+
+def command(bench: Bench, argv: Sequence[str] | None = None) -> int:
+    """Runs the bench of a room as a command line; returns the exit code."""
+    return run_command(f"bench.{bench.room}", lambda arguments: _main(bench, arguments), argv)
+
+
+def _main(bench: Bench, argv: Sequence[str]) -> int:
+    description = f"The ops of `{bench.room}`: correctness first, then time against everything else that is installed."
+    _, values = OptionParser(f"python -m bench.{bench.room}", description, options=Options()).parse_tables(argv)
+    options = Options(**values["options"])
+    began, deadline = time.monotonic(), parse_budget(options.budget)
+    device = pick_device(options.device)
+    specs = bench.specs
+    for name in options.op:
+        if name not in [spec.name for spec in specs]:
+            raise unknown("--op", name, [spec.name for spec in specs])
+    specs = [spec for spec in specs if not options.op or spec.name in options.op]
+    clock = Clock(device)
+    automatic = torch.bfloat16 if clock.on_gpu else torch.float32
+    runner = Runner(
+        bench,
+        clock,
+        Ceilings(clock, 0.05 if options.quick else 0.2),
+        DTYPES.get(options.dtype, automatic),
+        seconds=(0.05 if options.quick else 0.2) if clock.on_gpu else (0.1 if options.quick else 0.5),
+        compiled=clock.on_gpu or not options.quick,
+        names=options.contestants,
+    )
+    _check_contestants(runner, specs)
+    out = _folder(options.out) if options.plot or options.profile else Path(options.out)
+    report = start_report(f"bench.{bench.room}", clock, quick=options.quick)
+    races = plan(specs, targets.load(), on_gpu=clock.on_gpu, quick=options.quick)
+    if not clock.on_gpu:
+        report.notes.append("cases are cut to a processor's size")
+    _run_all(runner, races, report, options.json, None if deadline is None else began + deadline)
+    if options.profile and races:
+        profile(runner, races[0], out / f"{bench.room}-trace.json")
+    if options.plot:
+        from bench.plot import draw
+
+        path = out / f"{bench.room}.png"
+        print(f"drew {path}" if draw(report, path) else "nothing was measured, so there is nothing to draw")
+    return 1 if any(row.status == "wrong" and row.contestant == OURS for row in report.rows) else 0
+
+
+def start_report(title: str, clock: Clock, *, quick: bool) -> Report:
+    """An empty report that knows its machine and whether its clock can be believed, both said aloud."""
+    report = Report(title, describe(clock.device))
+    print(table.machine(report.machine))
+    if not clock.on_gpu:
+        say(report, "no GPU was found: these are times of a processor, and of the references that are the product there")
+    check = self_check(clock, 0.1 if quick else 0.3)
+    print(f"clock: a known sleep reads {check.sleep:.3f} of its length, one contestant against itself {check.noise:.3f}")
+    for problem in check.problems:
+        say(report, problem)
+    return report
+
+
+def say(report: Report, note: str) -> None:
+    """Notes something, and prints it."""
+    report.notes.append(note)
+    print(note, flush=True)
+
+
+def _run_all(runner: Runner, races: Sequence[Race], report: Report, path: str | None, deadline: float | None) -> None:
+    longest = 0.0
+    for number, race in enumerate(races):
+        begin = time.monotonic()
+        if deadline is not None and number > 0 and begin + longest > deadline:
+            say(report, "left out for the budget: " + ", ".join(f"{r.spec.name} {r.case.id}" for r in races[number:]))
+            break
+        rows = list(runner.run(race))
+        report.rows += rows
+        report.ceilings = {"copy": runner.ceilings.copy(), **runner.ceilings.products}
+        print("\n" + table.race(rows), flush=True)
+        if path is not None:
+            report.save(path)
+        longest = max(longest, time.monotonic() - begin)
+    print(f"\nceilings measured here: {table.ceilings(report.ceilings)}")
+    report.complete = True
+    if path is not None:
+        report.save(path)
+
+
+def profile(runner: Runner, race: Race, path: Path) -> None:
+    """Prints where one forward and backward spends its time, and writes it as a Chrome trace."""
+    spec, case = race
+    contestants = {c.name: c for c in runner.contestants(spec)}
+    inputs = spec.make_inputs(case, runner.dtype, runner.clock.device, torch.Generator().manual_seed(0))
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    chosen, order = EAGER, "self_cpu_time_total"
+    if runner.clock.on_gpu:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+        chosen, order = OURS, "self_cuda_time_total"
+    contestant = contestants.get(chosen) or next(c for c in contestants.values() if c.function is not None)
+    call = lane(spec, contestant, [inputs], "both" if spec.gradients else "forward").calls[0]
+    with runner.clock.active(), contestant.context():
+        call()
+        runner.clock.wait()
+        with torch.profiler.profile(activities=activities) as profiler:
+            for _ in range(3):
+                call()
+            runner.clock.wait()
+    print(f"\n{contestant.name}: three calls of {spec.name} {case.id}")
+    print(profiler.key_averages().table(sort_by=order, row_limit=12, max_name_column_width=60))
+    profiler.export_chrome_trace(str(path))
+    print(f"wrote {path}")
+
+
+def parse_budget(text: str | None) -> float | None:
+    """Seconds.
+
+    Raises:
+        InputError: It is no duration.
+    """
+    value = None if text is None else table.seconds(text)
+    if text is not None and not value:
+        raise InputError(f"--budget is {text!r}, expected a duration as in 90s or 8m")
+    return value
+
+
+def _check_contestants(runner: Runner, specs: Sequence[Any]) -> None:
+    """A contestant that was asked for by name must be one, and must be there."""
+    everyone = Runner(**{**vars(runner), "names": ()})
+    found = {c.name: c for spec in specs for c in everyone.contestants(spec)}
+    for name in runner.names:
+        if name not in found:
+            raise unknown("--contestants", name, found)
+        if found[name].function is None:
+            raise InputError(f"--contestants: {name} cannot take part: {found[name].absent}")
+
+
+def _folder(path: str) -> Path:
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out: cannot write to {path}: {error.strerror}") from error
+    return Path(path)

@@ -1,0 +1,266 @@
+"""The bench of any op of the registry: correctness first, then every direction, every contestant in turn."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+
+from bench.cases import Race
+from bench.contestants import Contestant, first_line, shared
+from bench.measure import Ceilings, Clock, Lane, Timing, capture, input_sets, interleave, peak_memory, release, total_bytes
+from bench.record import Row
+from kernels.preflight import judge, run_case
+from kernels.registry import SPECS
+from kernels.spec import SHORT_DTYPE, Case, OpSpec
+
+PEER_LIMIT = 8.0  # a peer whose error is more than so many times what our own may have is refused its timing too
+PARTS = {"forward": ("forward",), "backward": ("backward",), "both": ("forward", "backward")}
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a room adds to the engine.
+
+    Args:
+        room: The family of ops.
+        peers: (op, compiled) -> the contestants beside the package, its reference, and its reference compiled.
+        product: (op, case) -> (m, n, k) of the matrix product whose measured rate is the op's ceiling; None where the bytes count
+            alone.
+    """
+
+    room: str
+    peers: Callable[[OpSpec, bool], list[Contestant]] = lambda spec, compiled: []
+    product: Callable[[OpSpec, Case], tuple[int, int, int] | None] = lambda spec, case: None
+
+    @property
+    def specs(self) -> list[OpSpec]:
+        return [spec for spec in SPECS.values() if spec.room == self.room]
+
+
+def find_bench(room: str) -> Bench:
+    """The room's own bench, or the plain one while it has none."""
+    if find_spec(f"bench.{room}") is None:
+        return Bench(room)
+    bench: Bench = import_module(f"bench.{room}").BENCH
+    return bench
+
+
+class Admission(NamedTuple):
+    """What the gate said: a status of `record.STATUSES`, why, and the worst error as a share of what is allowed."""
+
+    status: str
+    reason: str = ""
+    error: float = 0.0
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Runs races on one device in one dtype, with `seconds` for each contestant in each direction."""
+
+    bench: Bench
+    clock: Clock
+    ceilings: Ceilings
+    dtype: torch.dtype
+    seconds: float
+    compiled: bool = True
+    names: tuple[str, ...] = ()  # of the contestants; none: all
+
+    def contestants(self, spec: OpSpec) -> list[Contestant]:
+        found = [*shared(spec, compiled=self.compiled), *self.bench.peers(spec, self.compiled)]
+        return [c for c in found if not self.names or c.name in self.names]
+
+    def run(self, race: Race) -> Iterator[Row]:
+        """The rows of one race, the headline (forward and backward) first."""
+        spec, case = race
+        if self.compiled:
+            torch.compiler.reset()  # a compiled function forgets its shapes, or it would run eagerly after the eighth
+        sets = self.input_sets(spec, case)
+        directions = ("both", "forward", "backward") if spec.gradients else ("forward",)
+        template = Row(spec.name, case.id, SHORT_DTYPE[self.dtype], directions[0], "", "absent")
+        admitted: dict[str, Contestant] = {}
+        errors: dict[str, float] = {}
+        for contestant in self.contestants(spec):
+            found = self.admit(spec, contestant, sets[0])
+            if found.status == "measured":
+                admitted[contestant.name], errors[contestant.name] = contestant, found.error
+            else:
+                yield replace(template, **found._asdict() | {"error": found.error or None}, contestant=contestant.name)
+        for direction in directions:
+            template = self._template(spec, case, direction)
+            for row in self._race(spec, admitted, sets, template):
+                yield replace(row, error=errors[row.contestant])
+            release(self.clock)
+
+    def input_sets(self, spec: OpSpec, case: Case) -> list[Inputs]:
+        """Fresh random inputs, in as many sets as it takes to leave the cache."""
+        device = self.clock.device
+        generator = torch.Generator(device)
+        sets: list[Inputs] = []
+        count = 1
+        while len(sets) < count:
+            with device:
+                sets.append(spec.make_inputs(case, self.dtype, device, generator.manual_seed(len(sets))))
+            count = input_sets(total_bytes(sets[0].values()), device)
+        self.clock.wait()
+        return sets
+
+    def admit(self, spec: OpSpec, contestant: Contestant, inputs: Inputs) -> Admission:
+        """Whether a contestant may be timed: only what is right is."""
+        if contestant.function is None:
+            return Admission("absent", contestant.absent)
+        oracle = torch.float64 if self.dtype == torch.float32 else torch.float32
+        try:
+            with self.clock.active(), contestant.context():
+                results = run_case(contestant.function, inputs, spec.gradients)
+                verdicts = judge(spec, inputs, results, self.dtype, oracle_dtype=oracle)
+                self.clock.wait()
+        except torch.OutOfMemoryError:
+            release(self.clock)
+            return Admission("failed", "out of memory")
+        except Exception as error:  # a contestant that cannot do this case says so in its own way
+            self.clock.wait()  # raises where the GPU itself is lost, and with it every later measurement
+            reason = first_line(error)
+            kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
+            expected = contestant.peer or "cannot be honoured" in reason
+            return Admission("unavailable" if expected else "failed", kind + reason)
+        worst = max((max(v.max_ratio, v.rms_ratio) for v in verdicts), default=0.0)
+        wrong = [str(v) for v in verdicts if not v.ok]
+        if wrong and not (contestant.peer and worst <= PEER_LIMIT):
+            return Admission("wrong", "; ".join(wrong), worst)
+        return Admission("measured", error=worst)
+
+    def _template(self, spec: OpSpec, case: Case, direction: str) -> Row:
+        flops = sum(spec.flops(case, part) for part in PARTS[direction])
+        nbytes = sum(spec.bytes(case, self.dtype, part) for part in PARTS[direction])
+        sizes = self.bench.product(spec, case)
+        limit = self.ceilings.floor(flops, nbytes, None if sizes is None else self.ceilings.product(*sizes, self.dtype))
+        return Row(spec.name, case.id, SHORT_DTYPE[self.dtype], direction, "", "failed", flops=flops, bytes=nbytes, limit=limit)
+
+    def _race(self, spec: OpSpec, admitted: Mapping[str, Contestant], sets: list[Inputs], template: Row) -> list[Row]:
+        lanes = {name: lane(spec, c, sets, template.direction) for name, c in admitted.items()}
+        timings = self._time(lanes)
+        graphs = self._time_graphs(spec, admitted, sets, template.direction) if self.clock.on_gpu else {}
+        rows = []
+        for name in admitted:
+            row, timing = replace(template, contestant=name), timings.get(name)
+            if timing is None:
+                rows.append(replace(row, reason="out of memory"))
+                continue
+            graph, memory = graphs.get(name), self._memory(spec, admitted[name], sets[0], template.direction)
+            rows.append(row.measured(timing, graph_seconds=None if graph is None else graph.median, memory=memory))
+        return rows
+
+    def _time(self, lanes: Mapping[str, Lane]) -> dict[str, Timing]:
+        """The lanes interleaved, or one by one where they do not fit into memory together; those that never fit are left out."""
+        try:
+            return interleave(lanes, self.clock, self.seconds) if lanes else {}
+        except torch.OutOfMemoryError:
+            release(self.clock)
+        if len(lanes) == 1:
+            return {}
+        alone = [self._time({name: lane}) for name, lane in lanes.items()]
+        return {name: timing for part in alone for name, timing in part.items()}
+
+    def _time_graphs(
+        self, spec: OpSpec, admitted: Mapping[str, Contestant], sets: list[Inputs], direction: str
+    ) -> dict[str, Timing]:
+        captured: dict[str, Lane] = {}
+        for name, contestant in admitted.items():
+            try:
+                captured[name] = capture(graph_lane(spec, contestant, sets, direction, self.clock), self.clock)
+            except RuntimeError:  # what waits for the GPU, or frees its own graph, has no figure without launch gaps
+                self.clock.wait()
+        return self._time(captured)
+
+    def _memory(self, spec: OpSpec, contestant: Contestant, inputs: Inputs, direction: str) -> int | None:
+        """Forward: bytes kept for backward. Otherwise: the peak of one forward and backward."""
+        if not self.clock.on_gpu:
+            return None
+        with self.clock.active(), contestant.context():
+            if direction == "forward":
+                return self._kept(spec, contestant, inputs)
+            call = lane(spec, contestant, [inputs], "both").calls[0]
+            call()  # draws the gradients of the outputs, which are not the contestant's
+            return peak_memory(call, self.clock)
+
+    def _kept(self, spec: OpSpec, contestant: Contestant, inputs: Inputs) -> int:
+        gc.collect()
+        before = torch.cuda.memory_allocated(self.clock.device)
+        outputs = _as_tuple(lane(spec, contestant, [inputs], "forward").calls[0]())
+        return torch.cuda.memory_allocated(self.clock.device) - before - total_bytes(outputs)
+
+
+def lane(spec: OpSpec, contestant: Contestant, sets: Sequence[Inputs], direction: str) -> Lane:
+    """The calls of one contestant over the sets of inputs."""
+    runs = [_Run(spec, contestant, inputs) for inputs in sets]
+    if direction == "forward":
+        return Lane([run.forward for run in runs], context=contestant.context)
+    if direction == "both":
+        return Lane([run.both for run in runs], context=contestant.context)
+
+    def prepare() -> None:
+        for run in runs:
+            run.keep()
+
+    return Lane([run.backward for run in runs], prepare, contestant.context)
+
+
+def graph_lane(spec: OpSpec, contestant: Contestant, sets: Sequence[Inputs], direction: str, clock: Clock) -> Lane:
+    """The same for capturing: a backward pass that is captured must be able to run again."""
+    if direction != "backward":
+        return lane(spec, contestant, sets, direction)
+    runs = [_Run(spec, contestant, inputs) for inputs in sets]
+    with clock.active(), contestant.context():
+        for run in runs:
+            run.keep()
+    return Lane([run.backward_again for run in runs], context=contestant.context)
+
+
+class _Run:
+    """One contestant on one set of inputs, with random gradients for its outputs."""
+
+    def __init__(self, spec: OpSpec, contestant: Contestant, inputs: Inputs) -> None:
+        assert contestant.function is not None
+        self.function = contestant.function
+        tensors = {n: v.detach() for n, v in inputs.items() if isinstance(v, torch.Tensor)}
+        self.leaves = {**inputs, **tensors}
+        self.wanted = [tensors[n].requires_grad_() for n in spec.gradients if n in tensors]
+        self.weights: list[torch.Tensor] = []
+        self.kept: tuple[torch.Tensor, ...] = ()
+
+    def forward(self) -> Any:
+        with torch.set_grad_enabled(bool(self.wanted)):
+            return self.function(**self.leaves)
+
+    def keep(self) -> None:
+        self.kept = _as_tuple(self.forward())
+        self._weights(self.kept)
+
+    def backward(self) -> None:
+        outputs, self.kept = self.kept, ()
+        torch.autograd.grad(outputs, self.wanted, self.weights, allow_unused=True)
+
+    def backward_again(self) -> None:
+        torch.autograd.grad(self.kept, self.wanted, self.weights, retain_graph=True, allow_unused=True)
+
+    def both(self) -> None:
+        outputs = _as_tuple(self.forward())
+        torch.autograd.grad(outputs, self.wanted, self._weights(outputs), allow_unused=True)
+
+    def _weights(self, outputs: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        """Drawn once; the gradient of a scalar loss is 1."""
+        if not self.weights:
+            self.weights = [torch.randn_like(o) if o.ndim else torch.ones_like(o) for o in outputs]
+        return self.weights
+
+
+def _as_tuple(result: Any) -> tuple[torch.Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)

@@ -1,0 +1,214 @@
+"""`python -m bench.generate`: the first token and the ones after it, at batch 1, 8 and 64.
+
+Decoding must read every weight, and the cache, once for each step: % limit is the share of that time at the measured copy rate.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from bench import table
+from bench.command import parse_budget, say, start_report
+from bench.contestants import OURS, Contestant, first_line, optional
+from bench.machine import pick_device
+from bench.measure import Ceilings, Clock, Lane, Timing, interleave, release
+from bench.record import Row
+from gpt.config import GPTConfig
+from gpt.errors import InputError
+from gpt.model import GPT
+from gpt.options import OptionParser, run_command
+from kernels.spec import SHORT_DTYPE
+
+PLAIN = "plain PyTorch"
+AGREE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # relative RMS between the logits of kernels and references
+Generate = Callable[[torch.Tensor, int], Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags."""
+
+    quick: bool = field(default=False, metadata={"help": "batch 1 alone, for a short time"})
+    preset: str | None = field(default=None, metadata={"help": "of the model (default: gpt2 on a GPU, char-cpu on a CPU)"})
+    batch_size: tuple[str, ...] = field(default=("1", "8", "64"), metadata={"help": "sequences, the most important first"})
+    device: str | None = field(default=None, metadata={"help": "cpu or cuda (default: a GPU if there is one)"})
+    budget: str | None = field(default=None, metadata={"help": "as in 90s or 8m: leave out the last batch sizes beyond it"})
+    json: str | None = field(default=None, metadata={"help": "write every figure to this file, as they come"})
+
+
+def main(argv: Sequence[str]) -> int:
+    _, values = OptionParser("python -m bench.generate", __doc__ or "", options=Options()).parse_tables(argv)
+    options = Options(**values["options"])
+    budget, began = parse_budget(options.budget), time.monotonic()
+    for text in options.batch_size:
+        if not text.isdecimal() or int(text) == 0:
+            raise InputError(f"--batch_size is {text!r}, expected integers > 0")
+    clock = Clock(pick_device(options.device))
+    config = GPTConfig.preset(options.preset or ("gpt2" if clock.on_gpu else "char-cpu"))
+    dtype = torch.bfloat16 if clock.on_gpu else torch.float32
+    report = start_report("bench.generate", clock, quick=options.quick)
+    ceilings = Ceilings(clock, 0.1)
+    contestants = entrants(config, dtype, clock)
+    sizes = [int(text) for text in options.batch_size][: 1 if options.quick else None]
+    longest = 0.0
+    for number, batch in enumerate(sizes):
+        begin = time.monotonic()
+        if budget is not None and number > 0 and begin + longest > began + budget:
+            say(report, f"left out for the budget: batch sizes {', '.join(map(str, sizes[number:]))}")
+            break
+        rows = race(config, dtype, batch, contestants, clock, ceilings, seconds=0.3 if options.quick else 2.0)
+        report.rows += rows
+        report.ceilings = {"copy": ceilings.copy()}
+        print("\n" + table.race(rows), flush=True)
+        if options.json is not None:
+            report.save(options.json)
+        longest = max(longest, time.monotonic() - begin)
+    report.complete = True
+    if options.json is not None:
+        report.save(options.json)
+    return 1 if any(row.status == "wrong" for row in report.rows) else 0
+
+
+def entrants(config: GPTConfig, dtype: torch.dtype, clock: Clock) -> list[Contestant]:
+    """Models with random weights; ours are wrong, and refused, where kernels and references disagree."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what cannot run Triton here is said by its own bench
+        model = GPT(config, use_triton=True if clock.on_gpu else "auto", device=clock.device, dtype=dtype).eval()
+    found = [Contestant(OURS, _ours(model, model.use_triton), peer=False)]
+    problem = _disagreement(model, dtype)
+    if problem:
+        found = [Contestant(OURS, None, absent=problem, peer=False)]
+    if clock.on_gpu:
+        found.append(Contestant(PLAIN, _ours(model, False), peer=False))
+    return [*found, optional("transformers", lambda: _transformers(config, dtype, clock.device))]
+
+
+def _ours(model: GPT, use_triton: bool | str) -> Generate:
+    def generate(ids: torch.Tensor, count: int) -> Any:
+        model.use_triton = use_triton
+        return model.generate(ids, count, do_sample=False)
+
+    return generate
+
+
+def _transformers(config: GPTConfig, dtype: torch.dtype, device: torch.device) -> Generate:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    theirs = GPT2Config(
+        vocab_size=config.vocab_size,
+        n_positions=config.block_size,
+        n_embd=config.n_embd,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        bos_token_id=0,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    model = GPT2LMHeadModel(theirs).to(device, dtype).eval()
+
+    def generate(ids: torch.Tensor, count: int) -> Any:
+        mask = torch.ones_like(ids)
+        return model.generate(ids, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+
+    return generate
+
+
+def _disagreement(model: GPT, dtype: torch.dtype) -> str:
+    """How far the logits with kernels are from those of the references; "" where they agree."""
+    chosen = model.use_triton
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.config.vocab_size, (2, model.config.block_size), generator=generator)
+    ids = ids.to(model.wte.weight.device)
+    with torch.no_grad():
+        found = model(ids).float()
+        model.use_triton = False
+        plain = model(ids).float()
+    model.use_triton = chosen
+    error = ((found - plain).norm() / plain.norm()).item()
+    return "" if error <= AGREE[dtype] else f"logits differ from the references' by {error:.2g} of their size"
+
+
+def race(
+    config: GPTConfig,
+    dtype: torch.dtype,
+    batch: int,
+    contestants: Sequence[Contestant],
+    clock: Clock,
+    ceilings: Ceilings,
+    seconds: float,
+) -> list[Row]:
+    """The rows of one batch size: the first token, and each one after it."""
+    prompt = min(128, config.block_size // 4)
+    new = min(128, config.block_size // 2)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(config.vocab_size, (batch, prompt), generator=generator).to(clock.device)
+    case = f"{config.n_layer}x{config.n_embd}-V{config.vocab_size}-B{batch}-T{prompt}-new{new}"
+    nbytes = decode_bytes(config, batch, prompt + new // 2, dtype.itemsize)
+    template = Row("generate", case, SHORT_DTYPE[dtype], "first token", "", "absent", tokens=batch * prompt)
+    rows: list[Row] = []
+    lanes: dict[str, Lane] = {}
+    for contestant in contestants:
+        status, reason = _try(contestant, ids, clock)
+        if status == "measured":
+            lanes[f"{contestant.name}/1"] = _lane(contestant, ids, 1)
+            lanes[f"{contestant.name}/n"] = _lane(contestant, ids, 1 + new)
+        else:
+            rows.append(replace(template, contestant=contestant.name, status=status, reason=reason))
+    timings = interleave(lanes, clock, seconds) if lanes else {}
+    names = [c.name for c in contestants if f"{c.name}/1" in timings]
+    for name in names:
+        rows.append(replace(template, contestant=name).measured(timings[f"{name}/1"]))
+    decoding = replace(template, direction="decode", tokens=batch, bytes=nbytes, limit=nbytes / ceilings.copy())
+    for name in names:
+        first, whole = timings[f"{name}/1"].median, timings[f"{name}/n"]
+        median, low, high = ((seconds - first) / new for seconds in whole[:3])
+        rows.append(replace(decoding, contestant=name).measured(Timing(median, low, high, whole.samples)))
+    release(clock)
+    return rows
+
+
+def decode_bytes(config: GPTConfig, batch: int, context: int, itemsize: int) -> int:
+    """Bytes that one decoding step must read: every weight once, and the cached keys and values of `context` tokens a row.
+
+    Of an untied token embedding and of the position embedding only a row each is read, which is left out.
+    """
+    counts = config.parameter_counts()
+    weights = counts["total"] - counts["position_embedding"] - (0 if config.tie_weights else counts["token_embedding"])
+    cache = 2 * config.n_layer * config.n_head * config.head_size * batch * context
+    return (weights + cache) * itemsize
+
+
+def _try(contestant: Contestant, ids: torch.Tensor, clock: Clock) -> tuple[str, str]:
+    """(status, reason) of a contestant at this batch size."""
+    if contestant.function is None:
+        return ("absent" if contestant.peer else "wrong"), contestant.absent
+    clock.wait()
+    try:
+        with clock.active():
+            contestant.function(ids, 2)
+            clock.wait()
+    except torch.OutOfMemoryError:
+        release(clock)
+        return "failed", "out of memory"
+    except Exception as error:  # somebody else's model says in its own way what it cannot do
+        clock.wait()
+        return "unavailable" if contestant.peer else "failed", first_line(error)
+    return "measured", ""
+
+
+def _lane(contestant: Contestant, ids: torch.Tensor, count: int) -> Lane:
+    function = contestant.function
+    assert function is not None
+    return Lane([lambda: function(ids, count)])
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("bench.generate", main))

@@ -1,0 +1,54 @@
+"""`python -m bench.loss`: linear + cross-entropy, against forms that hold all logits and forms that do not."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from bench.command import command
+from bench.contestants import Contestant, compile_of, foreign, only, optional
+from bench.engine import Bench
+from kernels.spec import Case, OpSpec
+
+ARGUMENTS = ("x", "weight", "targets", "bias")
+LARGEST_CHUNK = 8192  # rows of a product that is to be a ceiling
+
+
+def whole_logits(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """What one writes first: all logits, in float32 for the loss."""
+    return F.cross_entropy(F.linear(x, weight, bias).float(), targets)
+
+
+def liger() -> Callable[..., Any]:
+    loss = foreign("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")()
+    return lambda x, weight, targets, bias: loss(weight, x, targets, bias)
+
+
+def quack() -> Callable[..., Any]:
+    function = foreign("quack.linear_cross_entropy", "chunked_linear_cross_entropy")
+    return lambda x, weight, targets: function(x, weight, targets, reduction="mean").float()
+
+
+def peers(spec: OpSpec, compiled: bool) -> list[Contestant]:
+    plain = only(whole_logits, ARGUMENTS)
+    return [
+        Contestant("whole logits", plain),
+        compile_of("whole logits, compiled", plain, compiled),
+        optional("liger-kernel", lambda: only(liger(), ARGUMENTS)),
+        optional("quack", lambda: only(quack(), ARGUMENTS[:3])),
+    ]
+
+
+def product(spec: OpSpec, case: Case) -> tuple[int, int, int]:
+    """The logits of a chunk, at the next width that matrix units like."""
+    return min(case["N"], LARGEST_CHUNK), -(-case["V"] // 64) * 64, case["C"]
+
+
+BENCH = Bench("loss", peers, product)
+
+if __name__ == "__main__":
+    sys.exit(command(BENCH))

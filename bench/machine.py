@@ -1,0 +1,128 @@
+"""What a measurement was made on and with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from bench.record import Machine
+from gpt.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+# Dense bf16 FLOP/s that the makers state, by a part of the name; the first match counts.
+STATED_PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device `name`; None is a GPU if there is one, else the CPU.
+
+    Raises:
+        InputError: No such device here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device is {name!r}, expected cpu or cuda") from error
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise InputError(
+            f"--device is {name!r}, expected {'cpu or cuda' if torch.cuda.is_available() else 'cpu: no GPU was found'}"
+        )
+    return device
+
+
+def describe(device: torch.device) -> Machine:
+    """The machine around `device`."""
+    kind, name, architecture, memory = "cpu", _processor(), platform.machine(), _memory()
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        kind, name, memory = "cuda", properties.name, properties.total_memory
+        architecture = f"sm_{properties.major}{properties.minor}"
+    return Machine(
+        device=name,
+        kind=kind,
+        architecture=architecture,
+        memory_bytes=memory,
+        threads=torch.get_num_threads(),
+        driver=_driver() if kind == "cuda" else None,
+        cuda=torch.version.cuda if kind == "cuda" else None,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        triton=installed("triton"),
+        system=platform.platform(),
+        commit=commit(),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def installed(distribution: str) -> str | None:
+    """The version of an installed distribution."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def stated_peak(name: str) -> float | None:
+    """The dense bf16 FLOP/s that its maker states for the GPU `name`; None for a GPU that the list does not have."""
+    return next((peak for part, peak in STATED_PEAKS.items() if part in name), None)
+
+
+def commit() -> str:
+    """The commit of the sources, with "+changes" where files differ from it; "unknown" outside a repository."""
+    hashed = _git("rev-parse", "--short=12", "HEAD")
+    return "unknown" if hashed is None else hashed + ("+changes" if _git("status", "--porcelain") else "")
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _driver() -> str | None:
+    """The NVIDIA driver's version, from the tool that comes with it."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else None
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text("utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0

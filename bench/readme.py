@@ -1,0 +1,117 @@
+"""`python -m bench.readme`: writes the figures and pictures of bench/results/ into README.md and bench/README.md.
+
+Each `<!-- bench:NAME -->` … `<!-- /bench:NAME -->` is rewritten; NAME is `speed`, `pictures` or `targets`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench import table, targets
+from bench.contestants import OURS
+from bench.machine import ROOT
+from bench.record import Report, Row, load
+from gpt.errors import InputError, unknown
+from gpt.options import OptionParser, run_command
+
+RESULTS = ROOT / "bench" / "results"
+FILES = (ROOT / "README.md", ROOT / "bench" / "README.md")
+BLOCK = re.compile(r"<!-- bench:(?P<name>[\w-]+) -->\n.*?<!-- /bench:(?P=name) -->", re.DOTALL)
+NOTHING = "Not measured on a GPU yet: `python -m bench` measures on the one at hand."
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags."""
+
+    check: bool = field(default=False, metadata={"help": "write nothing; the exit code is 1 where a file is out of date"})
+
+
+def main(argv: Sequence[str]) -> int:
+    _, values = OptionParser("python -m bench.readme", __doc__ or "", options=Options()).parse_tables(argv)
+    options = Options(**values["options"])
+    stale = False
+    for path in FILES:
+        text = path.read_text("utf-8")
+        fresh = rewritten(text, path.parent, results())
+        stale = stale or fresh != text
+        if fresh != text:
+            print(f"{path.relative_to(ROOT)}: {'is out of date' if options.check else 'rewritten'}")
+        if not options.check:
+            path.write_text(fresh, encoding="utf-8")
+    return 1 if stale and options.check else 0
+
+
+def results() -> dict[Path, Report]:
+    """The kept reports, by their folders."""
+    return {path.parent: load(path) for path in sorted(RESULTS.glob("*/report.json"))}
+
+
+def rewritten(text: str, folder: Path, reports: dict[Path, Report]) -> str:
+    """`text` with every block made anew; pictures are named as seen from `folder`.
+
+    Raises:
+        InputError: A block of an unknown name.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in BLOCKS:
+            raise unknown("block", f"bench:{name}", [f"bench:{known}" for known in BLOCKS])
+        parts = [BLOCKS[name](report, at, folder) for at, report in reports.items()]
+        return f"<!-- bench:{name} -->\n" + "\n\n".join(parts or [NOTHING]) + f"\n<!-- /bench:{name} -->"
+
+    if len(BLOCK.findall(text)) != text.count("<!-- bench:"):
+        raise InputError("a <!-- bench:… --> block has no end of the same name")
+    return BLOCK.sub(block, text)
+
+
+def speed(report: Report, at: Path, folder: Path) -> str:
+    """Each op's headline at every case, against the fastest of the others."""
+    lines = [f"{table.machine(report.machine)}.", "", f"| op | case | {OURS} | next best | × |", "|---|---|---|---|---|"]
+    for rows in table.races(report.rows):
+        directions = {row.direction for row in rows if row.status == "measured"}
+        for direction in [d for d in ("both", "forward", "step", "decode") if d in directions][:1]:
+            lines.append(_line([row for row in rows if row.direction == direction and row.status == "measured"]))
+    return "\n".join(lines)
+
+
+def _line(rows: Sequence[Row]) -> str:
+    ours = next((row for row in rows if row.contestant == OURS), None)
+    others = [row for row in rows if row.contestant != OURS]
+    best = min(others, key=lambda row: row.seconds or 0, default=None)
+    ratio = best.seconds / ours.seconds if ours and best and ours.seconds and best.seconds else None
+    cells = [rows[0].op, f"{rows[0].case} {rows[0].dtype}", _figure(ours)]
+    cells += [f"{_figure(best)} {best.contestant if best else ''}".strip(), table.figure(ratio, ".2f")]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _figure(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    if row.tokens is not None:
+        return f"{row.tokens_per_second:,.0f} tokens/s"
+    return f"{table.duration(row.seconds)} ({table.figure(None if row.share is None else 100 * row.share, '.0f')}% of the limit)"
+
+
+def pictures(report: Report, at: Path, folder: Path) -> str:
+    """Every PNG beside the report."""
+    names = sorted(path.name for path in at.glob("*.png"))
+    return "\n".join(f"![{report.machine.device}: {n}]({Path(os.path.relpath(at / n, folder)).as_posix()})" for n in names)
+
+
+def met(report: Report, at: Path, folder: Path) -> str:
+    """Every target with its outcome."""
+    outcomes = [targets.judge(target, report) for target in targets.load()]
+    return f"{report.machine.device}, {report.machine.date[:10]}:\n\n```\n{table.outcomes(outcomes)}\n```"
+
+
+BLOCKS: dict[str, Callable[[Report, Path, Path], str]] = {"speed": speed, "pictures": pictures, "targets": met}
+
+if __name__ == "__main__":
+    sys.exit(run_command("bench.readme", main))

@@ -1,0 +1,144 @@
+"""Rows and outcomes as text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+from bench.contestants import OURS
+from bench.record import Machine, Report, Row
+from bench.targets import Outcome
+
+WHOLE_MODEL = ("step", "first token", "decode")
+TITLES = {"both": "forward + backward"}
+COLUMNS = ("contestant", "time", "±", "graph", "TFLOP/s", "GB/s", "tokens/s", "% limit", f"× {OURS}", "memory", "error")
+
+
+def duration(seconds: float | None) -> str:
+    """Three digits and a unit."""
+    if seconds is None:
+        return "-"
+    unit, scale = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)) if seconds * s >= 1), ("ns", 1e9))
+    return f"{seconds * scale:#.3g} {unit}".replace(". ", " ")
+
+
+def size(nbytes: int | None) -> str:
+    """In MiB or GiB."""
+    if nbytes is None:
+        return "-"
+    return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
+
+
+def figure(value: float | None, form: str = ".1f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def cells(row: Row, ours: Row | None) -> tuple[str, ...]:
+    """A measured row under COLUMNS; "×" is its time over ours, above 1 where ours is faster."""
+    spread = None if not row.seconds or row.low is None or row.high is None else 50 * (row.high - row.low) / row.seconds
+    ratio = None if ours is None or not ours.seconds or row.seconds is None else row.seconds / ours.seconds
+    flag = " !" if row.error is not None and row.error > 1 else ""
+    return (
+        row.contestant,
+        duration(row.seconds),
+        "-" if spread is None else f"{spread:.0f}%",
+        duration(row.graph_seconds),
+        figure(row.tflops, ".3g"),
+        figure(row.gbps, ".3g"),
+        figure(row.tokens_per_second, ",.0f"),
+        figure(None if row.share is None else 100 * row.share, ".0f"),
+        figure(ratio, ".2f"),
+        size(row.memory),
+        figure(row.error, ".2f") + flag,
+    )
+
+
+def grid(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Columns aligned, the first to the left; empty ones (all "-") left out."""
+    rows = [list(line) for line in lines]
+    kept = [i for i in range(len(header)) if i == 0 or any(row[i] != "-" for row in rows)]
+    widths = [max(len(row[i]) for row in [list(header), *rows]) for i in kept]
+    text = [
+        "  ".join(row[i].ljust(w) if i == 0 else row[i].rjust(w) for i, w in zip(kept, widths, strict=True)).rstrip()
+        for row in [list(header), *rows]
+    ]
+    return "\n".join("  " + line for line in text)
+
+
+def race(rows: Sequence[Row]) -> str:
+    """The rows of one op at one case, a table for each direction; below, who took no part and why."""
+    first = rows[0]
+    parts = [f"{first.op} {first.case} {first.dtype}"]
+    for direction, group in groupby((row for row in rows if row.status == "measured"), key=lambda row: row.direction):
+        measured = sorted(group, key=lambda row: row.seconds or 0)
+        ours = next((row for row in measured if row.contestant == OURS), None)
+        parts += [f" {TITLES.get(direction, direction)}", grid(COLUMNS, [cells(row, ours) for row in measured])]
+    out = [row for row in rows if row.status != "measured"]
+    parts += [f"  {row.contestant}: {refusal(row)}" for row in out]
+    return "\n".join(parts)
+
+
+def refusal(row: Row) -> str:
+    """Why a contestant has no figure."""
+    said = {"absent": "", "unavailable": "unavailable: ", "wrong": "WRONG, so not timed: ", "failed": "FAILED: "}[row.status]
+    return said + row.reason
+
+
+def races(rows: Iterable[Row]) -> list[list[Row]]:
+    """The rows of each op and case, in the order in which they were measured."""
+    found: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.op, row.case, row.dtype), []).append(row)
+    return list(found.values())
+
+
+def outcomes(results: Sequence[Outcome]) -> str:
+    """A line for each target."""
+    lines = []
+    for outcome in results:
+        target = outcome.target
+        goal = f"≥ {target.at_least:g}" if target.at_most is None else f"≤ {target.at_most:g}"
+        lines.append((target.name, goal, figure(outcome.value, ".3g"), outcome.status, outcome.case or "-"))
+    return grid(("target", "goal", "found", "outcome", "worst case"), lines)
+
+
+def machine(about: Machine) -> str:
+    """One line."""
+    parts = [f"{about.device} ({about.architecture}, {about.memory_bytes / 2**30:.0f} GiB)"]
+    parts.append(
+        f"driver {about.driver}, CUDA {about.cuda}" if about.kind == "cuda" else f"{about.threads} threads, no GPU found"
+    )
+    parts.append(f"torch {about.torch}, triton {about.triton or 'not installed'}, Python {about.python}")
+    return "; ".join([*parts, f"commit {about.commit}", about.date])
+
+
+def markdown(report: Report, results: Sequence[Outcome], pictures: Sequence[str] = ()) -> str:
+    """The whole report."""
+    state = "" if report.complete else " (stopped before its end)"
+    parts = [f"# {report.title}{state}", machine(report.machine)]
+    if report.ceilings:
+        parts.append("Measured ceilings: " + ceilings(report.ceilings) + ".")
+    parts += [f"![{name}]({name})" for name in pictures]
+    if results:
+        parts.append("## Targets\n\n```\n" + outcomes(results) + "\n```")
+    if report.notes:
+        parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in report.notes))
+    if report.rows:
+        parts.append("## Measurements\n\n```\n" + "\n\n".join(race(rows) for rows in races(report.rows)) + "\n```")
+    parts.append("## Formulas\n\n" + "\n".join(f"- {name}: {text}" for name, text in report.formulas.items()))
+    return "\n\n".join(parts) + "\n"
+
+
+def ceilings(found: dict[str, float]) -> str:
+    """ "copy 4100 GB/s, 8192x8192x8192 bfloat16 780 TFLOP/s"."""
+    return ", ".join(
+        f"{name} {value / 1e9:,.0f} GB/s" if name == "copy" else f"{name} {value / 1e12:.3g} TFLOP/s"
+        for name, value in found.items()
+    )
+
+
+def seconds(text: str) -> float | None:
+    """What "8m", "90s", "1.5h" or "90" mean; None for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h)?", text.strip())
+    return None if match is None else float(match[1]) * {"s": 1, None: 1, "m": 60, "h": 3600}[match[2]]

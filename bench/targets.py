@@ -1,0 +1,96 @@
+"""What a run is held to (targets.toml), and how it did: met, missed or not measured."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.contestants import OURS
+from bench.record import Report, Row, parse
+
+PATH = Path(__file__).parent / "targets.toml"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One aim; targets.toml explains the fields."""
+
+    name: str
+    op: str
+    direction: str
+    metric: str
+    sizes: dict[str, int] = field(default_factory=dict)
+    against: list[str] = field(default_factory=list)
+    at_least: float | None = None
+    at_most: float | None = None
+    kind: str = "cuda"
+
+    def names(self, op: str, case: str) -> bool:
+        """Whether it speaks of this op at this case."""
+        parts = case.split("-")
+        return op == self.op and all(f"{dim}{size}" in parts for dim, size in self.sizes.items())
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a target fared: `value` is the worst over its cases, at `case`."""
+
+    target: Target
+    status: str  # "met" | "missed" | "not measured"
+    value: float | None = None
+    case: str = ""
+
+
+def load(path: Path = PATH) -> list[Target]:
+    """The targets in a file.
+
+    Raises:
+        InputError: An unknown field, or a value of the wrong type.
+    """
+    content = tomllib.loads(path.read_text("utf-8"))
+    targets: list[Target] = [parse(Target, entry, path.name) for entry in content["target"]]
+    return targets
+
+
+def judge(target: Target, report: Report) -> Outcome:
+    """Holds a report to a target; what was measured on another kind of machine does not count."""
+    values = {}
+    if report.machine.kind == target.kind:
+        for row in report.find(op=target.op, direction=target.direction, contestant=OURS, status="measured"):
+            value = _METRICS[target.metric](target, row, report) if target.names(row.op, row.case) else None
+            if value is not None:
+                values[row.case] = value
+    if not values:
+        return Outcome(target, "not measured")
+    if target.at_most is not None:
+        case = max(values, key=values.__getitem__)
+        met = values[case] <= target.at_most
+    else:
+        case = min(values, key=values.__getitem__)
+        met = target.at_least is not None and values[case] >= target.at_least
+    return Outcome(target, "met" if met else "missed", values[case], case)
+
+
+def _rivals(target: Target, row: Row, report: Report) -> list[Row]:
+    found = report.find(op=row.op, case=row.case, direction=row.direction, status="measured")
+    return [other for other in found if other.contestant in target.against]
+
+
+def _speedup(target: Target, row: Row, report: Report) -> float | None:
+    times = [other.seconds for other in _rivals(target, row, report) if other.seconds is not None]
+    return min(times) / row.seconds if times and row.seconds else None
+
+
+def _memory(target: Target, row: Row, report: Report) -> float | None:
+    sizes = [other.memory for other in _rivals(target, row, report) if other.memory]
+    return row.memory / min(sizes) if sizes and row.memory is not None else None
+
+
+_METRICS: dict[str, Callable[[Target, Row, Report], float | None]] = {
+    "speedup": _speedup,
+    "memory": _memory,
+    "share": lambda target, row, report: row.share,
+    "tokens_per_second": lambda target, row, report: row.tokens_per_second,
+}

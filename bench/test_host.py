@@ -1,0 +1,88 @@
+"""What the processor does around the kernels: `pytest bench --benchmark-only` times it on any machine.
+
+Two commits are compared with `--benchmark-save NAME` at the one and `--benchmark-compare` at the other.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gpt
+import kernels
+from gpt.checkpoint import load_model, save_model
+from gpt.data import TokenData
+from kernels import checks
+from kernels.registry import SPECS
+
+TEXT = Path(checks.__file__).read_text("utf-8") * 4
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data() -> TokenData:
+    return TokenData.from_text(TEXT)
+
+
+@pytest.fixture(scope="module")
+def model() -> gpt.GPT:
+    return gpt.GPT("char-cpu")
+
+
+@pytest.mark.parametrize("op", SPECS)
+def test_choice(op: str, benchmark: Any) -> None:
+    """An op's checks and its choice of backend: what a call costs before anything is computed."""
+    spec = SPECS[op]
+    inputs = spec.make_inputs(spec.tagged("small")[0], torch.float32, CPU, torch.Generator().manual_seed(0))
+    with kernels.use_backend("reference"):
+        assert benchmark(kernels.explain, op, **inputs).backend == "reference"
+
+
+@pytest.mark.parametrize("op", SPECS)
+def test_overhead(op: str, benchmark: Any) -> None:
+    """A whole call at a size where computing costs next to nothing."""
+    spec = SPECS[op]
+    inputs = spec.make_inputs(spec.tagged("small")[0], torch.float32, CPU, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        benchmark(spec.function, **inputs)
+
+
+def test_use_backend(benchmark: Any) -> None:
+    """Entering and leaving the context manager."""
+
+    def enter() -> None:
+        with kernels.use_backend(attention="reference"):
+            pass
+
+    benchmark(enter)
+
+
+def test_batch(benchmark: Any, data: TokenData) -> None:
+    """The sampler: one batch of training data."""
+    batch = benchmark(data.batch, "train", 12, 64, seed=0, step=0, micro_step=0)
+    assert batch.inputs.shape == (12, 64)
+
+
+def test_encode(benchmark: Any, data: TokenData) -> None:
+    """The character tokenizer on a page of text."""
+    assert benchmark(data.tokenizer.encode, TEXT)
+
+
+def test_decode(benchmark: Any, data: TokenData) -> None:
+    """The character tokenizer back."""
+    ids = data.tokenizer.encode(TEXT)
+    assert benchmark(data.tokenizer.decode, ids) == TEXT
+
+
+def test_save(benchmark: Any, model: gpt.GPT, tmp_path: Path) -> None:
+    """A model written with its hashes."""
+    benchmark(save_model, model, tmp_path / "model")
+
+
+def test_load(benchmark: Any, model: gpt.GPT, tmp_path: Path) -> None:
+    """A model read, its hashes checked."""
+    save_model(model, tmp_path / "model")
+    assert benchmark(load_model, tmp_path / "model").config == model.config

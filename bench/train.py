@@ -1,0 +1,177 @@
+"""`python -m bench.train`: training steps of a whole GPT, this package against the same model on plain PyTorch, in one run.
+
+Plain PyTorch is its strong form: SDPA, F.layer_norm and F.linear under torch.compile, fused AdamW, the same autocast, and a
+vocabulary padded to a multiple of 64. A step is `gpt.step.TrainStep`: forward, backward, clipping, AdamW.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from bench import table
+from bench.command import parse_budget, say, start_report
+from bench.contestants import OURS, first_line
+from bench.machine import pick_device, stated_peak
+from bench.measure import Ceilings, Clock, Lane, interleave, release
+from bench.record import Report, Row
+from gpt.config import GPTConfig, TrainConfig
+from gpt.data import Batch
+from gpt.errors import InputError
+from gpt.info import flops_per_token
+from gpt.model import GPT
+from gpt.options import OptionParser, run_command
+from gpt.step import TrainStep
+from kernels.spec import SHORT_DTYPE
+
+PLAIN = "plain PyTorch"
+AGREE = 0.01  # how far the loss with kernels may be from that of the references, as a share of it
+WIDTH = 64  # of which the baseline's vocabulary is a multiple
+BATCHES = {60: 64, 20: 16, 0: 4}  # GiB of memory at least -> sequences of a step
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags."""
+
+    quick: bool = field(default=False, metadata={"help": "a short time, and no torch.compile on a CPU"})
+    preset: str | None = field(default=None, metadata={"help": "of the model (default: gpt2 on a GPU, char-cpu on a CPU)"})
+    batch_size: int | None = field(default=None, metadata={"help": "sequences of a step (default: what the GPU's memory holds)"})
+    device: str | None = field(default=None, metadata={"help": "cpu or cuda (default: a GPU if there is one)"})
+    budget: str | None = field(default=None, metadata={"help": "as in 90s or 8m: bounds the time of the samples"})
+    json: str | None = field(default=None, metadata={"help": "write every figure to this file"})
+
+
+@dataclass
+class Entrant:
+    """A model ready to be stepped, and what it took to have it so; `problem` says why it is not."""
+
+    name: str
+    step: TrainStep | None = None
+    memory: int | None = None
+    problem: str = ""
+
+
+def main(argv: Sequence[str]) -> int:
+    _, values = OptionParser("python -m bench.train", __doc__ or "", options=Options()).parse_tables(argv)
+    options = Options(**values["options"])
+    budget = parse_budget(options.budget)
+    clock = Clock(pick_device(options.device))
+    config = GPTConfig.preset(options.preset or ("gpt2" if clock.on_gpu else "char-cpu"))
+    report = start_report("bench.train", clock, quick=options.quick)
+    batch_size = options.batch_size or _batch_size(report, clock)
+    if batch_size <= 0:
+        raise InputError(f"--batch_size is {batch_size}, expected > 0")
+    train = TrainConfig(batch_size=batch_size, device=str(clock.device))
+    seconds = min(5.0 if clock.on_gpu else 2.0, (budget or math.inf) / 8)
+    report.rows = run(config, train, clock, report, seconds=0.5 if options.quick else seconds, quick=options.quick)
+    report.complete = True
+    print("\n" + table.race(report.rows))
+    if options.json is not None:
+        report.save(options.json)
+    return 1 if any(row.status in ("wrong", "failed") and row.contestant == OURS for row in report.rows) else 0
+
+
+def run(config: GPTConfig, train: TrainConfig, clock: Clock, report: Report, *, seconds: float, quick: bool) -> list[Row]:
+    """A row for each contestant."""
+    tokens = train.batch_size * config.block_size
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (train.batch_size, config.block_size + 1), generator=generator)
+    batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+    compiled = clock.on_gpu or not quick
+    if not compiled:
+        say(report, f"{PLAIN}: without torch.compile, which --quick leaves out on a CPU")
+    entrants = [_enter(OURS, config, train, batch, clock, compiled=False)]
+    padded = replace(config, vocab_size=-(-config.vocab_size // WIDTH) * WIDTH)
+    entrants.append(_enter(PLAIN, padded, train, batch, clock, compiled=compiled))
+    lanes = {e.name: Lane([_call(e.step, batch, train)]) for e in entrants if e.step is not None}
+    timings = interleave(lanes, clock, seconds) if lanes else {}
+    dtype = next((e.step.dtype for e in entrants if e.step is not None), torch.float32)
+    peak = _peak(clock, report, dtype)
+    flops = flops_per_token(config) * tokens
+    case = f"{config.n_layer}x{config.n_embd}-V{config.vocab_size}-B{train.batch_size}-T{config.block_size}"
+    rows = []
+    for entrant in entrants:
+        row = Row("train", case, SHORT_DTYPE[dtype], "step", entrant.name, "failed", entrant.problem, flops=flops, tokens=tokens)
+        timing = timings.get(entrant.name)
+        if timing is None:
+            wrong = entrant.problem.startswith("the loss")
+            rows.append(replace(row, status="wrong" if wrong else "failed"))
+            continue
+        rows.append(row.measured(timing, limit=flops / peak, memory=entrant.memory))
+    return rows
+
+
+def _enter(name: str, config: GPTConfig, train: TrainConfig, batch: Batch, clock: Clock, *, compiled: bool) -> Entrant:
+    """Builds a model, checks its loss, and takes its first two steps."""
+    before = torch.cuda.memory_allocated(clock.device) if clock.on_gpu else 0
+    if clock.on_gpu:
+        torch.cuda.reset_peak_memory_stats(clock.device)
+    torch.manual_seed(0)
+    use_triton: Any = (True if clock.on_gpu else "auto") if name == OURS else False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what cannot run Triton here is said by its own bench
+            model = GPT(config, use_triton=use_triton, device=clock.device)
+            step = TrainStep(model, train, torch.compile(model) if compiled else None)
+            problem = _disagreement(model, step, batch) if name == OURS else ""
+            clock.wait()
+            with clock.active():
+                for _ in range(2):
+                    step([batch], train.learning_rate)
+            clock.wait()
+    except torch.OutOfMemoryError:
+        release(clock)
+        return Entrant(name, problem="out of memory; --batch_size takes a smaller one")
+    except RuntimeError as error:
+        clock.wait()
+        return Entrant(name, problem=first_line(error))
+    memory = torch.cuda.max_memory_allocated(clock.device) - before if clock.on_gpu else None
+    return Entrant(name, problem=problem) if problem else Entrant(name, step, memory)
+
+
+def _disagreement(model: GPT, step: TrainStep, batch: Batch) -> str:
+    """How the loss with kernels differs from that of the references with the same parameters; "" where it does not."""
+    chosen = model.use_triton
+    with torch.no_grad():
+        loss = step.loss(batch).item()
+        model.use_triton = False
+        plain = step.loss(batch).item()
+    model.use_triton = chosen
+    return "" if abs(loss - plain) <= AGREE * plain else f"the loss is {loss:.4f}, with the references {plain:.4f}"
+
+
+def _call(step: TrainStep, batch: Batch, train: TrainConfig) -> Any:
+    return lambda: step([batch], train.learning_rate)
+
+
+def _peak(clock: Clock, report: Report, dtype: torch.dtype) -> float:
+    """The rate of which MFU is a share: the maker's for a GPU that it is known of, else the measured one."""
+    ceilings = Ceilings(clock)
+    side = 8192 if clock.on_gpu else 1024
+    measured = ceilings.product(side, side, side, dtype)
+    report.ceilings |= ceilings.products
+    stated = stated_peak(report.machine.device) if clock.on_gpu and dtype == torch.bfloat16 else None
+    if stated is None:
+        say(
+            report, f"% limit is MFU against the measured {measured / 1e12:.3g} TFLOP/s: no stated peak is known for this machine"
+        )
+        return measured
+    say(report, f"% limit is MFU against the stated {stated / 1e12:g} TFLOP/s; measured here: {measured / 1e12:.3g}")
+    return stated
+
+
+def _batch_size(report: Report, clock: Clock) -> int:
+    if not clock.on_gpu:
+        return 12
+    return next(size for gib, size in BATCHES.items() if report.machine.memory_bytes >= gib * 2**30)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("bench.train", main))

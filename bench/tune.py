@@ -1,0 +1,268 @@
+"""`python -m bench.tune`: searches tiles for the GPU at hand, and says where the reference is faster.
+
+Every function of kernels/tuning.py that returns tiles is a knob, turned for each bench case that asks it: from the tile that it
+gives now, one block size, warp count or stage count at a time, as long as something is faster. A candidate is first held to
+`kernels.tolerance`; one that does not compile, does not fit or is wrong is out. What was found is written as rows, for a person
+to put into kernels/tuning.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bench import targets
+from bench.cases import Race, plan
+from bench.command import parse_budget, start_report
+from bench.contestants import EAGER, OURS, Contestant, shared
+from bench.engine import Inputs, Runner, find_bench, lane
+from bench.machine import pick_device
+from bench.measure import Ceilings, Clock, interleave, release
+from bench.record import write_json
+from bench.table import duration
+from gpt.errors import InputError, unknown
+from gpt.options import OptionParser, run_command
+from kernels import tuning
+from kernels.registry import SPECS
+from kernels.spec import SHORT_DTYPE
+from kernels.tuning import Tile
+
+GAIN = 0.02  # a candidate must be so much faster to be taken
+STARTS = (Tile(128, 128, 8, 3), Tile(128, 64, 4, 3), Tile(64, 64, 4, 2))  # where a knob has no tile yet
+LIMITS = Tile(256, 4096, 16, 5)
+SMALLEST = Tile(1, 16, 1, 1)
+
+
+class Query(NamedTuple):
+    """A knob and what it was asked: a function of kernels/tuning.py with its arguments."""
+
+    function: str
+    arguments: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        return f"{self.function}({', '.join(map(repr, self.arguments))})"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the search found for one knob at one case."""
+
+    op: str
+    case: str
+    dtype: str
+    query: str
+    before: str
+    after: str
+    seconds_before: float
+    seconds_after: float
+    seconds_reference: float
+    tried: int
+    rejected: int
+
+    def __str__(self) -> str:
+        gain = self.seconds_before / self.seconds_after
+        text = f"{self.query} -> {self.after}  # {self.op} {self.case} {self.dtype}: {duration(self.seconds_after)}, "
+        text += f"{gain:.2f}x of {self.before} ({self.tried} tried, {self.rejected} out)"
+        if self.seconds_reference < self.seconds_after:
+            text += f"; the REFERENCE is faster: {duration(self.seconds_reference)}"
+        return text
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags."""
+
+    op: tuple[str, ...] = field(default=tuple(SPECS), metadata={"help": "ops"})
+    budget: str = field(
+        default="10m", metadata={"help": "time for the whole search; the least important cases beyond it are left out"}
+    )
+    quick: bool = field(default=False, metadata={"help": "the most important case of each op"})
+    device: str | None = field(default=None, metadata={"help": "cuda (default: a GPU if there is one)"})
+    out: str = field(default="out/tune", metadata={"help": "the folder that gets rows.txt and rows.json"})
+
+
+def main(argv: Sequence[str]) -> int:
+    _, values = OptionParser("python -m bench.tune", __doc__ or "", options=Options()).parse_tables(argv)
+    options = Options(**values["options"])
+    for name in options.op:
+        if name not in SPECS:
+            raise unknown("--op", name, SPECS)
+    deadline = time.monotonic() + (parse_budget(options.budget) or 0.0)
+    clock = Clock(pick_device(options.device))
+    if not clock.on_gpu:
+        print("no GPU was found: there is nothing to tune, because a processor runs the references")
+        return 0
+    start_report("bench.tune", clock, quick=options.quick)
+    findings: list[Finding] = []
+    races = plan([SPECS[name] for name in options.op], targets.load(), on_gpu=True, quick=options.quick)
+    for number, race in enumerate(races):
+        if time.monotonic() > deadline:
+            print("left out for the budget: " + ", ".join(f"{r.spec.name} {r.case.id}" for r in races[number:]))
+            break
+        share = (deadline - time.monotonic()) / (len(races) - number)
+        runner = Runner(find_bench(race.spec.room), clock, Ceilings(clock), torch.bfloat16, seconds=0.1, compiled=False)
+        for finding in search(runner, race, time.monotonic() + share):
+            findings.append(finding)
+            print(finding, flush=True)
+            _write(Path(options.out), findings)
+    return 0
+
+
+def search(runner: Runner, race: Race, deadline: float) -> Iterator[Finding]:
+    """Turns every knob that the op asks at this case, one after the other."""
+    contestants = {c.name: c for c in shared(race.spec, compiled=False)}
+    sets = runner.input_sets(race.spec, race.case)
+    admitted = runner.admit(race.spec, contestants[OURS], sets[0])
+    if admitted.status != "measured":
+        print(f"{race.spec.name} {race.case.id}: {admitted.reason}")
+        return
+    for query, now in queries(runner, race, contestants[OURS], sets[0]).items():
+        yield _climb(runner, race, contestants, sets, query, now, deadline)
+        release(runner.clock)
+
+
+def _climb(
+    runner: Runner, race: Race, contestants: dict[str, Contestant], sets: list[Inputs], query: Query, start: Any, deadline: float
+) -> Finding:
+    """From `start` to the fastest neighbour, until none is faster by GAIN or time is up."""
+    spec, direction = race.spec, "both" if race.spec.gradients else "forward"
+    entered = {start: with_answer(contestants[OURS], query, start)}
+    best, rejected, first, fastest, reference = start, 0, math.inf, math.inf, math.inf
+    while True:
+        fresh = [candidate for candidate in neighbours(best) if candidate not in entered]
+        field_of = {best: entered[best]}
+        for candidate in fresh:
+            entered[candidate] = with_answer(contestants[OURS], query, candidate)
+            if time.monotonic() > deadline:
+                continue
+            if runner.admit(spec, entered[candidate], sets[0]).status == "measured":
+                field_of[candidate] = entered[candidate]
+            else:
+                rejected += 1
+        lanes = {repr(key): lane(spec, contestant, sets, direction) for key, contestant in field_of.items()}
+        lanes[EAGER] = lane(spec, contestants[EAGER], sets, direction)
+        times = {name: timing.median for name, timing in interleave(lanes, runner.clock, runner.seconds).items()}
+        reference, here = times[EAGER], times[repr(best)]
+        first = min(first, here) if best == start else first
+        winner = min(field_of, key=lambda key: times[repr(key)])
+        fastest = times[repr(winner)]
+        if winner == best or fastest > here * (1 - GAIN) or time.monotonic() > deadline:
+            after, fastest = (winner, fastest) if fastest <= here * (1 - GAIN) else (best, here)
+            dtype = SHORT_DTYPE[runner.dtype]
+            numbers = (first, fastest, reference, len(entered), rejected)
+            return Finding(spec.name, race.case.id, dtype, str(query), _show(start), _show(after), *numbers)
+        best = winner
+
+
+def queries(runner: Runner, race: Race, ours: Contestant, inputs: Inputs) -> dict[Query, Any]:
+    """What the op asks of kernels/tuning.py at this case, and the answers."""
+    asked: dict[Query, Any] = {}
+
+    def recording(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def record(*arguments: Any) -> Any:
+            answer = function(*arguments)
+            asked.setdefault(Query(name, arguments), answer)
+            return answer
+
+        return record
+
+    with ExitStack() as stack:
+        for name, function in knobs().items():
+            stack.enter_context(substituted(name, recording(name, function)))
+        runner.admit(race.spec, ours, inputs)
+    return asked
+
+
+def knobs() -> dict[str, Callable[..., Any]]:
+    """The functions of kernels/tuning.py that return tiles."""
+    return {
+        name: function
+        for name, function in vars(tuning).items()
+        if callable(function) and not inspect.isclass(function) and "Tile" in str(inspect.signature(function).return_annotation)
+    }
+
+
+def with_answer(contestant: Contestant, query: Query, answer: Any) -> Contestant:
+    """The contestant, for which `query` has this answer."""
+    original: Callable[..., Any] = getattr(tuning, query.function)
+
+    @functools.wraps(original)
+    def answered(*arguments: Any) -> Any:
+        return answer if arguments == query.arguments else original(*arguments)
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        with contestant.context(), substituted(query.function, answered):
+            yield
+
+    return Contestant(contestant.name, contestant.function, context, peer=contestant.peer)
+
+
+@contextmanager
+def substituted(name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Puts `function` in the place of the tuning function `name`, in every module of kernels that has it."""
+    original = getattr(tuning, name)
+    users = [m for key, m in list(sys.modules.items()) if key.split(".")[0] == "kernels" and vars(m).get(name) is original]
+    for module in users:
+        setattr(module, name, function)
+    try:
+        yield
+    finally:
+        for module in users:
+            setattr(module, name, original)
+
+
+def neighbours(answer: Any) -> list[Any]:
+    """Answers that differ from `answer` in one number of one of its tiles; a tile that is None may also start somewhere."""
+    if answer is None:
+        return list(STARTS)
+    if not isinstance(answer, Tile):
+        return [
+            answer._replace(**{name: other})
+            for name in answer._fields
+            if isinstance(getattr(answer, name), Tile | None)
+            for other in neighbours(getattr(answer, name))
+        ]
+    moves = [answer._replace(**{name: f(getattr(answer, name))}) for name in answer._fields[:3] for f in (_halve, _double)]
+    moves += [answer._replace(num_stages=answer.num_stages + step) for step in (-1, 1)]
+    return [tile for tile in moves if all(a <= b <= c for a, b, c in zip(SMALLEST, tile, LIMITS, strict=True))]
+
+
+def _halve(size: int) -> int:
+    return size // 2
+
+
+def _double(size: int) -> int:
+    return size * 2
+
+
+def _show(answer: Any) -> str:
+    """As it would be written in kernels/tuning.py."""
+    if isinstance(answer, Tile):
+        return f"Tile({', '.join(map(str, answer))})"
+    if answer is None:
+        return "None"
+    return f"{type(answer).__name__}({', '.join(f'{n}={_show(v)}' for n, v in answer._asdict().items())})"
+
+
+def _write(folder: Path, findings: Sequence[Finding]) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "rows.txt").write_text("".join(f"{finding}\n" for finding in findings), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--out: cannot write to {folder}: {error.strerror}") from error
+    write_json(folder / "rows.json", [asdict(finding) for finding in findings])
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("bench.tune", main))

@@ -1,0 +1,17 @@
+"""A GPT on fused kernels that can be swapped for plain PyTorch at run time, with its tokenizers and its trainer."""
+
+import kernels
+
+if not hasattr(kernels, "causal_attention"):
+    raise ImportError(
+        f"gpt: the package `kernels` at {kernels.__path__[0]} is not fused-gpt's; Hugging Face has one of that name: run "
+        "`pip uninstall kernels`, then install fused-gpt again"
+    )
+
+from gpt.config import GPTConfig, TrainConfig
+from gpt.errors import InputError
+from gpt.model import GPT
+from gpt.tokenizers import BPETokenizer, CharTokenizer, load_tokenizer
+from gpt.trainer import Trainer
+
+__all__ = ["GPT", "BPETokenizer", "CharTokenizer", "GPTConfig", "InputError", "TrainConfig", "Trainer", "load_tokenizer"]

@@ -1,0 +1,368 @@
+"""What a model is and how it is trained: two frozen dataclasses, checked when made, whose fields are the command lines' flags.
+
+`GPTConfig.from_dict` reads the names of other packages. A family of names brings its own package's defaults with it; our own
+names go with any of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from gpt.errors import InputError, unknown
+
+LARGEST_SIZE = 2**31 - 1
+LARGEST_MODEL = 10**12  # parameters
+
+
+def _size(default: int | None, help: str, low: int = 1, high: int = LARGEST_SIZE) -> Any:
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
+def _number(default: float, help: str, low: float = 0, high: float = math.inf, *, above: bool = False) -> Any:
+    """A field in [low, high), or (low, high) with `above`."""
+    return field(default=default, metadata={"help": help, "low": low, "below": high, "above": above})
+
+
+def _choice(default: str, help: str, *choices: str) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+def _plain(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT. The defaults are GPT-2 124M's.
+
+    Raises:
+        InputError: A field of the wrong type or outside its range, or sizes that do not fit one another.
+    """
+
+    vocab_size: int = _size(50257, "number of token ids")
+    block_size: int = _size(1024, "longest context, in tokens")
+    n_layer: int = _size(12, "transformer blocks", high=10_000)
+    n_head: int = _size(12, "attention heads of a block")
+    n_embd: int = _size(768, "width of the residual stream")
+    head_dim: int | None = _size(None, "width of a head (default: n_embd / n_head)")
+    n_inner: int | None = _size(None, "width inside the feed-forward (default: 4 n_embd)")
+    dropout: float = _number(0.0, "probability of dropping, in embeddings, attention and both branches", high=1)
+    bias: bool = _plain(True, "biases in linear layers and norms")
+    qkv_bias: bool | None = _plain(None, "biases of the query, key and value projections (default: as bias)")
+    tie_weights: bool = _plain(True, "share the token embedding with the head")
+    head_bias: bool = _plain(False, "a bias in the head")
+    final_norm: bool = _plain(True, "a norm before the head")
+    activation: str = _choice("gelu_tanh", "of the feed-forward", "gelu_tanh", "gelu", "relu")
+    norm: str = _choice("pre", "normalise before each branch (GPT-2), or after its addition (GPT-1)", "pre", "post")
+    eps: float = _number(1e-5, "added to the variance in norms", above=True, high=1)
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.head_dim is None and self.n_embd % self.n_head:
+            raise InputError(
+                f"GPTConfig: n_embd is {self.n_embd}, expected a multiple of n_head ({self.n_head}), or head_dim given"
+            )
+        total = self.parameter_counts()["total"]
+        if total > LARGEST_MODEL:
+            raise InputError(f"GPTConfig: these sizes make {total:,} parameters, expected at most {LARGEST_MODEL:,}")
+
+    @property
+    def head_size(self) -> int:
+        """D, the width of a head."""
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def inner_size(self) -> int:
+        """I, the width inside the feed-forward."""
+        return self.n_inner or 4 * self.n_embd
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> GPTConfig:
+        """The preset `name`, with fields overridden.
+
+        Raises:
+            InputError: Unknown preset or field, or as the constructor.
+        """
+        return _preset(cls, _MODEL_PRESETS, name, overrides)
+
+    @classmethod
+    def from_dict(cls, d: Mapping[str, Any]) -> GPTConfig:
+        """The config that a dict of our names or another package's describes.
+
+        Args:
+            d: Fields of this class (nanoGPT's names among them), and names of one family: llm-arch-research (embed_dim,
+                max_position_embeddings, …), simple-llm (emb_size, max_seq_len, head_size, …), "Build a Large Language Model
+                From Scratch" (emb_dim, context_length, drop_rate, …) or Hugging Face's GPT-2 (n_positions, activation_function,
+                resid_pdrop, …). The family's defaults fill what is not said.
+
+        Raises:
+            InputError: A name of no family, names of different families, two names that contradict one another, a Hugging Face
+                setting that this model does not have, or as the constructor.
+        """
+        if not isinstance(d, Mapping):
+            raise InputError(f"GPTConfig: the config is {type(d).__name__}, expected a dict")
+        family = _family(d)
+        given = {**{k: v for k, v in family.defaults.items() if family.aliases.get(k, k) not in d}, **d}
+        values: dict[str, Any] = {}
+        source: dict[str, str] = {}
+        for key, value in given.items():
+            if key in family.ignored:
+                continue
+            if key in family.fixed:
+                if value != family.fixed[key]:
+                    raise InputError(f"GPTConfig: {key} is {value!r}, expected {family.fixed[key]!r} (this GPT has nothing else)")
+                continue
+            name = family.aliases.get(key, key)
+            value = family.spellings.get(value, value) if isinstance(value, str) else value
+            if name in values and values[name] != value:
+                raise InputError(f"GPTConfig: {key} is {value!r}, expected {values[name]!r} as {source[name]} (both mean {name})")
+            values[name], source[name] = value, key
+        if family.counts_heads and "n_head" not in values and isinstance(values.get("n_embd"), int):
+            values["n_head"] = max(1, values["n_embd"] // 64)
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field by name, ready for JSON; `from_dict` reads it back."""
+        return asdict(self)
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters by component, and their "total"; "block" is one of n_layer, and a tied "head" counts its bias alone."""
+        c, hd, inner = self.n_embd, self.n_head * self.head_size, self.inner_size
+        norm = c * (1 + self.bias)
+        attention = 3 * hd * (c + self.has_qkv_bias) + c * (hd + self.bias)
+        ffn = inner * (c + self.bias) + c * (inner + self.bias)
+        counts = {
+            "token_embedding": self.vocab_size * c,
+            "position_embedding": self.block_size * c,
+            "block": 2 * norm + attention + ffn,
+            "final_norm": norm * self.final_norm,
+            "head": self.vocab_size * (c * (not self.tie_weights) + self.head_bias),
+        }
+        counts["total"] = sum(counts.values()) + (self.n_layer - 1) * counts["block"]
+        return counts
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a GPT is trained.
+
+    Raises:
+        InputError: A field of the wrong type or outside its range, or min_lr above learning_rate.
+    """
+
+    max_steps: int = _size(2000, "optimizer steps")
+    batch_size: int = _size(12, "sequences of a micro-batch")
+    grad_accum: int = _size(1, "micro-batches of a step")
+    optimizer: str = _choice("adamw", "muon is for the blocks' matrices, with adamw for the rest", "adamw", "muon")
+    learning_rate: float = _number(1e-3, "highest learning rate", above=True)
+    min_lr: float = _number(1e-4, "learning rate at the end of the cosine")
+    warmup_steps: int = _size(100, "steps of linear warm-up", low=0)
+    decay_steps: int | None = _size(None, "step at which the cosine ends (default: max_steps)")
+    weight_decay: float = _number(0.1, "decay of matrices and embeddings")
+    beta1: float = _number(0.9, "decay of the gradient's average", high=1)
+    beta2: float = _number(0.99, "decay of the squared gradient's average", high=1)
+    grad_clip: float = _number(1.0, "largest norm of the gradient; 0 for no limit")
+    dtype: str = _choice("auto", "of autocast; auto takes the device's fastest", "auto", "float32", "bfloat16", "float16")
+    eval_interval: int = _size(250, "steps between evaluations")
+    eval_batches: int = _size(20, "batches of an evaluation, for each split")
+    checkpoint_interval: int | None = _size(None, "steps between checkpoints (default: eval_interval)")
+    log_interval: int = _size(10, "steps between lines of the log")
+    patience: int | None = _size(None, "stop after so many evaluations without improvement (default: never)")
+    seed: int = _size(1337, "of initialisation, batches and dropout", low=0, high=2**63 - 1)
+    compile: bool = _plain(False, "run the model through torch.compile")
+    device: str | None = _plain(None, "cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.min_lr > self.learning_rate:
+            raise InputError(f"TrainConfig: min_lr is {self.min_lr}, expected at most learning_rate ({self.learning_rate})")
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> TrainConfig:
+        """The training settings that go with the model preset `name`, with fields overridden.
+
+        Raises:
+            InputError: Unknown preset or field, or as the constructor.
+        """
+        return _preset(cls, _TRAIN_PRESETS, name, overrides)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field by name, ready for JSON."""
+        return asdict(self)
+
+
+_CHARACTERS = {"vocab_size": 65, "bias": False}
+_MODEL_PRESETS: dict[str, dict[str, Any]] = {
+    "gpt2": {},
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
+    "char-cpu": {**_CHARACTERS, "block_size": 64, "n_layer": 4, "n_head": 4, "n_embd": 128},
+    "char-gpu": {**_CHARACTERS, "block_size": 256, "n_layer": 6, "n_head": 6, "n_embd": 384, "dropout": 0.2},
+}
+
+_GPT2_RECIPE = {
+    "max_steps": 600_000,
+    "batch_size": 12,
+    "grad_accum": 40,
+    "learning_rate": 6e-4,
+    "min_lr": 6e-5,
+    "warmup_steps": 2000,
+    "beta2": 0.95,
+    "eval_interval": 2000,
+    "eval_batches": 200,
+}
+_TRAIN_PRESETS: dict[str, dict[str, Any]] = {
+    "gpt2": _GPT2_RECIPE,
+    "gpt2-medium": {**_GPT2_RECIPE, "learning_rate": 3e-4, "min_lr": 3e-5},
+    "gpt2-large": {**_GPT2_RECIPE, "learning_rate": 2.5e-4, "min_lr": 2.5e-5},
+    "gpt2-xl": {**_GPT2_RECIPE, "learning_rate": 2e-4, "min_lr": 2e-5},
+    "char-cpu": {"max_steps": 4000, "learning_rate": 4e-3, "min_lr": 4e-4, "eval_interval": 500},
+    "char-gpu": {"max_steps": 5000, "batch_size": 64, "eval_batches": 200},
+}
+
+
+@dataclass(frozen=True)
+class _Family:
+    """The names of another package for our fields, and what it takes for granted."""
+
+    aliases: dict[str, str]
+    defaults: dict[str, Any]
+    spellings: dict[str, str] = field(default_factory=dict)  # its values -> ours
+    fixed: dict[str, Any] = field(default_factory=dict)  # settings that can only have this value here
+    ignored: frozenset[str] = frozenset()  # settings that do not change the model
+    counts_heads: bool = False  # heads not given: n_embd // 64
+
+    def knows(self, key: str) -> bool:
+        return key in self.aliases or key in self.fixed or key in self.ignored
+
+
+_OWN = _Family({}, {})
+# fmt: off
+_HF_IGNORED = frozenset({
+    "_attn_implementation_autoset", "_name_or_path", "architectures", "attn_implementation", "bos_token_id", "dtype",
+    "eos_token_id", "gradient_checkpointing", "id2label", "initializer_range", "label2id", "output_attentions",
+    "output_hidden_states", "output_past", "pad_token_id", "reorder_and_upcast_attn", "return_dict", "summary_activation",
+    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params",
+    "torch_dtype", "transformers_version", "use_cache",
+})
+# fmt: on
+_PLAIN_HEAD = {"tie_weights": False, "head_bias": True, "final_norm": False}
+_FAMILIES = {
+    "llm-arch-research": _Family(
+        {"embed_dim": "n_embd", "num_heads": "n_head", "num_layers": "n_layer", "max_position_embeddings": "block_size"},
+        _PLAIN_HEAD,
+    ),
+    "simple-llm": _Family(
+        {
+            "max_seq_len": "block_size",
+            "emb_size": "n_embd",
+            "num_heads": "n_head",
+            "head_size": "head_dim",
+            "num_layers": "n_layer",
+        },
+        _PLAIN_HEAD,
+        counts_heads=True,
+    ),
+    "LLMs-from-scratch": _Family(
+        {
+            "context_length": "block_size",
+            "emb_dim": "n_embd",
+            "n_heads": "n_head",
+            "n_layers": "n_layer",
+            "drop_rate": "dropout",
+        },
+        {"tie_weights": False, "qkv_bias": False},
+    ),
+    "Hugging Face": _Family(
+        {
+            "n_positions": "block_size",
+            "n_ctx": "block_size",
+            "activation_function": "activation",
+            "layer_norm_epsilon": "eps",
+            "resid_pdrop": "dropout",
+            "embd_pdrop": "dropout",
+            "attn_pdrop": "dropout",
+            "tie_word_embeddings": "tie_weights",
+        },
+        {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1},
+        spellings={"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"},
+        fixed={
+            "model_type": "gpt2",
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+        },
+        ignored=_HF_IGNORED,
+    ),
+}
+
+
+def _family(d: Mapping[str, Any]) -> _Family:
+    """The first family that has every name of `d` that is not ours."""
+    own = [f.name for f in fields(GPTConfig)]
+    foreign = [key for key in d if key not in own]
+    valid = own + [alias for family in _FAMILIES.values() for alias in family.aliases]
+    for key in foreign:
+        if not any(family.knows(key) for family in _FAMILIES.values()):
+            raise unknown("GPTConfig", key, valid)
+    if not foreign:
+        return _OWN
+    for family in _FAMILIES.values():
+        if all(family.knows(key) for key in foreign):
+            return family
+    owners = [f"{key} ({' or '.join(name for name, family in _FAMILIES.items() if family.knows(key))})" for key in foreign]
+    raise InputError(f"GPTConfig: the names of different packages are mixed: {', '.join(owners)}; expected those of one")
+
+
+def _preset(cls: Any, presets: Mapping[str, dict[str, Any]], name: str, overrides: dict[str, Any]) -> Any:
+    if name not in presets:
+        raise unknown(f"{cls.__name__}.preset", name, presets)
+    return override(cls(**presets[name]), overrides)
+
+
+Config = TypeVar("Config", GPTConfig, TrainConfig)
+
+
+def override(config: Config, overrides: Mapping[str, Any]) -> Config:
+    """`config` with fields replaced.
+
+    Raises:
+        InputError: An unknown field, or as the constructor.
+    """
+    names = [f.name for f in fields(config)]
+    for key in overrides:
+        if key not in names:
+            raise unknown(type(config).__name__, key, names)
+    return replace(config, **overrides)
+
+
+def _check(config: GPTConfig | TrainConfig) -> None:
+    """Every field against its type and the limits in its metadata."""
+    hints = get_type_hints(type(config))
+    for f in fields(config):
+        value, limits = getattr(config, f.name), f.metadata
+        types = get_args(hints[f.name]) or (hints[f.name],)
+        if value is None and NoneType in types:
+            continue
+        wrong = f"{type(config).__name__}: {f.name} is {value!r}, expected"
+        accepted = (*types, int) if float in types else types
+        if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in types):
+            names = [{"NoneType": "None", "float": "a number"}.get(t.__name__, t.__name__) for t in types]
+            raise InputError(f"{wrong} {' or '.join(names)}")
+        if "choices" in limits and value not in limits["choices"]:
+            raise InputError(f"{wrong} one of {', '.join(map(repr, limits['choices']))}")
+        if "high" in limits and not limits["low"] <= value <= limits["high"]:
+            raise InputError(f"{wrong} an integer in [{limits['low']}, {limits['high']}]")
+        if "below" in limits and not (
+            limits["low"] <= value < limits["below"] and not (limits["above"] and value == limits["low"])
+        ):
+            raise InputError(f"{wrong} a number in {'(' if limits['above'] else '['}{limits['low']}, {limits['below']})")

@@ -1,0 +1,232 @@
+"""Weights that other packages wrote, read without running what a file asks for or allocating what it claims."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickletools
+import queue
+import re
+import threading
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from gpt.checkpoint import CONFIG, FOLDER, MODEL, OPTIMIZER, STATE, SUMS, read_json, read_tensors
+from gpt.errors import InputError
+
+WEIGHTS = (MODEL, f"{MODEL}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json", "ckpt.pt")
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+PATIENCE = 4.0  # seconds for the first answer of a network
+TORCH_TYPES = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch\.storage UntypedStorage"
+    r"|torch (Size|device|[A-Za-z0-9]+Storage|b?float(16|32|64)?|u?int(8|16|32|64)|bool|half|double|long)"
+)
+Answer = TypeVar("Answer")
+
+
+class Weights(NamedTuple):
+    """The tensors of a file or of its shards, what else the file says, and the bytes that hold them."""
+
+    path: Path
+    tensors: dict[str, torch.Tensor]
+    extra: dict[str, Any]
+    size: int
+
+
+def locate(source: str | os.PathLike[str]) -> Path:
+    """The file or folder that `source` names: a path, or a model of the Hugging Face hub, which is downloaded once.
+
+    Raises:
+        InputError: There is no such path and the hub has or gives no such model; said within a few seconds.
+    """
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    name = os.fspath(source)
+    if not isinstance(source, str) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise InputError(f"from_pretrained: {path} does not exist, expected a file, a folder or the name of a model on the hub")
+    return _download(name)
+
+
+def is_own(path: Path) -> bool:
+    """Whether `path` is a run or a checkpoint of this package."""
+    if (path / FOLDER).is_dir():
+        return True
+    if not (path / CONFIG).exists():
+        return (path / SUMS).exists()
+    return "block_size" in read_json(path / CONFIG)
+
+
+def weights_file(path: Path) -> Path:
+    """The file with the weights, or with the list of its shards, that `path` is or holds.
+
+    Raises:
+        InputError: A folder that has none, or several and none of a known name.
+    """
+    if not path.is_dir():
+        return path
+    for name in WEIGHTS:
+        if (path / name).exists():
+            return path / name
+    found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+    if len(found) == 1:
+        return found[0]
+    held = f"several: {', '.join(file.name for file in found[:3])}" if found else "none"
+    raise InputError(f"from_pretrained: {path} holds {held}, expected one file of weights ({', '.join(WEIGHTS[::2])})")
+
+
+def read_weights(path: Path) -> Weights:
+    """The tensors that the file `path` holds or lists, mapped into memory where their format allows it.
+
+    Raises:
+        InputError: It is damaged, claims more than it holds, would run code, or is of another format.
+    """
+    if path.name.endswith(".index.json"):
+        return _read_shards(path)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise InputError(f"from_pretrained: cannot read {path}: {error.strerror}") from error
+    if head.startswith(b"version https://git-lfs"):
+        raise InputError(f"from_pretrained: {path} is a pointer of Git LFS, expected the file itself (git lfs pull)")
+    if head.startswith(b"PK"):
+        if path.suffix == ".safetensors":  # torch.load goes by this name
+            raise InputError(f"from_pretrained: {path} is no safetensors but a torch.save, expected its name to end in .pt")
+        return _read_torch(path, size)
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
+        return Weights(path, read_tensors(path), {}, size)
+    old = head.startswith(b"\x80")
+    way_out = "; torch.save(torch.load(FILE, weights_only=True), FILE) renews a file from before torch 1.6" if old else ""
+    raise InputError(f"from_pretrained: {path} is damaged or no file of weights, expected safetensors or a torch.save{way_out}")
+
+
+def _read_shards(index: Path) -> Weights:
+    """The tensors of all the files that an index lists, each where the index says."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise InputError(f"from_pretrained: {index} has no weight_map, expected the name of a file for each tensor")
+    tensors: dict[str, torch.Tensor] = {}
+    size = 0
+    for name in sorted(set(places.values())):
+        if name != Path(name).name or name.endswith(".index.json") or not (index.parent / name).is_file():
+            raise InputError(f"from_pretrained: {index} lists {name!r}, expected a file beside it")
+        shard = read_weights(index.parent / name)
+        size += shard.size
+        tensors |= {key: tensor for key, tensor in shard.tensors.items() if places.get(key) == name}
+    if missing := sorted(places.keys() - tensors.keys()):
+        raise InputError(
+            f"from_pretrained: {index.parent / places[missing[0]]} lacks {missing[0]}, which {index.name} says it has"
+        )
+    return Weights(index, tensors, {}, size)
+
+
+def _read_torch(path: Path, size: int) -> Weights:
+    """What `torch.save` wrote: a state_dict, or a dict that has one as "model" or "model_state_dict"."""
+    _check_archive(path, size)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise InputError(f"from_pretrained: {path} is damaged ({type(error).__name__}: {str(error).splitlines()[0]})") from error
+    extra: Mapping[str, Any] = {}
+    for key in ("model", "model_state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content, extra = content[key], content
+    if not isinstance(content, dict) or not content:
+        raise InputError(f"from_pretrained: {path} holds a {type(content).__name__}, expected a state_dict of tensors")
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise InputError(f"from_pretrained: {path} holds {name!r}: {type(tensor).__name__}, expected a state_dict of tensors")
+    return Weights(path, dict(content), dict(extra), size)
+
+
+def _check_archive(path: Path, size: int) -> None:
+    """Refuses an archive that unpacks to more than it is, or whose pickle names anything but tensors and their storages.
+
+    torch's weights_only=True also admits `bytearray(n)`, which allocates what it is told to.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or sum(e.file_size for e in entries) > size:
+                raise InputError(
+                    f"from_pretrained: {path} is compressed or claims more than its {size:,} bytes, expected a torch.save"
+                )
+            pickles = [archive.read(e) for e in entries if e.filename.endswith("/data.pkl")]
+        if len(pickles) != 1:
+            raise InputError(f"from_pretrained: {path} is a zip of {len(entries)} files, expected a torch.save")
+        needed = _needed(pickles[0])
+    except InputError:
+        raise
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
+        raise InputError(f"from_pretrained: {path} is damaged ({error})") from error
+    if needed is not None:
+        raise InputError(
+            f"from_pretrained: {path} needs {needed} to run, refused; expected tensors alone: "
+            "where the file was made, torch.save(model.state_dict(), FILE)"
+        )
+
+
+def _needed(content: bytes) -> str | None:
+    """The first thing that a pickle would import or call by name, other than tensors and their storages."""
+    for opcode, argument, _ in pickletools.genops(io.BytesIO(content)):
+        if opcode.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
+            return opcode.name
+        if opcode.name == "GLOBAL" and not TORCH_TYPES.fullmatch(str(argument)):
+            return str(argument).replace(" ", ".")
+    return None
+
+
+def _download(name: str) -> Path:
+    """The folder of a hub's model: the cache's copy if there is one, else downloaded."""
+    import huggingface_hub
+
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+        if any((folder / weights).exists() for weights in WEIGHTS):
+            return folder
+    except (OSError, ValueError):
+        pass  # nothing there yet
+    try:
+        info = _within(PATIENCE, lambda: huggingface_hub.HfApi().model_info(name, timeout=PATIENCE))
+        files = _wanted_files([sibling.rfilename for sibling in info.siblings or []])
+        return Path(huggingface_hub.snapshot_download(name, revision=info.sha, allow_patterns=files))
+    except Exception as error:  # the hub's client lets its transport's errors through
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"from_pretrained: {name} is no path here, and the hub does not give it ({reason}): expected a network, or "
+            f"{CONFIG}, {MODEL} and tokenizer.json from https://huggingface.co/{name}/tree/main in a folder, and its path"
+        ) from error
+
+
+def _wanted_files(names: list[str]) -> list[str]:
+    """Of a repository's files, the configuration, the tokenizer, and the weights in one format."""
+    top = [name for name in names if "/" not in name]
+    safe = [name for name in top if re.fullmatch(r"model.*\.safetensors(\.index\.json)?", name)]
+    weights = safe or [name for name in top if re.fullmatch(r"pytorch_model.*\.bin(\.index\.json)?", name)]
+    return weights + [name for name in top if name in (CONFIG, "tokenizer.json", "merges.txt", SUMS, OPTIMIZER, STATE)]
+
+
+def _within(seconds: float, ask: Callable[[], Answer]) -> Answer:
+    """ask(), given up after `seconds`: on a thread, because looking up a name knows no timeout."""
+    answers: queue.SimpleQueue[tuple[Answer | None, Exception | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            answers.put((ask(), None))
+        except Exception as error:
+            answers.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        answer, error = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer in {seconds:g} s") from None
+    if error is not None:
+        raise error
+    return answer  # type: ignore[return-value]

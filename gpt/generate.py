@@ -1,0 +1,233 @@
+"""Generation: a cache of keys and values, the processors of logits, and the loop.
+
+The processors have Hugging Face's order and meaning: repetition penalty, temperature, top-k, top-p, min-p.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+import kernels
+from gpt.errors import InputError
+from gpt.inputs import check_ids, padding, positions
+
+if TYPE_CHECKING:
+    from gpt.model import GPT
+
+
+class KVCache:
+    """Keys and values of every layer, (B, H, Tmax, D) each, allocated by the first pass and filled by this and the next ones.
+
+    Args:
+        size: Tmax, the most tokens that it holds.
+        key_start: int32 (B,), the padding on the left of each row, or None.
+    """
+
+    def __init__(self, size: int, key_start: Tensor | None) -> None:
+        self.size, self.key_start = size, key_start
+        self.begin = self.filled = 0
+        self._layers: list[tuple[Tensor, Tensor]] = []
+
+    def advance(self, batch: int, tokens: int, device: torch.device) -> None:
+        """Makes room for a pass over `tokens` more tokens of `batch` rows."""
+        self.begin, self.filled = self.filled, self.filled + tokens
+        self.lengths = torch.full((batch,), self.filled, dtype=torch.int32, device=device)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Stores the pass's keys and values (B, H, T, D), and attends to all that are stored."""
+        if self.begin == 0:
+            B, H, _, D = k.shape
+            self._layers.append((k.new_zeros(B, H, self.size, D), v.new_zeros(B, H, self.size, D)))
+        keys, values = self._layers[layer]
+        keys[:, :, self.begin : self.filled] = k
+        values[:, :, self.begin : self.filled] = v
+        if self.begin == 0:
+            return kernels.causal_attention(q, k, v, key_start=self.key_start)
+        return kernels.decode_attention(q, keys, values, self.lengths, key_start=self.key_start)
+
+
+def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """logits / penalty where `seen` (B, V) and positive, logits · penalty where seen and negative."""
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """-inf for all that are smaller than the k-th largest."""
+    return logits.masked_fill(logits < logits.topk(min(k, logits.shape[-1])).values[..., -1:], -math.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """-inf outside the nucleus: the fewest of the likeliest tokens whose probabilities sum to p or more."""
+    ascending, order = logits.sort(-1)
+    outside = ascending.softmax(-1).cumsum(-1) <= 1 - p
+    outside[..., -1] = False
+    return logits.masked_fill(outside.scatter(-1, order, outside), -math.inf)
+
+
+def keep_min_p(logits: Tensor, p: float) -> Tensor:
+    """-inf for all that are less likely than p times the likeliest."""
+    probabilities = logits.softmax(-1)
+    return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), -math.inf)
+
+
+def sample(logits: Tensor, generator: torch.Generator | None) -> Tensor:
+    """(B,) int64 from p = softmax(logits): argmax p / e, e ~ Exp(1). `torch.multinomial` draws the same, but waits for a GPU."""
+    probabilities = logits.softmax(-1)
+    noise = torch.empty_like(probabilities).exponential_(1, generator=generator)
+    return (probabilities / noise.clamp_(min=torch.finfo(noise.dtype).tiny)).argmax(-1)
+
+
+@torch.no_grad()
+def generate(
+    model: GPT,
+    idx: Tensor,
+    max_new_tokens: int,
+    *,
+    do_sample: bool = True,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop_tokens: int | Sequence[int] | None = None,
+    attention_mask: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    use_cache: bool = True,
+    on_token: Callable[[Tensor], object] | None = None,
+) -> Tensor:
+    """`idx` continued by up to `max_new_tokens` tokens, without dropout.
+
+    Args:
+        idx: int64 (B, T). The model sees its last block_size tokens.
+        max_new_tokens: >= 0.
+        do_sample: False takes the likeliest token and ignores temperature, top_k, top_p and min_p.
+        temperature: Divides the logits, > 0.
+        top_k: Keeps the k likeliest tokens.
+        top_p: In (0, 1]: keeps the likeliest tokens up to and including the one at which their probabilities reach p.
+        min_p: In [0, 1]: keeps the tokens at least p times as likely as the likeliest.
+        repetition_penalty: > 0; above 1 makes tokens that a row already has less likely. Padding does not count.
+        stop_tokens: Ids that end a row, which is filled with the one it met; when all rows have ended, so does generation.
+        attention_mask: (B, T), 0 for padding on the left, 1 for tokens.
+        generator: On the model's device; None is torch's own.
+        use_cache: False computes everything anew for each token.
+        on_token: Called with each step's (B,) int64.
+
+    Returns:
+        (B, T + n), n <= max_new_tokens: the whole of `idx`, then what was generated.
+
+    Raises:
+        InputError: A setting outside its range, or an input that the model would refuse.
+    """
+    check_ids(idx, model.config.vocab_size, model.wte.weight.device)
+    stops = _check_settings(model, max_new_tokens, repetition_penalty, stop_tokens, generator)
+    if do_sample:
+        _check_sampling(temperature, top_k, top_p, min_p)
+    key_start = None if attention_mask is None else padding(attention_mask, idx)
+    B, T = idx.shape
+    ids = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], 1)
+    seen = _seen(idx, key_start, model.config.vocab_size) if repetition_penalty != 1 else None
+    stop_ids = torch.tensor(stops, dtype=torch.int64, device=idx.device)
+    stopped = torch.zeros(B, dtype=torch.bool, device=idx.device)
+    token = idx[:, -1]
+    hidden = _Window(model, key_start, min(model.config.block_size, T + max_new_tokens), use_cache)
+    length = T
+    with model.backend():
+        while length < T + max_new_tokens:
+            logits = model.head(hidden(ids[:, :length]))  # (B, V)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            if seen is not None:
+                logits = penalize_repetition(logits, seen, repetition_penalty)
+            if do_sample:
+                logits = logits / temperature
+                logits = logits if top_k is None else keep_top_k(logits, top_k)
+                logits = logits if top_p is None else keep_top_p(logits, top_p)
+                logits = logits if min_p is None else keep_min_p(logits, min_p)
+                new = sample(logits, generator)
+            else:
+                new = logits.argmax(-1)
+            token = torch.where(stopped, token, new)
+            ids[:, length] = token
+            length += 1
+            if seen is not None:
+                seen.scatter_(1, token[:, None], True)
+            if on_token is not None:
+                on_token(token)
+            if stops:
+                stopped |= torch.isin(token, stop_ids)
+                if stopped.all():
+                    break
+    return ids[:, :length]
+
+
+class _Window:
+    """The last token's hidden state: through the cache while the tokens fit the block, from the last block_size of them later."""
+
+    def __init__(self, model: GPT, key_start: Tensor | None, size: int, use_cache: bool) -> None:
+        self.model, self.key_start = model, key_start
+        self.cache = KVCache(size, key_start) if use_cache else None
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        """(B, C) for ids (B, T), one longer at each call."""
+        length, block = ids.shape[1], self.model.config.block_size
+        key_start = None if self.key_start is None else (self.key_start - max(0, length - block)).clamp(min=0)
+        window = ids[:, -block:]
+        position = positions(window.shape[1], key_start, ids.device)
+        if self.cache is None or length > block:
+            return self.model.hidden(window, position, key_start)[:, -1]
+        new = length - self.cache.filled
+        self.cache.advance(ids.shape[0], new, ids.device)
+        return self.model.hidden(window[:, -new:], position[..., -new:], None, cache=self.cache)[:, -1]
+
+
+def _seen(idx: Tensor, key_start: Tensor | None, vocab_size: int) -> Tensor:
+    """Bool (B, V): the ids in each row, not counting padding."""
+    real = torch.ones_like(idx)
+    if key_start is not None:
+        real = (torch.arange(idx.shape[1], device=idx.device) >= key_start[:, None]).long()
+    return idx.new_zeros(idx.shape[0], vocab_size).scatter_add_(1, idx, real) > 0
+
+
+def _check_settings(
+    model: GPT,
+    max_new_tokens: int,
+    repetition_penalty: float,
+    stop_tokens: int | Sequence[int] | None,
+    generator: torch.Generator | None,
+) -> list[int]:
+    """Refuses what is wrong whether sampling or not; the stop tokens as a list."""
+    if not _is_int(max_new_tokens) or max_new_tokens < 0:
+        raise InputError(f"generate: max_new_tokens is {max_new_tokens!r}, expected an integer >= 0")
+    if not _is_number(repetition_penalty) or repetition_penalty <= 0:
+        raise InputError(f"generate: repetition_penalty is {repetition_penalty!r}, expected a number > 0")
+    stops = [] if stop_tokens is None else [stop_tokens] if isinstance(stop_tokens, int) else list(stop_tokens)
+    for stop in stops:
+        if not _is_int(stop) or not 0 <= stop < model.config.vocab_size:
+            raise InputError(f"generate: stop_tokens has {stop!r}, expected ids in [0, {model.config.vocab_size})")
+    device = model.wte.weight.device
+    if generator is not None and generator.device.type != device.type:
+        raise InputError(f"generate: generator is on {generator.device}, expected {device} (the model's)")
+    return stops
+
+
+def _check_sampling(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> None:
+    if not _is_number(temperature) or temperature <= 0:
+        raise InputError(f"generate: temperature is {temperature!r}, expected a number > 0 (do_sample=False is greedy)")
+    if top_k is not None and (not _is_int(top_k) or top_k <= 0):
+        raise InputError(f"generate: top_k is {top_k!r}, expected an integer > 0 or None")
+    if top_p is not None and (not _is_number(top_p) or not 0 < top_p <= 1):
+        raise InputError(f"generate: top_p is {top_p!r}, expected a number in (0, 1] or None")
+    if min_p is not None and (not _is_number(min_p) or not 0 <= min_p <= 1):
+        raise InputError(f"generate: min_p is {min_p!r}, expected a number in [0, 1] or None")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

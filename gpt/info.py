@@ -1,0 +1,108 @@
+"""`python -m gpt.info`: what a model is made of, and what it costs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from gpt import checkpoint
+from gpt.config import GPTConfig, TrainConfig, override
+from gpt.errors import InputError
+from gpt.options import OptionParser, run_command
+
+MIB = 2**20
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    return run_command("gpt.info", _info, argv)
+
+
+def flops_per_token(config: GPTConfig) -> int:
+    """6 N + 12 n_layer n_head D T for forward and backward at full context; N leaves out embeddings that are only looked up.
+
+    Source: nanoGPT's `estimate_mfu`, after PaLM (arXiv 2204.02311), appendix B.
+    """
+    counts = config.parameter_counts()
+    n = counts["total"] - counts["position_embedding"] - (0 if config.tie_weights else counts["token_embedding"])
+    return 6 * n + 12 * config.n_layer * config.n_head * config.head_size * config.block_size
+
+
+def training_bytes(config: GPTConfig, batch_size: int) -> int:
+    """16 bytes for each parameter, and 4 · n_layer · (6 C + 4 H D + 2 I) for each token of a micro-batch.
+
+    The first are float32 weights, gradients and AdamW's two averages. The second is what a block's backward needs, in float32:
+    what its norms and additions take and give, q, k, v and attention's output, and the feed-forward around its activation.
+    """
+    width = 6 * config.n_embd + 4 * config.n_head * config.head_size + 2 * config.inner_size
+    return 16 * config.parameter_counts()["total"] + 4 * config.n_layer * width * batch_size * config.block_size
+
+
+def check_memory(config: GPTConfig, train: TrainConfig, device: torch.device) -> None:
+    """Raises InputError where training needs more memory than `device` has in all."""
+    needed = training_bytes(config, train.batch_size)
+    total = _total_memory(device)
+    if total is not None and needed > total:
+        raise InputError(
+            f"model: training {config.parameter_counts()['total']:,} parameters with batch_size {train.batch_size} takes about "
+            f"{needed / 2**30:,.0f} GiB, expected at most the {total / 2**30:,.0f} GiB of {device}"
+        )
+
+
+def _total_memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
+
+
+def _info(argv: Sequence[str]) -> int:
+    parser = OptionParser("python -m gpt.info", "Parameters by component, bytes, FLOPs and memory of a model.", model=GPTConfig())
+    parser.add_argument("target", metavar="PRESET|DIR", help="a preset, a run's folder or a checkpoint")
+    arguments, flags = parser.parse_tables(argv)
+    config = override(_config(arguments.target), flags["model"])
+    print(report(config))
+    return 0
+
+
+def _config(target: str) -> GPTConfig:
+    if Path(target).is_dir():
+        return GPTConfig.from_dict(checkpoint.read_json(checkpoint.find_checkpoint(target) / checkpoint.CONFIG))
+    return GPTConfig.preset(target)
+
+
+def report(config: GPTConfig) -> str:
+    """The table that the command prints."""
+    counts = config.parameter_counts()
+    rows = [
+        ("token embedding", counts["token_embedding"]),
+        ("position embedding", counts["position_embedding"]),
+        ("block", counts["block"]),
+        (f"{config.n_layer} blocks", config.n_layer * counts["block"]),
+        ("final norm", counts["final_norm"]),
+        ("head" + (" (the token embedding's weight)" if config.tie_weights else ""), counts["head"]),
+        ("total", counts["total"]),
+    ]
+    lines = [f"{'':<38}{'parameters':>16}{'MiB in float32':>16}"]
+    lines += [f"{name:<38}{count:>16,}{4 * count / MIB:>16,.2f}" for name, count in rows]
+    fixed = training_bytes(config, 0)
+    sequence = training_bytes(config, 1) - fixed
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{flops_per_token(config) / 1e6:,.1f} MFLOP per token, forward and backward, at context T = {config.block_size}:",
+            "  6 N + 12 n_layer n_head D T, N without embeddings that are only looked up",
+            f"{fixed / MIB:,.0f} MiB to train in float32 with AdamW, {sequence / MIB:,.1f} MiB more per sequence of a batch:",
+            "  16 bytes a parameter, 4 n_layer T (6 C + 4 n_head D + 2 I) for backward; one chunk of logits comes on top",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

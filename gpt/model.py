@@ -1,0 +1,331 @@
+"""A GPT: embedding, blocks of attention and feed-forward, head. Every fused op of `kernels` has its place here.
+
+Shapes: B sequences, T tokens, C = n_embd, H heads of D = head_size, V = vocab_size.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernels
+from gpt.config import GPTConfig, override
+from gpt.errors import InputError, unknown
+from gpt.generate import KVCache, generate
+from gpt.inputs import check_document_start, check_ids, check_targets, padding, positions
+from gpt.tokenizers import Tokenizer
+
+Seed = int | Tensor | None
+BACKENDS: dict[bool | str, str] = {True: "triton", False: "reference", "auto": "auto"}
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2**64 / φ as int64: multiples of it stay far apart
+SITES = 3  # masks of a block: attention, and the two branches
+
+
+class Pass(NamedTuple):
+    """What the blocks share in one forward pass."""
+
+    key_start: Tensor | None  # int32 (B,) or (B, T)
+    dropout_p: float
+    seeds: Sequence[Seed]  # one for each mask
+    cache: KVCache | None
+
+
+class Norm(nn.Module):
+    """LayerNorm, alone or fused with the addition before it."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.weight = nn.Parameter(torch.empty(config.n_embd))
+        self.bias = nn.Parameter(torch.empty(config.n_embd)) if config.bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.layer_norm(x, self.weight, self.bias, self.eps)
+
+    def add(self, branch: Tensor, residual: Tensor, dropout_p: float, seed: Seed) -> tuple[Tensor, Tensor]:
+        """(the norm of the sum, the sum) of residual and dropout(branch)."""
+        return kernels.add_layer_norm(branch, residual, self.weight, self.bias, self.eps, dropout_p=dropout_p, seed=seed)
+
+
+class Attention(nn.Module):
+    """proj(causal_attention(q, k, v)), with q, k and v views of one projection."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.n_head, self.head_size = layer, config.n_head, config.head_size
+        width = config.n_head * config.head_size
+        self.qkv = nn.Linear(config.n_embd, 3 * width, bias=config.has_qkv_bias)
+        self.proj = nn.Linear(width, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor, run: Pass) -> Tensor:
+        B, T, _ = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, self.head_size)
+        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))  # (B, H, T, D), strided
+        if run.cache is None:
+            seed = run.seeds[SITES * self.layer]
+            y = kernels.causal_attention(q, k, v, key_start=run.key_start, dropout_p=run.dropout_p, seed=seed)
+        else:
+            y = run.cache.attend(self.layer, q, k, v)
+        return self.proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, H, T, D) -> (B, T, HD) -> (B, T, C)
+
+
+class FeedForward(nn.Module):
+    """down(activation(up(x)))."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.up = nn.Linear(config.n_embd, config.inner_size, bias=config.bias)
+        self.down = nn.Linear(config.inner_size, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.activation == "relu":
+            return self.down(F.relu(self.up(x)))
+        approximate = "tanh" if self.activation == "gelu_tanh" else "none"
+        return kernels.gelu_ffn(x, self.up.weight, self.up.bias, self.down.weight, self.down.bias, approximate=approximate)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each added to the stream before (norm="pre") or behind which (norm="post") a norm stands.
+
+    A pre-norm block hands its last branch on unadded, because the norm that fuses the addition is the next block's.
+    """
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.post = layer, config.norm == "post"
+        self.ln_1 = Norm(config)
+        self.attn = Attention(config, layer)
+        self.ln_2 = Norm(config)
+        self.ffn = FeedForward(config)
+
+    def forward(self, branch: Tensor | None, x: Tensor, run: Pass) -> tuple[Tensor | None, Tensor]:
+        p, (_, seed_1, seed_2) = run.dropout_p, run.seeds[SITES * self.layer : SITES * (self.layer + 1)]
+        if self.post:
+            x, _ = self.ln_1.add(self.attn(x, run), x, p, seed_1)
+            x, _ = self.ln_2.add(self.ffn(x), x, p, seed_2)
+            return None, x
+        y, x = (self.ln_1(x), x) if branch is None else self.ln_1.add(branch, x, p, seed_1)
+        y, x = self.ln_2.add(self.attn(y, run), x, p, seed_2)
+        return self.ffn(y), x
+
+
+class Head(nn.Module):
+    """The head's own parameters: none where it is tied and has no bias."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.weight = None if config.tie_weights else nn.Parameter(torch.empty(config.vocab_size, config.n_embd))
+        self.bias = nn.Parameter(torch.empty(config.vocab_size)) if config.head_bias else None
+
+
+class GPT(nn.Module):
+    """A GPT whose fused ops run in Triton or in plain PyTorch, with the same parameters.
+
+    Args:
+        config: A GPTConfig, a dict in any package's names that `GPTConfig.from_dict` knows, or a preset's name. Left out, the
+            overrides alone count, in any of those names, over GPTConfig's defaults (GPT-2 124M).
+        use_triton: False for the references, True for kernels wherever they apply, "auto" for the faster of the two. It can be
+            set at any time.
+        device, dtype: Of the parameters; torch's defaults.
+        **overrides: Fields of GPTConfig to change.
+
+    Raises:
+        InputError: A config that cannot be, or another use_triton.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig | Mapping[str, Any] | str | None = None,
+        *,
+        use_triton: bool | str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **overrides: Any,
+    ) -> None:
+        super().__init__()
+        self.config = config = _resolve(config, overrides)
+        self.dropout_seed: Seed = None
+        with torch.device("meta"):
+            self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
+            self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+            self.ln_f = Norm(config) if config.final_norm else None
+            self.lm_head = Head(config)
+        self.to(dtype=dtype).to_empty(device=torch.get_default_device() if device is None else device)
+        self.reset_parameters()
+        self.use_triton = use_triton
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws each parameter as GPT-2 does: deviation 0.02, 0.02 / sqrt(2 n_layer) where a branch ends; biases 0, norms 1."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.ndim == 1:
+                parameter.fill_(1)
+            else:
+                last = name.endswith(("attn.proj.weight", "ffn.down.weight"))
+                parameter.normal_(0, 0.02 / math.sqrt(2 * self.config.n_layer) if last else 0.02)
+
+    @property
+    def use_triton(self) -> bool | str:
+        """False, True or "auto". True gives a FallbackWarning where Triton cannot be had, and the references run there."""
+        return self._use_triton
+
+    @use_triton.setter
+    def use_triton(self, value: bool | str) -> None:
+        if not isinstance(value, (bool, str)) or value not in BACKENDS:
+            raise InputError(f"GPT: use_triton is {value!r}, expected True, False or 'auto'")
+        self._use_triton = value
+        if value is True:
+            kernels.warn_if_unavailable(self.wte.weight.device, self.wte.weight.dtype)
+
+    @property
+    def max_seq_len(self) -> int:
+        """The longest input, in tokens."""
+        return self.config.block_size
+
+    def num_parameters(self) -> int:
+        """Parameters in all; a tied head counts once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        document_start: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the next token at every position, or the mean cross-entropy of `targets`.
+
+        Args:
+            idx: int64 (B, T), ids in [0, V), T <= block_size.
+            targets: int64 (B, T), ids or -100 where the loss does not look; they are not shifted here.
+            attention_mask: (B, T), 0 for padding, which stands on the left, 1 for tokens. Positions count from the first token.
+            document_start: int32 (B, T), for each token the index at which its document starts. Documents do not see each other,
+                and positions restart.
+
+        Returns:
+            (B, T, V) logits; with targets a float32 scalar, for which the logits are never held.
+
+        Raises:
+            InputError: Any of these of another type, shape or device; T > block_size; padding that is not on the left; both
+                attention_mask and document_start; on a CPU also ids outside [0, V), or a document_start behind its token.
+        """
+        check_ids(idx, self.config.vocab_size, self.wte.weight.device)
+        if targets is not None:
+            check_targets(targets, idx)
+        if idx.shape[1] > self.config.block_size:
+            raise InputError(f"GPT: idx has {idx.shape[1]} tokens, expected at most {self.config.block_size} (block_size)")
+        if attention_mask is not None and document_start is not None:
+            raise InputError("GPT: attention_mask and document_start are both given, expected at most one of them")
+        key_start = None
+        if attention_mask is not None:
+            key_start = padding(attention_mask, idx)
+        elif document_start is not None:
+            check_document_start(document_start, idx)
+            key_start = document_start
+        position = positions(idx.shape[1], key_start, idx.device)
+        with self.backend():
+            x = self.hidden(idx, position, key_start, self.config.dropout if self.training else 0.0)
+            if targets is None:
+                return self.head(x)
+            return kernels.linear_cross_entropy(x, self.head_weight, targets, self.lm_head.bias)
+
+    def hidden(
+        self, idx: Tensor, position: Tensor, key_start: Tensor | None, dropout_p: float = 0.0, cache: KVCache | None = None
+    ) -> Tensor:
+        """The head's input (B, T, C) for tokens (B, T) at positions (T,) or (B, T)."""
+        seeds = _site_seeds(self.dropout_seed if dropout_p else None, SITES * self.config.n_layer + 2)
+        run = Pass(key_start, dropout_p, seeds, cache)
+        x = _dropout(self.wte(idx) + self.wpe(position), dropout_p, seeds[-2])  # (B, T, C)
+        branch = None
+        for block in self.blocks:
+            branch, x = block(branch, x, run)
+        if self.ln_f is None:
+            return x if branch is None else x + _dropout(branch, dropout_p, seeds[-1])
+        return self.ln_f(x) if branch is None else self.ln_f.add(branch, x, dropout_p, seeds[-1])[0]
+
+    def head(self, x: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., C)."""
+        return F.linear(x, self.head_weight, self.lm_head.bias)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, C): the token embedding's where tied."""
+        return self.wte.weight if self.lm_head.weight is None else self.lm_head.weight
+
+    def backend(self) -> kernels.model_backend:
+        """The context in which this model's ops choose their backend."""
+        return kernels.model_backend(BACKENDS[self._use_triton])
+
+    generate = generate
+
+    def save_pretrained(
+        self, directory: str | os.PathLike[str], format: str = "fused-gpt", *, tokenizer: Tokenizer | None = None
+    ) -> None:
+        """Writes config, parameters and tokenizer into `directory`, hashed: a checkpoint, or what `transformers` loads.
+
+        Args:
+            directory: A new or empty folder, or one written before.
+            format: "fused-gpt" or "huggingface".
+            tokenizer: Saved along.
+
+        Raises:
+            InputError: Another format, a model that transformers' GPT-2 cannot be, or a directory that cannot be written.
+        """
+        from gpt.checkpoint import save_model
+        from gpt.convert import save_huggingface
+
+        writers = {"fused-gpt": save_model, "huggingface": save_huggingface}
+        if format not in writers:
+            raise unknown("save_pretrained: format", format, writers)
+        writers[format](self, directory, tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        config: GPTConfig | Mapping[str, Any] | None = None,
+        *,
+        device: torch.device | str | None = None,
+        use_triton: bool | str = "auto",
+    ) -> GPT:
+        """The model at `source`, ours, Hugging Face's GPT-2, nanoGPT's or the book's: see `gpt.convert.load_pretrained`."""
+        from gpt.convert import load_pretrained
+
+        return load_pretrained(source, config, device=device, use_triton=use_triton)
+
+
+def _dropout(x: Tensor, p: float, seed: Seed) -> Tensor:
+    """dropout(x). A seeded mask is drawn by the op that draws the others, whose norm goes unused here."""
+    if p == 0:
+        return x
+    if seed is None:
+        return F.dropout(x, p)
+    return kernels.add_layer_norm(x, torch.zeros_like(x), x.new_ones(x.shape[-1]), dropout_p=p, seed=seed)[1]
+
+
+def _site_seeds(seed: Seed, count: int) -> Sequence[Seed]:
+    """seed · GOLDEN + i in wrapping int64, for each mask i: the same for an int as for a tensor."""
+    if seed is None:
+        return [None] * count
+    if isinstance(seed, Tensor):
+        return (seed * GOLDEN + torch.arange(count, device=seed.device)).unbind()
+    return [(seed * GOLDEN + i + 2**63) % 2**64 - 2**63 for i in range(count)]
+
+
+def _resolve(config: GPTConfig | Mapping[str, Any] | str | None, overrides: dict[str, Any]) -> GPTConfig:
+    if config is None:
+        return GPTConfig.from_dict(overrides)
+    if isinstance(config, str):
+        return GPTConfig.preset(config, **overrides)
+    return override(config if isinstance(config, GPTConfig) else GPTConfig.from_dict(config), overrides)

@@ -1,0 +1,195 @@
+"""Command lines from dataclasses: each field is a flag, and a key of its table in a TOML file."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import re
+import sys
+import tomllib
+import types
+import typing
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+
+from gpt.errors import InputError, unknown
+
+Values = dict[str, dict[str, Any]]
+
+
+class OptionParser(argparse.ArgumentParser):
+    """A parser whose flags are the fields of dataclasses, spelt with hyphens or underscores.
+
+    Args:
+        prog: The command, as in "python -m gpt.train".
+        description: The help's first paragraph.
+        skip: Fields that are no flags.
+        **tables: An instance for each table; its values are the defaults that the help shows.
+    """
+
+    def __init__(self, prog: str, description: str, *, skip: Collection[str] = (), **tables: Any) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,
+            formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=34, width=120),
+        )
+        self._types: dict[str, dict[str, Any]] = {}
+        for table, instance in tables.items():
+            self._types[table] = {n: t for n, t in field_types(type(instance)).items() if n not in skip}
+            group = self.add_argument_group(table)
+            for field in dataclasses.fields(instance):
+                if field.name in self._types[table]:
+                    _add_flag(group, field, self._types[table][field.name], getattr(instance, field.name))
+
+    def parse_tables(self, argv: Sequence[str]) -> tuple[argparse.Namespace, Values]:
+        """Parses a command line.
+
+        Returns:
+            The arguments that belong to no table, and by table the values of the flags that were given.
+
+        Raises:
+            InputError: An unknown flag (with the nearest valid one) or a value of the wrong type.
+        """
+        namespace, rest = self.parse_known_args([_with_underscores(argument) for argument in argv])
+        for argument in rest:
+            if not argument.startswith("-"):
+                raise InputError(f"unexpected argument {argument!r}, expected flags (--help lists them)")
+            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            raise unknown("flag", argument.partition("=")[0], flags)
+        given = vars(namespace)
+        values = {
+            table: {name: convert(f"--{name}", t, given.pop(name)) for name, t in fields.items() if name in given}
+            for table, fields in self._types.items()
+        }
+        return namespace, values
+
+    def read_file(self, path: str, tables: Collection[str]) -> Values:
+        """The values in a TOML file's `tables`, by table.
+
+        Raises:
+            InputError: The file is unreadable or no TOML, has an unknown table or key (with the nearest valid one), or a value
+                of the wrong type.
+        """
+        try:
+            content = tomllib.loads(Path(path).read_text("utf-8"))
+        except OSError as error:
+            raise InputError(f"--config: cannot read {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise InputError(f"--config: {path} is no TOML: {error}") from error
+        values: Values = {table: {} for table in tables}
+        for table, entries in content.items():
+            if table not in values:
+                raise unknown(f"--config: {path}: table", table, tables)
+            if not isinstance(entries, dict):
+                raise InputError(f"--config: {path}: {table} is {entries!r}, expected a table [{table}]")
+            for name, value in entries.items():
+                if name not in self._types[table]:
+                    raise unknown(f"--config: {path}: [{table}] key", name, self._types[table])
+                values[table][name] = convert(f"--config: {path}: [{table}] {name}", self._types[table][name], value)
+        return values
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+def run_command(name: str, command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns its exit code: 2 after an InputError, said in one line on stderr; 130 after Ctrl-C."""
+
+    def say(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"{name}: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = say
+        try:
+            return command(sys.argv[1:] if argv is None else argv)
+        except InputError as error:
+            print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            return 130
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    """The annotated type of each field of a dataclass; a Literal where the metadata has `choices`."""
+    hints = typing.get_type_hints(cls)
+    return {
+        field.name: Literal[tuple(field.metadata["choices"])] if "choices" in field.metadata else hints[field.name]
+        for field in dataclasses.fields(cls)
+    }
+
+
+def convert(where: str, expected: Any, value: Any) -> Any:
+    """`value`, a flag's text or a TOML value, as the type `expected`.
+
+    Args:
+        where: What to name in the error.
+        expected: bool, int, float, str, a Literal of strings, tuple[str, ...], or a union of these and None ("none" in text).
+
+    Raises:
+        InputError: It is none.
+    """
+    for option in get_args(expected) if _is_union(expected) else (expected,):
+        try:
+            return _parse(option, value)
+        except ValueError:
+            continue
+    raise InputError(f"{where} is {value!r}, expected {describe(expected)}")
+
+
+def describe(expected: Any) -> str:
+    """A type as help and errors show it: "int|none", "true|false", "auto|float32"."""
+    if _is_union(expected):
+        return "|".join(describe(option) for option in get_args(expected))
+    if get_origin(expected) is Literal:
+        return "|".join(get_args(expected))
+    if get_origin(expected) is tuple:
+        return "text ..."
+    return {bool: "true|false", str: "text", types.NoneType: "none"}.get(expected, getattr(expected, "__name__", str(expected)))
+
+
+def show(value: Any) -> str:
+    """A value as one would type it."""
+    if isinstance(value, tuple):
+        return " ".join(map(show, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _is_union(expected: Any) -> bool:
+    return get_origin(expected) in (Union, types.UnionType)
+
+
+def _parse(expected: Any, value: Any) -> Any:
+    """Raises ValueError where `value` is no `expected`, which is no union."""
+    text = isinstance(value, str)
+    if get_origin(expected) is tuple and (text or isinstance(value, list)):
+        return tuple(_parse(get_args(expected)[0], item) for item in ([value] if text else value))
+    if (get_origin(expected) is Literal and value in get_args(expected)) or (expected is str and text):
+        return value
+    if expected is types.NoneType and text and value.lower() == "none":
+        return None
+    if expected is bool and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
+    if expected in (int, float) and not isinstance(value, bool) and isinstance(value, (str, int, expected)):
+        return expected(value)
+    raise ValueError
+
+
+def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], expected: Any, default: Any) -> None:
+    kind: dict[str, Any] = {}
+    if expected is bool:
+        kind = {"nargs": "?", "const": "true"}
+    elif get_origin(expected) is tuple:
+        kind, expected = {"nargs": "+"}, get_args(expected)[0]
+    help_text = f"{field.metadata['help']} (default: {show(default)})".replace("%", "%%")
+    group.add_argument(f"--{field.name}", metavar=describe(expected), help=help_text, **kind)
+
+
+def _with_underscores(argument: str) -> str:
+    flag = re.match(r"--[A-Za-z][\w-]*(?==|$)", argument)
+    return "--" + flag[0][2:].replace("-", "_") + argument[flag.end() :] if flag else argument

@@ -1,0 +1,48 @@
+"""A model's own calls of the fused ops, as cases for `kernels.preflight`."""
+
+from __future__ import annotations
+
+import torch
+
+import kernels
+from gpt.config import GPTConfig
+
+
+def preflight(
+    config: GPTConfig, device: torch.device, batch_size: int, seq_len: int, dtype: torch.dtype, parameters: torch.dtype
+) -> kernels.Report:
+    """Checks each op of a model, forward and backward, at the shapes of a forward pass over (batch_size, seq_len) tokens.
+
+    Args:
+        config: The model's.
+        device: The model's.
+        batch_size: Sequences of a micro-batch.
+        seq_len: Tokens of a sequence.
+        dtype: What the ops compute in: the autocast dtype, or the parameters'.
+        parameters: The parameters' own dtype, which the residual stream shares.
+    """
+    return kernels.preflight(cases(config, batch_size, seq_len, parameters), device, dtype)
+
+
+def cases(
+    config: GPTConfig, batch_size: int, seq_len: int, parameters: torch.dtype
+) -> list[tuple[str, kernels.Case]]:
+    """(op, case) for each op that the model calls, with its options and layouts."""
+    n, c = batch_size * seq_len, config.n_embd
+    heads = {"B": batch_size, "H": config.n_head, "D": config.head_size}
+    dropout = {"dropout_p": config.dropout, "seed": 1} if config.dropout else {}
+    norm = {"parameters": parameters, "bias": config.bias}
+    found = [
+        ("causal_attention", {**heads, "Tq": seq_len, "Tk": seq_len}, {"layout": "qkv", **dropout}),
+        ("decode_attention", {**heads, "Tq": 1, "Tmax": config.block_size}, {}),
+        ("add_layer_norm", {"N": n, "C": c}, {**norm, "residual": parameters, **dropout}),
+        ("linear_cross_entropy", {"N": n, "C": c, "V": config.vocab_size}, {"bias": config.head_bias}),
+    ]
+    if config.norm == "pre":
+        found.append(("layer_norm", {"N": n, "C": c}, norm))
+    if config.activation != "relu":
+        approximate = "tanh" if config.activation == "gelu_tanh" else "none"
+        found.append(
+            ("gelu_ffn", {"N": n, "C": c, "I": config.inner_size}, {"bias": config.bias, "approximate": approximate})
+        )
+    return [(op, kernels.Case(sizes, options)) for op, sizes, options in found]

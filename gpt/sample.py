@@ -1,0 +1,171 @@
+"""`python -m gpt.sample`: continues a prompt with a trained model, as the tokens come."""
+
+from __future__ import annotations
+
+import codecs
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt.checkpoint import find_checkpoint, load_checkpoint_tokenizer, load_model
+from gpt.corpus import read_text
+from gpt.errors import InputError
+from gpt.model import GPT
+from gpt.options import OptionParser, run_command
+from gpt.tokenizers import Tokenizer, first_ids
+from gpt.trainer import USE_TRITON, pick_device
+
+
+def _option(default: Any, help: str, **limits: Any) -> Any:
+    return field(default=default, metadata={"help": help, **limits})
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """What to continue, and how tokens are chosen."""
+
+    checkpoint: str | None = _option(None, "a run's folder, of which the newest valid checkpoint is taken, or a checkpoint")
+    prompt: str | None = _option(None, "text to continue; - reads it from stdin (default: a new line)")
+    prompt_file: str | None = _option(None, "a UTF-8 file with the text to continue")
+    num_samples: int = _option(1, "how many continuations")
+    max_new_tokens: int = _option(200, "the most tokens of a continuation")
+    temperature: float = _option(0.8, "divides the logits: below 1 bolder, above 1 wilder")
+    top_k: int | None = _option(None, "choose among the k likeliest tokens")
+    top_p: float | None = _option(None, "choose among the likeliest tokens whose probabilities sum to p")
+    min_p: float | None = _option(None, "choose among the tokens at least p times as likely as the likeliest")
+    repetition_penalty: float = _option(1.0, "above 1 makes tokens that came before less likely")
+    stop: tuple[str, ...] = _option((), "texts at which a continuation ends; they are not shown")
+    seed: int = _option(1337, "the same seed gives the same continuations")
+    greedy: bool = _option(False, "always the likeliest token")
+    device: str | None = _option(None, "cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    use_triton: str = _option("auto", "fused kernels: where faster, wherever they apply, or never", choices=tuple(USE_TRITON))
+
+
+class Stopped(Exception):
+    """A stop text came."""
+
+
+class TextStream:
+    """Turns token ids into text as they come, whole characters only, and ends before the first of `stops`."""
+
+    def __init__(self, tokenizer: Tokenizer, write: Callable[[str], object], stops: Sequence[str] = ()) -> None:
+        self.tokenizer, self.write, self.stops = tokenizer, write, stops
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""  # could be the beginning of a stop text
+
+    def token(self, ids: Tensor) -> None:
+        """Takes the next token, as generate's `on_token` gives it, for one row; raises Stopped at a stop text."""
+        self._take(self._decoder.decode(self.tokenizer.decode_bytes(ids.tolist())))
+
+    def end(self) -> None:
+        """Writes what was held back."""
+        self._take(self._decoder.decode(b"", True))
+        self.write(self._held)
+        self._held = ""
+
+    def _take(self, text: str) -> None:
+        self._held += text
+        found = [place for stop in self.stops if (place := self._held.find(stop)) >= 0]
+        if found:
+            self.write(self._held[: min(found)])
+            self._held = ""
+            raise Stopped
+        begin = next(
+            (i for i in range(len(self._held)) if any(s.startswith(self._held[i:]) for s in self.stops)), len(self._held)
+        )
+        self.write(self._held[:begin])
+        self._held = self._held[begin:]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    return run_command("gpt.sample", _sample, argv)
+
+
+def _sample(argv: Sequence[str]) -> int:
+    parser = OptionParser("python -m gpt.sample", "Continues a prompt with a trained model.", sample=SampleConfig())
+    config = SampleConfig(**parser.parse_tables(argv)[1]["sample"])
+    prompt = _prompt(config)
+    if config.checkpoint is None:
+        raise InputError("--checkpoint is not given, expected the folder of a run or a checkpoint")
+    if config.num_samples < 1:
+        raise InputError(f"--num_samples is {config.num_samples}, expected at least 1")
+    if not 0 <= config.seed < 2**63:
+        raise InputError(f"--seed is {config.seed}, expected 0 to {2**63 - 1}")
+    if "" in config.stop:
+        raise InputError("--stop is '', expected texts that are not empty")
+    device = pick_device(config.device)
+    folder = find_checkpoint(config.checkpoint)
+    tokenizer = load_checkpoint_tokenizer(folder)
+    ids = tokenizer.encode(prompt) if prompt else first_ids(tokenizer)
+    model = load_model(folder, device=device, use_triton=USE_TRITON[config.use_triton]).eval()
+    hide_padded_ids(model, tokenizer.vocab_size)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    for number in range(config.num_samples):
+        if config.num_samples > 1:
+            print(f"{'' if number == 0 else chr(10)}--- {number + 1} ---")
+        _continue(model, tokenizer, prompt, ids, config, generator)
+    return 0
+
+
+def hide_padded_ids(model: GPT, vocab_size: int) -> None:
+    """Makes ids from `vocab_size` up impossible: a vocabulary padded for speed has rows that mean nothing."""
+    if model.config.vocab_size > vocab_size:
+        head = model.head
+
+        def limited(x: Tensor) -> Tensor:
+            logits = head(x)
+            logits[..., vocab_size:] = -math.inf
+            return logits
+
+        model.head = limited  # type: ignore[method-assign]
+
+
+def _prompt(config: SampleConfig) -> str:
+    if config.prompt is not None and config.prompt_file is not None:
+        raise InputError("--prompt and --prompt_file are both given, expected one of them")
+    if config.prompt == "-":
+        try:
+            return sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"--prompt: stdin is not UTF-8 at byte {error.start}") from error
+    return read_text(Path(config.prompt_file)) if config.prompt_file is not None else config.prompt or ""
+
+
+def _continue(
+    model: GPT, tokenizer: Tokenizer, prompt: str, ids: Sequence[int], config: SampleConfig, generator: torch.Generator
+) -> None:
+    """Prints one continuation of the prompt, behind the prompt."""
+
+    def write(text: str) -> None:
+        print(text, end="", flush=True)
+
+    write(prompt)
+    stream = TextStream(tokenizer, write, config.stop)
+    try:
+        model.generate(
+            torch.tensor([ids], device=model.wte.weight.device),
+            config.max_new_tokens,
+            do_sample=not config.greedy,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            min_p=config.min_p,
+            repetition_penalty=config.repetition_penalty,
+            generator=generator,
+            on_token=stream.token,
+        )
+        stream.end()
+    except Stopped:
+        pass
+    print()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,369 @@
+"""The training loop: evaluation, log, checkpoints, and a stop at any moment that can be taken up again bit by bit."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt import checkpoint
+from gpt.cache import replacing
+from gpt.config import TrainConfig
+from gpt.data import IGNORED, Batch, Split, Stream, TokenData
+from gpt.errors import InputError
+from gpt.model import GPT
+from gpt.plot import plot_log
+from gpt.step import NonFiniteError, TrainStep, learning_rate
+from gpt.tokenizers import first_ids
+
+LOG, PLOT, SAMPLE = "log.jsonl", "loss.png", "sample.txt"
+SAMPLE_TOKENS = 500
+USE_TRITON: dict[str, bool | str] = {"auto": "auto", "true": True, "false": False}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended: `signal` is the one that stopped it, and the losses are over the whole validation split, if it was not."""
+
+    step: int
+    validation_loss: float | None = None
+    bigram_loss: float | None = None
+    sample: str | None = None
+    checkpoint: Path | None = None
+    signal: int | None = None
+
+
+class Trainer:
+    """Trains `model` on `data`; everything is checked here, and nothing written before `run`.
+
+    Args:
+        model: Moved to `config.device`.
+        data: The tokens; batches are functions of (config.seed, step).
+        config: How long and how.
+        out: The run's folder, for log, checkpoints, plot and sample; None writes nothing.
+        resume: Go on from the newest valid checkpoint in `out`.
+        options: What else a checkpoint should tell about the run; ready for JSON.
+
+    Raises:
+        InputError: Model, data, config and folder do not fit one another.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        data: TokenData,
+        config: TrainConfig | None = None,
+        *,
+        out: str | os.PathLike[str] | None = None,
+        resume: bool = False,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.config = config = config or TrainConfig()
+        self.data = data
+        self.out = None if out is None else Path(out)
+        self.block_size = model.config.block_size
+        self.options = dict(options or {})
+        data.check(self.block_size)
+        if data.tokenizer.vocab_size > model.config.vocab_size:
+            vocab_size, needed = model.config.vocab_size, data.tokenizer.vocab_size
+            raise InputError(f"Trainer: the model's vocab_size is {vocab_size}, expected at least the tokenizer's {needed}")
+        self.model = model.to(pick_device(config.device))
+        self._step = TrainStep(model, config, torch.compile(model) if config.compile else None)
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self._best, self._worse = math.inf, 0
+        self._logged = (0, 0.0)
+        self._saved: Path | None = None
+        if self.out is not None:
+            self._check_folder(self.out, resume)
+            if resume:
+                self._restore(self.out)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._step.device
+
+    @property
+    def precision(self) -> str:
+        """The dtype of forward and backward, as in "bfloat16"."""
+        return str(self._step.dtype).removeprefix("torch.")
+
+    def run(self) -> TrainResult:
+        """Trains until max_steps, until patience is spent, or until Ctrl-C or SIGTERM, which finish the step, save and return.
+
+        Raises:
+            NonFiniteError: A loss or gradient was not finite; that step changed nothing, and its batch is kept in `out`.
+            InputError: The folder cannot be written.
+        """
+        from tqdm import tqdm
+
+        done = self.step >= self.config.max_steps
+        if self.out is not None:
+            self._prepare(self.out, keep_final=done)
+        losses: dict[str, float] = {}
+        wait = 0.1 if sys.stderr.isatty() else 10.0
+        self.model.train()
+        with (
+            _stop_signals() as received,
+            tqdm(total=self.config.max_steps, initial=self.step, unit="step", mininterval=wait, dynamic_ncols=True) as bar,
+        ):
+            while not done and not received:
+                record = self._train_step()
+                done = self.step >= self.config.max_steps
+                if self._due(self.config.eval_interval):
+                    record |= {"train_estimate": self.estimate("train"), "validation_loss": self.estimate("validation")}
+                    bar.write("step {step}: train {train_estimate:.4f}, validation {validation_loss:.4f}".format(**record))
+                    done |= self._patience_spent(record["validation_loss"])
+                if done:
+                    losses = self._final_losses()
+                    record |= {"final": True, **losses}
+                bar.set_postfix_str(
+                    f"loss {record['train_loss']:.3f}, {record['tokens_per_second']:,.0f} tokens/s", refresh=False
+                )
+                bar.update()
+                if self.step == 1 or self._due(self.config.log_interval) or "validation_loss" in record:
+                    self._write_log(record)
+                if done or received or self._due(self.config.checkpoint_interval or self.config.eval_interval):
+                    self._save()
+        if not done:
+            return TrainResult(self.step, checkpoint=self._saved, signal=received[0])
+        losses = losses or self._final_losses()
+        return TrainResult(self.step, losses["validation_loss"], losses["bigram_loss"], self._finish(), self._saved)
+
+    def evaluate(self, split: Split) -> float:
+        """The mean loss over the whole split, in windows of block_size."""
+        return self._mean_loss(self.data.windows(split, self.config.batch_size, self.block_size))
+
+    def estimate(self, split: Split) -> float:
+        """The mean loss over `eval_batches` batches, the same ones each time."""
+        stream: Stream = "estimate" if split == "train" else "validation"
+        return self._mean_loss(self._draw(stream, i) for i in range(self.config.eval_batches))
+
+    def _train_step(self) -> dict[str, Any]:
+        """One step, counted and timed; returns its line for the log."""
+        rate = learning_rate(self.step, self.config)
+        started = time.perf_counter()
+        batches = [self._draw("train", self.step, i) for i in range(self.config.grad_accum)]
+        try:
+            loss, norm = self._step(batches, rate)
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                f"step {self.step + 1}: {error}; stopped before it changed anything{self._keep(batches)}"
+            ) from error
+        self.step += 1
+        self.tokens += sum(batch.inputs.numel() for batch in batches)
+        self.seconds += time.perf_counter() - started
+        tokens, seconds = self._logged
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+            "train_loss": loss,
+            "learning_rate": rate,
+            "gradient_norm": norm,
+            "tokens_per_second": (self.tokens - tokens) / (self.seconds - seconds),
+        }
+
+    def _draw(self, stream: Stream, step: int, micro_step: int = 0) -> Batch:
+        config = self.config
+        return self.data.batch(stream, config.batch_size, self.block_size, seed=config.seed, step=step, micro_step=micro_step)
+
+    def _due(self, interval: int) -> bool:
+        return self.step % interval == 0
+
+    def _mean_loss(self, batches: Iterable[Batch]) -> float:
+        total, count = 0.0, 0
+        self.model.eval()
+        with torch.no_grad():
+            for batch in batches:
+                targets = int((batch.targets != IGNORED).sum())
+                total += self._step.loss(batch).item() * targets
+                count += targets
+        self.model.train()
+        return total / max(1, count)
+
+    def _final_losses(self) -> dict[str, float]:
+        return {"validation_loss": self.evaluate("validation"), "bigram_loss": self.data.bigram_loss()}
+
+    def _patience_spent(self, loss: float) -> bool:
+        self._worse = 0 if loss < self._best else self._worse + 1
+        self._best = min(self._best, loss)
+        return self.config.patience is not None and self._worse >= self.config.patience
+
+    def _check_folder(self, out: Path, resume: bool) -> None:
+        if out.exists() and not out.is_dir():
+            raise InputError(f"out: {out} is no folder, expected one to write to")
+        if not resume and checkpoint.list_checkpoints(out):
+            raise InputError(f"out: {out} holds the checkpoints of a run, expected --resume to go on with it, or another folder")
+        parent = next(path for path in (out, *out.absolute().parents) if path.is_dir())
+        needed = (checkpoint.KEPT + 1) * 3 * sum(p.nbytes for p in self.model.parameters())  # weights and AdamW's two averages
+        free = shutil.disk_usage(parent).free
+        if not os.access(parent, os.W_OK):
+            raise InputError(f"out: cannot write to {parent}, expected a writable folder")
+        if free < needed:
+            raise InputError(f"out: {parent} has {free / 1e6:,.0f} MB free, expected {needed / 1e6:,.0f} MB for the checkpoints")
+
+    def _prepare(self, out: Path, keep_final: bool) -> None:
+        """Makes the folder, and cuts the log behind the checkpoint that the run goes on from."""
+        with _writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            checkpoint.clean(out, self.step)
+            log = out / LOG
+            lines = log.read_text("utf-8").splitlines(keepends=True) if log.exists() else []
+            kept = [line for line in lines if _belongs(line, self.step, keep_final)]
+            with replacing(log) as file:
+                file.write("".join(kept).encode("utf-8"))
+
+    def _write_log(self, record: dict[str, Any]) -> None:
+        self._logged = (self.tokens, self.seconds)
+        if self.out is not None:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+            with _writing(self.out), (self.out / LOG).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(finite) + "\n")
+
+    def _keep(self, batches: Sequence[Batch]) -> str:
+        """Saves the batches of a step that failed; returns where, as the end of a sentence."""
+        if self.out is None:
+            return ""
+        path = self.out / f"non-finite-step-{self.step + 1}.safetensors"
+        named = {f"{i}/{name}": t for i, batch in enumerate(batches) for name, t in batch._asdict().items() if t is not None}
+        with _writing(self.out):
+            checkpoint.write_tensors(path, named)
+        return f", its batch is in {path}"
+
+    def _save(self) -> None:
+        if self.out is None:
+            return
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "best": self._best if math.isfinite(self._best) else None,
+            "worse": self._worse,
+            "rng": {
+                "cpu": _to_hex(torch.get_rng_state()),
+                "cuda": _to_hex(torch.cuda.get_rng_state(self.device)) if self.device.type == "cuda" else None,
+            },
+            "scaler": self._step.scaler.state_dict(),
+            "data_identity": self.data.identity,
+            "train": self.config.to_dict(),
+            **self.options,
+        }
+        self._saved = checkpoint.save_checkpoint(
+            self.out, self.step, self.model, self.data.tokenizer, self._step.tensors(), state
+        )
+
+    def _restore(self, out: Path) -> None:
+        folder = checkpoint.find_checkpoint(out)
+        source = folder / checkpoint.STATE
+        state = checkpoint.read_json(source)
+        saved, own = checkpoint.read_json(folder / checkpoint.CONFIG), self.model.config.to_dict()
+        try:
+            if state["data_identity"] != self.data.identity:
+                raise InputError(f"resume: the text or the tokenizer is not the one that {folder} was trained on")
+            for name in own:
+                if saved[name] != own[name]:
+                    raise InputError(f"resume: {name} is {own[name]!r}, expected {saved[name]!r} as in {folder}")
+            self.step, self.tokens, self.seconds = int(state["step"]), int(state["tokens"]), float(state["seconds"])
+            self._best, self._worse = math.inf if state["best"] is None else float(state["best"]), int(state["worse"])
+            checkpoint.copy_tensors(
+                dict(self.model.named_parameters()), checkpoint.read_tensors(folder / checkpoint.MODEL), folder / checkpoint.MODEL
+            )
+            optimizer = folder / checkpoint.OPTIMIZER
+            self._step.load_tensors(checkpoint.read_tensors(optimizer), optimizer)
+            self._step.scaler.load_state_dict(state["scaler"])
+            torch.set_rng_state(_from_hex(state["rng"]["cpu"]))
+            if self.device.type == "cuda" and state["rng"]["cuda"]:
+                torch.cuda.set_rng_state(_from_hex(state["rng"]["cuda"]), self.device)
+        except KeyError as error:
+            raise InputError(f"resume: {folder} lacks {error}, expected a run of this version") from error
+        self._logged, self._saved = (self.tokens, self.seconds), folder
+
+    def _finish(self) -> str:
+        """Draws the loss curve and writes a sample, which it returns."""
+        self.model.eval()
+        tokenizer = self.data.tokenizer
+        prompt = first_ids(tokenizer)
+        generator = torch.Generator(self.device).manual_seed(self.config.seed)
+        idx = torch.tensor([prompt], device=self.device)
+        ids = self.model.generate(idx, SAMPLE_TOKENS, temperature=0.8, generator=generator)
+        sample = tokenizer.decode(ids[0, len(prompt) :].tolist())
+        if self.out is not None:
+            with _writing(self.out):
+                (self.out / SAMPLE).write_text(sample + "\n", encoding="utf-8")
+                plot_log(self.out / LOG, self.out / PLOT)
+        return sample
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device `name`; None is a GPU if there is one, else the CPU.
+
+    Raises:
+        InputError: No such device here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device is {name!r}, expected a device of this machine ({str(error).splitlines()[0]})") from error
+    return device
+
+
+def _belongs(line: str, step: int, keep_final: bool) -> bool:
+    """Whether a line of an earlier log is part of the run up to `step`; what a kill left half-written is not."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return False
+    return record["step"] <= step and (keep_final or not record.get("final"))
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"out: cannot write to {out}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collects Ctrl-C and SIGTERM instead of dying of them; a second one interrupts at once."""
+    received: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _to_hex(state: torch.Tensor) -> str:
+    return bytes(state.tolist()).hex()
+
+
+def _from_hex(text: str) -> torch.Tensor:
+    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)

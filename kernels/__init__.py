@@ -1,0 +1,35 @@
+"""Fused Triton kernels for causal attention, LayerNorm, GELU feed-forward and linear + cross-entropy.
+
+Each op stands beside a plain PyTorch reference that defines it and that runs wherever Triton cannot; `explain` says which
+and why.
+"""
+
+from kernels import reference
+from kernels.attention import causal_attention, decode_attention
+from kernels.dispatch import Choice, FallbackWarning, explain, model_backend, use_backend, warn_if_unavailable
+from kernels.ffn import gelu_ffn
+from kernels.loss import linear_cross_entropy
+from kernels.norm import add_layer_norm, layer_norm
+from kernels.preflight import Report, preflight
+from kernels.spec import Case
+from kernels.version import __version__
+
+__all__ = [
+    "Case",
+    "Choice",
+    "FallbackWarning",
+    "Report",
+    "__version__",
+    "add_layer_norm",
+    "causal_attention",
+    "decode_attention",
+    "explain",
+    "gelu_ffn",
+    "layer_norm",
+    "linear_cross_entropy",
+    "model_backend",
+    "preflight",
+    "reference",
+    "use_backend",
+    "warn_if_unavailable",
+]

@@ -1,0 +1,166 @@
+"""Causal softmax attention: `causal_attention` for training and prefill, `decode_attention` for a cache."""
+
+from __future__ import annotations
+
+import torch
+
+from kernels import checks
+from kernels.attention import reference
+from kernels.dispatch import Op, autocast
+
+_CAUSAL = Op("causal_attention", room="attention")
+_DECODE = Op("decode_attention", room="attention")
+
+
+def causal_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    key_start: torch.Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+    deterministic: bool | None = None,
+) -> torch.Tensor:
+    """out_i = Σ_j softmax_j(scale q_i·k_j) v_j over the keys j in [key_start_i, position_i], position_i = Tk - Tq + i.
+
+    Args:
+        q: (B, H, Tq, D), float16, bfloat16, float32 or float64; any strides with a contiguous last dimension.
+        k: (B, Hkv, Tk, D) of the same dtype, Tk >= Tq; Hkv divides H, and query head h reads key head h // (H / Hkv).
+        v: Like k.
+        key_start: int32, (B,) or (B, Tq): the first key that each query may see. It serves left padding, packed documents and
+            sliding windows. Values are clamped to [0, Tk]; an empty range gives a zero row and zero gradients.
+        scale: Factor of the logits, default 1 / sqrt(D).
+        dropout_p: Probability in [0, 1) of dropping a weight after the softmax; the kept ones are scaled by 1 / (1 - p).
+        seed: None draws the mask from torch's generator. An int or a 0-d int64 tensor on q's device makes it the Philox mask of
+            the row-major index in (B, H, Tq, Tk), the same from kernel and reference.
+        deterministic: Whether gradients must be the same bits every time; None follows
+            `torch.are_deterministic_algorithms_enabled()`.
+
+    Returns:
+        (B, H, Tq, D) in q's dtype (the autocast dtype under autocast).
+
+    Raises:
+        TypeError: A tensor of another dtype, or something that is no tensor or number.
+        ValueError: Ranks, sizes, devices or strides that do not fit; dropout_p outside [0, 1); a scale that is not finite.
+        RuntimeError: ``use_backend("triton")`` cannot be honoured.
+
+    Numerics:
+        Logits, softmax and sums are float32, in base 2; one rounding at the store. Saved for backward: q, k, v, out and 4 BHTq
+        bytes of log-sum-exp.
+
+    Backend:
+        The reference runs for float64, for D > 256, and wherever `kernels.explain` says that Triton cannot run.
+
+    Source:
+        Dao, "FlashAttention-2" (2023), section 3; Vaswani et al., "Attention Is All You Need" (2017), section 3.2.1.
+    """
+    op = "causal_attention"
+    q, k, v = autocast(q, k, v)
+    sizes = checks.shapes(op, q=(q, ("B", "H", "Tq", "D")), k=(k, ("B", "Hkv", "Tk", "D")), v=(v, ("B", "Hkv", "Tk", "D")))
+    checks.same_dtype(op, q=q, k=k, v=v)
+    checks.last_contiguous(op, q=q, k=k, v=v)
+    if sizes["Tq"] > sizes["Tk"]:
+        raise ValueError(f"{op}: q has Tq={sizes['Tq']}, expected at most {sizes['Tk']} (k's Tk)")
+    _check_heads(op, "k", sizes)
+    _check_key_start(op, key_start, q, per_query=True)
+    if scale is not None:
+        checks.finite(op, "scale", scale)
+    checks.number(op, "dropout_p", dropout_p, 0, 1, open_high=True)
+    checks.seed(op, seed, q.device)
+    checks.boolean(op, "deterministic", deterministic)
+    choice = _CAUSAL.choose(q, limit=_limit(sizes, scale))
+    if choice.backend == "reference":
+        return reference.causal_attention(
+            q, k, v, key_start=key_start, scale=scale, dropout_p=dropout_p, seed=seed, deterministic=deterministic
+        )
+    from kernels.attention import kernel
+
+    return kernel.causal_attention(q, k, v, key_start, scale, dropout_p, seed, deterministic)
+
+
+def decode_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_len: torch.Tensor,
+    *,
+    key_start: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """out_i = Σ_j softmax_j(scale q_i·k_j) v_j over cached keys j in [key_start, cache_len - Tq + i].
+
+    Args:
+        q: (B, H, Tq, D) with Tq small: the newest queries, whose keys and values are already in the caches.
+        k_cache: (B, Hkv, Tmax, D) of q's dtype; Hkv divides H.
+        v_cache: Like k_cache.
+        cache_len: int32 (B,) on the device: valid keys, those of these queries included. It is read on the device, so that a CUDA
+            graph can be replayed as the cache grows. Values are clamped to [0, Tmax].
+        key_start: int32 (B,): the first key that each sequence may see (left padding).
+        scale: Factor of the logits, default 1 / sqrt(D).
+
+    Returns:
+        (B, H, Tq, D) in q's dtype. Inference only: there is no backward.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: As `causal_attention`; RuntimeError also where gradients are asked for.
+
+    Numerics:
+        As `causal_attention`; a query without keys gives zeros.
+
+    Backend:
+        As `causal_attention`.
+
+    Source:
+        Dao et al., "Flash-Decoding for long-context inference" (2023).
+    """
+    op = "decode_attention"
+    q, k_cache, v_cache = autocast(q, k_cache, v_cache)
+    cache_dims = ("B", "Hkv", "Tmax", "D")
+    sizes = checks.shapes(
+        op,
+        q=(q, ("B", "H", "Tq", "D")),
+        k_cache=(k_cache, cache_dims),
+        v_cache=(v_cache, cache_dims),
+        cache_len=(cache_len, ("B",)),
+    )
+    checks.same_dtype(op, q=q, k_cache=k_cache, v_cache=v_cache)
+    checks.last_contiguous(op, q=q, k_cache=k_cache, v_cache=v_cache)
+    checks.dtype(op, "cache_len", cache_len, torch.int32)
+    if sizes["Tq"] > sizes["Tmax"]:
+        raise ValueError(f"{op}: q has Tq={sizes['Tq']}, expected at most {sizes['Tmax']} (k_cache's Tmax)")
+    _check_heads(op, "k_cache", sizes)
+    _check_key_start(op, key_start, q, per_query=False)
+    if scale is not None:
+        checks.finite(op, "scale", scale)
+    if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad):
+        raise RuntimeError(f"{op}: an input requires a gradient, expected inference (torch.no_grad) or causal_attention")
+    choice = _DECODE.choose(q, limit=_limit(sizes, scale))
+    if choice.backend == "reference":
+        return reference.decode_attention(q, k_cache, v_cache, cache_len, key_start=key_start, scale=scale)
+    from kernels.attention import kernel
+
+    return kernel.decode_attention(q, k_cache, v_cache, cache_len, key_start, scale)
+
+
+def _limit(sizes: dict[str, int], scale: float | None) -> str | None:
+    """Why the kernels cannot take such a call, if they cannot."""
+    if sizes["D"] > 256:
+        return f"the kernel takes head dimensions up to 256, not {sizes['D']}"
+    if scale is not None and scale < 0:
+        return f"the kernel takes scales of at least 0, not {scale}"
+    return None
+
+
+def _check_heads(op: str, name: str, sizes: dict[str, int]) -> None:
+    if sizes["Hkv"] == 0 or sizes["H"] % sizes["Hkv"] != 0:
+        raise ValueError(f"{op}: {name} has Hkv={sizes['Hkv']}, expected a divisor of {sizes['H']} (q's H)")
+
+
+def _check_key_start(op: str, key_start: torch.Tensor | None, q: torch.Tensor, *, per_query: bool) -> None:
+    if key_start is None:
+        return
+    dims = ("B", "Tq") if per_query and isinstance(key_start, torch.Tensor) and key_start.ndim == 2 else ("B",)
+    checks.shapes(op, q=(q, ("B", "H", "Tq", "D")), key_start=(key_start, dims))
+    checks.dtype(op, "key_start", key_start, torch.int32)

@@ -1,0 +1,224 @@
+"""The forward pass: online softmax over tiles of keys, in base 2."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.launch import Launch, precision
+from kernels.tl_math import LOG2E, dropout_keep
+from kernels.tuning import Tile
+
+
+@triton.jit
+def load_rows(ptr, rows, stride, T, D: tl.constexpr, BLOCK_D: tl.constexpr, MASK_ROWS: tl.constexpr):
+    """(rows, BLOCK_D) of a (T, D) matrix, zero outside; without MASK_ROWS all rows are known to be inside."""
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = ptr + rows.to(tl.int64)[:, None] * stride + offs_d[None, :]
+    if MASK_ROWS:
+        tile = tl.load(ptrs, mask=(rows < T)[:, None] & (offs_d < D)[None, :], other=0.0)
+    elif D < BLOCK_D:
+        tile = tl.load(ptrs, mask=(offs_d < D)[None, :], other=0.0)
+    else:
+        tile = tl.load(ptrs)
+    return tile
+
+
+@triton.jit
+def store_rows(ptr, tile, rows, stride, T, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Writes (rows, BLOCK_D) into a (T, D) matrix, rounded to its dtype; what lies outside is dropped."""
+    offs_d = tl.arange(0, BLOCK_D)
+    ptrs = ptr + rows.to(tl.int64)[:, None] * stride + offs_d[None, :]
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=(rows < T)[:, None] & (offs_d < D)[None, :])
+
+
+@triton.jit
+def load_start(start_ptr, rows, stride, Tq, Tk):
+    """The first key of each query, clamped to [0, Tk]; rows past the end repeat the last query's."""
+    start = tl.load(start_ptr + tl.minimum(rows, Tq - 1).to(tl.int64) * stride)
+    return tl.minimum(tl.maximum(start, 0), Tk)
+
+
+@triton.jit
+def key_range(pid_m, start, Tq, Tk, HAS_START: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """[lo, hi) holds the keys of a tile of queries; every query sees all of [full_lo, full_hi). All but hi in whole tiles."""
+    first = Tk - Tq + pid_m * BLOCK_M  # the position of the tile's first query
+    hi = tl.minimum(first + BLOCK_M, Tk)
+    full_hi = (first + 1) // BLOCK_N * BLOCK_N
+    lo, full_lo = 0, 0
+    if HAS_START:
+        lo = tl.min(start, 0) // BLOCK_N * BLOCK_N
+        full_lo = tl.minimum(tl.cdiv(tl.max(start, 0), BLOCK_N) * BLOCK_N, full_hi)
+        full_hi = tl.maximum(full_hi, lo)
+        full_lo = tl.maximum(full_lo, lo)
+    return lo, full_lo, full_hi, hi
+
+
+@triton.jit
+def masked_tile(i, lo, full_lo, full_hi, BLOCK: tl.constexpr):
+    """Where the i-th tile that needs a mask begins: first those of [lo, full_lo), then those from full_hi."""
+    before = (full_lo - lo) // BLOCK
+    return tl.where(i < before, lo + i * BLOCK, full_hi + (i - before) * BLOCK)
+
+
+@triton.jit
+def masked_tiles(lo, full_lo, full_hi, hi, BLOCK: tl.constexpr):
+    return (full_lo - lo) // BLOCK + tl.cdiv(tl.maximum(hi - full_hi, 0), BLOCK)
+
+
+@triton.jit
+def is_visible(rows, keys, start, Tq, Tk, HAS_START: tl.constexpr):
+    """The causal mask of `rows` against `keys`, which broadcast against each other."""
+    visible = keys <= rows + (Tk - Tq)
+    if HAS_START:
+        visible = visible & (keys >= start)
+    return visible
+
+
+@triton.jit
+def _attend(
+    acc, row_sum, row_max, q, k_ptr, v_ptr, start, seed, pid_bh, offs_m, begin, stride_kt, stride_vt,
+    Tq, Tk, scale2, threshold,
+    D: tl.constexpr, HAS_START: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys, from `begin`, into the running softmax."""
+    offs_n = begin + tl.arange(0, BLOCK_N)
+    k = load_rows(k_ptr, offs_n, stride_kt, Tk, D, BLOCK_D, MASKED)  # (BLOCK_N, BLOCK_D)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+    if MASKED:
+        visible = is_visible(offs_m[:, None], offs_n[None, :], start[:, None], Tq, Tk, HAS_START)
+        s = tl.where(visible, s * scale2, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(s, 1))
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row without keys so far
+        p = tl.exp2(s - shift[:, None])
+    else:
+        new_max = tl.maximum(row_max, tl.max(s, 1) * scale2)
+        shift = new_max
+        p = tl.exp2(s * scale2 - shift[:, None])
+    alpha = tl.exp2(row_max - shift)
+    row_sum = row_sum * alpha + tl.sum(p, 1)
+    if HAS_DROPOUT:
+        index = (pid_bh * Tq + offs_m.to(tl.int64))[:, None] * Tk + offs_n[None, :]
+        p = tl.where(dropout_keep(seed, index, threshold), p, 0.0)
+    v = load_rows(v_ptr, offs_n, stride_vt, Tk, D, BLOCK_D, MASKED)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    return acc, row_sum, new_max
+
+
+@triton.jit
+def _attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, start_ptr, seed_ptr, out_ptr, lse2_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_ob, stride_oh, stride_ot, stride_sb, stride_st,
+    H, Tq, Tk, scale2, threshold, keep_scale,
+    GROUPS: tl.constexpr, D: tl.constexpr, HAS_START: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    num_m = tl.cdiv(Tq, BLOCK_M)
+    pid = tl.program_id(0)
+    pid_m = num_m - 1 - pid % num_m  # longest tiles first; neighbouring programs share K and V
+    pid_bh = (pid // num_m).to(tl.int64)
+    pid_b, pid_h = pid_bh // H, pid_bh % H
+    k_ptr += pid_b * stride_kb + pid_h // GROUPS * stride_kh
+    v_ptr += pid_b * stride_vb + pid_h // GROUPS * stride_vh
+
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    q = load_rows(q_ptr + pid_b * stride_qb + pid_h * stride_qh, offs_m, stride_qt, Tq, D, BLOCK_D, True)
+    start, seed = offs_m, 0
+    if HAS_START:
+        start = load_start(start_ptr + pid_b * stride_sb, offs_m, stride_st, Tq, Tk)
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
+    lo, full_lo, full_hi, hi = key_range(pid_m, start, Tq, Tk, HAS_START, BLOCK_M, BLOCK_N)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    for begin in tl.range(full_lo, full_hi, BLOCK_N):
+        acc, row_sum, row_max = _attend(
+            acc, row_sum, row_max, q, k_ptr, v_ptr, start, seed, pid_bh, offs_m, begin, stride_kt, stride_vt,
+            Tq, Tk, scale2, threshold, D, HAS_START, HAS_DROPOUT, PRECISION, False, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    for i in tl.range(0, masked_tiles(lo, full_lo, full_hi, hi, BLOCK_N)):
+        begin = masked_tile(i, lo, full_lo, full_hi, BLOCK_N)
+        acc, row_sum, row_max = _attend(
+            acc, row_sum, row_max, q, k_ptr, v_ptr, start, seed, pid_bh, offs_m, begin, stride_kt, stride_vt,
+            Tq, Tk, scale2, threshold, D, HAS_START, HAS_DROPOUT, PRECISION, True, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+
+    empty = row_max == float("-inf")
+    row_sum = tl.where(empty, 1.0, row_sum)
+    acc = acc * (keep_scale / row_sum)[:, None]
+    store_rows(out_ptr + pid_b * stride_ob + pid_h * stride_oh, acc, offs_m, stride_ot, Tq, D, BLOCK_D)
+    # +inf makes every weight of an empty row zero in backward.
+    lse2 = tl.where(empty, float("inf"), row_max + tl.log2(row_sum))
+    tl.store(lse2_ptr + pid_bh * Tq + offs_m, lse2, mask=offs_m < Tq)
+
+
+def launch_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_start: Tensor | None,
+    seed: Tensor | None,
+    out: Tensor,
+    lse2: Tensor,
+    scale: float,
+    dropout_p: float,
+    tile: Tile,
+) -> Launch:
+    """The forward pass of (B, H, Tq, D) queries into `out`, with log2-sum-exp2 of the scaled logits in `lse2` (B, H, Tq)."""
+    b, h, tq, _ = q.shape
+    arguments = {
+        "q_ptr": q,
+        "k_ptr": k,
+        "v_ptr": v,
+        "out_ptr": out,
+        "lse2_ptr": lse2,
+        **strides("q", q),
+        **strides("k", k),
+        **strides("v", v),
+        **strides("o", out),
+        **common_arguments(q, k, key_start, seed, scale, dropout_p),
+    }
+    return Launch.of(_attention_fwd_kernel, (triton.cdiv(tq, tile.block_m) * b * h,), arguments, tile)
+
+
+def strides(name: str, x: Tensor) -> dict[str, int]:
+    """The kernel's stride arguments for a tensor (B, H, T, D) whose last dimension is contiguous."""
+    return {f"stride_{name}b": x.stride(0), f"stride_{name}h": x.stride(1), f"stride_{name}t": x.stride(2)}
+
+
+def common_arguments(
+    q: Tensor, k: Tensor, key_start: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float
+) -> dict[str, Any]:
+    """What all kernels of the room take, by name."""
+    d = q.shape[3]
+    return {
+        "start_ptr": key_start,
+        "stride_sb": 0 if key_start is None else key_start.stride(0),
+        "stride_st": key_start.stride(1) if key_start is not None and key_start.ndim == 2 else 0,
+        "seed_ptr": seed,
+        "H": q.shape[1],
+        "Tq": q.shape[2],
+        "Tk": k.shape[2],
+        "scale2": scale * LOG2E.value,
+        "threshold": math.floor(dropout_p * 2**32),
+        "keep_scale": 1 / (1 - dropout_p),
+        "GROUPS": q.shape[1] // k.shape[1],
+        "D": d,
+        "HAS_START": key_start is not None,
+        "HAS_DROPOUT": seed is not None,
+        "PRECISION": precision(q.dtype),
+        "BLOCK_D": block_d(d),
+    }
+
+
+def block_d(d: int) -> int:
+    """A tile's width for head dimension `d`: what `tl.arange` and `tl.dot` allow."""
+    return max(16, triton.next_power_of_2(d))

@@ -1,0 +1,94 @@
+"""Causal attention in plain torch: the definition, the oracle, and the product on a CPU."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from kernels.philox import keep_mask
+
+
+def causal_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    key_start: torch.Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+    deterministic: bool | None = None,
+) -> torch.Tensor:
+    """softmax(scale q kᵀ + causal mask) v; see `kernels.causal_attention`."""
+    del deterministic  # torch's own kernels follow torch's own flag
+    tq, tk = q.shape[2], k.shape[2]
+    grouped = q.shape[1] != k.shape[1]
+    if seed is not None and dropout_p > 0:
+        allowed, empty = _mask(tq, tk, key_start, q.device)
+        return _attention_with_mask(q, k, v, allowed, empty, scale, dropout_p, seed)
+    if key_start is None and (tq == tk or tq == 1):
+        is_causal = tq > 1
+        return F.scaled_dot_product_attention(q, k, v, None, dropout_p, is_causal, scale=scale, enable_gqa=grouped)
+    allowed, empty = _mask(tq, tk, key_start, q.device)
+    # A row without keys would be NaN in some of torch's kernels: let it see everything, then zero it.
+    out = F.scaled_dot_product_attention(q, k, v, allowed | empty, dropout_p, scale=scale, enable_gqa=grouped)
+    return out.masked_fill(empty, 0)
+
+
+def _mask(tq: int, tk: int, key_start: torch.Tensor | None, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B or 1, 1, Tq, Tk), True where a query may look; (B or 1, 1, Tq, 1), True where it may look nowhere."""
+    keys = torch.arange(tk, device=device)
+    position = torch.arange(tk - tq, tk, device=device)
+    allowed = (keys <= position[:, None])[None]  # (1, Tq, Tk)
+    if key_start is not None:
+        start = key_start[:, None] if key_start.ndim == 1 else key_start  # (B, 1) or (B, Tq)
+        allowed = allowed & (keys >= start[:, :, None])
+    allowed = allowed[:, None]
+    return allowed, ~allowed.any(-1, keepdim=True)
+
+
+def _attention_with_mask(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    allowed: torch.Tensor,
+    empty: torch.Tensor,
+    scale: float | None,
+    dropout_p: float,
+    seed: int | torch.Tensor,
+) -> torch.Tensor:
+    """The formula written out, for the masks that torch's kernels cannot be given."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    working = torch.promote_types(q.dtype, torch.float32)
+    logits = (q.to(working) @ k.to(working).mT) * scale  # (B, H, Tq, Tk)
+    p = torch.softmax(logits.masked_fill(~(allowed | empty), -math.inf), -1)
+    keep = keep_mask(seed, logits.shape, dropout_p, q.device)
+    p = torch.where(keep, p / (1 - dropout_p), 0)
+    return (p @ v.to(working)).masked_fill(empty, 0).to(q.dtype)
+
+
+def decode_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_len: torch.Tensor,
+    *,
+    key_start: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Attention of the newest queries against a cache; see `kernels.decode_attention`."""
+    tq, tmax = q.shape[2], k_cache.shape[2]
+    grouped = q.shape[1] != k_cache.shape[1]
+    keys = torch.arange(tmax, device=q.device)
+    position = cache_len.clamp(max=tmax)[:, None] - tq + torch.arange(tq, device=q.device)  # (B, Tq)
+    allowed = keys <= position[:, :, None]  # (B, Tq, Tmax)
+    if key_start is not None:
+        allowed = allowed & (keys >= key_start[:, None, None])
+    allowed = allowed[:, None]
+    empty = ~allowed.any(-1, keepdim=True)
+    out = F.scaled_dot_product_attention(q, k_cache, v_cache, allowed | empty, scale=scale, enable_gqa=grouped)
+    return out.masked_fill(empty, 0)

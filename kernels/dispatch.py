@@ -1,0 +1,263 @@
+"""The one choice between a Triton kernel and its reference, and the reason for it.
+
+Precedence, highest first: ``use_backend(op=...)``, ``use_backend("...")``, the model's ``use_triton``, the environment variable
+``FUSED_GPT_BACKEND``, then ``"auto"``. The state is a plain module global and the environment is read once, at import, so that
+``torch.compile(fullgraph=True)`` can trace every choice.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+BACKENDS = ("triton", "reference", "auto")
+OLDEST_TRITON = (3, 6)
+OLDEST_CAPABILITY = (8, 0)
+
+
+class Choice(NamedTuple):
+    """Which backend a call takes, and why."""
+
+    backend: str  # "triton" | "reference"
+    reason: str
+
+
+class FallbackWarning(UserWarning):
+    """Triton was preferred, cannot be had here, and the reference runs instead."""
+
+
+class _Explained(BaseException):
+    """Carries the choice out of an op that `explain` calls, before anything is computed."""
+
+    def __init__(self, choice: Choice) -> None:
+        self.choice = choice
+
+
+def _installed_triton() -> tuple[int, int] | None:
+    try:
+        major, minor = importlib.metadata.version("triton").split(".")[:2]
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return int(major), int(minor)
+
+
+triton_version = _installed_triton()
+interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+interpreter_has_bfloat16 = False  # set by whoever mends the interpreter
+environment = os.environ.get("FUSED_GPT_BACKEND", "auto")
+
+_ops: dict[str, Op] = {}
+_overrides: dict[str, str] = {}  # op, room, or "all" -> backend
+_distrusted: dict[str, str] = {}  # op -> why its kernel must not run in this process
+_model = "auto"
+_explaining = False
+
+
+@dataclass(frozen=True)
+class Op:
+    """A public op as the dispatcher sees it: its name, its room, and the dtypes that its kernels take."""
+
+    name: str
+    room: str
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+
+    def __post_init__(self) -> None:
+        _ops[self.name] = self
+
+    def choose(self, tensor: torch.Tensor, *, limit: str | None = None, slower: str | None = None) -> Choice:
+        """The backend for a call whose leading tensor is `tensor`.
+
+        Args:
+            tensor: Carries the device and the dtype that the op computes in.
+            limit: Why the room's kernel cannot take this call (a head dimension, say), if it cannot.
+            slower: Why "auto" takes the reference here (a row of the tuning table), if it does.
+
+        Raises:
+            RuntimeError: ``use_backend("triton")`` or ``FUSED_GPT_BACKEND=triton`` cannot be honoured.
+        """
+        choice = self._choose(tensor.device, tensor.dtype, limit, slower)
+        if _explaining:
+            raise _Explained(choice)
+        return choice
+
+    def _choose(self, device: torch.device, dtype: torch.dtype, limit: str | None, slower: str | None) -> Choice:
+        wanted, source, binding = self._wanted()
+        if wanted == "reference":
+            return Choice("reference", source)
+        obstacle = self.obstacle(device, dtype) or limit
+        if obstacle is not None:
+            if wanted == "triton" and binding:
+                raise RuntimeError(f"{self.name}: {source} cannot be honoured: {obstacle}")
+            return Choice("reference", obstacle)
+        if wanted == "triton":
+            return Choice("triton", source)
+        if device.type == "cpu":
+            return Choice("reference", "auto: on a CPU the interpreter only serves tests")
+        if slower is not None:
+            return Choice("reference", f"auto: {slower}")
+        return Choice("triton", "auto: the kernel applies")
+
+    def _wanted(self) -> tuple[str, str, bool]:
+        """The backend asked for, by whom, and whether it must be honoured."""
+        for key in (self.name, self.room):
+            if key in _overrides:
+                return _overrides[key], f"use_backend({key}={_overrides[key]!r})", True
+        if "all" in _overrides:
+            return _overrides["all"], f"use_backend({_overrides['all']!r})", True
+        if _model != "auto":
+            return _model, f"use_triton={_model == 'triton'}", False
+        if environment not in BACKENDS:
+            raise RuntimeError(f"FUSED_GPT_BACKEND is {environment!r}, expected one of {', '.join(BACKENDS)}")
+        return environment, f"FUSED_GPT_BACKEND={environment}", True
+
+    def obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why the kernels of this op cannot run for `device` and `dtype`, or None."""
+        if self.name in _distrusted:
+            return _distrusted[self.name]
+        if triton_version is None:
+            return "triton is not installed"
+        if triton_version < OLDEST_TRITON:
+            return f"triton {'.'.join(map(str, triton_version))} is older than {'.'.join(map(str, OLDEST_TRITON))}"
+        if dtype not in self.dtypes:
+            return f"the kernel takes {', '.join(_short(d) for d in self.dtypes)}, not {_short(dtype)}"
+        if interpreting:
+            if dtype == torch.bfloat16 and not interpreter_has_bfloat16:
+                return "Triton's interpreter computes bfloat16 wrongly"
+            return None
+        if device.type != "cuda":
+            return f"tensors on {device.type} need TRITON_INTERPRET=1"
+        if torch.version.hip is not None:
+            return "ROCm is not supported"
+        capability = capability_of(device)
+        if capability < OLDEST_CAPABILITY:
+            return f"sm_{capability[0]}{capability[1]} is older than sm_80"
+        return None
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """(major, minor) of a CUDA device; this form is one that torch.compile folds."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.minor
+
+
+class use_backend:
+    """Context manager: every op, or the named ones, take `backend` inside.
+
+    Args:
+        backend: "triton", "reference" or "auto" for every op; None leaves the others as they are.
+        **per_op: The same for single ops (``causal_attention=``) or rooms (``attention=``, ``norm=``, ``ffn=``, ``loss=``).
+
+    Raises:
+        ValueError: Unknown backend, op or room. A "triton" that a call cannot honour raises RuntimeError there.
+    """
+
+    def __init__(self, backend: str | None = None, /, **per_op: str) -> None:
+        known = {op.name for op in _ops.values()} | {op.room for op in _ops.values()}
+        for key in per_op:
+            if key not in known:
+                raise ValueError(f"use_backend: {key!r} is no op or room, expected one of {', '.join(sorted(known))}")
+        self._settings = dict(per_op) if backend is None else {"all": backend, **per_op}
+        for key, value in self._settings.items():
+            if value not in BACKENDS:
+                raise ValueError(f"use_backend: {key} is {value!r}, expected one of {', '.join(BACKENDS)}")
+
+    def __enter__(self) -> None:
+        global _overrides
+        self._previous = _overrides
+        _overrides = {**_overrides, **self._settings}
+
+    def __exit__(self, *exc: object) -> None:
+        global _overrides
+        _overrides = self._previous
+
+
+class model_backend:
+    """Context manager for a model's own preference: weaker than `use_backend`, stronger than the environment.
+
+    "triton" falls back to the reference where the kernel cannot run; see `warn_if_unavailable`.
+    """
+
+    def __init__(self, backend: str) -> None:
+        if backend not in BACKENDS:
+            raise ValueError(f"model_backend: backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
+        self._backend = backend
+
+    def __enter__(self) -> None:
+        global _model
+        self._previous = _model
+        _model = self._backend
+
+    def __exit__(self, *exc: object) -> None:
+        global _model
+        _model = self._previous
+
+
+def warn_if_unavailable(device: torch.device, dtype: torch.dtype) -> None:
+    """Gives one FallbackWarning for each reason that keeps ops from Triton on `device` in `dtype`, naming the ops."""
+    reasons: dict[str, list[str]] = {}
+    for op in _ops.values():
+        obstacle = op.obstacle(device, dtype)
+        if obstacle is not None:
+            reasons.setdefault(obstacle, []).append(op.name)
+    for reason, names in reasons.items():
+        message = f"use_triton=True: {reason}; the reference runs for {', '.join(names)}"
+        warnings.warn(message, FallbackWarning, stacklevel=3)
+
+
+def distrust(op: str, reason: str) -> None:
+    """From now on the kernels of `op` cannot run in this process, for `reason`."""
+    _distrusted[op] = reason
+
+
+def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
+    """Which backend ``op(*args, **kwargs)`` would take here and now, and why. Nothing is computed.
+
+    Args:
+        op: A public op or its name.
+        *args, **kwargs: The call's own arguments; they are checked as in the call.
+
+    Raises:
+        ValueError: `op` is unknown. Whatever the call itself would refuse is refused here too.
+    """
+    import kernels
+
+    global _explaining
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in _ops:
+        raise ValueError(f"explain: {name!r} is no op, expected one of {', '.join(sorted(_ops))}")
+    _explaining = True
+    try:
+        getattr(kernels, name)(*args, **kwargs)
+    except _Explained as explained:
+        return explained.choice
+    finally:
+        _explaining = False
+    raise RuntimeError(f"explain: {name} returned without choosing a backend")
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of an enabled autocast on `device`, else None."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
+
+
+def autocast(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+    """`tensors` in the autocast dtype where autocast is enabled; float64, integers and None pass unchanged."""
+    dtype = next((autocast_dtype(t.device) for t in tensors if isinstance(t, torch.Tensor)), None)
+    if dtype is None:
+        return tensors
+    return tuple(
+        t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+    )

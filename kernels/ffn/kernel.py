@@ -1,0 +1,145 @@
+"""The room's op as torch.library sees it: products by torch, what lies between them by Triton."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.ffn.gelu import launch_backward, launch_forward
+from kernels.ffn.gemm import launch_gelu_gemm
+from kernels.tuning import architecture, gelu_gemm_tile, gelu_programs
+
+_LIBRARY = torch.library.Library("fused_gpt", "FRAGMENT")
+_LIBRARY.define(
+    "gelu_ffn_forward(Tensor x, Tensor w_up, Tensor? b_up, Tensor w_down, Tensor? b_down, bool tanh, bool save)"
+    " -> (Tensor y, Tensor h)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_LIBRARY.define(
+    "gelu_ffn_backward(Tensor dy, Tensor x, Tensor h, Tensor w_up, Tensor? b_up, Tensor w_down, bool tanh, bool need_dx,"
+    " bool need_dw_up, bool need_db_up, bool need_dw_down, bool need_db_down)"
+    " -> (Tensor dx, Tensor dw_up, Tensor db_up, Tensor dw_down, Tensor db_down)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def gelu_ffn(x: Tensor, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, b_down: Tensor | None, approximate: str) -> Tensor:
+    """`kernels.gelu_ffn` for arguments that were checked."""
+    tensors = x, w_up, b_up, w_down, b_down
+    save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    y, _ = torch.ops.fused_gpt.gelu_ffn_forward(*tensors, approximate == "tanh", save)
+    return y
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(x.numel() // x.shape[-1], x.shape[-1])
+
+
+def _forward(
+    x: Tensor, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, b_down: Tensor | None, tanh: bool, save: bool
+) -> tuple[Tensor, Tensor]:
+    """y, and h = x w_upᵀ (N, I) for backward; without `save`, GELU overwrites h, and an empty tensor stands for it."""
+    rows, (i, c) = _rows(x), w_up.shape
+    h = x.new_empty(rows.shape[0], i)
+    a = torch.empty_like(h) if save else h
+    b_up = None if b_up is None else b_up.contiguous()
+    tile = gelu_gemm_tile(architecture(x.device), x.element_size(), rows.shape[0], i, c) if save else None
+    with torch.cuda.device_of(x):
+        if tile is not None:
+            launch_gelu_gemm(rows, w_up, b_up, h, a, tanh, tile).run()
+        else:
+            torch.mm(rows, w_up.t(), out=h)
+            launch_forward(h, b_up, a, tanh).run()
+    y = x.new_empty(*x.shape[:-1], w_down.shape[0])
+    if b_down is None:
+        torch.mm(a, w_down.t(), out=_rows(y))
+    else:
+        torch.addmm(b_down, a, w_down.t(), out=_rows(y))
+    return y, h if save else x.new_empty(0)
+
+
+def _forward_fake(
+    x: Tensor, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, b_down: Tensor | None, tanh: bool, save: bool
+) -> tuple[Tensor, Tensor]:
+    h = x.new_empty(x.numel() // x.shape[-1], w_up.shape[0]) if save else x.new_empty(0)
+    return x.new_empty(*x.shape[:-1], w_down.shape[0]), h
+
+
+def _gradient_buffers(dy: Tensor, x: Tensor, h: Tensor, w_up: Tensor, w_down: Tensor, needs: tuple[bool, ...]) -> Gradients:
+    """Gradients to fill; an empty tensor stands for each that is not needed."""
+    shapes = x.shape, w_up.shape, w_up.shape[:1], w_down.shape, w_down.shape[:1]
+    dx, dw_up, db_up, dw_down, db_down = (x.new_empty(s if need else 0) for s, need in zip(shapes, needs, strict=True))
+    return dx, dw_up, db_up, dw_down, db_down
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    h: Tensor,
+    w_up: Tensor,
+    b_up: Tensor | None,
+    w_down: Tensor,
+    tanh: bool,
+    *needs: bool,
+) -> Gradients:
+    need_dx, need_dw_up, need_db_up, need_dw_down, need_db_down = needs
+    found = dx, dw_up, db_up, dw_down, db_down = _gradient_buffers(dy, x, h, w_up, w_down, needs)
+    rows, dy = _rows(x), _rows(dy)
+    b_up = None if b_up is None else b_up.contiguous()
+    a = torch.empty_like(h) if need_dw_down else None
+    with torch.cuda.device_of(x):
+        if need_dx or need_dw_up or need_db_up:
+            dh = torch.mm(dy, w_down, out=torch.empty_like(h))
+            programs = gelu_programs(h.device, *h.shape)
+            partial = h.new_empty((programs, h.shape[1]), dtype=torch.float32) if need_db_up else None
+            launch_backward(dh, h, b_up, dh, a, partial, tanh, programs).run()
+            if partial is not None:
+                db_up.copy_(partial.sum(0))
+        elif a is not None:
+            launch_forward(h, b_up, a, tanh).run()
+    if need_dx:
+        torch.mm(dh, w_up, out=_rows(dx))
+    if need_dw_up:
+        torch.mm(dh.t(), rows, out=dw_up)
+    if a is not None:
+        torch.mm(dy.t(), a, out=dw_down)
+    if need_db_down:
+        torch.sum(dy, 0, out=db_down)
+    return found
+
+
+def _backward_fake(
+    dy: Tensor, x: Tensor, h: Tensor, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, tanh: bool, *needs: bool
+) -> Gradients:
+    return _gradient_buffers(dy, x, h, w_up, w_down, needs)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, w_up, b_up, w_down, _, ctx.tanh, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, output[1], w_up, b_up, w_down)
+
+
+def _differentiate(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad[:5]
+    found = torch.ops.fused_gpt.gelu_ffn_backward(dy, *ctx.saved_tensors, ctx.tanh, *needs)
+    return *(gradient if need else None for gradient, need in zip(found, needs, strict=True)), None, None
+
+
+def _refuse(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("gelu_ffn: a gradient of its gradient is asked for, expected one derivative (use the reference)")
+
+
+for _name, _kernel, _fake in (
+    ("gelu_ffn_forward", _forward, _forward_fake),
+    ("gelu_ffn_backward", _backward, _backward_fake),
+):
+    _LIBRARY.impl(_name, _kernel, "CUDA")
+    _LIBRARY.impl(_name, _kernel, "CPU")
+    torch.library.register_fake(f"fused_gpt::{_name}", _fake, lib=_LIBRARY)
+torch.library.register_autograd("fused_gpt::gelu_ffn_forward", _differentiate, setup_context=_save, lib=_LIBRARY)
+torch.library.register_autograd("fused_gpt::gelu_ffn_backward", _refuse, lib=_LIBRARY)

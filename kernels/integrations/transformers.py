@@ -1,0 +1,243 @@
+"""The kernels in models of Hugging Face `transformers`: attention in any decoder, and GPT-2's norms, feed-forward and loss.
+
+Importing this module registers "fused_gpt" as an attention implementation::
+
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="fused_gpt")
+
+`fuse` puts the other ops into a GPT-2 that exists, and `unfuse` takes them out.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.activations import GELUActivation, GELUTanh, NewGELUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
+from transformers.models.gpt2 import modeling_gpt2
+from transformers.utils.generic import can_return_tuple
+
+import kernels
+import kernels.nn
+
+NAME = "fused_gpt"
+
+_REFUSED = ("softcap", "s_aux")  # settings of other attentions that the fall-back does not have either
+_APPROXIMATE: dict[type, str] = {NewGELUActivation: "tanh", GELUTanh: "tanh", GELUActivation: "none"}
+_said: set[str] = set()
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`kernels.causal_attention` as transformers calls an attention; sdpa, with a FallbackWarning once, for what it cannot be.
+
+    Args:
+        module: The model's attention layer.
+        query, key, value: (B, H, Tq, D), (B, Hkv, Tk, D), (B, Hkv, Tk, D).
+        attention_mask: None, what `attention_mask` below makes, or a 4-D mask of the user's.
+        dropout: Probability of dropping a weight.
+        scaling: Factor of the logits; None is 1 / sqrt(D).
+        is_causal: Overrides the layer's own `is_causal`.
+        **kwargs: What else the model hands on.
+
+    Returns:
+        (B, Tq, H, D), and None for the weights.
+
+    Raises:
+        ValueError: The model needs a soft cap or attention sinks.
+    """
+    for name in _REFUSED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{NAME} attention: the model sets {name}, expected attn_implementation='eager' for it")
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    obstacle = _obstacle(query, key, value, attention_mask, causal, kwargs)
+    if obstacle is not None:
+        _say(obstacle)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+    key_start = None if attention_mask is None else attention_mask[:, 0, :, 0]  # (B, 1) or (B, Tq)
+    if key_start is not None and key_start.shape[1] != query.shape[2]:
+        key_start = key_start[:, 0]
+    out = kernels.causal_attention(query, key, value, key_start=key_start, scale=scaling, dropout_p=dropout)
+    return out.transpose(1, 2), None
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask of a forward pass, as the first key that each query sees wherever that says it all.
+
+    Args:
+        batch_size, q_length, kv_length: B, Tq, Tk.
+        q_offset, kv_offset: Positions of the first query and of the first key.
+        mask_function: transformers' description of the pattern.
+        attention_mask: bool (B, positions), False for padding.
+        device: Of the mask.
+        **kwargs: As transformers' own mask functions take them.
+
+    Returns:
+        None: as transformers' sdpa means it. int32 (B, 1, 1 or Tq, 1): causal from that key on. bool (B, 1, Tq, Tk): anything
+        else, and whatever torch.compile traces.
+    """
+    mask = sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, device=device, **kwargs)
+    aligned = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length  # the last query sees the last key
+    if mask is None or not aligned or torch.compiler.is_compiling():
+        return mask
+    start = _key_start(mask)
+    return mask if start is None else start
+
+
+def _key_start(mask: Tensor) -> Tensor | None:
+    """int32 (B, 1, 1 or Tq, 1): where each row of a bool mask (B, 1, Tq, Tk) begins, if every row is causal from there on."""
+    Tq, Tk = mask.shape[-2:]
+    keys = torch.arange(Tk, device=mask.device)
+    position = torch.arange(Tk - Tq, Tk, device=mask.device)[:, None]
+    start = torch.where(mask.any(-1), mask.to(torch.uint8).argmax(-1), Tk)[..., None]  # (B, 1, Tq, 1)
+    if not torch.equal(mask, (keys >= start) & (keys <= position)):
+        return None
+    shared = start[:, :, -1:]
+    if torch.equal(mask, (keys >= shared) & (keys <= position)):
+        start = shared
+    return start.to(torch.int32)
+
+
+def _obstacle(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, kwargs: dict[str, Any]) -> str | None:
+    """Why a call is no causal attention from a first key on, or None."""
+    if not causal:
+        return "the layer is not causal"
+    for name in ("position_bias", "cache"):
+        if kwargs.get(name) is not None:
+            return f"the model passes {name}"
+    if value.shape != key.shape or query.shape[-1] != key.shape[-1]:
+        return "values have another size than keys"
+    if mask is None:
+        return None if query.shape[2] in (1, key.shape[2]) else "queries stand at unsaid positions"
+    if mask.dtype != torch.int32:
+        return "the mask is not causal from a first key on"
+    return None
+
+
+def _say(obstacle: str) -> None:
+    if obstacle not in _said and not torch.compiler.is_compiling():
+        _said.add(obstacle)
+        warnings.warn(f"{NAME} attention: {obstacle}; sdpa runs instead", kernels.FallbackWarning, stacklevel=3)
+
+
+class GPT2MLP(modeling_gpt2.GPT2MLP):
+    """dropout(gelu(x c_fc + b) c_proj + b) through `kernels.gelu_ffn`; Conv1D holds its weights transposed."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        up, down = self.c_fc, self.c_proj
+        approximate = _APPROXIMATE[type(self.act)]
+        return self.dropout(
+            kernels.gelu_ffn(hidden_states, up.weight.T, up.bias, down.weight.T, down.bias, approximate=approximate)
+        )
+
+
+class GPT2LMHeadModel(modeling_gpt2.GPT2LMHeadModel):
+    """In training, the loss through `kernels.linear_cross_entropy`; the output has no logits then."""
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    @functools.wraps(modeling_gpt2.GPT2LMHeadModel.forward)
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        replaced = self.loss_function is not ForCausalLMLoss or kwargs.get("logits_to_keep", 0) != 0
+        if labels is None or replaced or not self.training:
+            return super().forward(*args, labels=labels, **kwargs)
+        outputs = self.transformer(*args, **kwargs)
+        loss = _causal_loss(outputs.last_hidden_state, self.lm_head, labels, **kwargs)
+        return CausalLMOutputWithCrossAttentions(
+            loss=loss,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+        )
+
+
+def _causal_loss(
+    hidden: Tensor,
+    head: nn.Linear,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """What transformers' `ForCausalLMLoss` gives for these hidden states (B, T, C), in its terms."""
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    loss = kernels.linear_cross_entropy(
+        hidden, head.weight, shift_labels.to(hidden.device), head.bias, ignore_index=ignore_index, reduction=reduction
+    )
+    return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+_NORM: dict[type, type] = {nn.LayerNorm: kernels.nn.LayerNorm}
+_FFN: dict[type, type] = {modeling_gpt2.GPT2MLP: GPT2MLP}
+_LOSS: dict[type, type] = {modeling_gpt2.GPT2LMHeadModel: GPT2LMHeadModel}
+
+
+def fuse(model: PreTrainedModel, *, norm: bool = True, ffn: bool = True, loss: bool = True) -> int:
+    """Puts `layer_norm`, `gelu_ffn` and `linear_cross_entropy` into a GPT-2; parameters, names and files stay as they are.
+
+    Args:
+        model: A GPT-2 of transformers, with or without a head.
+        norm, ffn, loss: Which ops to put in. A feed-forward whose activation is no GELU is left as it is.
+
+    Returns:
+        How many modules changed; `unfuse` changes them back.
+
+    Raises:
+        TypeError: The model is no GPT-2.
+    """
+    if not isinstance(model, modeling_gpt2.GPT2PreTrainedModel):
+        raise TypeError(f"fuse: model is {type(model).__name__}, expected a GPT-2 of transformers")
+    return _change(model, (_NORM if norm else {}) | (_FFN if ffn else {}) | (_LOSS if loss else {}))
+
+
+def unfuse(model: PreTrainedModel) -> int:
+    """Takes out what `fuse` put into `model`, and returns how many modules changed."""
+    return _change(model, {fused: plain for plain, fused in (_NORM | _FFN | _LOSS).items()})
+
+
+def _change(model: nn.Module, classes: dict[type, type]) -> int:
+    """Gives the modules of these classes the other class, which differs in its forward alone."""
+    changed = 0
+    for module in model.modules():
+        if isinstance(module, modeling_gpt2.GPT2MLP) and type(module.act) not in _APPROXIMATE:
+            continue
+        if type(module) in classes:
+            module.__class__ = classes[type(module)]
+            changed += 1
+    return changed
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, attention_mask)

@@ -1,0 +1,97 @@
+"""The loss: `linear_cross_entropy`, which never holds the logits."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from kernels import checks
+from kernels.dispatch import Op, autocast
+from kernels.loss import reference
+
+_LINEAR_CROSS_ENTROPY = Op("linear_cross_entropy", room="loss")
+
+
+def linear_cross_entropy(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> torch.Tensor:
+    """loss = -(1 - ε) log p_target - ε/V Σ_v log p_v + z lse², with p = softmax(x weightᵀ + bias) and lse = log Σ exp.
+
+    Args:
+        x: (..., C), any floating-point dtype.
+        weight: (V, C) in x's dtype, as the head's `nn.Linear` or the tied embedding holds it.
+        targets: int64, x's leading dimensions; values in [0, V) or `ignore_index`.
+        bias: (V,) or None.
+        ignore_index: The target of tokens that do not count.
+        reduction: "mean" over the tokens that count (0 if none does), "sum", or "none".
+        label_smoothing: ε in [0, 1].
+        z_loss: z >= 0, the weight of the squared log-normaliser.
+
+    Returns:
+        float32 (float64 for float64): a scalar, or targets' shape with "none", 0 where ignored.
+
+    Raises:
+        TypeError: A tensor of another dtype, or something that is no tensor or number.
+        ValueError: Sizes or devices that do not fit; an unknown reduction; a number outside its range; on a CPU, a target
+            outside [0, V).
+        RuntimeError: ``use_backend("triton")`` cannot be honoured.
+
+    Numerics:
+        Softmax, loss and the gradients of the logits in float32; the weight's gradient accumulates in float32. At most one chunk
+        of logits is held at a time, and no number is read back from the device. Saved for backward: the reference and "none"
+        keep x, weight and targets, and draw the logits again; else the kernel computes dx and the float32 dweight beside the
+        loss, keeps them, and scales them in backward. The same bits every time.
+
+    Backend:
+        The reference runs for float64, and wherever `kernels.explain` says that Triton cannot run. On a GPU nothing can be raised
+        for a target outside [0, V) without waiting for the device: there, its loss is NaN from the kernel.
+
+    Source:
+        Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (2024), section 3, for the problem; Chowdhery et
+        al., PaLM (2022), section 5, for z-loss.
+    """
+    op = "linear_cross_entropy"
+    x, weight, bias = autocast(x, weight, bias)
+    sizes = checks.shapes(op, ("bias",), x=(x, ("...", "C")), weight=(weight, ("V", "C")), bias=(bias, ("V",)))
+    checks.same_dtype(op, x=x, weight=weight, bias=bias)
+    checks.shapes(op, x=(x, ("...", "C")), targets=(targets, ("...",)))
+    checks.dtype(op, "targets", targets, torch.int64)
+    checks.one_of(op, "reduction", reduction, ("mean", "sum", "none"))
+    checks.integer(op, "ignore_index", ignore_index)
+    checks.number(op, "label_smoothing", label_smoothing, 0, 1)
+    checks.number(op, "z_loss", z_loss, 0, math.inf, open_high=True)
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_targets(op, targets, ignore_index, sizes["V"])
+    limit = "the kernel takes no empty dimension" if 0 in weight.shape else None
+    choice = _LINEAR_CROSS_ENTROPY.choose(x, limit=limit)
+    if choice.backend == "triton":
+        from kernels.loss import kernel
+
+        return kernel.linear_cross_entropy(x, weight, targets, bias, ignore_index, reduction, label_smoothing, z_loss)
+    return reference.linear_cross_entropy(
+        x,
+        weight,
+        targets,
+        bias,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+    )
+
+
+def _check_targets(op: str, targets: torch.Tensor, ignore_index: int, vocabulary: int) -> None:
+    wrong = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
+    if wrong.any():
+        raise ValueError(
+            f"{op}: targets has {targets[wrong][0].item()}, expected values in [0, {vocabulary}) or ignore_index={ignore_index}"
+        )

@@ -1,0 +1,122 @@
+"""The ops as modules that load the state_dict of their `torch.nn` twins."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+
+
+class LayerNorm(nn.LayerNorm):
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias; the state_dict of `torch.nn.LayerNorm`.
+
+    Args:
+        normalized_shape: C, the size of the last dimension.
+        eps: Added to the variance.
+        bias: Whether there is a bias.
+        device, dtype: Of the parameters.
+
+    Raises:
+        ValueError: More than one dimension to normalise over.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | tuple[int],
+        eps: float = 1e-5,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(normalized_shape, eps, True, bias, device=device, dtype=dtype)
+        if len(self.normalized_shape) != 1:
+            raise ValueError(f"LayerNorm: normalized_shape is {self.normalized_shape}, expected one dimension")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        return kernels.layer_norm(input, self.weight, self.bias, self.eps)
+
+
+class GELUFeedForward(nn.Sequential):
+    """y = gelu(x w_upᵀ + b_up) w_downᵀ + b_down; the state_dict of `nn.Sequential(nn.Linear, nn.GELU, nn.Linear)`.
+
+    Args:
+        embed_dim: C, the width of input and output.
+        hidden_dim: I, the width between the two layers; default 4 C.
+        bias: Whether the layers have biases.
+        approximate: "none" (erf) or "tanh", as `nn.GELU` has it: a state_dict does not say which.
+        device, dtype: Of the parameters.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        hidden_dim: int | None = None,
+        bias: bool = True,
+        approximate: str = "none",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        hidden_dim = hidden_dim or 4 * embed_dim
+        super().__init__(
+            nn.Linear(embed_dim, hidden_dim, bias, device, dtype),
+            nn.GELU(approximate),
+            nn.Linear(hidden_dim, embed_dim, bias, device, dtype),
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        up, gelu, down = cast(tuple[nn.Linear, nn.GELU, nn.Linear], tuple(self))
+        return kernels.gelu_ffn(input, up.weight, up.bias, down.weight, down.bias, approximate=gelu.approximate)
+
+
+class CausalSelfAttention(nn.Module):
+    """y = out_proj(causal_attention(q, k, v)), q, k, v = x in_projᵀ; the state_dict of `nn.MultiheadAttention`.
+
+    It gives what `nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)` gives for (x, x, x) under a causal mask.
+
+    Args:
+        embed_dim: C, the width of input and output.
+        num_heads: H, a divisor of C.
+        dropout: Probability of dropping an attention weight in training.
+        bias: Whether both projections have biases.
+        device, dtype: Of the parameters.
+
+    Raises:
+        ValueError: num_heads does not divide embed_dim.
+    """
+
+    in_proj_bias: Tensor | None
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or embed_dim % num_heads:
+            raise ValueError(f"CausalSelfAttention: num_heads is {num_heads}, expected a divisor of embed_dim ({embed_dim})")
+        self.num_heads, self.dropout = num_heads, dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim, device=device, dtype=dtype))
+        bias_vector = nn.Parameter(torch.zeros(3 * embed_dim, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("in_proj_bias", bias_vector)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias, device, dtype)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        if bias:
+            nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor, key_start: Tensor | None = None) -> Tensor:
+        """(B, T, C) -> (B, T, C); key_start as in `kernels.causal_attention`."""
+        B, T, C = x.shape
+        qkv = nn.functional.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = (t.transpose(1, 2) for t in qkv.view(B, T, 3, self.num_heads, -1).unbind(2))  # (B, H, T, D)
+        dropout_p = self.dropout if self.training else 0.0
+        y = kernels.causal_attention(q, k, v, key_start=key_start, dropout_p=dropout_p)
+        return self.out_proj(y.transpose(1, 2).reshape(B, T, C))

@@ -1,0 +1,117 @@
+"""LayerNorm: `layer_norm`, and `add_layer_norm` with the residual addition and dropout before it."""
+
+from __future__ import annotations
+
+import torch
+
+from kernels import checks
+from kernels.dispatch import Op, autocast_dtype
+from kernels.norm import reference
+from kernels.tuning import NORM_COLUMNS
+
+_LAYER_NORM = Op("layer_norm", room="norm")
+_ADD_LAYER_NORM = Op("add_layer_norm", room="norm")
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, eps: float = 1e-5) -> torch.Tensor:
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension, with the biased variance.
+
+    Args:
+        x: (..., C), any floating-point dtype.
+        weight: (C,), any floating-point dtype.
+        bias: (C,) or None.
+        eps: Added to the variance, >= 0.
+
+    Returns:
+        (..., C) in x's dtype; under autocast in the autocast dtype, with weight and bias left as they are.
+
+    Raises:
+        TypeError: A tensor that is not floating point, or something that is no tensor or number.
+        ValueError: Sizes or devices that do not fit; eps negative or not finite.
+        RuntimeError: ``use_backend("triton")`` cannot be honoured.
+
+    Numerics:
+        Mean, two-pass variance and normalisation in float32; one rounding at the store. Saved for backward: x, weight and 8
+        bytes a row. The gradients are the same bits every time.
+
+    Backend:
+        The reference runs for float64, for C > 32,768, and wherever `kernels.explain` says that Triton cannot run.
+
+    Source:
+        Ba, Kiros, Hinton, "Layer Normalization" (2016), section 3.
+    """
+    op = "layer_norm"
+    checks.shapes(op, ("bias",), x=(x, ("...", "C")), weight=(weight, ("C",)), bias=(bias, ("C",)))
+    checks.floating(op, x=x, weight=weight, bias=bias)
+    checks.number(op, "eps", eps, 0, torch.finfo(torch.float32).max)
+    dtype = None if x.dtype == torch.float64 else autocast_dtype(x.device)
+    choice = _LAYER_NORM.choose(x, limit=_limit(weight, bias))
+    if choice.backend == "triton":
+        from kernels.norm import kernel
+
+        return kernel.layer_norm(x, weight, bias, eps, dtype or x.dtype)
+    y = reference.layer_norm(x, weight, bias, eps)
+    return y if dtype is None else y.to(dtype)
+
+
+def add_layer_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """new_residual = residual + dropout(x); y = layer_norm(new_residual, weight, bias, eps).
+
+    Args:
+        x: (..., C), the branch, any floating-point dtype.
+        residual: (..., C), the same shape; its dtype (float32, or x's) is the sum's.
+        weight: (C,), any floating-point dtype.
+        bias: (C,) or None.
+        eps: Added to the variance, >= 0.
+        dropout_p: Probability in [0, 1) of dropping an element of x; the kept ones are scaled by 1 / (1 - p).
+        seed: None draws the mask from torch's generator. An int or a 0-d int64 tensor on x's device makes it the Philox mask of
+            the row-major index in (N, C), the same from kernel and reference.
+
+    Returns:
+        y (..., C) in x's dtype (the autocast dtype under autocast), and new_residual (..., C) in residual's dtype.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: As `layer_norm`; ValueError also for dropout_p outside [0, 1).
+
+    Numerics:
+        As `layer_norm`; the norm sees new_residual as it was stored. The mask is drawn again in backward, never stored.
+
+    Backend:
+        As `layer_norm`.
+
+    Source:
+        As `layer_norm`; Vaswani et al., "Attention Is All You Need" (2017), section 5.4, for the dropout.
+    """
+    op = "add_layer_norm"
+    dims = ("...", "C")
+    checks.shapes(op, ("bias",), x=(x, dims), residual=(residual, dims), weight=(weight, ("C",)), bias=(bias, ("C",)))
+    checks.floating(op, x=x, residual=residual, weight=weight, bias=bias)
+    checks.number(op, "eps", eps, 0, torch.finfo(torch.float32).max)
+    checks.number(op, "dropout_p", dropout_p, 0, 1, open_high=True)
+    checks.seed(op, seed, x.device)
+    dtype = None if x.dtype == torch.float64 else autocast_dtype(x.device)
+    choice = _ADD_LAYER_NORM.choose(x, limit=_limit(weight, bias, residual))
+    if choice.backend == "triton":
+        from kernels.norm import kernel
+
+        return kernel.add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed, dtype or x.dtype)
+    y, new_residual = reference.add_layer_norm(x, residual, weight, bias, eps, dropout_p=dropout_p, seed=seed)
+    return (y if dtype is None else y.to(dtype)), new_residual
+
+
+def _limit(weight: torch.Tensor, *others: torch.Tensor | None) -> str | None:
+    """Why the kernels cannot take this call, if they cannot."""
+    if not 1 <= weight.shape[0] <= NORM_COLUMNS:
+        return f"the kernel takes C in [1, {NORM_COLUMNS}], not {weight.shape[0]}"
+    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in (weight, *others)):
+        return "the kernel takes no float64"
+    return None

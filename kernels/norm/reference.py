@@ -1,0 +1,42 @@
+"""LayerNorm, and residual + dropout + LayerNorm, in plain torch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from kernels.philox import keep_mask
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, eps: float = 1e-5) -> torch.Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension; see `kernels.layer_norm`."""
+    if x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype):
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return F.layer_norm(x.to(wide), weight.shape, weight.to(wide), None if bias is None else bias.to(wide), eps).to(x.dtype)
+
+
+def add_layer_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """new = residual + dropout(x); (layer_norm(new), new); see `kernels.add_layer_norm`."""
+    branch = x.to(torch.promote_types(x.dtype, residual.dtype))
+    if dropout_p > 0:
+        if seed is None:
+            branch = F.dropout(branch, dropout_p)
+        else:
+            branch = torch.where(keep_mask(seed, x.shape, dropout_p, x.device), branch / (1 - dropout_p), 0)
+    new_residual = (residual + branch).to(residual.dtype)
+    if x.dtype == new_residual.dtype:
+        return layer_norm(new_residual, weight, bias, eps), new_residual
+    wide = torch.promote_types(new_residual.dtype, torch.float32)
+    return layer_norm(new_residual.to(wide), weight.to(wide), None if bias is None else bias.to(wide), eps).to(
+        x.dtype
+    ), new_residual

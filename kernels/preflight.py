@@ -1,0 +1,301 @@
+"""Every op against its reference at given shapes, forward and backward, by the one rule of `kernels.tolerance`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels import dispatch
+from kernels.registry import SPECS
+from kernels.spec import Case, OpSpec
+from kernels.tolerance import Verdict, compare
+
+CHILD = [sys.executable, "-c", "from kernels.preflight import serve; serve()"]
+
+
+def run_case(
+    function: Callable[..., Any], inputs: dict[str, Any], gradients: tuple[str, ...], seed: int = 1
+) -> dict[str, torch.Tensor | None]:
+    """Outputs and gradients of one call: ``{"out": …, "dq": …}``, several outputs as ``out0``, ``out1``.
+
+    The gradients are those of the outputs' product with fixed standard normal numbers, drawn from `seed`.
+    """
+    leaves = {n: v.detach().requires_grad_(n in gradients) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
+    result = function(**leaves)
+    outputs = result if isinstance(result, tuple) else (result,)
+    results: dict[str, torch.Tensor | None] = {
+        "out" if len(outputs) == 1 else f"out{i}": output.detach() for i, output in enumerate(outputs)
+    }
+    wanted = [n for n in gradients if leaves.get(n) is not None]
+    if wanted:
+        generator = torch.Generator().manual_seed(seed)
+        weights = [torch.randn(o.shape, generator=generator).to(o.device, o.dtype) for o in outputs]
+        found = torch.autograd.grad(outputs, [leaves[n] for n in wanted], weights, allow_unused=True)
+        results |= {f"d{n}": g for n, g in zip(wanted, found, strict=True)}
+    return results
+
+
+def judge(
+    spec: OpSpec,
+    inputs: dict[str, Any],
+    results: dict[str, torch.Tensor | None],
+    dtype: torch.dtype,
+    gradients: tuple[str, ...] | None = None,
+    oracle_dtype: torch.dtype = torch.float64,
+) -> list[Verdict]:
+    """Holds `results`, as `run_case` gives them for `inputs`, to the reference in `dtype` and in `oracle_dtype`."""
+    wanted = spec.gradients if gradients is None else gradients
+    plain = run_case(spec.reference, inputs, wanted)
+    exact = {n: v.to(oracle_dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for n, v in inputs.items()}
+    oracle = run_case(spec.reference, exact, wanted)
+    tensors = [v for v in (*inputs.values(), *oracle.values()) if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    scale = max((t.detach().abs().max().item() for t in tensors if t.numel()), default=1.0)
+    return [compare(n, results.get(n), plain[n], oracle[n], dtype=dtype, scale=scale) for n in oracle]
+
+
+def check(
+    spec: OpSpec,
+    case: Case,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    backend: str = "triton",
+    seed: int = 0,
+    oracle_dtype: torch.dtype = torch.float64,
+) -> list[Verdict]:
+    """One case of one op on `backend`, forward and every gradient, against the reference: a verdict per tensor."""
+    inputs = spec.make_inputs(case, dtype, device, torch.Generator().manual_seed(seed))
+    with dispatch.use_backend(**{spec.name: backend}):
+        results = run_case(spec.function, inputs, spec.gradients)
+    return judge(spec, inputs, results, dtype, oracle_dtype=oracle_dtype)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What preflight found for one op at one shape.
+
+    `forward` and `backward` are the worst errors as shares of what is allowed (1 is the limit; None: nothing to check); `speedup`
+    is the reference's time over the kernel's, forward and backward together; `problem` says what failed, `skipped` why the
+    reference runs anyway.
+    """
+
+    op: str
+    case: str
+    forward: float | None = None
+    backward: float | None = None
+    speedup: float | None = None
+    problem: str = ""
+    skipped: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The rows of a preflight and how it came about."""
+
+    rows: tuple[Row, ...]
+    dtype: str
+    device: str
+    seconds: float
+    cached: bool = False
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Op -> what failed."""
+        return {row.op: row.problem for row in self.rows if row.problem}
+
+    @property
+    def ok(self) -> bool:
+        return not self.failed
+
+    def enforce(self) -> None:
+        """From now on the reference runs for each op that failed, in this process; `explain` says so."""
+        for op, problem in self.failed.items():
+            dispatch.distrust(op, f"preflight failed: {problem}")
+
+    def __str__(self) -> str:
+        source = "from the cache" if self.cached else f"{self.seconds:.1f} s"
+        lines = [f"preflight on {self.device} in {self.dtype}, {source}; errors as shares of what is allowed"]
+        lines.append(f"{'op':<22} {'case':<34} {'forward':>8} {'backward':>8} {'speed-up':>8}  verdict")
+        for row in self.rows:
+            numbers = "".join(f" {_number(value):>8}" for value in (row.forward, row.backward, row.speedup))
+            verdict = f"FAILED: {row.problem}" if row.problem else f"reference: {row.skipped}" if row.skipped else "ok"
+            lines.append(f"{row.op:<22} {row.case:<34}{numbers}  {verdict}")
+        return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def preflight(
+    cases: Iterable[tuple[str, Case]],
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    isolate: bool | None = None,
+    use_cache: bool = True,
+) -> Report:
+    """Checks ops at given shapes against their float32 references (float64 for float32), forward and backward.
+
+    Args:
+        cases: (op name, Case) pairs, e.g. a model's own shapes.
+        device: Where to run.
+        dtype: The dtype that the ops compute in.
+        isolate: Run in a process of its own, so that an illegal memory access is caught and the op named; None: on CUDA only.
+        use_cache: Take the verdicts of an earlier run with the same GPU, driver, versions, kernel sources and shapes.
+
+    Returns:
+        A Report; an op whose reference would run anyway is listed with the reason.
+
+    Raises:
+        ValueError: An unknown op.
+    """
+    device, cases = torch.device(device), list(cases)
+    for name, _ in cases:
+        if name not in SPECS:
+            raise ValueError(f"preflight: {name!r} is no op, expected one of {', '.join(sorted(SPECS))}")
+    start = time.perf_counter()
+    path = _cache_path(cases, device, dtype)
+    if use_cache and path.exists():
+        rows = tuple(Row(**row) for row in json.loads(path.read_text(encoding="utf-8")))
+        return Report(rows, _name(dtype), _device_name(device), 0.0, cached=True)
+    isolate = device.type == "cuda" if isolate is None else isolate
+    found = _run_isolated(cases, device, dtype) if isolate else [_examine(SPECS[n], c, device, dtype) for n, c in cases]
+    report = Report(tuple(found), _name(dtype), _device_name(device), time.perf_counter() - start)
+    if use_cache and report.ok:
+        _write_cache(path, report.rows)
+    return report
+
+
+def _examine(spec: OpSpec, case: Case, device: torch.device, dtype: torch.dtype) -> Row:
+    with dispatch.model_backend("triton"):
+        inputs = spec.make_inputs(case, dtype, device, torch.Generator().manual_seed(0))
+        choice = dispatch.explain(spec.name, **inputs)
+    if choice.backend == "reference":
+        return Row(spec.name, case.id, skipped=choice.reason)
+    oracle = torch.float64 if dtype == torch.float32 else torch.float32
+    try:
+        verdicts = check(spec, case, dtype, device, oracle_dtype=oracle)
+        _wait(device)
+    except RuntimeError as error:
+        return Row(spec.name, case.id, problem=str(error).splitlines()[0])
+    forward = max(max(v.max_ratio, v.rms_ratio) for v in verdicts if v.name.startswith("out"))
+    backward = max((max(v.max_ratio, v.rms_ratio) for v in verdicts if not v.name.startswith("out")), default=None)
+    problem = "; ".join(str(v) for v in verdicts if not v.ok)
+    seconds = [_seconds(spec, inputs, backend, device) for backend in ("reference", "triton")]
+    return Row(spec.name, case.id, forward, backward, seconds[0] / seconds[1], problem)
+
+
+def _seconds(spec: OpSpec, inputs: dict[str, Any], backend: str, device: torch.device, repeats: int = 3) -> float:
+    """The fastest of a few timed calls, forward and backward."""
+    fastest = math.inf
+    with dispatch.use_backend(**{spec.name: backend}):
+        for _ in range(repeats if device.type == "cuda" else 1):
+            _wait(device)
+            start = time.perf_counter()
+            run_case(spec.function, inputs, spec.gradients)
+            _wait(device)
+            fastest = min(fastest, time.perf_counter() - start)
+    return fastest
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _run_isolated(cases: Sequence[tuple[str, Case]], device: torch.device, dtype: torch.dtype) -> list[Row]:
+    """Runs the cases in a child process, and the rest in another one whenever a child dies."""
+    rows: list[Row] = []
+    while len(rows) < len(cases):
+        rest = cases[len(rows) :]
+        order = {"device": str(device), "dtype": _name(dtype), "cases": [(name, _encode(case)) for name, case in rest]}
+        child = subprocess.run(CHILD, input=json.dumps(order), capture_output=True, text=True, check=False)
+        found = [Row(**json.loads(line)) for line in child.stdout.splitlines() if line.startswith("{")]
+        rows += found
+        if len(rows) < len(cases) and (child.returncode != 0 or not found):
+            name, case = cases[len(rows)]
+            last = child.stderr.strip().splitlines()[-1] if child.stderr.strip() else "no message"
+            rows.append(Row(name, case.id, problem=f"its process died with exit code {child.returncode}: {last}"))
+    return rows
+
+
+def serve() -> None:
+    """The child's side: reads an order from standard input and prints a row per case, up to the first that raises.
+
+    After a CUDA error nothing in the same process can be believed, so a fresh child takes the rest.
+    """
+    order = json.load(sys.stdin)
+    device, dtype = torch.device(order["device"]), getattr(torch, order["dtype"])
+    for name, case in order["cases"]:
+        row = _examine(SPECS[name], _decode(case), device, dtype)
+        print(json.dumps(asdict(row)), flush=True)
+        if row.problem and row.forward is None:
+            os._exit(0)  # without the shutdown that a broken CUDA context would crash
+
+
+def _encode(case: Case) -> dict[str, Any]:
+    options = {n: str(v) if isinstance(v, torch.dtype) else v for n, v in case.options.items()}
+    return {"sizes": dict(case.sizes), "options": options}
+
+
+def _decode(case: dict[str, Any]) -> Case:
+    def option(value: Any) -> Any:
+        is_dtype = isinstance(value, str) and value.startswith("torch.")
+        return getattr(torch, value.removeprefix("torch.")) if is_dtype else value
+
+    return Case(case["sizes"], {n: option(v) for n, v in case["options"].items()})
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@cache
+def _sources() -> str:
+    """A hash of every source file of this package."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _cache_path(cases: Sequence[tuple[str, Case]], device: torch.device, dtype: torch.dtype) -> Path:
+    driver = torch.version.cuda, _driver() if device.type == "cuda" else None
+    versions = torch.__version__, dispatch.triton_version, dispatch.interpreting, driver
+    key = repr((_device_name(device), versions, _sources(), _name(dtype), [(n, c.id) for n, c in cases]))
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "fused-gpt" / "preflight" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+
+
+@cache
+def _driver() -> str:
+    """The NVIDIA driver's version, from the file that the driver itself keeps."""
+    path = Path("/proc/driver/nvidia/version")
+    return path.read_text(encoding="utf-8").splitlines()[0] if path.exists() else "unknown"
+
+
+def _write_cache(path: Path, rows: Sequence[Row]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        return  # a cache that cannot be written costs the next run some seconds, nothing else

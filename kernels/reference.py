@@ -1,0 +1,8 @@
+"""Every op in plain torch, under its public name and signature."""
+
+from kernels.attention.reference import causal_attention, decode_attention
+from kernels.ffn.reference import gelu_ffn
+from kernels.loss.reference import linear_cross_entropy
+from kernels.norm.reference import add_layer_norm, layer_norm
+
+__all__ = ["add_layer_norm", "causal_attention", "decode_attention", "gelu_ffn", "layer_norm", "linear_cross_entropy"]

@@ -1,0 +1,11 @@
+"""The rooms. Tests, benches, preflight and the ahead-of-time report enumerate `SPECS`, so that a new op needs one line here."""
+
+from __future__ import annotations
+
+from kernels.attention.spec import SPECS as ATTENTION
+from kernels.ffn.spec import SPECS as FFN
+from kernels.loss.spec import SPECS as LOSS
+from kernels.norm.spec import SPECS as NORM
+from kernels.spec import OpSpec
+
+SPECS: dict[str, OpSpec] = {spec.name: spec for spec in (*ATTENTION, *NORM, *FFN, *LOSS)}

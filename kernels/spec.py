@@ -1,0 +1,143 @@
+"""What an op says about itself: everything that tests, benches, preflight and the ahead-of-time report enumerate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from kernels.tuning import Tile
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SHORT_DTYPE = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op: sizes, options and tags.
+
+    Args:
+        sizes: Dimension name -> size, e.g. ``{"B": 2, "H": 3, "T": 63, "D": 64}``.
+        options: What differs from the op's defaults; the op's `make_inputs` gives the names their meaning.
+        tags: "small" and "edge" run everywhere, "slow" is the long grid, "bench" is timed, "gpu" needs a GPU's memory or speed.
+    """
+
+    sizes: Mapping[str, int]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    tags: frozenset[str] = frozenset({"small"})
+
+    @property
+    def id(self) -> str:
+        """``B2-H3-T63-D64``, then each option as ``name=value``."""
+        return "-".join([f"{k}{v}" for k, v in self.sizes.items()] + [f"{k}={v}" for k, v in self.options.items()])
+
+    def __getitem__(self, name: str) -> int:
+        return self.sizes[name]
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+
+@dataclass(frozen=True)
+class TensorArgument:
+    """A tensor parameter; `dims` are dimension names as in `checks.shapes`."""
+
+    dims: tuple[str, ...]
+    dtype: torch.dtype | None = None  # None: floating point, the op's dtype
+    optional: bool = False
+    last_contiguous: bool = False
+    any_float: bool = False  # its floating-point dtype may differ from the other tensors'
+
+
+@dataclass(frozen=True)
+class NumberArgument:
+    """A number in [low, high], or [low, high) with `open_high`; finite; an int with `integer`."""
+
+    low: float = float("-inf")
+    high: float = float("inf")
+    open_high: bool = False
+    optional: bool = False
+    integer: bool = False
+
+
+@dataclass(frozen=True)
+class ChoiceArgument:
+    """One of a few values: strings, booleans, None."""
+
+    values: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class SeedArgument:
+    """None, an int of 64 bits, or a 0-d int64 tensor on the device."""
+
+
+Argument = TensorArgument | NumberArgument | ChoiceArgument | SeedArgument
+
+
+@dataclass(frozen=True)
+class Build:
+    """One ahead-of-time compilation: a kernel specialised for dtypes, constants and a tile.
+
+    Args:
+        kernel: The ``@triton.jit`` function.
+        signature: Run-time argument -> Triton type, e.g. ``{"q_ptr": "*bf16", "T": "i32"}``.
+        constants: ``tl.constexpr`` argument -> value.
+        tile: Warps and stages.
+        label: What distinguishes it in the report, e.g. ``bf16-D64``.
+        gated: The report fails if it spills or, on sm_90, uses no warp-group MMA.
+        divisible: Arguments known to be multiples of 16 (aligned pointers and strides).
+    """
+
+    kernel: Any
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    tile: Tile
+    label: str
+    gated: bool = False
+    divisible: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """An op, keyed by its public name.
+
+    Args:
+        name: The public name.
+        room: The family, which is also its bench's name.
+        function: The public function.
+        reference: Its definition in plain torch, with the same signature.
+        arguments: Every parameter of the function; bad arguments are generated from it.
+        make_inputs: ``(case, dtype, device, generator) -> keyword arguments``.
+        gradients: The inputs that take gradients; empty for an inference-only op.
+        cases: The calls to test and to time.
+        flops: ``(case, "forward" | "backward") -> floating-point operations``.
+        bytes: ``(case, dtype, "forward" | "backward") -> least bytes moved``.
+        builds: ``(architecture) -> Build``s, e.g. for 90; imports Triton when called. None while the op has no kernel.
+        dtypes: What the kernels take; float64 runs on the reference alone.
+    """
+
+    name: str
+    room: str
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    arguments: Mapping[str, Argument]
+    make_inputs: Callable[[Case, torch.dtype, torch.device, torch.Generator], dict[str, Any]]
+    gradients: tuple[str, ...]
+    cases: tuple[Case, ...]
+    flops: Callable[[Case, str], int]
+    bytes: Callable[[Case, torch.dtype, str], int]
+    builds: Callable[[int], Iterable[Build]] | None = None
+    dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
+
+    def tagged(self, *tags: str) -> tuple[Case, ...]:
+        """The cases that carry any of `tags`."""
+        return tuple(case for case in self.cases if case.tags & set(tags))
+
+
+def randn(shape: Iterable[int], dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> torch.Tensor:
+    """Standard normal values, drawn in float32 and rounded once, so that every dtype sees the same numbers."""
+    values = torch.randn(tuple(shape), dtype=torch.float32, device=generator.device, generator=generator)
+    return values.to(device=device, dtype=dtype)

@@ -1,0 +1,88 @@
+"""The one rule that says whether two results agree.
+
+With y the result, r the reference in the same dtype and r64 the reference in float64:
+
+    max|y - r64| <= 2 max|r - r64| + eps max|r64|           + 4 eps32 scale
+    rms(y - r64) <= 2 rms(r - r64) + eps rms(r64) / sqrt(n) + 4 eps32 scale
+
+A result may thus be twice as wrong as plain PyTorch in the same dtype, plus a rounding floor: one unit in the last place of
+the largest value, and float32 cancellation at the case's own `scale` (the largest input, gradient or output), which alone
+counts where the true value is zero. The second line holds the bulk of a tensor where the first only holds its worst element.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+
+class Verdict(NamedTuple):
+    """How far one tensor is from the truth, as shares of what is allowed.
+
+    `max_ratio` and `rms_ratio` are error over bound; 1 is the limit, NaN and infinity never pass.
+    """
+
+    name: str
+    max_ratio: float
+    rms_ratio: float
+    problem: str = ""  # a wrong shape or dtype, or values that are not finite
+
+    @property
+    def ok(self) -> bool:
+        return not self.problem and self.max_ratio <= 1 and self.rms_ratio <= 1
+
+    def __str__(self) -> str:
+        state = "ok" if self.ok else "FAILED"
+        return f"{self.name}: {state} max {self.max_ratio:.2f} rms {self.rms_ratio:.2f} of the bound {self.problem}".rstrip()
+
+
+def compare(
+    name: str, y: torch.Tensor | None, r: torch.Tensor | None, r64: torch.Tensor | None, *, dtype: torch.dtype, scale: float
+) -> Verdict:
+    """Holds `y` to the rule.
+
+    Args:
+        name: For the verdict.
+        y: The result under test; None where no gradient arrived.
+        r: The reference evaluated in the case's dtype.
+        r64: The reference evaluated in float64.
+        dtype: The dtype that the case computes in (y itself may be float32, as a loss is).
+        scale: The largest magnitude among the case's inputs, gradients and outputs.
+    """
+    if y is None or r is None or r64 is None:
+        if y is None and r64 is None:
+            return Verdict(name, 0.0, 0.0)
+        return Verdict(name, math.inf, math.inf, "missing" if y is None else "unexpected: the reference has none")
+    if y.shape != r64.shape:
+        return Verdict(name, math.inf, math.inf, f"shape {tuple(y.shape)}, expected {tuple(r64.shape)}")
+    if y.dtype != r.dtype:
+        return Verdict(name, math.inf, math.inf, f"{y.dtype}, expected {r.dtype}")
+    if y.numel() == 0:
+        return Verdict(name, 0.0, 0.0)
+    r64 = r64.detach().double()
+    error, allowed = y.detach().double() - r64, r.detach().double() - r64
+    for values, whose in ((error, "the result"), (allowed, "the reference")):
+        if not torch.isfinite(values).all():
+            return Verdict(name, math.inf, math.inf, f"{whose} is not finite")
+    eps, floor = torch.finfo(dtype).eps, 4 * torch.finfo(torch.float32).eps * scale
+    if dtype == torch.float64:
+        floor = 4 * eps * scale
+    max_bound = 2 * _max(allowed) + eps * _max(r64) + floor
+    rms_bound = 2 * _rms(allowed) + eps * _rms(r64) / math.sqrt(r64.numel()) + floor
+    return Verdict(name, _ratio(_max(error), max_bound), _ratio(_rms(error), rms_bound))
+
+
+def _max(x: torch.Tensor) -> float:
+    return x.abs().max().item()
+
+
+def _rms(x: torch.Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
+def _ratio(error: float, bound: float) -> float:
+    if error == 0:
+        return 0.0
+    return error / bound if bound > 0 else math.inf

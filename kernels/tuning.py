@@ -1,0 +1,153 @@
+"""The table of tiles, and of where the reference is the faster choice.
+
+A tile is looked up by (architecture, op, shape class, dtype). Rows come from measurements on the named GPU; an architecture without
+rows takes conservative tiles that fit the smallest shared memory of the supported GPUs (99 KB).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from kernels.dispatch import capability_of
+
+SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB that one block may take, by architecture
+
+
+class Tile(NamedTuple):
+    """Block sizes (rows of the output, columns or keys), warps per program and pipeline stages."""
+
+    block_m: int
+    block_n: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """90 for sm_90; 0 for anything but CUDA, which is to say the interpreter."""
+    if device.type != "cuda":
+        return 0
+    major, minor = capability_of(device)
+    return major * 10 + minor
+
+
+class AttentionTiles(NamedTuple):
+    """Causal attention at one head dimension: tiles of the forward, of dQ, and of dK with dV; then those of the smaller passes."""
+
+    forward: Tile
+    dq: Tile
+    dkdv: Tile
+    delta: Tile = Tile(64, 64, 4, 1)
+    five: Tile | None = None  # the five-product backward's, where a GPU has shown it faster
+
+
+_GENERATION = {86: 86, 89: 86, 120: 86, 80: 80, 90: 90, 100: 100, 0: 0}  # a GPU that is not here takes 86's tiles
+_ATTENTION = {  # generation -> largest head dimension -> tiles, for 16-bit inputs
+    80: {
+        64: AttentionTiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+        128: AttentionTiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
+        256: AttentionTiles(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 4, 1)),
+    },
+    86: {
+        64: AttentionTiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+        128: AttentionTiles(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2)),
+        256: AttentionTiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 32, 4, 1)),
+    },
+    90: {
+        64: AttentionTiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+        128: AttentionTiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 3)),
+        256: AttentionTiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 4, 1)),
+    },
+    100: {
+        64: AttentionTiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+        128: AttentionTiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+        256: AttentionTiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 32, 4, 1)),
+    },
+    0: {256: AttentionTiles(Tile(32, 16), Tile(32, 16), Tile(16, 32), Tile(16, 16))},
+}
+_ATTENTION_FLOAT32 = {
+    32: AttentionTiles(Tile(64, 32), Tile(32, 32), Tile(32, 32)),
+    64: AttentionTiles(Tile(32, 32), Tile(32, 32), Tile(32, 32)),
+    128: AttentionTiles(Tile(32, 16), Tile(32, 32), Tile(16, 32, 4, 1)),
+    256: AttentionTiles(Tile(32, 16), Tile(16, 16), Tile(16, 16), Tile(32, 32)),
+}
+
+
+def attention_tiles(architecture: int, itemsize: int, d: int) -> AttentionTiles:
+    """For float32 (`itemsize` 4) or 16-bit inputs and head dimension `d`."""
+    rows = _ATTENTION[_GENERATION.get(architecture, 86)]
+    if itemsize == 4 and architecture != 0:
+        rows = _ATTENTION_FLOAT32
+    return next(tiles for width, tiles in rows.items() if d <= width)
+
+
+def attention_decode_tile(architecture: int, itemsize: int, d: int) -> Tile:
+    """As `attention_tiles`: a tile of queries that share a key head, by keys."""
+    if architecture == 0:
+        return Tile(16, 16)
+    return Tile(16, 128 * 64 // max(64, next_power_of_2(d)) * 2 // itemsize, 4, 2)
+
+
+def attention_decode_splits(device: torch.device, programs: int, keys: int, block_n: int) -> int:
+    """Into how many parts the keys are split, so that `programs` times as many fill the GPU twice."""
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    wanted = -(-2 * multiprocessors // max(1, programs))
+    return max(1, min(wanted, -(-keys // block_n), 64))
+
+
+NORM_COLUMNS = 32768  # the longest row that LayerNorm's kernels hold in registers
+
+
+@functools.cache
+def norm_tile(c: int) -> Tile:
+    """LayerNorm: rows and width of the sub-tiles, whose cdiv(c, block_n) <= 8 make up whole rows with the fewest dead columns.
+
+    Pieces of 256, where they do, let one warp hold a row with 16-byte accesses; a thread holds at most 32 elements of a row.
+    """
+    widths = [width for width in (2**i for i in range(4, 16)) if -(-c // width) <= 8]
+    width = min(widths, key=lambda w: (-(-c // w) * w, w != 256, -w))
+    columns = -(-c // width) * width
+    rows = min(32, next_power_of_2(max(1, 4096 // columns) + 1) // 2)
+    return Tile(rows, width, num_warps=min(16, max(4, next_power_of_2(columns // 1024))), num_stages=1)
+
+
+def norm_programs(device: torch.device, n: int, c: int) -> int:
+    """How many programs share the rows of LayerNorm's backward: four a multiprocessor, fewer for few rows."""
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return min(-(-n // norm_tile(c).block_m), 4 * multiprocessors)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def loss_tile(v: int) -> Tile:
+    """Rows and columns of the logits that one program of the loss works on at a time."""
+    width = min(4096, next_power_of_2(v))
+    return Tile(max(1, min(32, 2048 // width)), width, num_warps=8 if width == 4096 else 4, num_stages=1)
+
+
+def loss_chunk_rows(device: torch.device, v: int) -> int:
+    """Rows of logits held at once: 512 MiB of 16-bit logits on a GPU, 128 MiB of float32 ones elsewhere."""
+    return max(16, (2**28 if device.type == "cuda" else 2**25) // v // 16 * 16)
+
+
+def gelu_tile(f: int) -> Tile:
+    """Rows and columns of one step of the passes between the feed-forward's products."""
+    width = min(512, next_power_of_2(f))
+    return Tile(min(32, 2048 // width), width, num_warps=4, num_stages=1)
+
+
+def gelu_programs(device: torch.device, n: int, f: int) -> int:
+    """How many programs share the rows of the feed-forward's backward pass, for each block of columns."""
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    tile = gelu_tile(f)
+    return min(-(-n // tile.block_m), max(1, 8 * multiprocessors * tile.block_n // f))
+
+
+def gelu_gemm_tile(architecture: int, itemsize: int, m: int, n: int, k: int) -> Tile | None:
+    """The tile of the product with bias and GELU in its epilogue, where a GPU has shown it faster than two steps: nowhere yet."""
+    return None

@@ -1,0 +1,42 @@
+"""Small models for the tests of gpt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gpt import GPT, GPTConfig
+
+SMALL = GPTConfig(vocab_size=37, block_size=12, n_layer=2, n_head=2, n_embd=16)
+
+CONFIGS = {
+    "gpt2": {},
+    "post": {"norm": "post"},
+    "post-bare": {"norm": "post", "final_norm": False, "activation": "gelu"},
+    "untied": {"tie_weights": False, "head_bias": True, "final_norm": False},
+    "no-bias": {"bias": False, "qkv_bias": True, "n_inner": 24, "eps": 0.1},
+    "relu-wide-heads": {"activation": "relu", "head_dim": 12, "head_bias": True, "qkv_bias": False},
+}
+
+
+def lively(**fields: Any) -> GPT:
+    """A small GPT whose parameters all matter: with logits far apart, and greedy tokens that vary."""
+    model = GPT(SMALL, **fields)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            centre = 1 if "ln" in name and name.endswith("weight") else 0
+            parameter.normal_(centre, 0.8 if parameter.ndim == 2 and name != "wte.weight" else 0.3)
+    return model
+
+
+def tokens(batch: int, length: int) -> torch.Tensor:
+    return torch.randint(SMALL.vocab_size, (batch, length))
+
+
+def padded(prompts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts (1, T) of different lengths as one batch with padding on the left, and its attention mask."""
+    longest = max(prompt.shape[1] for prompt in prompts)
+    idx = torch.cat([torch.nn.functional.pad(prompt, (longest - prompt.shape[1], 0), value=1) for prompt in prompts])
+    mask = torch.cat([(torch.arange(longest) >= longest - prompt.shape[1]).long()[None] for prompt in prompts])
+    return idx, mask

@@ -1,0 +1,332 @@
+"""Checkpoints: what is saved comes back, and what is damaged never does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt import GPT, CharTokenizer, InputError, checkpoint
+from gpt.checkpoint import find_checkpoint, load_checkpoint_tokenizer, load_model, save_checkpoint, save_model
+from tests.gpt.models import CONFIGS, SMALL, lively, tokens
+
+ROOT = Path(__file__).parents[2]
+TOKENIZER = CharTokenizer("".join(map(chr, range(65, 65 + SMALL.vocab_size))))
+
+
+@pytest.fixture
+def model() -> GPT:
+    return lively().eval()
+
+
+@pytest.fixture
+def saved(model: GPT, tmp_path: Path) -> Path:
+    """A checkpoint with all its files."""
+    return save(tmp_path / "run", 1, model)
+
+
+def save(out: Path, step: int, model: GPT) -> Path:
+    return save_checkpoint(out, step, model, TOKENIZER, {"wte.weight/exp_avg": torch.ones(2)}, {"step": step})
+
+
+def rehash(folder: Path) -> None:
+    """Makes SHA256SUMS agree with whatever the folder holds."""
+    (folder / "SHA256SUMS").write_bytes(checkpoint._sums(folder))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_round_trip(name: str, tmp_path: Path) -> None:
+    """Another model than was saved, a parameter left at its initial value, or a tie that is lost (bug 25)."""
+    model = lively(**CONFIGS[name]).eval()
+    save_model(model, tmp_path / "m")
+    loaded = load_model(tmp_path / "m").eval()
+    assert loaded.config == model.config
+    idx = tokens(2, 9)
+    assert torch.equal(loaded(idx), model(idx))
+    assert [n for n, _ in loaded.named_parameters()] == [n for n, _ in model.named_parameters()]
+    loaded(idx, idx).backward()
+    model(idx, idx).backward()
+    for ours, theirs in zip(loaded.parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+        with torch.no_grad():
+            ours -= ours.grad
+            theirs -= theirs.grad
+    assert torch.equal(loaded(idx), model(idx))
+
+
+def test_dtype_comes_back(tmp_path: Path) -> None:
+    """A half-precision model that doubles in size when loaded."""
+    save_model(lively().bfloat16(), tmp_path / "m")
+    assert load_model(tmp_path / "m").wte.weight.dtype == torch.bfloat16
+
+
+def test_tokenizer_travels_along(saved: Path, model: GPT, tmp_path: Path) -> None:
+    """A model whose ids nobody can read any more."""
+    assert load_checkpoint_tokenizer(saved.parents[1]).encode("CAB") == [2, 0, 1]
+    save_model(model, tmp_path / "bare")
+    with pytest.raises(InputError, match=r"has no tokenizer\.json"):
+        load_checkpoint_tokenizer(tmp_path / "bare")
+
+
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="sha256sum is not installed")
+def test_sha256sum_understands_it(saved: Path) -> None:
+    """Hashes that only this package can check."""
+    subprocess.run(["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=saved, check=True, capture_output=True)
+    listed = {line.split("  ")[1] for line in (saved / "SHA256SUMS").read_text().splitlines()}
+    assert listed == {path.name for path in saved.iterdir()} - {"SHA256SUMS"}
+
+
+def damages(folder: Path, count: int) -> list[tuple[str, bytes]]:
+    """Random bit flips and truncations of the files in `folder`, the same number for each."""
+    rng = random.Random(0)
+    found = []
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        for i in range(count // 6):
+            damaged = bytearray(content)
+            if i % 4:
+                damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+            else:
+                del damaged[rng.randrange(len(content)) :]
+            found.append((path.name, bytes(damaged)))
+    return found
+
+
+def check_damages(saved: Path, count: int) -> None:
+    originals = {path.name: path.read_bytes() for path in saved.iterdir()}
+    assert len(originals) == 6
+    for name, content in damages(saved, count):
+        (saved / name).write_bytes(content)
+        with pytest.raises(InputError, match=r"^checkpoint: .*(damaged|lists|does not list)") as caught:
+            find_checkpoint(saved)
+        assert "\n" not in str(caught.value)
+        (saved / name).write_bytes(originals[name])
+    find_checkpoint(saved)
+
+
+def test_no_damage_loads(saved: Path) -> None:
+    """A flipped bit or a missing end that goes unnoticed."""
+    check_damages(saved, 600)
+
+
+@pytest.mark.slow
+def test_ten_thousand_damages(saved: Path) -> None:
+    """The same, often enough to meet a rare hole."""
+    check_damages(saved, 10_002)
+
+
+def test_missing_and_unlisted_files(saved: Path) -> None:
+    """A checkpoint put together from pieces."""
+    (saved / "notes.txt").write_text("x")
+    with pytest.raises(InputError, match=r"has notes\.txt, which its SHA256SUMS does not list"):
+        load_model(saved)
+    (saved / "notes.txt").unlink()
+    (saved / "config.json").rename(saved.parent / "config.json")
+    with pytest.raises(InputError, match=r"lacks config\.json, which its SHA256SUMS lists"):
+        load_model(saved)
+    (saved.parent / "config.json").rename(saved / "config.json")
+    sums = (saved / "SHA256SUMS").read_bytes()
+    for damaged in (sums[:-1], sums + b"x", sums + sums[:80]):
+        (saved / "SHA256SUMS").write_bytes(damaged)
+        with pytest.raises(InputError, match="SHA256SUMS is damaged"):
+            load_model(saved)
+    (saved / "SHA256SUMS").unlink()
+    with pytest.raises(InputError, match=r"cannot read .*SHA256SUMS: No such file"):
+        load_model(saved)
+
+
+def test_config_of_another_shape(saved: Path) -> None:
+    """Parameters copied into a model that they were not made for, though every hash agrees."""
+    config = json.loads((saved / "config.json").read_text())
+    for change, words in (
+        ({"n_inner": 24}, r"ffn\.down\.weight has shape \(16, 64\), expected \(16, 24\)"),
+        ({"n_layer": 3}, r"lacks blocks\.2\."),
+        ({"n_layer": 1}, r"has blocks\.1\..*, which the model of its config\.json does not"),
+        ({"tie_weights": False}, r"lacks lm_head\.weight"),
+        ({"n_layers": 2, "n_embed": 3}, "n_embed"),
+        ({"n_head": 3}, "n_head"),
+    ):
+        (saved / "config.json").write_text(json.dumps(config | change))
+        rehash(saved)
+        with pytest.raises(InputError, match=words):
+            load_model(saved)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_nonsense_with_the_right_hash(name: str, saved: Path) -> None:
+    """A traceback where a file is not what its name says."""
+    (saved / name).write_bytes(b"[1]")
+    rehash(saved)
+    with pytest.raises(InputError, match=rf"checkpoint: .*{name}"):
+        load_model(saved)
+
+
+def test_the_newest_valid_one_is_used(model: GPT, tmp_path: Path) -> None:
+    """A damaged newest checkpoint that ends the run, or an older one that is taken without a word."""
+    for step in (9, 10, 100):
+        save(tmp_path, step, model)
+    assert find_checkpoint(tmp_path).name == "step-100"
+    (tmp_path / "checkpoints/step-100/state.json").write_text("{}")
+    with pytest.warns(UserWarning, match=r"step-10, which is not the newest checkpoint: .*step-100.*state\.json is damaged"):
+        assert find_checkpoint(tmp_path).name == "step-10"
+    for step in (9, 10):
+        (tmp_path / f"checkpoints/step-{step}/model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"step-100.*step-10.*step-9"):
+        find_checkpoint(tmp_path)
+
+
+def test_where_there_is_none(tmp_path: Path) -> None:
+    """A traceback for a mistyped folder."""
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        find_checkpoint(tmp_path)
+    with pytest.raises(InputError, match="nowhere is no folder"):
+        find_checkpoint(tmp_path / "nowhere")
+
+
+def test_the_last_few_are_kept(model: GPT, tmp_path: Path) -> None:
+    """A disk that fills up, or a newest checkpoint that is removed."""
+    for step in (1, 2, 3, 20, 100):
+        save(tmp_path, step, model)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-100", "step-20", "step-3"]
+
+
+def test_a_failed_save_leaves_nothing(saved: Path, model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a checkpoint on a full disk, or an earlier one lost to it."""
+    run = saved.parents[1]
+
+    def full(path: Path, content: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_write_json", full)
+    for target in (lambda: save(run, 2, model), lambda: save(run, 1, model), lambda: save_model(model, run / "m")):
+        with pytest.raises(InputError, match=r"cannot write .*: No space left on device"):
+            target()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-1"]
+    assert not (run / "m").exists()
+    load_model(run)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of file sizes are POSIX's")
+def test_a_disk_that_fills_while_tensors_are_written(tmp_path: Path) -> None:
+    """safetensors' own error, which is no OSError, as a traceback."""
+    code = """
+import resource, sys
+from gpt import GPT, InputError
+from gpt.checkpoint import save_model
+model = GPT(vocab_size=99, block_size=8, n_layer=1, n_head=1, n_embd=64)
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+try:
+    save_model(model, sys.argv[1])
+except InputError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "m"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("checkpoint: cannot write")
+    assert "File too large" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_save_model_replaces_checkpoints_only(model: GPT, tmp_path: Path) -> None:
+    """A folder with somebody's work removed by a save."""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/thesis.txt").write_text("x")
+    with pytest.raises(InputError, match="holds other files"):
+        save_model(model, tmp_path / "work")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="cannot write"):
+        save_model(model, tmp_path / "file" / "m")
+    save_model(model, tmp_path / "m")
+    with torch.no_grad():
+        model.wte.weight.add_(1)
+    save_model(model, tmp_path / "m")
+    assert torch.equal(load_model(tmp_path / "m").wte.weight, model.wte.weight)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "m", "work"]
+
+
+def test_others_can_read_it(saved: Path) -> None:
+    """Files that only their owner can copy."""
+    assert {path.stat().st_mode for path in saved.iterdir()} == {(saved / "SHA256SUMS").stat().st_mode}
+
+
+def test_no_pickle() -> None:
+    """A format that runs code when it is loaded."""
+    for name in ("checkpoint", "data", "step", "tokenizers", "trainer"):
+        source = (ROOT / "gpt" / f"{name}.py").read_text(encoding="utf-8")
+        for word in ("import pickle", "torch.load", "torch.save", "allow_pickle=True"):
+            assert word not in source, name
+
+
+SAVER = """
+import sys
+from pathlib import Path
+import torch
+from gpt import GPT, CharTokenizer
+from gpt.checkpoint import save_checkpoint
+torch.manual_seed(0)
+model = GPT(vocab_size=9, block_size=8, n_layer=2, n_head=2, n_embd=64)
+state = {"wte.weight/exp_avg": torch.zeros(300_000)}
+print("ready", flush=True)
+for step in range(1, 10**6):
+    with torch.no_grad():
+        model.wpe.weight.fill_(step)
+    save_checkpoint(Path(sys.argv[1]), step, model, CharTokenizer("abcdefghi"), state, {"step": step})
+    print(step, flush=True)
+"""
+
+
+def kill_saves(tmp_path: Path, kills: int) -> None:
+    rng = random.Random(1)
+    for number in range(kills):
+        out = tmp_path / str(number)
+        command = [sys.executable, "-c", SAVER, out]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(0.05 + rng.random() * 0.2)
+            process.send_signal(signal.SIGKILL)
+            committed = [int(line) for line in process.stdout.read().split("\n")[:-1]]
+        found = checkpoint.list_checkpoints(out)
+        steps = [int(path.name[5:]) for path in found]
+        for path, step in zip(found, steps, strict=True):
+            assert (load_model(path).wpe.weight == step).all()
+        assert set(committed[-checkpoint.KEPT + 1 :]) <= set(steps)
+        checkpoint.clean(out, steps[-1] if steps else 0)
+        assert len(list((out / "checkpoints").iterdir())) == len(found)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX's")
+def test_killed_saves(tmp_path: Path) -> None:
+    """A committed checkpoint lost, or half of one found, when the machine goes down in a save."""
+    kill_saves(tmp_path, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX's")
+def test_fifty_killed_saves(tmp_path: Path) -> None:
+    """The same, often enough to hit every moment of a save."""
+    kill_saves(tmp_path, 50)
+
+
+def test_set_aside(model: GPT, tmp_path: Path) -> None:
+    """A damaged later checkpoint that a resumed run keeps stumbling over."""
+    for step in (1, 2):
+        save(tmp_path, step, model)
+    checkpoint.clean(tmp_path, 1)
+    assert find_checkpoint(tmp_path).name == "step-1"
+    assert (tmp_path / "checkpoints/step-2.damaged").is_dir()
+
+
+def test_hashes_are_sha256(saved: Path) -> None:
+    """A hash of something else than the file's bytes."""
+    for line in (saved / "SHA256SUMS").read_text().splitlines():
+        digest, name = line.split("  ")
+        assert digest == hashlib.sha256((saved / name).read_bytes()).hexdigest()

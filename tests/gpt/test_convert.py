@@ -1,0 +1,254 @@
+"""Checkpoints of nanoGPT and of the book: the logits of plain-torch models in these layouts, and what is said of a wrong one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gpt import GPT, BPETokenizer, CharTokenizer, GPTConfig, InputError
+from gpt.convert import load_pretrained_tokenizer, save_bin
+from gpt.data import TokenData
+from tests.gpt.layouts import BookGPT, C, H, L, NanoGPT, T, V, lively
+
+BOOK_CONFIG = {
+    "vocab_size": V,
+    "context_length": T,
+    "emb_dim": C,
+    "n_heads": H,
+    "n_layers": L,
+    "drop_rate": 0.1,
+    "qkv_bias": False,
+}
+
+
+def tokens() -> Tensor:
+    return torch.randint(V, (2, T))
+
+
+def nano_checkpoint(model: NanoGPT, prefix: str = "") -> dict[str, Any]:
+    """What nanoGPT's train.py saves."""
+    return {
+        "model": {prefix + name: tensor for name, tensor in model.state_dict().items()},
+        "optimizer": torch.optim.SGD(model.parameters()).state_dict(),
+        "model_args": model.arguments,
+        "iter_num": 3,
+        "best_val_loss": torch.tensor(1.5),
+        "config": {"dataset": "shakespeare_char", "compile": True},
+    }
+
+
+def saved(content: Any, path: Path) -> Path:
+    torch.save(content, path)
+    return path
+
+
+def assert_same_logits(model: GPT, theirs: nn.Module) -> None:
+    idx = tokens()
+    torch.testing.assert_close(model.eval()(idx), theirs(idx))
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "_orig_mod.module.", "module."])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_nanogpt(bias: bool, prefix: str, tmp_path: Path) -> None:
+    """A matrix transposed as Hugging Face's are, the tanh GELU, a mask taken for a bias, or a prefix that hides every name."""
+    theirs = lively(NanoGPT(bias))
+    model = GPT.from_pretrained(saved(nano_checkpoint(theirs, prefix), tmp_path / "ckpt.pt"))
+    assert model.config == GPTConfig(**theirs.arguments, qkv_bias=bias, activation="gelu")
+    assert_same_logits(model, theirs)
+
+
+def test_a_folder_is_searched(tmp_path: Path) -> None:
+    """An --out folder of nanoGPT's that must be given file by file."""
+    theirs = lively(NanoGPT())
+    saved(nano_checkpoint(theirs), tmp_path / "ckpt.pt")
+    saved({}, tmp_path / "other.pt")
+    assert_same_logits(GPT.from_pretrained(tmp_path), theirs)
+
+
+@pytest.mark.parametrize("qkv_bias", [False, True], ids=["plain", "qkv-bias"])
+@pytest.mark.parametrize(
+    "wrap", [lambda s: s, lambda s: {"model_state_dict": s, "optimizer_state_dict": {}}], ids=["bare", "dict"]
+)
+def test_the_book(qkv_bias: bool, wrap: Callable[[Any], Any], tmp_path: Path) -> None:
+    """Query, key and value stacked in another order, scale and shift mixed up, or a head that gets tied."""
+    theirs = lively(BookGPT(qkv_bias))
+    path = saved(wrap(theirs.state_dict()), tmp_path / "model.pth")
+    model = GPT.from_pretrained(path, {"n_heads": H})
+    assert not model.config.tie_weights
+    assert_same_logits(model, theirs)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [BOOK_CONFIG, GPTConfig.from_dict(BOOK_CONFIG), {"n_head": H}, {"num_heads": H}],
+    ids=["dict", "GPTConfig", "ours", "another-package"],
+)
+def test_the_book_with_its_config(config: Any, tmp_path: Path) -> None:
+    """The book's own dict refused, or dropout and heads that are not taken from it."""
+    theirs = lively(BookGPT())
+    model = GPT.from_pretrained(saved(theirs.state_dict(), tmp_path / "model.pth"), config)
+    assert model.config.n_head == H
+    assert model.config.dropout == (0.1 if config is BOOK_CONFIG or isinstance(config, GPTConfig) else 0.0)
+    assert_same_logits(model, theirs)
+
+
+def test_a_tied_head_stays_tied(tmp_path: Path) -> None:
+    """Two copies of a shared matrix, which training would drive apart."""
+    theirs = lively(BookGPT(tied=True))
+    model = GPT.from_pretrained(saved(theirs.state_dict(), tmp_path / "model.pth"), {"n_head": H})
+    assert model.config.tie_weights
+    assert_same_logits(model, theirs)
+
+
+def test_a_nanogpt_head_of_its_own_stays_untied(tmp_path: Path) -> None:
+    """A head that is dropped because nanoGPT's usually is the embedding."""
+    theirs = NanoGPT()
+    theirs.lm_head.weight = nn.Parameter(torch.empty(V, C))
+    model = GPT.from_pretrained(saved(nano_checkpoint(lively(theirs)), tmp_path / "ckpt.pt"))
+    assert not model.config.tie_weights
+    assert_same_logits(model, theirs)
+
+
+def test_dtype_comes_along(tmp_path: Path) -> None:
+    """Half-precision weights that double in memory."""
+    theirs = lively(NanoGPT()).bfloat16()
+    model = GPT.from_pretrained(saved(nano_checkpoint(theirs), tmp_path / "ckpt.pt"))
+    assert model.wte.weight.dtype == torch.bfloat16
+    assert torch.equal(model.wte.weight, theirs.lm_head.weight)
+
+
+def test_our_own_checkpoints(tmp_path: Path) -> None:
+    """A checkpoint of this package that is not recognised."""
+    model = GPT(GPTConfig(vocab_size=V, block_size=T, n_layer=L, n_head=H, n_embd=C, norm="post"))
+    tokenizer = CharTokenizer.train("abc")
+    model.save_pretrained(tmp_path / "own", tokenizer=tokenizer)
+    loaded = GPT.from_pretrained(tmp_path / "own", use_triton=False)
+    idx = tokens()
+    assert torch.equal(loaded(idx), model(idx))
+    assert loaded.use_triton is False
+    assert load_pretrained_tokenizer(tmp_path / "own").to_json() == tokenizer.to_json()
+    with pytest.raises(InputError, match="says what its model is, expected no config"):
+        GPT.from_pretrained(tmp_path / "own", {"n_head": H})
+
+
+def test_the_random_state_is_left_alone(tmp_path: Path) -> None:
+    """Loading that shifts every number drawn after it."""
+    path = saved(nano_checkpoint(NanoGPT()), tmp_path / "ckpt.pt")
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    GPT.from_pretrained(path)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def nano_with(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    checkpoint = nano_checkpoint(NanoGPT())
+    change(checkpoint)
+    return checkpoint
+
+
+def in_model(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    return nano_with(lambda checkpoint: change(checkpoint["model"]))
+
+
+QKV = "transformer.h.1.attn.c_attn.weight"
+NANO = "(nanoGPT's layout) "
+WRONG: dict[str, tuple[Any, Any, str]] = {
+    "no-heads": (
+        BookGPT().state_dict(),
+        None,
+        "(LLMs-from-scratch's layout) does not say how many heads there are, expected config={'n_head': ...}, a divisor of 24",
+    ),
+    "no-heads-in-config": (BookGPT().state_dict(), {"drop_rate": 0.1}, "does not say how many heads there are"),
+    "no-model-args": (nano_with(lambda c: c.pop("model_args")), None, NANO + "does not say how many heads there are"),
+    "heads-against-file": (nano_with(id), {"num_heads": 4}, "num_heads is 4, expected 3 as n_head"),
+    "our-heads-against-file": (nano_with(id), {"n_head": 4}, NANO + "says that n_head is 3, expected no other in config= (4)"),
+    "config-against-shape": (BookGPT().state_dict(), {**BOOK_CONFIG, "emb_dim": 48}, "emb_dim is 48, expected 24 as n_embd"),
+    "whole-config-against-shape": (
+        BookGPT().state_dict(),
+        GPTConfig.from_dict({**BOOK_CONFIG, "emb_dim": 48}),
+        "has tok_emb.weight of shape (53, 24), expected (53, 48)",
+    ),
+    "config-of-a-tied-head": (
+        BookGPT().state_dict(),
+        GPTConfig.from_dict({**BOOK_CONFIG, "tie_weights": True}),
+        "has out_head.weight, which a model of its config does not",
+    ),
+    "config-type": (nano_with(id), "gpt2", "config is str, expected a GPTConfig, a dict or None"),
+    "layers-against-file": (
+        nano_with(lambda c: c["model_args"].update(n_layer=9999)),
+        None,
+        NANO + "has 2 blocks, expected 9999",
+    ),
+    "vocabulary-against-file": (
+        nano_with(lambda c: c["model_args"].update(vocab_size=2_000_000_000)),
+        None,
+        NANO + "has wte.weight of shape (53, 24), expected (2000000000, 24)",
+    ),
+    "missing": (in_model(lambda m: m.pop(QKV)), None, NANO + "lacks h.1.attn.c_attn.weight"),
+    "missing-embedding": (in_model(lambda m: m.pop("transformer.wpe.weight")), None, NANO + "lacks wpe.weight"),
+    "extra": (in_model(lambda m: m.update(score=torch.zeros(1))), None, NANO + "has score, which a model of its config does not"),
+    "shape": (
+        in_model(lambda m: m.update({QKV: torch.zeros(3 * C, C + 1)})),
+        None,
+        NANO + "has h.1.attn.c_attn.weight of shape (72, 25), expected (72, 24)",
+    ),
+    "rank": (
+        in_model(lambda m: m.update({"transformer.wpe.weight": torch.zeros(3)})),
+        None,
+        NANO + "has wpe.weight of shape (3,), expected two dimensions",
+    ),
+    "integers": (in_model(lambda m: m.update({QKV: torch.zeros(3 * C, C).char()})), None, f"{QKV} is int8 strided, expected"),
+    "sparse": (
+        in_model(lambda m: m.update({QKV: torch.zeros(2, 2).to_sparse()})),
+        None,
+        "needs torch._utils._rebuild_sparse_tensor",
+    ),
+    "twice": (in_model(lambda m: m.update({"wte.weight": torch.zeros(V, C)})), None, "has wte.weight twice"),
+    "unknown-argument": (nano_with(lambda c: c["model_args"].update(n_expert=2)), None, "'n_expert' is unknown"),
+    "another-model": ({"encoder.weight": torch.zeros(2)}, None, "has no known layout (encoder.weight, ...), expected"),
+    "no-tensors": ({"model": {"a": 1}}, None, "holds 'a': int, expected a state_dict of tensors"),
+    "a-tensor": (torch.zeros(3), None, "holds a Tensor, expected a state_dict of tensors"),
+    "nothing": ({}, None, "holds a dict, expected a state_dict of tensors"),
+}
+
+
+@pytest.mark.parametrize(("content", "config", "said"), WRONG.values(), ids=WRONG)
+def test_what_does_not_fit_is_said_in_a_line(content: Any, config: Any, said: str, tmp_path: Path) -> None:
+    """A model that loads and is wrong, or a traceback from inside torch."""
+    path = saved(content, tmp_path / "ckpt.pt")
+    with pytest.raises(InputError) as raised:
+        GPT.from_pretrained(path, config)
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [CharTokenizer.train("hello\n"), BPETokenizer.train("hello hello", 259)], ids=["char", "bpe"]
+)
+def test_tokens_go_out_as_nanogpt_reads_them(tokenizer: Any, tmp_path: Path) -> None:
+    """Ids of another width or order, splits that lose a token, or a vocabulary that 16 bits cannot hold."""
+    text = "hello\n" * 40
+    data = TokenData.from_text(text, tokenizer)
+    save_bin(data, tmp_path / "out")
+    train, validation = (np.fromfile(tmp_path / "out" / f"{name}.bin", "<u2") for name in ("train", "val"))
+    assert [*train, *validation] == tokenizer.encode(text)
+    assert len(train) == len(data.tokens("train"))
+    assert json.loads((tmp_path / "out" / "tokenizer.json").read_text("utf-8")) == tokenizer.to_json()
+
+
+def test_too_many_ids_for_bins(tmp_path: Path) -> None:
+    """Ids above 65,535 that wrap around."""
+
+    class Large(CharTokenizer):
+        vocab_size = 65537
+
+    with pytest.raises(InputError, match="save_bin: the vocabulary has 65537 ids, expected at most 65536"):
+        save_bin(TokenData.from_text("ab" * 9, Large("ab")), tmp_path)

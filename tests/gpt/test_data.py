@@ -1,0 +1,319 @@
+"""Corpora, the token cache, batches, and the bigram baseline."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gpt import CharTokenizer, InputError, cache
+from gpt.corpus import open_corpus
+from gpt.data import IGNORED, Batch, DataConfig, TokenData
+from tests.gpt.models import lively
+from tests.gpt.text import TEXT
+
+BATCH = {"batch_size": 3, "block_size": 8, "seed": 5, "step": 7, "micro_step": 1}
+
+
+@pytest.fixture
+def data() -> TokenData:
+    return TokenData.from_text(TEXT)
+
+
+def write(folder: Path, **files: str) -> Path:
+    for name, text in files.items():
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def load(*sources: Any, **fields: Any) -> TokenData:
+    return TokenData.load(DataConfig(data=tuple(str(source) for source in sources), **fields))
+
+
+def joined(data: TokenData) -> str:
+    return data.tokenizer.decode([*data.tokens("train").tolist(), *data.tokens("validation").tolist()])
+
+
+def test_split(data: TokenData) -> None:
+    """Validation tokens that are trained on, or a split of other proportions."""
+    assert len(data.tokens("train")) == 5400
+    assert joined(data) == TEXT
+
+
+def test_targets_are_the_next_tokens(data: TokenData) -> None:
+    """Targets that are the inputs, or shifted the wrong way."""
+    inputs, targets, document_start = data.batch("train", **BATCH)
+    assert inputs.dtype == targets.dtype == torch.int64
+    assert inputs.shape == targets.shape == (3, 8)
+    assert document_start is None
+    train = data.tokenizer.decode(data.tokens("train").tolist())
+    for x, y in zip(inputs.tolist(), targets.tolist(), strict=True):
+        assert x[1:] == y[:-1]
+        assert data.tokenizer.decode([*x, y[-1]]) in train
+
+
+def test_batches_are_a_function_of_seed_and_step(data: TokenData) -> None:
+    """Batches that depend on what was drawn before (a resumed run would read other text), or that use up random state."""
+    first = data.batch("train", **BATCH)
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    for change in ({"seed": 6}, {"step": 8}, {"micro_step": 0}, {"stream": "estimate"}, {"stream": "validation"}):
+        other = data.batch(**{"stream": "train", **BATCH, **change})
+        assert not torch.equal(other.inputs, first.inputs), change
+    assert torch.equal(TokenData.from_text(TEXT).batch("train", **BATCH).inputs, first.inputs)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert (np.random.get_state()[1] == numpy_state).all()
+
+
+def test_every_window_can_be_drawn(data: TokenData) -> None:
+    """A first or last window that is never drawn, or one past the end."""
+    batch = data.batch("validation", 20_000, 592, seed=0, step=0)
+    tokens = torch.from_numpy(data.tokens("validation").astype(np.int64))
+    assert {tuple(row) for row in batch.inputs[:, :4].unique(dim=0).tolist()} == {
+        tuple(tokens[i : i + 4].tolist()) for i in range(8)
+    }
+
+
+def test_windows_cover_each_target_once(data: TokenData) -> None:
+    """An evaluation that skips the split's end, or counts tokens twice."""
+    targets: list[int] = []
+    for batch in data.windows("validation", batch_size=7, block_size=11):
+        for x, y in zip(batch.inputs, batch.targets, strict=True):
+            real = y != IGNORED
+            assert torch.equal(x[1:][real[:-1] & real[1:]], y[:-1][real[:-1] & real[1:]])
+            targets += y[real].tolist()
+    assert targets == data.tokens("validation")[1:].tolist()
+
+
+def test_bigram_loss(data: TokenData, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A baseline counted on the validation split, without smoothing, or over other targets than the model's."""
+    monkeypatch.setattr("gpt.data._CHUNK", 97)
+    train, validation = data.tokens("train").tolist(), data.tokens("validation").tolist()
+    pairs, singles = Counter(itertools.pairwise(train)), Counter(train[:-1])
+    v = data.tokenizer.vocab_size
+    terms = [math.log(singles[a] + v) - math.log(pairs[a, b] + 1) for a, b in itertools.pairwise(validation)]
+    assert data.bigram_loss() == pytest.approx(sum(terms) / len(terms), rel=1e-12)
+
+
+def test_too_short() -> None:
+    """A corpus shorter than a window that fails inside a batch."""
+    data = TokenData.from_text(TEXT[:100])
+    data.check(9)
+    with pytest.raises(InputError, match=r"validation split has 10 tokens, expected at least 11 \(block_size 10"):
+        data.check(10)
+    with pytest.raises(InputError, match="train split has 90 tokens, expected at least 1025"):
+        data.check(1024)
+
+
+def test_files_folders_and_globs(tmp_path: Path) -> None:
+    """Files left out, read twice or in an order that differs between machines."""
+    (tmp_path / "sub").mkdir()
+    write(tmp_path, b=TEXT[:50], a=TEXT[50:90])
+    write(tmp_path / "sub", c=TEXT[90:120])
+    (tmp_path / ".hidden").write_bytes(b"\xff")
+    whole = TEXT[50:90] + TEXT[:50] + TEXT[90:120]
+    assert joined(load(tmp_path)) == whole
+    assert joined(load(tmp_path / "*.txt", tmp_path / "sub")) == whole
+    assert joined(load(tmp_path / "**" / "c.txt")) == TEXT[90:120]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "does not exist"),
+        (b"", "is empty"),
+        (b"abc\0def", "binary byte 3"),
+        (b"abcd\xffe", "UTF-8 byte 4 0xff"),
+        (b"abcd\xe6\x9d", "UTF-8 byte 4 0xe6"),
+    ],
+)
+def test_wrong_files(content: bytes | None, words: str, tmp_path: Path) -> None:
+    """A file that is half read, or an error that does not say which file and where in it."""
+    path = tmp_path / "text.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        load(path)
+    for word in [*words.split(), str(path)]:
+        assert word in str(caught.value)
+
+
+def test_wrong_sources(tmp_path: Path) -> None:
+    """An empty folder, glob or list that trains on nothing."""
+    for source in (tmp_path, tmp_path / "*.txt"):
+        with pytest.raises(InputError, match="holds no file"):
+            load(source)
+    with pytest.raises(InputError, match="no source"):
+        load()
+
+
+def test_unknown_character_names_the_file(tmp_path: Path) -> None:
+    """An error that leaves the user to search all files."""
+    CharTokenizer("abc").save(tmp_path)
+    path = write(tmp_path, text="abcaXb") / "text.txt"
+    with pytest.raises(InputError, match=r"text\.txt.*'X' \(U\+0058\) at position 4"):
+        load(path, tokenizer=str(tmp_path))
+    with pytest.raises(InputError, match="tokenizer: nowhere does not exist"):
+        load(path, tokenizer="nowhere")
+
+
+def test_tokens_are_cached_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens of another text or tokenizer, or text that is tokenized at each start."""
+    calls: list[str] = []
+    encode = CharTokenizer.encode
+
+    def counting(self: CharTokenizer, text: str, **options: Any) -> list[int]:
+        calls.append(text)
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(CharTokenizer, "encode", counting)
+    path = write(tmp_path, text=TEXT) / "text.txt"
+    first = load(path)
+    assert len(calls) == 1
+    (write(tmp_path, copy=TEXT) / "text.txt").unlink()
+    again = load(tmp_path / "copy.txt")
+    assert (len(calls), again.identity, joined(again)) == (1, first.identity, TEXT)
+    write(tmp_path, copy=TEXT[::-1])
+    changed = load(tmp_path / "copy.txt")
+    assert changed.identity != first.identity
+    assert joined(changed) == TEXT[::-1]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no ends", "garbage"])
+def test_a_damaged_cache_is_made_anew(damage: str, tmp_path: Path, cache: Path) -> None:
+    """Training on what a full disk left of the tokens."""
+    path = write(tmp_path, text=TEXT) / "text.txt"
+    load(path)
+    tokens, ends = next(cache.rglob("*.tokens")), next(cache.rglob("*.npy"))
+    if damage == "truncated":
+        tokens.write_bytes(tokens.read_bytes()[:-10])
+    elif damage == "no ends":
+        ends.unlink()
+    else:
+        ends.write_bytes(b"")
+    assert joined(load(path)) == TEXT
+    assert tokens.stat().st_size == 2 * len(TEXT)
+
+
+def test_an_unwritable_cache_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read-only home folder that keeps people from training."""
+    path = write(tmp_path, text=TEXT) / "text.txt"
+    monkeypatch.setenv("FUSED_GPT_CACHE", str(path / "below a file"))
+    assert joined(load(path)) == TEXT
+
+
+def test_ids_above_65535(tmp_path: Path) -> None:
+    """Ids that wrap around in 16 bits."""
+    characters = "".join(map(chr, [*range(32, 0xD800), *range(0xE000, 0x13000)]))
+    CharTokenizer(characters).save(tmp_path)
+    text = characters[-500:]
+    data = load(write(tmp_path, text=text) / "text.txt", tokenizer=str(tmp_path))
+    assert data.tokens("train").dtype == np.uint32
+    assert data.tokens("train")[0] > 65535
+    assert joined(data) == text
+    assert int(data.batch("train", 4, 8, seed=0, step=0).inputs.min()) > 65535
+
+
+def test_long_texts_are_cut_where_no_token_crosses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long file whose tokens differ from those of its text encoded at once."""
+    path = write(tmp_path, text=TEXT.replace(" ", "  \n \n", 300)) / "text.txt"
+    whole = load(path, tokenizer="bpe", bpe_vocab_size=300)
+    monkeypatch.setattr("gpt.data._CHUNK", 50)
+    monkeypatch.setenv("FUSED_GPT_CACHE", str(tmp_path / "other"))
+    cut = load(path, tokenizer="bpe", bpe_vocab_size=300)
+    for split in ("train", "validation"):
+        assert cut.tokens(split).tolist() == whole.tokens(split).tolist()
+
+
+def test_stdlib() -> None:
+    """A first run that finds no text, or a thousand rare characters."""
+    data = load("stdlib")
+    assert len(data.tokens("train")) > 1_000_000
+    assert data.tokenizer.vocab_size <= 96
+    assert "def __init__(self" in data.tokenizer.decode(data.tokens("validation").tolist())
+    assert load("stdlib").identity == data.identity
+    assert sum(len(document.read()) for document in open_corpus(["stdlib"])) <= 4_000_000
+
+
+def test_shakespeare_without_network(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without network that is not told what to put where."""
+
+    def refuse(url: str) -> bytes:
+        raise TimeoutError("no answer in 4 s")
+
+    monkeypatch.setattr("gpt.cache._fetch", refuse)
+    with pytest.raises(InputError, match=rf"no answer.*{cache}/tinyshakespeare\.txt.*--data PATH"):
+        load("shakespeare")
+
+
+def test_fetch_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that swallows packets and hangs the first run."""
+    import time
+
+    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: time.sleep(5))
+    with pytest.raises(TimeoutError, match="no answer"):
+        cache._fetch("https://example.org", patience=0.05)
+
+
+def documents(tmp_path: Path) -> list[str]:
+    texts = [TEXT[:40], TEXT[40:43], TEXT[43:60], TEXT[60:65], TEXT[65:260]]
+    write(tmp_path, **{f"d{i}": text for i, text in enumerate(texts)})
+    return texts
+
+
+def test_packed_documents(tmp_path: Path) -> None:
+    """A document's start off by one, or a target that lies in the next document."""
+    texts = documents(tmp_path)
+    data = load(tmp_path, pack_documents=True)
+    begins = {0, *np.cumsum([len(text) for text in texts])}
+    position = 0
+    for batch in data.windows("train", 1, 9):
+        assert batch.document_start is not None
+        assert batch.document_start.dtype == torch.int32
+        for x, y, start in zip(
+            batch.inputs[0].tolist(), batch.targets[0].tolist(), batch.document_start[0].tolist(), strict=True
+        ):
+            if position >= len(data.tokens("train")):
+                break
+            own = max(begin for begin in begins if begin <= position)
+            window = position - position % 9
+            assert start == max(0, own - window)
+            last = position + 1 in begins or position + 1 == len(data.tokens("train"))
+            assert x == data.tokens("train")[position]
+            assert y == (IGNORED if last else data.tokens("train")[position + 1])
+            position += 1
+
+
+def test_packed_documents_equal_separate_batches(tmp_path: Path) -> None:
+    """Documents that see one another, or positions that go on counting."""
+    documents(tmp_path)
+    data = load(tmp_path, pack_documents=True)
+    model = lively().double().eval()
+    batch = next(iter(data.windows("train", 6, 12)))
+
+    def loss(batch: Batch) -> torch.Tensor:
+        return model(batch.inputs, batch.targets, document_start=batch.document_start)
+
+    total, count = 0.0, 0
+    for x, y, starts in zip(batch.inputs, batch.targets, batch.document_start, strict=True):
+        for start in starts.unique():
+            own = starts == start
+            targets = int((y[own] != IGNORED).sum())
+            if targets:
+                total += loss(Batch(x[own][None], y[own][None])).item() * targets
+                count += targets
+    assert loss(batch).item() == pytest.approx(total / count, rel=1e-6)
+
+
+def test_packed_bigrams(tmp_path: Path) -> None:
+    """A baseline over pairs that the model is not asked for."""
+    documents(tmp_path)
+    packed, flat = load(tmp_path, pack_documents=True), load(tmp_path)
+    pairs = [(int(a), int(b)) for first, second in packed._pairs("train") for a, b in zip(first, second, strict=True)]
+    assert len(pairs) == len(flat.tokens("train")) - 1 - 4
+    assert packed.bigram_loss() != flat.bigram_loss()

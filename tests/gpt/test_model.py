@@ -1,0 +1,357 @@
+"""The model: against the formula written out, and what must hold whatever its parameters are."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernels
+from gpt import GPT, GPTConfig, InputError
+from tests.gpt.models import CONFIGS, SMALL, lively, padded, tokens
+
+each_config = pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
+BOOK = {"context_length": 1024, "emb_dim": 768, "n_heads": 12, "n_layers": 12, "drop_rate": 0.1, "qkv_bias": False}
+
+
+def written_out(model: GPT, idx: Tensor) -> Tensor:
+    """Logits (T, V) of one sequence (T,), from the parameters by name."""
+    c, w = model.config, dict(model.named_parameters())
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        y = x @ w[f"{name}.weight"].T
+        return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        y = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + c.eps).sqrt() * w[f"{name}.weight"]
+        return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
+
+    def attention(x: Tensor, name: str) -> Tensor:
+        heads = []
+        q, k, v = linear(x, f"{name}.qkv").chunk(3, -1)
+        for h in range(c.n_head):
+            qh, kh, vh = (t[:, h * c.head_size : (h + 1) * c.head_size] for t in (q, k, v))
+            logits = qh @ kh.T / c.head_size**0.5
+            heads.append(logits.masked_fill(torch.ones_like(logits).triu(1) == 1, -torch.inf).softmax(-1) @ vh)
+        return linear(torch.cat(heads, -1), f"{name}.proj")
+
+    def ffn(x: Tensor, name: str) -> Tensor:
+        act = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": lambda h: F.gelu(h, approximate="tanh")}[c.activation]
+        return linear(act(linear(x, f"{name}.up")), f"{name}.down")
+
+    x = w["wte.weight"][idx] + w["wpe.weight"][: len(idx)]
+    for b in (f"blocks.{i}" for i in range(c.n_layer)):
+        if c.norm == "post":
+            x = norm(x + attention(x, f"{b}.attn"), f"{b}.ln_1")
+            x = norm(x + ffn(x, f"{b}.ffn"), f"{b}.ln_2")
+        else:
+            x = x + attention(norm(x, f"{b}.ln_1"), f"{b}.attn")
+            x = x + ffn(norm(x, f"{b}.ln_2"), f"{b}.ffn")
+    x = norm(x, "ln_f") if c.final_norm else x
+    logits = x @ w["wte.weight" if c.tie_weights else "lm_head.weight"].T
+    return logits + w["lm_head.bias"] if c.head_bias else logits
+
+
+@each_config
+def test_logits_follow_the_formula(fields: dict[str, Any]) -> None:
+    """A switch that is ignored, a norm or residual in the wrong place, a head that takes the wrong weight."""
+    model, idx = lively(**fields).double(), tokens(2, 9)
+    torch.testing.assert_close(model(idx), torch.stack([written_out(model, row) for row in idx]))
+
+
+@each_config
+def test_the_loss_is_cross_entropy(fields: dict[str, Any]) -> None:
+    """A loss over shifted, ignored or missing tokens, or without the head's bias; a parameter that it does not reach."""
+    model, idx, targets = lively(**fields).double(), tokens(3, 12), tokens(3, 12)
+    targets[0, 3], targets[2] = -100, -100
+    loss = model(idx, targets)
+    torch.testing.assert_close(loss, F.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), ignore_index=-100))
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@each_config
+def test_no_logit_sees_the_future(fields: dict[str, Any]) -> None:
+    """A causal mask that is off by one."""
+    model, idx = lively(**fields).double(), tokens(2, 10)
+    before = model(idx)
+    for t in range(10):
+        changed = idx.clone()
+        changed[:, t] = (changed[:, t] + 1) % SMALL.vocab_size
+        after = model(changed)
+        torch.testing.assert_close(after[:, :t], before[:, :t])
+        assert (after[:, t] - before[:, t]).abs().amax() > 1e-3
+
+
+@each_config
+def test_padding_changes_nothing(fields: dict[str, Any]) -> None:
+    """Padding that is attended to, or positions that count it."""
+    model, prompts = lively(**fields).double(), [tokens(1, length) for length in (4, 9, 1)]
+    idx, mask = padded(prompts)
+    for form in (mask, mask.bool(), mask.float()):
+        for logits, prompt in zip(model(idx, attention_mask=form), prompts, strict=True):
+            torch.testing.assert_close(logits[-prompt.shape[1] :], model(prompt)[0])
+
+
+@each_config
+def test_documents_do_not_see_each_other(fields: dict[str, Any]) -> None:
+    """Packed documents that are not the same as separate ones: keys, positions, loss or gradients."""
+    model = lively(**fields).double()
+    rows = [[tokens(1, n) for n in lengths] for lengths in ((5, 1, 6), (12,))]
+    packed = torch.cat([torch.cat(row, 1) for row in rows])
+    starts = [[0] * 5 + [5] + [6] * 6, [0] * 12]
+    document_start = torch.tensor(starts, dtype=torch.int32)
+    apart = torch.stack([torch.cat([model(document)[0] for document in row]) for row in rows])
+    torch.testing.assert_close(model(packed, document_start=document_start), apart)
+    targets = tokens(2, 12)
+    expected = torch.autograd.grad(F.cross_entropy(apart.flatten(0, 1), targets.flatten()), list(model.parameters()))
+    found = torch.autograd.grad(model(packed, targets, document_start=document_start), list(model.parameters()))
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "count"),
+    [
+        ({}, 124_439_808),
+        (BOOK, 163_009_536),
+        ({**BOOK, "tie_weights": True}, 124_412_160),
+        ({"config": "gpt2-xl"}, 1_557_611_200),
+        *[({"config": SMALL, **fields}, None) for fields in CONFIGS.values()],
+    ],
+)
+def test_parameter_counts(fields: dict[str, Any], count: int | None) -> None:
+    """Parameters that the config does not account for, GPT-2 of another size than GPT-2's, or memory taken for either."""
+    model = GPT(**fields, device="meta")
+    assert model.num_parameters() == model.config.parameter_counts()["total"]
+    assert count in (None, model.num_parameters())
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_a_tied_head_is_the_embedding() -> None:
+    """A head that is tied by value only, or counted, saved or moved twice."""
+    tied, untied = GPT(SMALL), GPT(SMALL, tie_weights=False)
+    assert tied.head_weight.data_ptr() == tied.wte.weight.data_ptr()
+    assert untied.head_weight.data_ptr() != untied.wte.weight.data_ptr()
+    assert set(untied.state_dict()) - set(tied.state_dict()) == {"lm_head.weight"}
+    moved = GPT(SMALL, device="meta").to_empty(device="cpu")
+    moved.load_state_dict(tied.state_dict(), assign=True)
+    assert moved.head_weight.data_ptr() == moved.wte.weight.data_ptr()
+
+
+def test_initialisation_is_gpt2s() -> None:
+    """A deviation that is not scaled with depth, a bias that does not start at 0, draws that the seed does not decide."""
+    torch.manual_seed(3)
+    model = GPT(vocab_size=500, block_size=64, n_layer=8, n_head=2, n_embd=64)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            assert parameter.eq(float(name.endswith("weight"))).all(), name
+        else:
+            std = 0.02 / 4 if name.endswith(("proj.weight", "down.weight")) else 0.02
+            assert 0.95 * std < parameter.std() < 1.05 * std, name
+    torch.manual_seed(3)
+    assert torch.equal(GPT(model.config).wte.weight, model.wte.weight)
+
+
+def test_ways_to_make_one() -> None:
+    """Keywords, dicts, presets and configs that do not lead to the same model, or keywords that start from a preset."""
+    config = GPTConfig(65, 32, 2, 4, 64, dropout=0.1, tie_weights=False, head_bias=True, final_norm=False, head_dim=16)
+    names = {
+        "vocab_size": 65,
+        "max_seq_len": 32,
+        "emb_size": 64,
+        "num_heads": 4,
+        "head_size": 16,
+        "num_layers": 2,
+        "dropout": 0.1,
+    }
+    assert GPT(config).config == GPT(names).config == GPT(**names, device="cpu").config == config
+    assert GPT(config, dropout=0.3).config == GPT(names, dropout=0.3).config == GPTConfig.from_dict({**names, "dropout": 0.3})
+    assert GPT("char-cpu", n_layer=1).config == GPTConfig.preset("char-cpu", n_layer=1)
+    assert GPT(device="meta").config == GPT("gpt2", device="meta").config == GPTConfig()
+    assert GPT(config, dtype=torch.bfloat16).wte.weight.dtype == torch.bfloat16
+    assert GPT(config).max_seq_len == 32
+    for wrong in ({"config": 3}, {"config": SMALL, "emb_size": 8}, {"config": "gpt3"}, {"n_embed": 8}):
+        with pytest.raises(InputError):
+            GPT(**wrong)
+
+
+DROPOUT = {"dropout": 0.4}
+
+
+@each_config
+def test_a_seed_decides_every_mask(fields: dict[str, Any]) -> None:
+    """A mask that is drawn elsewhere, that is the same as another, or that a tensor seed draws differently."""
+    model, idx, targets = lively(**fields, **DROPOUT), tokens(2, 8), tokens(2, 8)
+    losses = {}
+    for seed in (0, 1, -1, 2**40, torch.tensor(1)):
+        model.dropout_seed = seed
+        first = model(idx, targets)
+        torch.rand(3)
+        assert torch.equal(model(idx, targets), first)
+        losses[int(seed), isinstance(seed, Tensor)] = first.item()
+    assert losses.pop((1, True)) == losses[1, False]
+    model.dropout_seed = None
+    losses["drawn"] = model(idx, targets).item()
+    losses["again"] = model(idx, targets).item()
+    losses["none"] = model.eval()(idx, targets).item()
+    assert len(set(losses.values())) == len(losses)
+
+
+@pytest.mark.parametrize("seed", [11, torch.tensor(11)])
+@each_config
+def test_every_mask_has_its_own_seed(monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], seed: int | Tensor) -> None:
+    """Two layers or two places of a layer that drop the same elements, or a place that does not drop."""
+    drawn = []
+
+    def recording(name: str) -> Any:
+        op = getattr(kernels, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if kwargs["dropout_p"] == DROPOUT["dropout"]:
+                drawn.append(int(kwargs["seed"]))
+            return op(*args, **kwargs)
+
+        return call
+
+    for name in ("causal_attention", "add_layer_norm"):
+        monkeypatch.setattr(kernels, name, recording(name))
+    model = lively(**fields, **DROPOUT)
+    for step in (seed, seed + 1):
+        model.dropout_seed = step
+        model(tokens(1, 4))
+    assert len(set(drawn)) == len(drawn) == 2 * (3 * SMALL.n_layer + 1)
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_the_embedding_is_dropped(seed: int | None) -> None:
+    """Elements that are kept without being scaled up, or an evaluation that drops."""
+    model = GPT(SMALL, n_embd=64, final_norm=False, dropout=0.5)
+    model.dropout_seed = seed
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.wte.weight.fill_(1)  # the branches are 0: what comes out is the dropped embedding
+        dropped, kept = model(tokens(8, 12)) / 64, model.eval()(tokens(8, 12)) / 64
+    assert (dropped > 0.4).all()
+    assert (dropped < 1.6).all()
+    assert 0.9 < dropped.mean() < 1.1
+    assert dropped.std() > 0.05
+    assert (kept == 1).all()
+
+
+@each_config
+def test_autocast(fields: dict[str, Any]) -> None:
+    """Mixed precision that fails, or that rounds the residual stream of a pre-norm model away."""
+    model, idx, targets = lively(**fields), tokens(3, 12), tokens(3, 12)
+    full = model(idx, targets)
+    streams = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, __, output: streams.append(output[1].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, logits = model(idx, targets), model(idx)
+    assert (loss.dtype, logits.dtype) == (torch.float32, torch.bfloat16)
+    assert set(streams) == {torch.bfloat16 if model.config.norm == "post" else torch.float32}
+    torch.testing.assert_close(loss, full, rtol=0.05, atol=0)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("name", "seed"), [("gpt2", None), ("post-bare", torch.tensor(3))])
+def test_compiles_as_one_graph(name: str, seed: Tensor | None) -> None:
+    """A graph break: Python that depends on a tensor's values, a warning, or a context that cannot be traced."""
+    model, idx = lively(**CONFIGS[name], dropout=0.0 if seed is None else 0.3), tokens(2, 8)
+    model.dropout_seed = seed
+    starts = torch.zeros_like(idx, dtype=torch.int32)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for kwargs in ({}, {"targets": idx}, {"targets": idx, "document_start": starts}, {"attention_mask": torch.ones_like(idx)}):
+        torch.testing.assert_close(compiled(idx, **kwargs), model(idx, **kwargs))
+
+
+def test_the_model_chooses_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A use_triton that is not asked for in forward or generate, that outlives them, or that cannot be set at run time."""
+    asked = []
+
+    class Recording(kernels.model_backend):
+        def __init__(self, backend: str) -> None:
+            asked.append(backend)
+            super().__init__(backend)
+
+    monkeypatch.setattr(kernels, "model_backend", Recording)
+    monkeypatch.setattr(kernels, "warn_if_unavailable", lambda device, dtype: asked.append((device.type, dtype)))
+    model, idx = GPT(SMALL, use_triton=False), tokens(1, 4)
+    model(idx)
+    model.use_triton = "auto"
+    model.generate(idx, 1)
+    model.use_triton = True
+    assert asked == ["reference", "auto", ("cpu", torch.float32)]
+    assert kernels.explain("layer_norm", torch.ones(2), torch.ones(2)).reason != "use_triton=False"
+    for wrong in ("true", 1, None):
+        with pytest.raises(InputError, match="use_triton is"):
+            model.use_triton = wrong
+
+
+IDX = torch.zeros(2, 5, dtype=torch.int64)
+MASK = torch.ones(2, 5)
+STARTS = torch.zeros(2, 5, dtype=torch.int32)
+
+
+def changed(tensor: Tensor, value: float, *index: int) -> Tensor:
+    tensor = tensor.clone()
+    tensor[index] = value
+    return tensor
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"idx": [[1, 2]]}, "idx is list, expected int64 (B, T)"),
+        ({"idx": IDX.int()}, "idx is int32 (2, 5) on cpu, expected int64 (B, T)"),
+        ({"idx": IDX[0]}, "idx is int64 (5,) on cpu, expected int64 (B, T)"),
+        ({"idx": IDX[:, :0]}, "expected int64 (B, T) with at least one token"),
+        ({"idx": IDX[:0]}, "expected int64 (B, T) with at least one token"),
+        ({"idx": IDX.to("meta")}, "idx is on meta, expected cpu (the model's)"),
+        ({"idx": changed(IDX, 37, 1, 2)}, "idx has 37, expected ids in [0, 37)"),
+        ({"idx": changed(IDX, -1, 0, 4)}, "idx has -1, expected ids in [0, 37)"),
+        ({"idx": torch.zeros(1, 13, dtype=torch.int64)}, "idx has 13 tokens, expected at most 12 (block_size)"),
+        ({"targets": IDX[:, 1:]}, "targets is int64 (2, 4) on cpu, expected int64 (2, 5) on cpu"),
+        ({"targets": IDX.float()}, "targets is float32 (2, 5) on cpu, expected int64"),
+        ({"targets": changed(IDX, 37, 0, 0)}, "targets has 37"),
+        ({"attention_mask": MASK[:1]}, "attention_mask is float32 (1, 5) on cpu, expected (2, 5) on cpu"),
+        ({"attention_mask": True}, "attention_mask is bool"),
+        ({"attention_mask": changed(MASK, 0, 0, 4)}, "attention_mask has 0 after a 1"),
+        ({"attention_mask": changed(MASK, 0, 1, 2)}, "attention_mask has 0 after a 1"),
+        ({"attention_mask": changed(MASK, 0, 1)}, "or in a whole row"),
+        ({"attention_mask": changed(MASK, 0.5, 1, 0)}, "expected 0 for padding and 1 for tokens"),
+        ({"attention_mask": MASK, "document_start": STARTS}, "both given"),
+        ({"document_start": STARTS.long()}, "document_start is int64 (2, 5) on cpu, expected int32 (2, 5)"),
+        ({"document_start": STARTS[0]}, "document_start is int32 (5,) on cpu"),
+        ({"document_start": changed(STARTS, 4, 1, 3)}, "document_start has 4 at row 1, token 3, expected a value in [0, 3]"),
+        ({"document_start": changed(STARTS, -1, 0, 2)}, "document_start has -1 at row 0, token 2"),
+    ],
+)
+def test_what_cannot_go_in(arguments: dict[str, Any], said: str) -> None:
+    """An input that gives an index error from inside torch, or an answer."""
+    model = lively()
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is compared below
+        model(**{"idx": IDX, **arguments})
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_right_padding_is_named_in_every_place() -> None:
+    """A mask that passes the check although padding follows a token somewhere."""
+    model, idx = lively(), tokens(1, 4)
+    for bits in itertools.product((0, 1), repeat=4):
+        mask = torch.tensor([bits])
+        if bits[-1] == 1 and list(bits) == sorted(bits):
+            model(idx, attention_mask=mask)
+        else:
+            with pytest.raises(InputError):
+                model(idx, attention_mask=mask)

@@ -1,0 +1,177 @@
+"""Flags and TOML tables made from dataclasses."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt import InputError
+from gpt.config import GPTConfig, TrainConfig
+from gpt.data import DataConfig
+from gpt.options import OptionParser, run_command
+
+
+def option(default: Any, help: str = "", **limits: Any) -> Any:
+    return field(default=default, metadata={"help": help, **limits})
+
+
+@dataclass(frozen=True)
+class Fruit:
+    max_count: int = option(3, "how many")
+    weight: float = option(1.5, "100% of it")
+    ripe: bool = option(False)
+    peel: bool | None = option(None)
+    limit: int | None = option(None)
+    kind: str = option("apple", choices=("apple", "pear"))
+    names: tuple[str, ...] = option(("a", "b"))
+
+
+def parser() -> OptionParser:
+    return OptionParser("fruit", "Counts fruit.", fruit=Fruit())
+
+
+def parse(*argv: str) -> dict[str, Any]:
+    return parser().parse_tables(argv)[1]["fruit"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "values"),
+    [
+        ("--max_count 4", {"max_count": 4}),
+        ("--max-count=4", {"max_count": 4}),
+        ("--weight 3", {"weight": 3.0}),
+        ("--weight=-2e-3", {"weight": -2e-3}),
+        ("--ripe", {"ripe": True}),
+        ("--ripe false --peel True", {"ripe": False, "peel": True}),
+        ("--peel none --limit None", {"peel": None, "limit": None}),
+        ("--limit 7", {"limit": 7}),
+        ("--kind pear", {"kind": "pear"}),
+        ("--names x-y --max_count 1", {"names": ("x-y",), "max_count": 1}),
+        ("--names x y z", {"names": ("x", "y", "z")}),
+        ("", {}),
+    ],
+)
+def test_values(argv: str, values: dict[str, Any]) -> None:
+    """A flag read as another type, a hyphen changed inside a value, a default mistaken for a choice of the user's."""
+    given = parse(*argv.split())
+    assert given == values
+    assert {name: type(value) for name, value in given.items()} == {name: type(value) for name, value in values.items()}
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--max_count 4.5", "--max_count '4.5' int"),
+        ("--max_count none", "--max_count 'none' int"),
+        ("--weight heavy", "--weight 'heavy' float"),
+        ("--ripe maybe", "--ripe 'maybe' true|false"),
+        ("--limit x", "--limit 'x' int|none"),
+        ("--kind plum", "--kind 'plum' apple|pear"),
+        ("--max_cuont 4", "'--max_cuont' '--max_count'"),
+        ("--max-cuont=4", "'--max_cuont' '--max_count'"),
+        ("--max_count", "--max_count argument"),
+        ("stray", "'stray' --help"),
+    ],
+)
+def test_wrong_flags(argv: str, words: str) -> None:
+    """A message that leaves out the flag, the value, or what was expected."""
+    with pytest.raises(InputError) as caught:
+        parse(*argv.split())
+    for word in words.split():
+        assert word in str(caught.value)
+
+
+def test_help_shows_type_default_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    """A help that keeps something to itself, or breaks on a percent sign."""
+    with pytest.raises(SystemExit) as caught:
+        parse("--help")
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    for part in (
+        "--max_count int",
+        "how many (default: 3)",
+        "100% of it (default: 1.5)",
+        "apple|pear",
+        "(default: a b)",
+        "int|none",
+    ):
+        assert part in text
+
+
+def test_every_field_of_the_configs_is_a_flag() -> None:
+    """A field whose annotation the parser does not understand."""
+    parser = OptionParser("x", "", model=GPTConfig(), train=TrainConfig(), data=DataConfig())
+    flags = {"n_layer": "3", "tie_weights": "false", "head_dim": "none", "learning_rate": "1", "patience": "2", "data": "a"}
+    argv = [part for name, value in flags.items() for part in (f"--{name}", value)]
+    _, values = parser.parse_tables(argv)
+    assert values["model"] == {"n_layer": 3, "tie_weights": False, "head_dim": None}
+    assert values["train"] == {"learning_rate": 1.0, "patience": 2}
+    assert values["data"] == {"data": ("a",)}
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_toml_values(tmp_path: Path) -> None:
+    """A TOML value that becomes another than the same flag would."""
+    text = '[fruit]\nmax_count = 4\nweight = 2\nripe = true\nlimit = "none"\nnames = ["x", "y"]\nkind = "pear"\n'
+    values = parser().read_file(write(tmp_path / "f.toml", text), ["fruit"])
+    assert values == {"fruit": {"max_count": 4, "weight": 2.0, "ripe": True, "limit": None, "names": ("x", "y"), "kind": "pear"}}
+    assert type(values["fruit"]["weight"]) is float
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[friut]\n", "'friut' 'fruit'"),
+        ("max_count = 3\n", "'max_count' 'fruit'"),
+        ("fruit = 3\n", "fruit 3 [fruit]"),
+        ("[fruit]\nmax_cuont = 3\n", "[fruit] 'max_cuont' 'max_count'"),
+        ("[fruit]\nmax_count = true\n", "max_count True int"),
+        ("[fruit]\nmax_count = 1.5\n", "max_count 1.5 int"),
+        ("[fruit]\nripe = 1\n", "ripe 1 true|false"),
+        ("[fruit]\nkind = 1\n", "kind 1 apple|pear"),
+        ("[fruit]\nnames = [1]\n", "names [1] text"),
+        ("[fruit\n", "TOML f.toml"),
+    ],
+)
+def test_wrong_toml(tmp_path: Path, text: str, words: str) -> None:
+    """A file whose mistakes pass, or whose error does not say where."""
+    with pytest.raises(InputError) as caught:
+        parser().read_file(write(tmp_path / "f.toml", text), ["fruit"])
+    for word in words.split():
+        assert word in str(caught.value)
+
+
+def test_missing_toml(tmp_path: Path) -> None:
+    """A traceback for a mistyped path."""
+    with pytest.raises(InputError, match=r"nowhere\.toml.*No such file"):
+        parser().read_file(str(tmp_path / "nowhere.toml"), ["fruit"])
+
+
+def test_run_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """An input error shown as a traceback or in several lines, or a bug of ours shown as the user's."""
+
+    def refuse(argv: Sequence[str]) -> int:
+        warnings.warn("slow\nhere", stacklevel=1)
+        raise InputError("a is 1,\nexpected 2")
+
+    def break_down(argv: Sequence[str]) -> int:
+        raise ValueError("ours")
+
+    def interrupt(argv: Sequence[str]) -> int:
+        raise KeyboardInterrupt
+
+    assert run_command("fruit", refuse, []) == 2
+    assert capsys.readouterr().err == "fruit: warning: slow here\nfruit: a is 1, expected 2\n"
+    assert run_command("fruit", interrupt, []) == 130
+    assert run_command("fruit", lambda argv: len(argv), ["x", "y"]) == 2
+    with pytest.raises(ValueError, match="ours"):
+        run_command("fruit", break_down, [])

@@ -1,0 +1,185 @@
+"""Tokenizers: round trips, files, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt import BPETokenizer, CharTokenizer, InputError, cache, load_tokenizer
+from gpt.tokenizers import END_OF_TEXT, GPT2_MERGES_SHA256, Tokenizer, fingerprint, first_ids
+from tests.gpt.text import TEXT
+
+SHAKESPEARE = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+UNICODE = "naïve 東京 \U0001f642 e\u0301\n\n\t  don't  x\r\n123 \u00a0<|endoftext|> end "
+
+
+@pytest.fixture(scope="module")
+def bpe() -> BPETokenizer:
+    return BPETokenizer.train(TEXT, 400)
+
+
+def test_char_ids_follow_the_sorted_characters() -> None:
+    """Ids that depend on the order in which characters came."""
+    tokenizer = CharTokenizer.train(SHAKESPEARE[::-1] * 2)
+    assert tokenizer.vocab_size == 65
+    assert tokenizer.encode("First Citi") == [18, 47, 56, 57, 58, 1, 15, 47, 58, 47]
+    assert tokenizer.decode([18, 47, 56, 57, 58]) == "First"
+    assert CharTokenizer.train(["ba", "c"]).characters == "abc"
+
+
+def test_char_refuses_what_it_never_saw() -> None:
+    """An unseen character that is dropped, or an error that does not say which and where."""
+    with pytest.raises(InputError, match=r"'\\u2603' \(U\+2603\) at position 3 .* 65 characters"):
+        CharTokenizer(SHAKESPEARE).encode("abc\u2603d")
+    with pytest.raises(InputError, match=r"'\\ud800'"):
+        CharTokenizer(SHAKESPEARE).encode("\ud800")
+    with pytest.raises(InputError, match=r"id 65 at position 1.*64"):
+        CharTokenizer(SHAKESPEARE).decode([0, 65])
+    for characters in ("", "aa"):
+        with pytest.raises(InputError, match="distinct"):
+            CharTokenizer(characters)
+
+
+@given(st.text())
+def test_bpe_round_trip(bpe: BPETokenizer, text: str) -> None:
+    """A text that does not come back."""
+    assert bpe.decode(bpe.encode(text)) == text
+
+
+def test_bpe_learns(bpe: BPETokenizer) -> None:
+    """A vocabulary of bytes alone, or of another size than asked for."""
+    assert bpe.vocab_size <= 400
+    assert len(bpe.encode(TEXT)) < len(TEXT) / 2
+    with pytest.raises(InputError, match="vocab_size is 256, expected at least 257"):
+        BPETokenizer.train(TEXT, 256)
+
+
+def test_special_tokens_only_when_asked_for(bpe: BPETokenizer) -> None:
+    """The user's text turned into a control token."""
+    last = bpe.vocab_size - 1
+    assert bpe.encode(END_OF_TEXT, special=True) == [last]
+    assert last not in bpe.encode(END_OF_TEXT)
+    assert bpe.decode([last]) == bpe.decode(bpe.encode(END_OF_TEXT)) == END_OF_TEXT
+
+
+def test_streaming_bytes(bpe: BPETokenizer) -> None:
+    """Bytes lost where a character spans tokens."""
+    assert b"".join(bpe.decode_bytes([i]) for i in bpe.encode("東京")) == "東京".encode()
+
+
+def test_hugging_face_reads_the_file(bpe: BPETokenizer, tmp_path: Path) -> None:
+    """A tokenizer.json that others read differently."""
+    import tokenizers
+
+    bpe.save(tmp_path)
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    text = UNICODE.replace(END_OF_TEXT, "")
+    for sample in (TEXT, text):
+        assert theirs.encode(sample).ids == bpe.encode(sample)
+        assert theirs.decode(bpe.encode(sample)) == sample
+    assert theirs.encode(END_OF_TEXT).ids == bpe.encode(END_OF_TEXT, special=True)
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_save_and_load(kind: str, bpe: BPETokenizer, tmp_path: Path) -> None:
+    """A loaded tokenizer that encodes otherwise."""
+    tokenizer: Tokenizer = bpe if kind == "bpe" else CharTokenizer.train(UNICODE)
+    tokenizer.save(tmp_path)
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        loaded = load_tokenizer(path)
+        assert fingerprint(loaded) == fingerprint(tokenizer)
+        assert loaded.vocab_size == tokenizer.vocab_size
+        assert loaded.encode(UNICODE) == tokenizer.encode(UNICODE)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "no tokenizer.json"),
+        ("[]", "no tokenizer.json"),
+        ("{}", "no tokenizer.json 'model'"),
+        ('{"model": {"type": "characters", "vocab": "aa"}}', "distinct"),
+        ('{"model": {"type": "Unigram", "vocab": []}}', "Unigram BPE"),
+        ('{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "ByteLevel"),
+        ('{"pre_tokenizer": {"type": "ByteLevel"}, "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}', "256 bytes"),
+        ('{"pre_tokenizer": {"type": "ByteLevel"}, "model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["b c"]}}', "'bc'"),
+        ('{"pre_tokenizer": {"type": "ByteLevel"}, "model": {"type": "BPE", "vocab": {"\u6771": 0}, "merges": []}}', "KeyError"),
+        ("\xff", "no tokenizer.json"),
+    ],
+)
+def test_damaged_files(content: str, words: str, tmp_path: Path) -> None:
+    """A file that loads as something else than it was, or fails with a traceback."""
+    (tmp_path / "tokenizer.json").write_text(content, encoding="latin-1" if content == "\xff" else "utf-8")
+    with pytest.raises(InputError) as caught:
+        load_tokenizer(tmp_path)
+    for word in words.split():
+        assert word in str(caught.value)
+
+
+def test_ids_out_of_merge_order_are_refused(bpe: BPETokenizer, tmp_path: Path) -> None:
+    """A foreign vocabulary whose ids tiktoken would take for the order of merging."""
+    state = bpe.to_json()
+    vocab, (first, second) = state["model"]["vocab"], state["model"]["merges"][:2]
+    a, b = "".join(first), "".join(second)
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
+    with pytest.raises(InputError, match="order of merging"):
+        load_tokenizer(tmp_path)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    """A traceback for a mistyped path."""
+    with pytest.raises(InputError, match=r"cannot read .*nowhere.*No such file"):
+        load_tokenizer(tmp_path / "nowhere")
+
+
+def test_merges_file(tmp_path: Path) -> None:
+    """GPT-2's own file format read with other ids: the printable bytes come first, then the rest, then the merges."""
+    (tmp_path / "vocab.bpe").write_text("#version: 0.2\n\u0120 t\nh e\n\u0120t he\n", encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path / "vocab.bpe")
+    assert tokenizer.encode("!~ \n the he") == [0, 93, 220, 198, 258, 220, 257]
+    assert tokenizer.vocab_size == 260
+
+
+def test_gpt2_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without network that hangs, or that is not told what to put where."""
+
+    def refuse(url: str) -> bytes:
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(cache, "_fetch", refuse)
+    with pytest.raises(InputError, match=r"Network is unreachable.*vocab\.bpe.*--tokenizer PATH"):
+        BPETokenizer.gpt2()
+
+
+def test_download_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy's error page taken for the file."""
+    monkeypatch.setattr(cache, "_fetch", lambda url: b"<html>")
+    with pytest.raises(OSError, match=GPT2_MERGES_SHA256):
+        cache.verified_file([tmp_path / "x"], "https://example.org/x", GPT2_MERGES_SHA256)
+    assert not list(tmp_path.iterdir())
+
+
+def test_gpt2_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another encoding than the one GPT-2 was trained with."""
+    monkeypatch.delenv("FUSED_GPT_CACHE")
+    try:
+        tokenizer = BPETokenizer.gpt2()
+    except InputError as error:
+        pytest.skip(f"GPT-2's merges are not on this machine and cannot be downloaded: {error}")
+    assert tokenizer.vocab_size == 50257
+    assert tokenizer.encode("Every effort moves you") == [6109, 3626, 6100, 345]
+    assert tokenizer.encode("Hello, I am") == [15496, 11, 314, 716]
+    assert tokenizer.encode(END_OF_TEXT, special=True) == [50256]
+
+
+def test_first_ids(bpe: BPETokenizer) -> None:
+    """A generation without a prompt that starts from nothing."""
+    assert first_ids(CharTokenizer("xy")) == [0]
+    assert first_ids(CharTokenizer("x\t\n")) == [1]
+    assert first_ids(bpe) == bpe.encode("\n")

@@ -1,0 +1,443 @@
+"""The trainer: its step against the formula, its log, and runs that stop and go on."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gpt import GPT, GPTConfig, InputError, TrainConfig, Trainer, checkpoint
+from gpt.data import IGNORED, Batch, TokenData
+from gpt.muon import orthogonalize
+from gpt.step import NonFiniteError, TrainStep, learning_rate
+from gpt.trainer import TrainResult
+from tests.gpt.text import TEXT
+
+CONFIG = TrainConfig(
+    max_steps=8,
+    batch_size=2,
+    grad_accum=2,
+    learning_rate=1e-2,
+    min_lr=1e-3,
+    warmup_steps=2,
+    eval_interval=3,
+    eval_batches=2,
+    checkpoint_interval=2,
+    log_interval=1,
+    device="cpu",
+)
+TIMES = ("seconds", "tokens_per_second")
+
+
+@pytest.fixture
+def data() -> TokenData:
+    return TokenData.from_text(TEXT)
+
+
+def make_model(data: TokenData, **fields: Any) -> GPT:
+    torch.manual_seed(7)
+    shape = {"block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 16, "dropout": 0.2}
+    return GPT(GPTConfig(vocab_size=data.tokenizer.vocab_size, **{**shape, **fields}), device="cpu")
+
+
+def log(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in record.items() if key not in TIMES} for record in records]
+
+
+class Interrupting(TokenData):
+    """Sends a signal to this process when the batch of a step is drawn."""
+
+    at: tuple[int, int] | None = None
+    number = signal.SIGINT
+
+    def batch(self, stream: Any, *args: Any, **kwargs: Any) -> Batch:
+        if stream == "train" and self.at == (kwargs["step"], kwargs["micro_step"]):
+            signal.raise_signal(self.number)
+        return super().batch(stream, *args, **kwargs)
+
+
+def stop_at(data: TokenData, step: int, micro_step: int = 0, number: int = signal.SIGINT) -> TokenData:
+    """`data` that interrupts the training at a micro-step."""
+    data.__class__ = Interrupting
+    data.at, data.number = (step, micro_step), number  # type: ignore[attr-defined]
+    return data
+
+
+def run(data: TokenData, out: Path, config: TrainConfig = CONFIG, resume: bool = False) -> TrainResult:
+    torch.manual_seed(11)
+    return Trainer(make_model(data), data, config, out=out, resume=resume).run()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_stopped_run_goes_on_bit_by_bit(optimizer: str, data: TokenData, tmp_path: Path) -> None:
+    """A resume without the random state, the order of batches, the optimizer or the schedule (bug 24)."""
+    config = replace(CONFIG, optimizer=optimizer)
+    straight = run(data, tmp_path / "straight", config)
+    out = tmp_path / "stopped"
+    for resume, (step, micro_step) in ((False, (2, 1)), (True, (4, 0))):
+        stopped = run(stop_at(TokenData.from_text(TEXT), step, micro_step), out, config, resume=resume)
+        assert (stopped.step, stopped.signal) == (step + 1, signal.SIGINT)
+        assert stopped.checkpoint == out / f"checkpoints/step-{step + 1}"
+        torch.manual_seed(step)
+    resumed = run(data, out, config, resume=True)
+    assert replace(resumed, checkpoint=None) == replace(straight, checkpoint=None)
+    assert without_times(log(out)) == without_times(log(tmp_path / "straight"))
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        ours = checkpoint.read_tensors(out / "checkpoints/step-8" / name)
+        theirs = checkpoint.read_tensors(tmp_path / "straight/checkpoints/step-8" / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    kind = {"adamw": "exp_avg", "muon": "momentum_buffer"}[optimizer]
+    assert {"wte.weight/exp_avg", f"blocks.0.attn.qkv.weight/{kind}"} < ours.keys()
+    seconds = [record["seconds"] for record in log(out)]
+    assert seconds == sorted(seconds)
+
+
+def test_resume_from_an_older_checkpoint(data: TokenData, tmp_path: Path) -> None:
+    """A log with steps twice, or a damaged checkpoint that stays the newest."""
+    run(data, tmp_path / "straight")
+    run(data, tmp_path / "run")
+    (tmp_path / "run/checkpoints/step-8/state.json").write_text("{}")
+    with (tmp_path / "run/log.jsonl").open("a") as file:
+        file.write('{"step": 9, "sec')
+    with pytest.warns(UserWarning, match="step-6, which is not the newest"):
+        run(data, tmp_path / "run", resume=True)
+    assert without_times(log(tmp_path / "run")) == without_times(log(tmp_path / "straight"))
+    assert (tmp_path / "run/checkpoints/step-8/SHA256SUMS").read_text().count("\n") == 5
+
+
+def test_resume_beyond_the_end(data: TokenData, tmp_path: Path) -> None:
+    """A finished run that cannot be lengthened, or that changes when there is nothing to do."""
+    first = run(data, tmp_path)
+    lines = log(tmp_path)
+    again = run(data, tmp_path, resume=True)
+    assert again == first
+    assert log(tmp_path) == lines
+    longer = run(data, tmp_path, replace(CONFIG, max_steps=10), resume=True)
+    assert longer.step == 10
+    assert [record["step"] for record in log(tmp_path) if record.get("final")] == [10]
+
+
+@pytest.mark.parametrize("change", ["text", "model", "no checkpoint"])
+def test_resume_of_something_else(change: str, data: TokenData, tmp_path: Path) -> None:
+    """A run that goes on with other text or another model than it began with."""
+    if change != "no checkpoint":
+        run(data, tmp_path, replace(CONFIG, max_steps=1))
+    other = TokenData.from_text(TEXT[::-1]) if change == "text" else data
+    model = make_model(data, n_layer=2) if change == "model" else make_model(data)
+    words = {
+        "text": "the text or the tokenizer is not",
+        "model": "n_layer is 2, expected 1 as in",
+        "no checkpoint": "no checkpoint",
+    }
+    with pytest.raises(InputError, match=words[change]):
+        Trainer(model, other, CONFIG, out=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals(number: int, data: TokenData, tmp_path: Path) -> None:
+    """A stop that loses the step, or handlers that outlive the training."""
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    result = run(stop_at(data, 4, 1, number), tmp_path)
+    assert result.signal == number
+    assert checkpoint.read_json(tmp_path / "checkpoints/step-5/state.json")["step"] == 5
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_log(data: TokenData, tmp_path: Path) -> None:
+    """A line without what the documentation promises, or with numbers that are not what they are called."""
+    result = run(data, tmp_path, replace(CONFIG, log_interval=4))
+    records = log(tmp_path)
+    assert [record["step"] for record in records] == [1, 3, 4, 6, 8]
+    keys = {"step", "seconds", "tokens", "train_loss", "learning_rate", "gradient_norm", "tokens_per_second"}
+    assert all(keys <= record.keys() for record in records)
+    assert [record["step"] for record in records if "validation_loss" in record] == [3, 6, 8]
+    assert [record["tokens"] for record in records] == [64 * record["step"] for record in records]
+    last = records[-1]
+    assert last["final"] is True
+    assert not any("final" in record for record in records[:-1])
+    assert last["seconds"] == pytest.approx(sum(
+        (b["tokens"] - a["tokens"]) / b["tokens_per_second"] for a, b in itertools.pairwise(records)
+    ) + 64 / records[0]["tokens_per_second"])  # fmt: skip
+    assert last["bigram_loss"] == data.bigram_loss() == result.bigram_loss
+    assert last["learning_rate"] == learning_rate(7, replace(CONFIG, log_interval=4))
+    model = checkpoint.load_model(tmp_path, device="cpu").eval()
+    total = 0.0
+    validation = torch.from_numpy(data.tokens("validation").astype("int64"))
+    for i in range(0, len(validation) - 1, 16):
+        x, y = validation[i : i + 16], validation[i + 1 : i + 17]
+        total += F.cross_entropy(model(x[None, : len(y)])[0], y, reduction="sum").item()
+    assert last["validation_loss"] == pytest.approx(total / (len(validation) - 1), rel=1e-5)
+    assert last["validation_loss"] == result.validation_loss
+    assert (tmp_path / "sample.txt").read_text() == result.sample + "\n"
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_non_finite_numbers_are_null(data: TokenData, tmp_path: Path) -> None:
+    """A log that is no JSON."""
+    trainer = Trainer(make_model(data), data, CONFIG, out=tmp_path)
+    trainer._write_log({"step": 1, "train_loss": math.nan, "gradient_norm": math.inf})
+    assert json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=pytest.fail) == {
+        "step": 1,
+        "train_loss": None,
+        "gradient_norm": None,
+    }
+
+
+def test_training_learns_without_a_folder(data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop that does not descend, or that writes where nobody asked it to."""
+    monkeypatch.chdir(tmp_path)
+    config = replace(CONFIG, max_steps=150, batch_size=8, eval_interval=1000, learning_rate=2e-2)
+    result = Trainer(make_model(data, dropout=0.0), data, config).run()
+    assert result.validation_loss is not None
+    assert result.validation_loss < data.bigram_loss() - 0.1
+    assert not list(tmp_path.iterdir())
+
+
+def test_estimates(data: TokenData) -> None:
+    """Estimates over other batches each time, or estimates that use up random numbers or leave dropout on."""
+    trainer = Trainer(make_model(data), data, CONFIG)
+    state = torch.get_rng_state()
+    assert [trainer.estimate("train")] * 2 == [trainer.estimate("train"), trainer.estimate("train")]
+    assert trainer.estimate("train") != trainer.estimate("validation")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert trainer.model.training
+
+
+def test_patience(data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that stops at its best, or never."""
+    losses = iter([3.0, 2.0, 2.5, 1.9, 1.9, math.nan, 1.8])
+    monkeypatch.setattr(Trainer, "estimate", lambda self, split: 0.0 if split == "train" else next(losses))
+    result = run(data, tmp_path, replace(CONFIG, max_steps=9, eval_interval=1, patience=2))
+    assert result.step == 6
+    assert log(tmp_path)[-1]["final"] is True
+
+
+def test_patience_survives_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run that forgets its best loss."""
+    losses = iter([2.0, 3.0, 2.5])
+    monkeypatch.setattr(Trainer, "estimate", lambda self, split: 0.0 if split == "train" else next(losses))
+    config = replace(CONFIG, max_steps=9, eval_interval=1, patience=2)
+    assert run(stop_at(TokenData.from_text(TEXT), 1), tmp_path, config).signal == signal.SIGINT
+    assert run(TokenData.from_text(TEXT), tmp_path, config, resume=True).step == 3
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_resume_with_another_optimizer(optimizer: str, data: TokenData, tmp_path: Path) -> None:
+    """Averages of one optimizer taken for the momentum of another."""
+    run(data, tmp_path, replace(CONFIG, max_steps=1, optimizer=optimizer))
+    other = replace(CONFIG, optimizer="muon" if optimizer == "adamw" else "adamw")
+    with pytest.raises(InputError, match=r"optimizer\.safetensors has for .* the state of another optimizer"):
+        run(data, tmp_path, other, resume=True)
+
+
+def batches(*counts: int) -> list[Batch]:
+    """Micro-batches of 2 rows of 16 with so many targets each."""
+    made = []
+    for count in counts:
+        targets = torch.randint(5, (32,))
+        targets[count:] = IGNORED
+        made.append(Batch(torch.randint(5, (2, 16)), targets.view(2, 16)))
+    return made
+
+
+def test_accumulation_weighs_tokens(data: TokenData) -> None:
+    """Micro-batches that count the same, however few targets they have (bug 23)."""
+    model = make_model(data, dropout=0.0)
+    parts = batches(32, 5, 0, 1)
+    step = TrainStep(model, replace(CONFIG, grad_clip=0.0))
+    result = step(parts, rate=0.0)
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    inputs, targets = torch.cat([part.inputs for part in parts]), torch.cat([part.targets for part in parts])
+    loss = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+    loss.backward()
+    assert result.loss == pytest.approx(loss.item(), rel=1e-5)
+    for ours, p in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, p.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_clipping(data: TokenData) -> None:
+    """A limit that is not kept, or a norm that is logged after clipping."""
+    norms = {}
+    for limit in (0.0, 0.1, 1e6):
+        torch.manual_seed(3)
+        model = make_model(data, dropout=0.0)
+        norm = TrainStep(model, replace(CONFIG, grad_clip=limit))(batches(32), rate=0.0).gradient_norm
+        after = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+        norms[limit] = norm
+        assert after == pytest.approx(min(norm, limit or norm), rel=1e-4)
+    assert norms[0.0] == norms[0.1] == norms[1e6] > 0.1
+
+
+def test_one_step_of_adamw(data: TokenData) -> None:
+    """Biases and norms that decay, matrices that do not, or another rate or moment than asked for."""
+    model = make_model(data, dropout=0.0, bias=True)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    config = replace(CONFIG, weight_decay=0.5, beta1=0.8, beta2=0.9, grad_clip=0.0)
+    TrainStep(model, config)(batches(32), rate=3e-3)
+    for name, p in model.named_parameters():
+        decayed = before[name] * (1 - 3e-3 * 0.5) if p.dim() >= 2 else before[name]
+        torch.testing.assert_close(p.detach(), decayed - 3e-3 * p.grad / (p.grad.abs() + 1e-8), rtol=1e-4, atol=1e-6)
+
+
+def test_orthogonalize() -> None:
+    """Singular values far from 1, singular vectors that turn, a tall matrix treated as wide, or NaN from zeros."""
+    for m, n in ((8, 8), (12, 5), (5, 12)):
+        u, _, v = torch.linalg.svd(torch.randn(3, m, n), full_matrices=False)
+        s = torch.linspace(0.2, 3, min(m, n))
+        found = orthogonalize(u @ torch.diag(s) @ v)
+        assert found.dtype == torch.float32
+        assert torch.linalg.svdvals(found).sub(0.95).abs().max() < 0.35
+        torch.testing.assert_close(u.mT @ found @ v.mT, torch.eye(len(s)).expand(3, -1, -1), atol=0.4, rtol=0)
+    assert (orthogonalize(torch.zeros(2, 3, 4)) == 0).all()
+
+
+def test_muon(data: TokenData) -> None:
+    """Momentum, decay or size other than the formula's, q, k and v made orthogonal as one, or a parameter of AdamW's taken."""
+    model = make_model(data, dropout=0.0, n_embd=32, n_layer=2)
+    parameters = dict(model.named_parameters())
+    step = TrainStep(model, replace(CONFIG, optimizer="muon", weight_decay=0.5, grad_clip=0.0))
+    velocity: dict[str, torch.Tensor] = {}
+    for _ in range(2):
+        before = {name: p.detach().clone() for name, p in parameters.items()}
+        step(batches(32), rate=1e-2)
+        muon = {name.removesuffix("/momentum_buffer") for name in step.tensors() if name.endswith("momentum_buffer")}
+        assert muon == {name for name in before if name.startswith("blocks.") and before[name].dim() == 2}
+        for name in muon:
+            g = parameters[name].grad
+            velocity[name] = 0.95 * velocity.get(name, 0) + g
+            parts = (g + 0.95 * velocity[name]).chunk(3 if "qkv" in name else 1)
+            update = torch.cat([0.2 * max(part.shape) ** 0.5 * orthogonalize(part[None])[0] for part in parts])
+            expected = before[name] * (1 - 1e-2 * 0.5) - 1e-2 * update
+            torch.testing.assert_close(parameters[name].detach(), expected, atol=1e-4, rtol=0)
+
+
+def test_schedule() -> None:
+    """A warm-up from zero that wastes a step, a cosine that ends elsewhere, or a rate that rises again."""
+    config = TrainConfig(max_steps=100, warmup_steps=10, learning_rate=1.0, min_lr=0.1)
+    rates = [learning_rate(step, config) for step in range(130)]
+    assert rates[0] == 0.1
+    assert rates[9] == rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.55)
+    assert rates[99] == pytest.approx(0.1, rel=0.01)
+    assert rates[100:] == [0.1] * 30
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert learning_rate(60, replace(config, decay_steps=50)) == 0.1
+    assert learning_rate(0, replace(config, warmup_steps=0)) == 1.0
+    assert learning_rate(3, replace(config, warmup_steps=5, decay_steps=5)) == 0.8
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient norm"])
+def test_non_finite(what: str, data: TokenData, tmp_path: Path) -> None:
+    """A NaN that reaches the parameters or the optimizer, or a step that nobody can look into."""
+    trainer = Trainer(make_model(data), data, replace(CONFIG, max_steps=6), out=tmp_path)
+    draw, step = trainer.data.batch, trainer._step
+
+    def poison(stream: Any, *args: Any, **kwargs: Any) -> Batch:
+        if stream == "train" and kwargs["step"] == 3 and "kept" not in state:
+            state["kept"] = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+            state["optimizer"] = {name: t.clone() for name, t in step.tensors().items()}
+            if what == "loss":
+                step._forward = lambda *a, **k: trainer.model(*a, **k) * math.inf
+            else:
+                trainer.model.wpe.weight.register_hook(lambda g: g * math.nan)
+        return draw(stream, *args, **kwargs)
+
+    state: dict[str, Any] = {}
+    data.batch = poison  # type: ignore[method-assign]
+    with pytest.raises(
+        NonFiniteError, match=rf"^step 4: the {what} is (nan|inf); stopped before it changed anything, its batch is in"
+    ):
+        trainer.run()
+    assert trainer.step == 3
+    assert all(torch.equal(p, state["kept"][name]) for name, p in trainer.model.named_parameters())
+    assert all(torch.equal(t, state["optimizer"][name]) for name, t in step.tensors().items())
+    assert all(p.grad is None for p in trainer.model.parameters())
+    kept = checkpoint.read_tensors(tmp_path / "non-finite-step-4.safetensors")
+    for i in range(2):
+        expected = draw("train", 2, 16, seed=CONFIG.seed, step=3, micro_step=i)
+        assert torch.equal(kept[f"{i}/inputs"], expected.inputs)
+        assert torch.equal(kept[f"{i}/targets"], expected.targets)
+    assert checkpoint.find_checkpoint(tmp_path).name == "step-2"
+
+
+def test_bfloat16(data: TokenData, tmp_path: Path) -> None:
+    """A dtype that is accepted and not used, or weights that lose their precision."""
+    trainer = Trainer(make_model(data), data, replace(CONFIG, dtype="bfloat16", max_steps=2), out=tmp_path)
+    assert trainer.precision == "bfloat16"
+    full = Trainer(make_model(data), data, replace(CONFIG, dtype="float32")).estimate("train")
+    assert trainer.estimate("train") != full
+    assert trainer.estimate("train") == pytest.approx(full, rel=1e-2)
+    trainer.run()
+    assert trainer.model.wte.weight.dtype == torch.float32
+
+
+def test_wrong_settings(data: TokenData, tmp_path: Path) -> None:
+    """A run that fails after it has written something, or long after it was started."""
+    for config, words in (
+        (replace(CONFIG, dtype="float16"), "dtype is 'float16' on a CPU"),
+        (replace(CONFIG, device="cpus"), "device is 'cpus'"),
+        (replace(CONFIG, device="cuda:99"), "device is 'cuda:99'"),
+    ):
+        with pytest.raises(InputError, match=words):
+            Trainer(make_model(data), data, config, out=tmp_path / "out")
+    with pytest.raises(InputError, match="validation split has 600 tokens, expected at least 601"):
+        Trainer(make_model(data, block_size=600), data, CONFIG, out=tmp_path / "out")
+    model = GPT(GPTConfig(vocab_size=5, block_size=16, n_layer=1, n_head=1, n_embd=8), device="cpu")
+    with pytest.raises(InputError, match=f"vocab_size is 5, expected at least the tokenizer's {data.tokenizer.vocab_size}"):
+        Trainer(model, data, CONFIG, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders(data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run written over another, or one that ends when the disk is full."""
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="file is no folder"):
+        Trainer(make_model(data), data, CONFIG, out=tmp_path / "file")
+    with pytest.raises(InputError, match=r"cannot write to .*below: Not a directory"):
+        Trainer(make_model(data), data, CONFIG, out=tmp_path / "file" / "below").run()
+    run(data, tmp_path / "run", replace(CONFIG, max_steps=1))
+    lines = log(tmp_path / "run")
+    with pytest.raises(InputError, match="run holds the checkpoints of a run, expected --resume"):
+        run(data, tmp_path / "run")
+    assert log(tmp_path / "run") == lines
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match="has 0 MB free, expected"):
+        Trainer(make_model(data), data, CONFIG, out=tmp_path / "full")
+    assert not (tmp_path / "full").exists()
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root can write everywhere")
+def test_unwritable_folder(data: TokenData, tmp_path: Path) -> None:
+    """A run that finds out at its first checkpoint."""
+    tmp_path.chmod(0o500)
+    with pytest.raises(InputError, match="cannot write to"):
+        Trainer(make_model(data), data, CONFIG, out=tmp_path / "out")
+    tmp_path.chmod(0o700)
+
+
+def test_a_save_that_fails_says_so(data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fills up during a run, ended by a traceback."""
+
+    def full(path: Path, tensors: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    with pytest.raises(InputError, match=r"checkpoint: cannot write .*step-2: No space left on device"):
+        run(data, tmp_path)
+    assert not list((tmp_path / "checkpoints").iterdir())

@@ -1,0 +1,186 @@
+"""The choice of a backend: precedence, enumerated reasons, and what cannot be honoured."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import kernels
+from kernels import dispatch
+
+OP = dispatch._ops["layer_norm"]
+X, W = torch.randn(3, 8), torch.ones(8)
+
+
+@pytest.fixture(autouse=True)
+def a_machine_that_interprets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "triton_version", (3, 7))
+    monkeypatch.setattr(dispatch, "interpreting", True)
+    monkeypatch.setattr(dispatch, "environment", "auto")
+
+
+def a_gpu(monkeypatch: pytest.MonkeyPatch, major: int, minor: int, hip: str | None = None) -> SimpleNamespace:
+    """What the dispatcher sees of a tensor on such a GPU."""
+    monkeypatch.setattr(dispatch, "interpreting", False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major, minor=minor))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    return SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
+
+
+def backend() -> str:
+    return OP.choose(X).backend
+
+
+def test_precedence() -> None:
+    """A weaker setting that wins over a stronger one, or a setting that outlives its block."""
+    assert backend() == "reference"
+    with kernels.model_backend("triton"):
+        assert backend() == "triton"
+        with kernels.use_backend("reference"):
+            assert backend() == "reference"
+            with kernels.use_backend(layer_norm="triton"):
+                assert backend() == "triton"
+            with kernels.use_backend(norm="triton"):
+                assert backend() == "triton"
+                with kernels.use_backend(layer_norm="reference"):
+                    assert backend() == "reference"
+            assert backend() == "reference"
+        with kernels.use_backend(attention="reference"):
+            assert backend() == "triton"
+    assert backend() == "reference"
+
+
+def test_environment_is_weaker_than_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FUSED_GPT_BACKEND that overrides a model's use_triton, or that is ignored."""
+    monkeypatch.setattr(dispatch, "environment", "triton")
+    assert backend() == "triton"
+    with kernels.model_backend("reference"):
+        assert backend() == "reference"
+    with kernels.model_backend("auto"):
+        assert backend() == "triton"
+    with kernels.use_backend("auto"):
+        assert backend() == "reference"
+
+
+def test_a_setting_ends_when_its_block_raises() -> None:
+    """An exception inside a block that leaves the setting behind."""
+    with pytest.raises(KeyError), kernels.use_backend("triton"), kernels.model_backend("triton"):
+        raise KeyError
+    assert backend() == "reference"
+
+
+@pytest.mark.parametrize(
+    ("prepare", "reason"),
+    [
+        (lambda m: m.setattr(dispatch, "triton_version", None), "triton is not installed"),
+        (lambda m: m.setattr(dispatch, "triton_version", (3, 5)), "triton 3.5 is older than 3.6"),
+        (lambda m: m.setattr(dispatch, "interpreting", False), "tensors on cpu need TRITON_INTERPRET=1"),
+    ],
+)
+def test_reasons_without_a_gpu(prepare: object, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without Triton that gets no reason, or where asking for Triton is silently ignored."""
+    prepare(monkeypatch)  # type: ignore[operator]
+    assert OP.choose(X) == ("reference", reason)
+    with kernels.model_backend("triton"):
+        assert OP.choose(X) == ("reference", reason)
+    for ask in ("triton",):
+        with kernels.use_backend(ask), pytest.raises(RuntimeError, match=f"layer_norm: .*cannot be honoured: {reason}"):
+            OP.choose(X)
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "expected"),
+    [
+        ((7, 5), None, ("reference", "sm_75 is older than sm_80")),
+        ((8, 0), None, ("triton", "auto: the kernel applies")),
+        ((9, 0), None, ("triton", "auto: the kernel applies")),
+        ((13, 0), None, ("triton", "auto: the kernel applies")),
+        ((9, 4), "6.4", ("reference", "ROCm is not supported")),
+    ],
+)
+def test_support_matrix(
+    capability: tuple[int, int], hip: str | None, expected: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU that is refused although supported, or taken although not."""
+    tensor = a_gpu(monkeypatch, *capability, hip)
+    assert OP.choose(tensor) == expected  # type: ignore[arg-type]
+
+
+def test_limits_and_the_table_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A room's limit that is ignored, or a table row that binds an explicit use_backend("triton")."""
+    tensor = a_gpu(monkeypatch, 9, 0)
+    assert OP.choose(tensor, limit="D=512 is above 256") == ("reference", "D=512 is above 256")  # type: ignore[arg-type]
+    assert OP.choose(tensor, slower="cuDNN wins") == ("reference", "auto: cuDNN wins")  # type: ignore[arg-type]
+    with kernels.use_backend("triton"):
+        assert OP.choose(tensor, slower="cuDNN wins").backend == "triton"  # type: ignore[arg-type]
+        with pytest.raises(RuntimeError, match="D=512 is above 256"):
+            OP.choose(tensor, limit="D=512 is above 256")  # type: ignore[arg-type]
+
+
+def test_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float64 handed to a kernel, or bfloat16 handed to an interpreter that computes it wrongly."""
+    assert OP.obstacle(X.device, torch.float64) == "the kernel takes float32, float16, bfloat16, not float64"
+    monkeypatch.setattr(dispatch, "interpreter_has_bfloat16", False)
+    assert OP.obstacle(X.device, torch.bfloat16) == "Triton's interpreter computes bfloat16 wrongly"
+    monkeypatch.setattr(dispatch, "interpreter_has_bfloat16", True)
+    assert OP.obstacle(X.device, torch.bfloat16) is None
+
+
+def test_one_warning_per_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """use_triton=True on a laptop that says nothing, repeats itself, or leaves an op out."""
+    monkeypatch.setattr(dispatch, "interpreting", False)
+    with pytest.warns(kernels.FallbackWarning, match="need TRITON_INTERPRET=1") as caught:
+        kernels.warn_if_unavailable(torch.device("cpu"), torch.float32)
+    assert len(caught) == 1
+    for name in dispatch._ops:
+        assert name in str(caught[0].message)
+    monkeypatch.setattr(dispatch, "interpreting", True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kernels.warn_if_unavailable(torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: kernels.use_backend("cuda"), "use_backend: all is 'cuda', expected one of triton, reference, auto"),
+        (
+            lambda: kernels.use_backend(atention="triton"),
+            "use_backend: 'atention' is no op or room, expected one of add_layer_norm",
+        ),
+        (lambda: kernels.use_backend(attention="gpu"), "use_backend: attention is 'gpu', expected one of"),
+        (lambda: kernels.model_backend("yes"), "model_backend: backend is 'yes', expected one of"),
+        (lambda: kernels.explain("softmax"), "explain: 'softmax' is no op, expected one of"),
+    ],
+)
+def test_unknown_names_are_refused(call: object, message: str) -> None:
+    """A misspelt backend or op that silently does nothing."""
+    with pytest.raises(ValueError, match="^" + message):
+        call()  # type: ignore[operator]
+
+
+def test_explain_checks_arguments_and_leaves_nothing_behind() -> None:
+    """explain that accepts what the call refuses, or that leaves the ops in its mode after an error."""
+    with pytest.raises(ValueError, match="layer_norm: weight has C=8, expected 4"):
+        kernels.explain("layer_norm", torch.randn(3, 4), W)
+    assert kernels.layer_norm(X, W).shape == X.shape
+
+
+def test_a_bad_environment_is_named() -> None:
+    """FUSED_GPT_BACKEND=nonsense that is taken for auto."""
+    program = "import torch, kernels; kernels.layer_norm(torch.randn(2, 4), torch.ones(4))"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={"FUSED_GPT_BACKEND": "nonsense", "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr.strip().splitlines()[-1] == (
+        "RuntimeError: FUSED_GPT_BACKEND is 'nonsense', expected one of triton, reference, auto"
+    )

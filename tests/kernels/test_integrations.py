@@ -1,0 +1,350 @@
+"""The kernels in models of transformers: the same numbers as its own attention, norms, feed-forward and loss."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'fused-gpt[test]'")
+fused = importlib.import_module("kernels.integrations.transformers")
+
+ROOT = Path(__file__).parents[2]
+V, T = 61, 12
+
+
+@pytest.fixture(autouse=True)
+def unsaid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test is the first to fall back."""
+    monkeypatch.setattr(fused, "_said", set())
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
+    """The key_start of every call of causal_attention."""
+    seen: list[Tensor | None] = []
+    op = kernels.causal_attention
+
+    def counted(*args: Any, **settings: Any) -> Tensor:
+        seen.append(settings["key_start"])
+        return op(*args, **settings)
+
+    monkeypatch.setattr(kernels, "causal_attention", counted)
+    return seen
+
+
+def gpt2(**settings: Any) -> Any:
+    shape = {"vocab_size": V, "n_positions": 32, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    return prepared(transformers.GPT2LMHeadModel, transformers.GPT2Config(**{**shape, **NO_ENDS, **settings}))
+
+
+def llama(**settings: Any) -> Any:
+    shape = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    return prepared(transformers.LlamaForCausalLM, transformers.LlamaConfig(**{**shape, **heads, **NO_ENDS, **settings}))
+
+
+def mistral() -> Any:
+    shape = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "sliding_window": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    return prepared(transformers.MistralForCausalLM, transformers.MistralConfig(**{**shape, **heads, **NO_ENDS}))
+
+
+NO_ENDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+MODELS = {"gpt2": gpt2, "llama-grouped": llama, "mistral-window": mistral}
+each_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+
+
+def prepared(kind: Any, config: Any) -> Any:
+    """A model whose attention matters: weights far larger than at initialisation."""
+    model = kind(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def left_padding() -> Tensor:
+    mask = torch.ones(3, T, dtype=torch.long)
+    mask[0, :4] = 0
+    mask[2, :1] = 0
+    return mask
+
+
+@torch.no_grad()
+def logits(model: Any, implementation: str, idx: Tensor, **inputs: Any) -> Tensor:
+    model.set_attn_implementation(implementation)
+    return model(idx, **inputs).logits
+
+
+@each_model
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "left-padding"])
+def test_logits_are_sdpa_s(make: Any, padded: bool, calls: list[Tensor | None]) -> None:
+    """A mask, a scale, grouped heads or a window that gets lost between transformers and the kernel."""
+    model, idx = make(), torch.randint(V, (3, T))
+    mask = left_padding() if padded else torch.ones(3, T, dtype=torch.long)
+    expected = logits(model, "sdpa", idx, attention_mask=mask)
+    actual = logits(model, "fused_gpt", idx, attention_mask=mask)
+    torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()])
+    assert len(calls) == 2
+
+
+def test_padding_becomes_one_start_for_each_row(calls: list[Tensor | None]) -> None:
+    """A start for every query where one for every row says it: slower kernels."""
+    logits(gpt2(), "fused_gpt", torch.randint(V, (3, T)), attention_mask=left_padding())
+    assert all(start is not None and start.tolist() == [4, 0, 1] and start.dtype == torch.int32 for start in calls)
+
+
+def test_packed_documents_become_a_start_for_each_query(calls: list[Tensor | None]) -> None:
+    """Documents in one row that see each other, or that fall back."""
+    model, idx = gpt2(), torch.randint(V, (1, T))
+    position_ids = torch.cat([torch.arange(5), torch.arange(T - 5)])[None]
+    packed = logits(model, "fused_gpt", idx, position_ids=position_ids, use_cache=False)
+    assert [start.tolist() for start in calls if start is not None] == [[[0] * 5 + [5] * (T - 5)]] * 2
+    torch.testing.assert_close(packed[:, 5:], logits(model, "sdpa", idx[:, 5:]))
+
+
+@each_model
+def test_generation_is_sdpa_s(make: Any, calls: list[Tensor | None]) -> None:
+    """A cache whose newest query is placed at the front, or a prompt continued in two pieces."""
+    model, idx, mask = make(), torch.randint(V, (3, T)), left_padding()
+    settings = {"attention_mask": mask, "max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
+    model.set_attn_implementation("sdpa")
+    expected = model.generate(idx, **settings)
+    model.set_attn_implementation("fused_gpt")
+    assert torch.equal(model.generate(idx, **settings), expected)
+    assert len(calls) == 2 * 9
+
+
+def test_a_prompt_in_pieces_is_the_prompt(calls: list[Tensor | None]) -> None:
+    """Queries behind a cache that are taken for the first ones."""
+    model, idx = gpt2(), torch.randint(V, (2, T))
+    whole = logits(model, "sdpa", idx)
+    model.set_attn_implementation("fused_gpt")
+    with torch.no_grad():
+        first = model(idx[:, :5], use_cache=True)
+        rest = model(idx[:, 5:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), whole)
+    assert len(calls) == 4
+
+
+def unlike_causal() -> dict[str, dict[str, Any]]:
+    right = torch.ones(2, T, dtype=torch.long)
+    right[0, -3:] = 0
+    holes = torch.rand(2, 1, T, T) < 0.7
+    holes |= torch.eye(T, dtype=torch.bool)
+    bias = torch.where(holes, torch.randn(2, 1, T, T), torch.finfo(torch.float32).min)
+    return {"right-padding": {"attention_mask": right}, "bool": {"attention_mask": holes}, "bias": {"attention_mask": bias}}
+
+
+@pytest.mark.parametrize("name", unlike_causal())
+def test_other_masks_fall_back_and_say_so_once(name: str, calls: list[Tensor | None]) -> None:
+    """A mask that no first key says, computed as if it were causal, or a fall-back that nobody hears of."""
+    model, idx, inputs = gpt2(), torch.randint(V, (2, T)), unlike_causal()[name]
+    with pytest.warns(kernels.FallbackWarning, match="the mask is not causal from a first key on; sdpa runs instead") as said:
+        actual = logits(model, "fused_gpt", idx, **inputs)
+    assert len(said) == 1
+    logits(model, "fused_gpt", idx, **inputs)
+    assert torch.equal(actual, logits(model, "sdpa", idx, **inputs))
+    assert calls == []
+
+
+def test_a_static_cache_falls_back() -> None:
+    """A cache with room behind the last key, read to its end."""
+    model, idx = gpt2(), torch.randint(V, (2, T))
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
+    results = []
+    for implementation in ("sdpa", "fused_gpt"):
+        model.set_attn_implementation(implementation)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            results.append(model.generate(idx, disable_compile=True, **settings))
+    assert torch.equal(*results)
+
+
+def test_attention_that_is_not_causal_falls_back(calls: list[Tensor | None]) -> None:
+    """Cross-attention that sees only the beginning of what it should see."""
+    model, idx, states = gpt2(add_cross_attention=True), torch.randint(V, (2, T)), torch.randn(2, 5, 32)
+    with pytest.warns(kernels.FallbackWarning, match="the layer is not causal"):
+        actual = logits(model, "fused_gpt", idx, encoder_hidden_states=states)
+    torch.testing.assert_close(actual, logits(model, "sdpa", idx, encoder_hidden_states=states))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("name", ["softcap", "s_aux"])
+def test_what_sdpa_cannot_do_either_is_refused(name: str) -> None:
+    """A soft cap or sinks that are left out without a word."""
+    q = torch.randn(1, 2, 3, 4)
+    with pytest.raises(ValueError, match=f"the model sets {name}, expected attn_implementation='eager'"):
+        fused.attention(torch.nn.Module(), q, q, q, None, **{name: 1.0})
+
+
+@pytest.fixture
+def training() -> Any:
+    """A GPT-2 in training whose dropout is off, so that its losses repeat."""
+    return gpt2(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, activation_function="gelu_new").train()
+
+
+def loss_and_gradients(model: Any, idx: Tensor, **inputs: Any) -> list[Tensor]:
+    model.zero_grad()
+    loss = model(idx, **inputs).loss
+    loss.backward()
+    return [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+
+LABELS = {
+    "mean": {},
+    "items": {"num_items_in_batch": 7},
+    "ignored": {"ignore_index": 3},
+    "shifted": {"shift_labels": torch.arange(2 * T).view(2, T) % V},
+}
+
+
+@pytest.mark.parametrize("extra", LABELS.values(), ids=LABELS)
+def test_fused_training_is_the_same(training: Any, extra: dict[str, Any]) -> None:
+    """Labels that are not shifted, another mean, a transposed weight, or a gradient that a tied head loses."""
+    idx = torch.randint(V, (2, T))
+    labels = idx.clone()
+    labels[0, :4] = -100 if "ignore_index" not in extra else 3
+    expected = loss_and_gradients(training, idx, labels=labels, **extra)
+    assert fused.fuse(training) == 5 + 2 + 1
+    actual = loss_and_gradients(training, idx, labels=labels, **extra)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+    assert training(idx, labels=labels).logits is None
+
+
+@pytest.mark.interpreter
+def test_the_kernels_themselves_take_what_transformers_has(training: Any) -> None:
+    """A Triton kernel that reads Conv1D's transposed weights, or strided queries, in the wrong order."""
+    idx = torch.randint(V, (2, T))
+    inputs = {"labels": idx, "attention_mask": left_padding()[:2]}
+    expected = loss_and_gradients(training, idx, **inputs)
+    fused.fuse(training)
+    training.set_attn_implementation("fused_gpt")
+    with kernels.use_backend("triton"):
+        actual = loss_and_gradients(training, idx, **inputs)
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("op", "count"), [("layer_norm", 5), ("gelu_ffn", 2), ("linear_cross_entropy", 1)])
+def test_each_op_goes_in_alone(training: Any, op: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A swap that leaves the op out, or that puts others in."""
+    called: list[str] = []
+    for name in ("layer_norm", "gelu_ffn", "linear_cross_entropy"):
+        original = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *a, _n=name, _o=original, **k: called.append(_n) or _o(*a, **k))
+    which = {"layer_norm": "norm", "gelu_ffn": "ffn", "linear_cross_entropy": "loss"}
+    assert fused.fuse(training, **{setting: name == op for name, setting in which.items()}) == count
+    idx = torch.randint(V, (2, T))
+    training(idx, labels=idx)
+    assert called == [op] * count
+
+
+def test_unfuse_leaves_no_trace(training: Any) -> None:
+    """A swap that cannot be undone, or that changes names or parameters."""
+    before, classes = training.state_dict(), [type(module) for module in training.modules()]
+    copied = copy.deepcopy(training)
+    fused.fuse(training)
+    assert list(training.state_dict()) == list(before)
+    assert all(a is b for a, b in zip(training.state_dict(keep_vars=True).values(), training.parameters(), strict=False))
+    assert fused.unfuse(training) == 8
+    assert [type(module) for module in training.modules()] == classes
+    idx = torch.randint(V, (2, T))
+    assert torch.equal(training(idx, labels=idx).loss, copied(idx, labels=idx).loss)
+
+
+def test_a_fused_model_is_saved_as_what_it_is(training: Any, tmp_path: Path) -> None:
+    """A config.json that names a class which nobody else has."""
+    fused.fuse(training)
+    training.save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(model) is transformers.GPT2LMHeadModel
+    idx = torch.randint(V, (2, T))
+    torch.testing.assert_close(model(idx).logits, training.eval()(idx).logits)
+
+
+def test_evaluation_keeps_its_logits(training: Any) -> None:
+    """A metric that finds no logits because the loss was fused; a signature by which Trainer drops every column."""
+    idx = torch.randint(V, (2, T))
+    expected = training.eval()(idx, labels=idx)
+    fused.fuse(training)
+    actual = training(idx, labels=idx)
+    torch.testing.assert_close(actual.logits, expected.logits)
+    torch.testing.assert_close(actual.loss, expected.loss)
+    assert "input_ids" in inspect.signature(training.forward).parameters
+
+
+def test_a_loss_of_the_users_stays(training: Any) -> None:
+    """A custom loss that the fused one overrules."""
+    training.loss_function = lambda logits, labels, **_: logits.sum() * 0 + 42
+    fused.fuse(training)
+    idx = torch.randint(V, (2, T))
+    assert training(idx, labels=idx).loss.item() == 42
+
+
+def test_tuples_stay_tuples(training: Any) -> None:
+    """return_dict=False, which older training loops unpack."""
+    fused.fuse(training)
+    idx = torch.randint(V, (2, T))
+    assert torch.equal(training(idx, labels=idx, return_dict=False)[0], training(idx, labels=idx).loss)
+
+
+def test_another_activation_is_left_alone() -> None:
+    """A ReLU that becomes a GELU."""
+    model, idx = gpt2(activation_function="relu"), torch.randint(V, (2, T))
+    expected = model(idx).logits
+    assert fused.fuse(model, norm=False, loss=False) == 0
+    assert torch.equal(model(idx).logits, expected)
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu_pytorch_tanh", "gelu"])
+def test_each_gelu_is_its_own(activation: str) -> None:
+    """The exact GELU computed by tanh, or the other way round."""
+    model, idx = gpt2(activation_function=activation), torch.randint(V, (2, T))
+    expected = model.double()(idx).logits
+    assert fused.fuse(model) == 8
+    torch.testing.assert_close(model(idx).logits, expected)
+
+
+def test_only_gpt2_is_fused() -> None:
+    """A model with the same classes inside that nobody has tried."""
+    with pytest.raises(TypeError, match="fuse: model is LlamaForCausalLM, expected a GPT-2 of transformers"):
+        fused.fuse(llama())
+
+
+@pytest.mark.parametrize("order", ["import kernels, gpt, transformers", "import transformers, gpt, kernels"])
+def test_transformers_works_beside_this_package(order: str, tmp_path: Path) -> None:
+    """An import name that transformers takes for Hugging Face's `kernels`, and stumbles over."""
+    program = f"""
+{order}
+import torch
+shape = dict(vocab_size=61, n_positions=8, n_embd=16, n_layer=1, n_head=2)
+config = transformers.GPT2Config(bos_token_id=None, eos_token_id=None, **shape)
+model = transformers.GPT2LMHeadModel(config)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+idx = torch.arange(16).view(2, 8)
+losses = []
+for _ in range(5):
+    loss = model(idx, labels=idx).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(loss.item())
+assert losses[-1] < losses[0], losses
+model.save_pretrained({str(tmp_path)!r})
+loaded = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})
+assert torch.equal(loaded(idx).logits, model.eval()(idx).logits)
+assert gpt.GPT.from_pretrained({str(tmp_path)!r})(idx).shape == (2, 8, 61)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

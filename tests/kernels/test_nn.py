@@ -1,0 +1,118 @@
+"""The modules against their twins of torch.nn, whose parameters they take."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import kernels
+from kernels.nn import CausalSelfAttention, GELUFeedForward, LayerNorm
+
+B, T, C, H, HIDDEN = 2, 7, 24, 3, 40
+Maker = Callable[[], nn.Module]
+
+
+def sequential(bias: bool = True, approximate: str = "none", hidden: int = HIDDEN) -> nn.Module:
+    return nn.Sequential(nn.Linear(C, hidden, bias), nn.GELU(approximate), nn.Linear(hidden, C, bias))
+
+
+def multihead(**settings: Any) -> nn.Module:
+    return nn.MultiheadAttention(C, H, batch_first=True, **settings)
+
+
+TWINS: dict[str, tuple[Maker, Maker]] = {
+    "layer_norm": (lambda: LayerNorm(C), lambda: nn.LayerNorm(C)),
+    "layer_norm-eps": (lambda: LayerNorm((C,), eps=0.3), lambda: nn.LayerNorm(C, eps=0.3)),
+    "layer_norm-no-bias": (lambda: LayerNorm(C, bias=False), lambda: nn.LayerNorm(C, bias=False)),
+    "gelu_ffn": (lambda: GELUFeedForward(C, HIDDEN), sequential),
+    "gelu_ffn-default": (lambda: GELUFeedForward(C), lambda: sequential(hidden=4 * C)),
+    "gelu_ffn-tanh": (lambda: GELUFeedForward(C, HIDDEN, approximate="tanh"), lambda: sequential(approximate="tanh")),
+    "gelu_ffn-no-bias": (lambda: GELUFeedForward(C, HIDDEN, bias=False), lambda: sequential(bias=False)),
+    "causal_attention": (lambda: CausalSelfAttention(C, H), multihead),
+    "causal_attention-no-bias": (lambda: CausalSelfAttention(C, H, bias=False), lambda: multihead(bias=False)),
+}
+each_twin = pytest.mark.parametrize("makers", TWINS.values(), ids=TWINS)
+
+
+def same_parameters(makers: tuple[Maker, Maker]) -> list[nn.Module]:
+    """Ours and torch's in float64, with the same random parameters by way of the state_dict."""
+    ours, theirs = (make().double() for make in makers)
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter)
+    ours.load_state_dict(theirs.state_dict())
+    return [ours, theirs]
+
+
+def call(module: nn.Module, x: Tensor) -> Tensor:
+    if isinstance(module, nn.MultiheadAttention):
+        causal = nn.Transformer.generate_square_subsequent_mask(T, dtype=x.dtype)
+        return module(x, x, x, attn_mask=causal, need_weights=False)[0]
+    return module(x)
+
+
+@each_twin
+def test_the_state_dict_is_the_twins(makers: tuple[Maker, Maker]) -> None:
+    """A parameter of another name, place or shape, or one that starts out differently from torch.nn's."""
+    states = []
+    for make in makers:
+        torch.manual_seed(1)
+        states.append(make().state_dict())
+    ours, theirs = states
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@each_twin
+def test_output_and_gradients_are_the_twins(makers: tuple[Maker, Maker]) -> None:
+    """A module that forgets a bias, its eps, its approximation or the mask, or that mixes heads up."""
+    x = torch.randn(B, T, C, dtype=torch.float64)
+    results = []
+    for module in same_parameters(makers):
+        y = call(module, x)
+        results.append([y, *torch.autograd.grad((y * torch.linspace(-1, 1, C, dtype=y.dtype)).sum(), [*module.parameters()])])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize(("op", "name"), [(name.split("-")[0], name) for name in TWINS])
+def test_a_module_runs_its_op(op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that computes by itself, out of reach of the kernels and of use_backend."""
+    calls = []
+    monkeypatch.setattr(kernels, op, lambda x, *args, **settings: calls.append(op) or x)
+    TWINS[name][0]()(torch.randn(B, T, C))
+    assert calls == [op]
+
+
+def test_attention_sees_no_padding() -> None:
+    """key_start that is dropped on the way: a padded row that differs from the same row alone."""
+    module = CausalSelfAttention(C, H).double()
+    x = torch.randn(B, T, C, dtype=torch.float64)
+    padded = module(x, key_start=torch.tensor([3, 0], dtype=torch.int32))
+    torch.testing.assert_close(padded[:1, 3:], module(x[:1, 3:]))
+    torch.testing.assert_close(padded[1:], module(x[1:]))
+
+
+def test_attention_drops_in_training_alone() -> None:
+    """Dropout that stays on in eval(), or that never comes on."""
+    module, x = CausalSelfAttention(C, H, dropout=0.5), torch.randn(B, T, C)
+    assert not torch.equal(module(x), module(x))
+    module.eval()
+    assert torch.equal(module(x), module(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: LayerNorm((3, 4)), "LayerNorm: normalized_shape is (3, 4), expected one dimension"),
+        (lambda: CausalSelfAttention(C, 5), "CausalSelfAttention: num_heads is 5, expected a divisor of embed_dim (24)"),
+        (lambda: CausalSelfAttention(C, 0), "CausalSelfAttention: num_heads is 0, expected a divisor of embed_dim (24)"),
+    ],
+)
+def test_what_cannot_be_made(make: Maker, said: str) -> None:
+    """A module whose first call fails somewhere inside."""
+    with pytest.raises(ValueError, match=re.escape(said)):
+        make()

@@ -1,0 +1,224 @@
+"""LayerNorm's kernels beyond what the registry's cases reach: seeds, unused outputs, autocast, far offsets, the tile table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import kernels
+from kernels.tuning import NORM_COLUMNS, norm_tile
+from tests.memory import sparse, start_at_program
+
+pytestmark = pytest.mark.interpreter
+
+
+def arguments(n: int, c: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    """x, residual, weight, bias."""
+    x, residual = torch.randn(2, n, c).to(dtype)
+    return x, residual, torch.randn(c), torch.randn(c)
+
+
+@pytest.fixture(autouse=True)
+def on_triton() -> Any:
+    with kernels.use_backend(norm="triton"):
+        yield
+
+
+def drop(seed: int | torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mask of forward and of backward, as what of ones arrives."""
+    x = torch.ones(9, 64, requires_grad=True)
+    residual = torch.zeros(9, 64, requires_grad=True)
+    _, new_residual = kernels.add_layer_norm(x, residual, torch.ones(64), dropout_p=0.5, seed=seed)
+    (gradient,) = torch.autograd.grad(new_residual, x, torch.ones(9, 64))
+    return new_residual.detach(), gradient
+
+
+def test_backward_draws_the_same_mask() -> None:
+    """A mask that differs between forward and backward."""
+    for seed in (None, 5, torch.tensor(2**40 + 3)):
+        forward, backward = drop(seed)
+        assert torch.equal(forward, backward)
+        assert set(forward.unique().tolist()) == {0.0, 2.0}
+        assert 0.4 < forward.bool().float().mean() < 0.6
+
+
+def test_a_seed_of_none_follows_torchs_generator() -> None:
+    """Masks that repeat from call to call, or that torch.manual_seed does not repeat."""
+    torch.manual_seed(3)
+    first, second = drop()[0], drop()[0]
+    torch.manual_seed(3)
+    assert torch.equal(drop()[0], first)
+    assert torch.equal(drop()[0], second)
+    assert not torch.equal(first, second)
+
+
+def test_a_seed_may_be_a_tensor() -> None:
+    """A tensor seed that gives other masks than the same int, or a sign or a high word that is lost."""
+    for seed in (7, -7, 2**40 + 7, -(2**63)):
+        assert torch.equal(drop(seed)[0], drop(torch.tensor(seed))[0])
+    assert len({drop(seed)[0].sum().item() for seed in (7, 2**40 + 7, 2**33 + 7, -7)}) > 1
+
+
+@pytest.mark.parametrize("used", ["y", "new_residual"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_one_output_may_be_unused(used: str, dropout_p: float) -> None:
+    """A backward that needs a gradient for both outputs."""
+    leaves = [tensor.requires_grad_() for tensor in arguments(6, 40)]
+    results = []
+    for backend in ("triton", "reference"):
+        with kernels.use_backend(backend, norm=backend):
+            y, new_residual = kernels.add_layer_norm(*leaves, dropout_p=dropout_p, seed=1)
+        output = y if used == "y" else new_residual
+        results.append(torch.autograd.grad(output, leaves, torch.ones_like(output), allow_unused=True))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, torch.zeros_like(found) if expected is None else expected)
+
+
+def test_many_programs_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that skips a block of rows, takes one twice, or writes another program's partial sums."""
+    from kernels.norm import kernel
+
+    x, _, weight, bias = arguments(200, 96)
+    dy = torch.randn(200, 96)
+    leaves = [tensor.double().requires_grad_() for tensor in (x, weight, bias)]
+    expected = torch.autograd.grad(kernels.reference.layer_norm(*leaves), leaves, dy.double())
+    for programs in (1, 2, 7, 17):
+        monkeypatch.setattr(kernel, "norm_programs", lambda *args, programs=programs: programs)
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
+        found = torch.autograd.grad(kernels.layer_norm(*leaves), leaves, dy)
+        again = torch.autograd.grad(kernels.layer_norm(*leaves), leaves, dy)
+        for gradient, same, true in zip(found, again, expected, strict=True):
+            assert torch.equal(gradient, same)
+            torch.testing.assert_close(gradient.double(), true, rtol=1e-4, atol=1e-4)
+
+
+def test_long_rows() -> None:
+    """Rows of sixteen thousand elements, which take sixteen warps."""
+    x, _, weight, bias = arguments(3, 16384)
+    leaves = [tensor.requires_grad_() for tensor in (x, weight, bias)]
+    y = kernels.layer_norm(*leaves)
+    expected = torch.nn.functional.layer_norm(x, (16384,), weight, bias)
+    torch.testing.assert_close(y, expected)
+    dy = torch.randn_like(y)
+    for found, true in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, leaves, dy), strict=True):
+        torch.testing.assert_close(found, true, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_rounds_once(dtype: torch.dtype) -> None:
+    """Under autocast: a y that is rounded twice or stays float32, weights that are cast, a residual that is."""
+    x, residual, weight, bias = arguments(5, 48, dtype)
+    leaves = [tensor.requires_grad_() for tensor in (x, residual.float().detach(), weight, bias)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = kernels.layer_norm(x, weight, bias)
+        fused, new_residual = kernels.add_layer_norm(*leaves)
+    with torch.no_grad():
+        assert torch.equal(y, kernels.layer_norm(x.float(), weight, bias).bfloat16())
+        assert torch.equal(fused, kernels.layer_norm(leaves[1] + x.float(), weight, bias).bfloat16())
+    assert new_residual.dtype == torch.float32
+    gradients = torch.autograd.grad((fused, new_residual), leaves, (torch.ones_like(fused), torch.ones_like(new_residual)))
+    assert [gradient.dtype for gradient in gradients] == [dtype, torch.float32, torch.float32, torch.float32]
+
+
+def test_gradients_take_their_inputs_dtypes() -> None:
+    """Mixed dtypes: a gradient in another dtype than its input's."""
+    for dtype, residual_dtype, parameter_dtype in (
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float16, torch.float16, torch.bfloat16),
+        (torch.float32, torch.bfloat16, torch.float16),
+    ):
+        x, residual, weight, bias = arguments(5, 24)
+        dtypes = dtype, residual_dtype, parameter_dtype, torch.float32
+        leaves = [tensor.to(d).requires_grad_() for tensor, d in zip((x, residual, weight, bias), dtypes, strict=True)]
+        y, new_residual = kernels.add_layer_norm(*leaves)
+        assert (y.dtype, new_residual.dtype) == (dtype, residual_dtype)
+        gradients = torch.autograd.grad((y, new_residual), leaves, (torch.ones_like(y), torch.ones_like(new_residual)))
+        assert tuple(gradient.dtype for gradient in gradients) == dtypes
+
+
+def test_rows_far_apart() -> None:
+    """A row's offset in 32 bits: rows 2**30 elements apart, the last one past 2**31."""
+    stride, c = 2**30 + 16, 24
+    memory = [sparse(4 * stride, torch.bfloat16).as_strided((4, c), (stride, 1)) for _ in range(3)]
+    values = torch.randn(3, 4, c).bfloat16()
+    for far, value in zip(memory, values, strict=True):
+        far.copy_(value)
+    weight = torch.randn(c)
+    results = []
+    for x, residual, dy in (memory, values):
+        leaves = [tensor.detach().requires_grad_() for tensor in (x, residual, weight)]
+        outputs = kernels.add_layer_norm(*leaves, dropout_p=0.2, seed=4)
+        results.append((*outputs, *torch.autograd.grad(outputs, leaves, (dy, dy))))
+    for far, near in zip(*results, strict=True):
+        assert torch.equal(far, near)
+
+
+def test_outputs_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An output's offset in 32 bits: the last rows of tensors with more than 2**31 elements."""
+    from kernels.norm.backward import launch_backward
+    from kernels.norm.forward import launch_forward
+
+    c = 4096
+    rows = norm_tile(c).block_m
+    first = 2**31 // (c * rows) + 5
+    n = (first + 1) * rows
+    near, weight = torch.randn(n - first * rows, c), torch.randn(c)
+    x, y, dx = (sparse(n * c, torch.bfloat16).view(n, c) for _ in range(3))
+    x[first * rows :] = near
+    stats = sparse(2 * n, torch.float32).view(2, n)
+    start_at_program(monkeypatch, first)
+    launch_forward(x, None, weight, None, None, y, None, stats, 1e-5, 0.0)._replace(grid=(1,)).run()
+    partial = sparse((first + 1) * c, torch.float32).view(first + 1, c)
+    launch_backward(y, None, x, weight, None, stats, dx, None, partial, None, 0.0, 1).run()
+    leaf = x[first * rows :].float().requires_grad_()
+    expected = torch.nn.functional.layer_norm(leaf, (c,), weight)
+    torch.testing.assert_close(y[first * rows :], expected.detach().bfloat16())
+    (gradient,) = torch.autograd.grad(expected, leaf, y[first * rows :].float())
+    torch.testing.assert_close(dx[first * rows :].float(), gradient, rtol=0.02, atol=0.02)
+    assert partial[first].abs().sum() > 0
+
+
+def test_one_tensor_for_both_arguments_compiles() -> None:
+    """Compiled code that takes two names of one tensor for two tensors."""
+    x, _, weight, bias = arguments(5, 32)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        y, new_residual = kernels.add_layer_norm(x, x, weight, bias)
+        return (y * new_residual).sum()
+
+    results = []
+    for call in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        leaf = x.clone().requires_grad_()
+        loss = call(leaf)
+        results.append((loss, torch.autograd.grad(loss, leaf)[0]))
+    torch.compiler.reset()
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+def test_limits_are_explained() -> None:
+    """A call that the kernel cannot take, and that fails in it instead of falling back."""
+    wide = torch.zeros(1, NORM_COLUMNS + 1)
+    calls = (
+        ((wide, wide[0]), rf"the kernel takes C in \[1, {NORM_COLUMNS}\], not {NORM_COLUMNS + 1}"),
+        ((torch.zeros(2, 4), torch.ones(4).double()), "the kernel takes no float64"),
+    )
+    for call, reason in calls:
+        with pytest.raises(RuntimeError, match=reason):
+            kernels.layer_norm(*call)
+        with kernels.use_backend(norm="auto"):
+            assert kernels.explain("layer_norm", *call).backend == "reference"
+
+
+def test_no_column_is_dead_at_the_models_sizes() -> None:
+    """A tile table that masks a quarter of the lanes at C = 768, or needs blocks that are no powers of two."""
+    for c in (64, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 2048, 3072, 4096, 5120, 8192, 16384):
+        tile = norm_tile(c)
+        assert c % tile.block_n == 0
+    for c in range(1, NORM_COLUMNS + 1, 37):
+        rows, width, warps, _ = norm_tile(c)
+        assert all(value & (value - 1) == 0 for value in (rows, width, warps))
+        assert -(-c // width) <= 8
+        assert -(-c // width) * width < max(16, 1.25 * c + 16)
+        assert rows * -(-c // width) * width <= 64 * 32 * warps

@@ -1,0 +1,241 @@
+"""Every op of the registry, without naming one: the reference against float64 and gradcheck, Triton against the reference,
+explain, autocast, and arguments that must be refused."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import pytest
+import torch
+
+import kernels
+from kernels import dispatch
+from kernels.preflight import check, run_case
+from kernels.registry import SPECS
+from kernels.spec import SHORT_DTYPE, Case, ChoiceArgument, NumberArgument, OpSpec, SeedArgument, TensorArgument
+
+CPU = torch.device("cpu")
+GPU = torch.device("cuda")
+
+
+def cases(*tags: str, dtypes: tuple[torch.dtype, ...] | None = None) -> list[Any]:
+    return [
+        pytest.param(spec, case, dtype, id=f"{spec.name}-{case.id}-{SHORT_DTYPE[dtype]}")
+        for spec in SPECS.values()
+        for case in spec.tagged(*tags)
+        for dtype in dtypes or spec.dtypes
+    ]
+
+
+def first_case(spec: OpSpec) -> Case:
+    return spec.tagged("small")[0]
+
+
+def inputs_of(spec: OpSpec, case: Case, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> dict[str, Any]:
+    return spec.make_inputs(case, dtype, device, torch.Generator().manual_seed(0))
+
+
+def assert_right(spec: OpSpec, case: Case, dtype: torch.dtype, device: torch.device, backend: str) -> None:
+    wrong = [str(verdict) for verdict in check(spec, case, dtype, device, backend=backend) if not verdict.ok]
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize(("spec", "case", "dtype"), cases("small"))
+def test_the_public_op_runs_its_reference(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
+    """The public function changes an argument, an output or a gradient on its way to the reference."""
+    assert_right(spec, case, dtype, CPU, "reference")
+
+
+@pytest.mark.parametrize(("spec", "case", "dtype"), cases("small", dtypes=(torch.float64,)))
+def test_reference_gradients_are_derivatives(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
+    """A reference with a wrong gradient, which every other test would then call right."""
+    if not spec.gradients:
+        pytest.skip("inference only: the op has no gradient")
+    case = Case(
+        {name: min(size, 7) if name in ("N", "Tq", "C", "I", "V") else size for name, size in case.sizes.items()}, case.options
+    )
+    inputs = inputs_of(spec, case, dtype)
+    names = [name for name in spec.gradients if inputs[name] is not None]
+    scaled = {name: inputs[name].clamp(-3, 3) for name in names}  # finite differences fail at magnitudes of thousands
+
+    def function(*tensors: torch.Tensor) -> Any:
+        return spec.reference(**(inputs | dict(zip(names, tensors, strict=True))))
+
+    assert torch.autograd.gradcheck(function, [scaled[name].double().requires_grad_() for name in names], fast_mode=True)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("spec", "case", "dtype"), cases("small", "edge"))
+def test_triton_agrees_with_the_reference(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
+    """A kernel, forward or backward, that is wrong at a small or awkward shape."""
+    assert_right(spec, case, dtype, CPU, "triton")
+
+
+@pytest.mark.interpreter
+@pytest.mark.slow
+@pytest.mark.parametrize(("spec", "case", "dtype"), cases("slow"))
+def test_triton_agrees_on_the_long_grid(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
+    """A kernel that is wrong at one size of the long grid only."""
+    assert_right(spec, case, dtype, CPU, "triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("spec", "case", "dtype"), cases("small", "edge", "slow", "gpu", "bench"))
+def test_triton_agrees_on_the_gpu(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
+    """A compiled kernel that is wrong where its interpreted twin is right."""
+    assert_right(spec, case, dtype, GPU, "triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("spec", "case", "dtype"), cases("small", "edge", "bench"))
+def test_triton_repeats_bit_for_bit_on_the_gpu(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
+    """A race: the same call gives other bits the second time."""
+    inputs = inputs_of(spec, case, dtype, GPU)
+    with kernels.use_backend(**{spec.name: "triton"}):
+        first = run_case(spec.function, inputs, spec.gradients)
+        for _ in range(10):
+            again = run_case(spec.function, inputs, spec.gradients)
+            for name, value in first.items():
+                assert value is None or torch.equal(value, again[name]), name
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_the_spec_describes_the_signature(spec: OpSpec) -> None:
+    """A parameter that no bad-argument test would ever reach, or a reference with another signature."""
+    public, reference = inspect.signature(spec.function), inspect.signature(spec.reference)
+    assert list(spec.arguments) == list(public.parameters)
+    assert [p.replace(annotation="") for p in public.parameters.values()] == [
+        p.replace(annotation="") for p in reference.parameters.values()
+    ]
+    assert getattr(kernels, spec.name) is spec.function
+    assert getattr(kernels.reference, spec.name) is spec.reference
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_work_is_counted(spec: OpSpec) -> None:
+    """A bench whose formula gives zero or negative work for a case."""
+    for case in spec.cases:
+        assert spec.flops(case, "forward") > 0
+        assert spec.bytes(case, torch.bfloat16, "forward") > 0
+        assert (spec.flops(case, "backward") > 0) == bool(spec.gradients)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_no_input_is_written(spec: OpSpec) -> None:
+    """An op that overwrites an input or a tensor that it saved (bug: cross-entropy overwrites its logits)."""
+    for case in spec.tagged("small"):
+        inputs = inputs_of(spec, case)
+        before = {name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        run_case(spec.function, inputs, spec.gradients)
+        for name, value in before.items():
+            assert torch.equal(value, inputs[name]), name
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_explain_says_what_runs(spec: OpSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """explain that computes something, or that names another backend than the call takes."""
+    inputs = inputs_of(spec, first_case(spec))
+    with kernels.use_backend("reference"):
+        assert kernels.explain(spec.name, **inputs).backend == "reference"
+        assert kernels.explain(spec.function, **inputs).reason == "use_backend('reference')"
+    monkeypatch.setattr(dispatch, "triton_version", None)
+    assert kernels.explain(spec.name, **inputs) == ("reference", "triton is not installed")
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_autocast_gives_the_autocast_dtype(spec: OpSpec) -> None:
+    """An op that hands float32 activations on under autocast, or a loss that is not float32."""
+    inputs = inputs_of(spec, first_case(spec))
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        result = spec.function(**inputs)
+    outputs = result if isinstance(result, tuple) else (result,)
+    wanted = torch.float32 if spec.room == "loss" else torch.bfloat16
+    assert outputs[0].dtype == wanted
+
+
+def _bad_tensor(spec: OpSpec, name: str, inputs: dict[str, Any]) -> list[tuple[str, Any, type[Exception]]]:
+    argument = spec.arguments[name]
+    assert isinstance(argument, TensorArgument)
+    value = _absent_tensor(spec, argument, inputs) if inputs[name] is None else inputs[name]
+    other = torch.float32 if argument.dtype is not None else torch.int32
+    bad: list[tuple[str, Any, type[Exception]]] = [
+        ("a list", [1.0, 2.0], TypeError),
+        ("another dtype", value.to(other), TypeError),
+        ("another device", value.to("meta"), ValueError),
+        ("another size", torch.cat([value, value], -1), ValueError),
+    ]
+    if "..." not in argument.dims:
+        bad.append(("another rank", value[None, None], ValueError))
+    leading = next(iter(spec.arguments))  # it sets the dtype that the other tensors must have
+    if argument.dtype is None and not argument.any_float and name != leading:
+        bad.append(("a mixed dtype", value.double(), TypeError))
+    if argument.last_contiguous:
+        bad.append(("a strided last dimension", torch.stack([value, value], -1).flatten(-2)[..., ::2], ValueError))
+    if not argument.optional:
+        bad.append(("None", None, TypeError))
+    return bad
+
+
+def _absent_tensor(spec: OpSpec, argument: TensorArgument, inputs: dict[str, Any]) -> torch.Tensor:
+    """A right value for an optional tensor that the case leaves out: sizes from the tensors that share its dimensions."""
+    sizes: dict[str, int] = {}
+    for name, declared in spec.arguments.items():
+        if isinstance(declared, TensorArgument) and isinstance(inputs.get(name), torch.Tensor) and "..." not in declared.dims:
+            sizes |= dict(zip(declared.dims, inputs[name].shape, strict=True))
+    return torch.zeros([sizes[dim] for dim in argument.dims], dtype=argument.dtype or torch.float32)
+
+
+def _bad_number(argument: NumberArgument) -> list[tuple[str, Any, type[Exception]]]:
+    bad: list[tuple[str, Any, type[Exception]]] = [("a string", "1", TypeError), ("a boolean", True, TypeError)]
+    if argument.integer:
+        return [*bad, ("a float", 1.5, TypeError)]
+    bad.append(("NaN", float("nan"), ValueError))
+    if argument.low > float("-inf"):
+        bad.append(("too small", argument.low - 1, ValueError))
+    if argument.high == float("inf"):
+        bad.append(("infinity", float("inf"), ValueError))
+    elif argument.open_high:
+        bad.append(("its open end", argument.high, ValueError))
+    else:
+        bad.append(("too large", argument.high * 2, ValueError))
+    return bad
+
+
+def bad_arguments() -> list[Any]:
+    found = []
+    for spec in SPECS.values():
+        inputs = inputs_of(spec, first_case(spec))
+        for name, argument in spec.arguments.items():
+            values: list[tuple[str, Any, type[Exception]]]
+            if isinstance(argument, TensorArgument):
+                values = _bad_tensor(spec, name, inputs)
+            elif isinstance(argument, NumberArgument):
+                values = _bad_number(argument)
+            elif isinstance(argument, ChoiceArgument):
+                strings = any(isinstance(value, str) for value in argument.values)
+                values = [("an unknown word", "nonsense", ValueError if strings else TypeError)]
+            else:
+                assert isinstance(argument, SeedArgument)
+                values = [
+                    ("a float", 1.5, TypeError),
+                    ("65 bits", 2**64, ValueError),
+                    ("a vector", torch.zeros(3, dtype=torch.int64), TypeError),
+                    ("another device", torch.zeros((), dtype=torch.int64, device="meta"), ValueError),
+                ]
+            found += [pytest.param(spec, name, bad, error, id=f"{spec.name}-{name}-{what}") for what, bad, error in values]
+    return found
+
+
+@pytest.mark.parametrize(("spec", "name", "bad", "error"), bad_arguments())
+def test_bad_arguments_are_refused(
+    spec: OpSpec, name: str, bad: Any, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bad argument that reaches a kernel, or a message that does not name the op, the value and what was expected."""
+    monkeypatch.setattr(dispatch.Op, "choose", lambda *args, **kwargs: pytest.fail("the call passed its checks"))
+    inputs = inputs_of(spec, first_case(spec)) | {name: bad}
+    with pytest.raises(error, match=rf"^{spec.name}: .*expected ") as caught:
+        spec.function(**inputs)
+    assert "\n" not in str(caught.value)
+    assert re.search(r"\b(is|has|requires)\b", str(caught.value))

@@ -1,0 +1,50 @@
+"""Philox in torch against an independent implementation in Python's integers, and against known answers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.philox import keep_mask, philox, random_words
+
+KNOWN = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)  # the authors' test vector for counter 0 and key 0
+
+
+def python_philox(counter: int, seed: int) -> tuple[int, ...]:
+    words = [counter & 0xFFFFFFFF, counter >> 32, 0, 0]
+    keys = [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]
+    for _ in range(10):
+        first, second = 0xD2511F53 * words[0], 0xCD9E8D57 * words[2]
+        words = [(second >> 32) ^ words[1] ^ keys[0], second & 0xFFFFFFFF, (first >> 32) ^ words[3] ^ keys[1], first & 0xFFFFFFFF]
+        keys = [(keys[0] + 0x9E3779B9) & 0xFFFFFFFF, (keys[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return tuple(words)
+
+
+def test_known_answer() -> None:
+    """Wrong constants, word order or number of rounds."""
+    assert tuple(word.item() for word in philox(0, torch.tensor(0))) == KNOWN
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**40 + 12345, 2**63 - 1, -(2**63)])
+@pytest.mark.parametrize("counter", [0, 1, 2**31, 2**32 - 1, 2**32, 2**40 + 7])
+def test_same_bits_as_python_integers(seed: int, counter: int) -> None:
+    """A product that loses its high half in int64, or a seed or counter whose upper word is dropped."""
+    assert tuple(w.item() for w in philox(seed, torch.tensor(counter))) == python_philox(counter, seed & (2**64 - 1))
+    as_tensor = torch.tensor(seed, dtype=torch.int64)
+    assert tuple(w.item() for w in philox(as_tensor, torch.tensor(counter))) == python_philox(counter, seed & (2**64 - 1))
+
+
+def test_word_of_an_element() -> None:
+    """Another assignment of words to elements than counter = index // 4, word = index % 4."""
+    words = random_words(9, (3, 5), torch.device("cpu"))
+    assert words.shape == (3, 5)
+    for index, word in enumerate(words.flatten().tolist()):
+        assert word == python_philox(index // 4, 9)[index % 4]
+
+
+def test_keep_mask_keeps_its_share() -> None:
+    """A threshold that is inverted, or off by more than chance allows (5 standard deviations)."""
+    for p in (0.0, 0.1, 0.5, 0.9):
+        kept = keep_mask(3, (1000, 100), p, torch.device("cpu")).double().mean().item()
+        assert abs(kept - (1 - p)) <= 5 * (p * (1 - p) / 1e5) ** 0.5
+    assert keep_mask(3, (0, 4), 0.5, torch.device("cpu")).shape == (0, 4)

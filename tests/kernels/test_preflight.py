@@ -1,0 +1,183 @@
+"""Preflight: planted faults are caught and named, a dead process too, and the verdicts are cached by all that they depend on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kernels
+from kernels import Case, dispatch
+from kernels import preflight as run_preflight
+
+preflight = sys.modules["kernels.preflight"]
+CPU = torch.device("cpu")
+ATTENTION = ("causal_attention", Case({"B": 1, "H": 2, "Tq": 33, "Tk": 33, "D": 16}, {"layout": "qkv"}))
+NORM = ("layer_norm", Case({"N": 7, "C": 48}))
+
+
+@pytest.fixture(autouse=True)
+def a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(dispatch, "_distrusted", {})
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, op: str, fault: Callable[..., Any]) -> None:
+    """Replaces the op, as preflight calls it, by one with a fault; the reference stays."""
+    monkeypatch.setitem(preflight.SPECS, op, dataclasses.replace(preflight.SPECS[op], function=fault))
+
+
+def failed(*cases: tuple[str, Case]) -> dict[str, str]:
+    return run_preflight(cases, CPU, torch.float32, use_cache=False).failed
+
+
+class StaleMask(torch.autograd.Function):
+    """dropout whose backward draws another mask than its forward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
+        ctx.p, ctx.seed, ctx.shape = p, seed, x.shape
+        return torch.where(kernels.philox.keep_mask(seed, x.shape, p, CPU), x / (1 - p), 0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        mask = kernels.philox.keep_mask(ctx.seed + 1, ctx.shape, ctx.p, CPU)
+        return torch.where(mask, grad / (1 - ctx.p), 0), None, None
+
+
+def wrong_scale(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+    return kernels.reference.causal_attention(q, k, v, scale=1.02 * q.shape[-1] ** -0.5)
+
+
+def lost_mask(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def zero_weight_gradient(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return kernels.reference.layer_norm(x, weight.detach(), bias) + 0 * weight
+
+
+def stale_mask(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dropout_p: float, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return kernels.reference.add_layer_norm(StaleMask.apply(x, dropout_p, seed), residual, weight, bias)
+
+
+def one_bad_row(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+    out = kernels.reference.causal_attention(q, k, v).clone()
+    out[0, 0, 1024] = out[0, 0, 1023].detach()
+    return out
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("fault", "op", "case"),
+    [
+        (wrong_scale, *ATTENTION),
+        (lost_mask, *ATTENTION),
+        (zero_weight_gradient, *NORM),
+        (stale_mask, "add_layer_norm", Case({"N": 7, "C": 48}, {"dropout_p": 0.3, "seed": 2})),
+        (one_bad_row, "causal_attention", Case({"B": 1, "H": 1, "Tq": 1025, "Tk": 1025, "D": 16})),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else None,
+)
+def test_planted_faults_are_caught(fault: Callable[..., Any], op: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong kernel that preflight lets through."""
+    plant(monkeypatch, op, fault)
+    assert list(failed((op, case))) == [op]
+
+
+@pytest.mark.interpreter
+def test_right_kernels_pass_and_the_report_says_so() -> None:
+    """A right kernel that is refused, or a report without its numbers."""
+    report = run_preflight([ATTENTION, NORM], CPU, torch.float32, use_cache=False)
+    assert report.ok, str(report)
+    for row in report.rows:
+        assert row.forward is not None
+        assert row.backward is not None
+        assert row.speedup is not None
+        assert 0 < row.forward <= 1
+    assert str(report).count(" ok") == 2
+
+
+@pytest.mark.interpreter
+def test_a_failing_op_falls_back_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that runs on after its preflight failed, or another op that is taken down with it."""
+    plant(monkeypatch, "causal_attention", lost_mask)
+    run_preflight([ATTENTION, NORM], CPU, torch.float32, use_cache=False).enforce()
+    q = torch.randn(1, 2, 5, 16)
+    with kernels.model_backend("triton"):
+        choice = kernels.explain("causal_attention", q, q, q)
+        assert choice.backend == "reference"
+        assert choice.reason.startswith("preflight failed: out: FAILED")
+        assert kernels.explain("layer_norm", torch.randn(3, 8), torch.ones(8)).backend == "triton"
+
+
+def test_what_cannot_run_is_listed_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A preflight that fails, or that calls kernels right, where there are none to run."""
+    monkeypatch.setattr(dispatch, "triton_version", None)
+    report = run_preflight([NORM], CPU, torch.float32, use_cache=False)
+    assert report.ok
+    assert report.rows[0].skipped == "triton is not installed"
+    assert "reference: triton is not installed" in str(report)
+
+
+def test_verdicts_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checking again what was checked, or believing a verdict about other sources, shapes, dtypes or versions."""
+    report = run_preflight([NORM], CPU, torch.float32)
+    assert not report.cached
+    assert dataclasses.replace(run_preflight([NORM], CPU, torch.float32), seconds=report.seconds, cached=False) == report
+    assert run_preflight([NORM], CPU, torch.float32).cached
+    assert not run_preflight([NORM], CPU, torch.float16).cached
+    assert not run_preflight([("layer_norm", Case({"N": 8, "C": 48}))], CPU, torch.float32).cached
+    monkeypatch.setattr(preflight, "_sources", lambda: "others")
+    assert not run_preflight([NORM], CPU, torch.float32).cached
+
+
+@pytest.mark.interpreter
+def test_failures_are_not_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A failure that is remembered after the cause is gone."""
+    plant(monkeypatch, "layer_norm", zero_weight_gradient)
+    assert not run_preflight([NORM], CPU, torch.float32).ok
+    assert not run_preflight([NORM], CPU, torch.float32).cached
+
+
+CRASH = """
+import os, sys, kernels
+from kernels.registry import SPECS
+from kernels import preflight
+module = sys.modules["kernels.preflight"]
+examine = module._examine
+def crash(spec, case, device, dtype):
+    if spec.name == "causal_attention":
+        os.kill(os.getpid(), 11)
+    return examine(spec, case, device, dtype)
+module._examine = crash
+module.serve()
+"""
+
+
+def test_a_dying_process_is_named_and_the_rest_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An illegal memory access that takes the run down, or that hides the ops behind it."""
+    monkeypatch.setattr(preflight, "CHILD", [sys.executable, "-c", CRASH])
+    report = run_preflight([NORM, ATTENTION, NORM], CPU, torch.float32, isolate=True, use_cache=False)
+    assert [row.op for row in report.rows] == ["layer_norm", "causal_attention", "layer_norm"]
+    assert report.failed == {"causal_attention": "its process died with exit code -11: no message"}
+
+
+def test_cases_survive_the_way_to_the_child() -> None:
+    """An option that arrives as another type in the process that checks it."""
+    case = Case({"N": 3, "C": 8}, {"parameters": torch.float32, "dropout_p": 0.5, "bias": False, "layout": "qkv"})
+    assert preflight._decode(json.loads(json.dumps(preflight._encode(case)))) == case
+
+
+def test_an_unknown_op_is_refused() -> None:
+    """A misspelt op that is silently left out."""
+    with pytest.raises(ValueError, match="^preflight: 'softmax' is no op, expected one of add_layer_norm"):
+        run_preflight([("softmax", Case({}))], CPU, torch.float32)

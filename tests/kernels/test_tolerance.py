@@ -1,0 +1,97 @@
+"""The tolerance rule against planted faults: it must pass honest rounding and fail each fault."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from kernels import reference
+from kernels.tolerance import Verdict, compare
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def attention_case(
+    dtype: torch.dtype, t: int = 96
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = torch.randn(3, 2, 2, t, 32, generator=generator).to(dtype)
+    return q, k, v, reference.causal_attention(q, k, v), reference.causal_attention(q.double(), k.double(), v.double())
+
+
+def judge(y: torch.Tensor, r: torch.Tensor, r64: torch.Tensor, dtype: torch.dtype) -> Verdict:
+    return compare("out", y, r, r64, dtype=dtype, scale=5.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_another_order_of_summation_passes(dtype: torch.dtype) -> None:
+    """A rule so tight that it fails a right result which merely rounds elsewhere."""
+    q, k, v, r, r64 = attention_case(dtype)
+    logits = (q.float() @ k.float().mT / math.sqrt(32)).masked_fill(~torch.ones(96, 96, dtype=torch.bool).tril(), -math.inf)
+    y = (logits.softmax(-1) @ v.float()).to(dtype)
+    assert judge(y, r, r64, dtype).ok
+
+
+FAULTS = {
+    "the scale is 2% off": lambda q, k, v: reference.causal_attention(q, k, v, scale=1.02 / math.sqrt(32)),
+    "the causal mask is lost": lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v),
+    "the result is 1% too large": lambda q, k, v: reference.causal_attention(q, k, v) * 1.01,
+    "one row is its neighbour": lambda q, k, v: _with_row(reference.causal_attention(q, k, v), 60, 59),
+    "everything is zero": lambda q, k, v: torch.zeros_like(q),
+    "one element is not a number": lambda q, k, v: _with_value(reference.causal_attention(q, k, v), math.nan),
+    "one element is infinite": lambda q, k, v: _with_value(reference.causal_attention(q, k, v), math.inf),
+    "the diagonal is masked": lambda q, k, v: reference.causal_attention(q, torch.roll(k, 1, 2), torch.roll(v, 1, 2)),
+}
+
+
+def _with_row(y: torch.Tensor, to: int, source: int) -> torch.Tensor:
+    y = y.clone()
+    y[1, 1, to] = y[1, 1, source]
+    return y
+
+
+def _with_value(y: torch.Tensor, value: float) -> torch.Tensor:
+    y = y.clone()
+    y[0, 1, 5, 3] = value
+    return y
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_fail(fault: str, dtype: torch.dtype) -> None:
+    """A rule so loose that a wrong kernel passes."""
+    q, k, v, r, r64 = attention_case(dtype)
+    verdict = judge(FAULTS[fault](q, k, v), r, r64, dtype)
+    assert not verdict.ok, f"{fault}: {verdict}"
+
+
+def test_a_missing_gradient_fails() -> None:
+    """A backward that returns None where the reference has a gradient."""
+    r64 = torch.ones(3, dtype=torch.float64)
+    assert not compare("dq", None, r64.float(), r64, dtype=torch.float32, scale=1.0).ok
+    assert not compare("dq", r64.float(), None, None, dtype=torch.float32, scale=1.0).ok
+    assert compare("dq", None, None, None, dtype=torch.float32, scale=1.0).ok
+
+
+def test_a_zeroed_gradient_fails_and_a_true_zero_passes() -> None:
+    """Zero in place of a gradient; and, the other way, rounding dust where the true gradient is zero."""
+    true = torch.full((8,), 1e-3, dtype=torch.float64)
+    assert not compare("db", torch.zeros(8), true.float(), true, dtype=torch.float32, scale=1.0).ok
+    zero = torch.zeros(8, dtype=torch.float64)
+    assert compare("dq", torch.full((8,), 1e-7), zero.float(), zero, dtype=torch.float32, scale=1.0).ok
+    assert not compare("dq", torch.full((8,), 1e-4), zero.float(), zero, dtype=torch.float32, scale=1.0).ok
+
+
+def test_another_dtype_or_shape_fails() -> None:
+    """A loss held in bfloat16, or an output of another shape that would broadcast."""
+    r64 = torch.ones(4, dtype=torch.float64)
+    assert "torch.bfloat16" in compare("out", r64.bfloat16(), r64.float(), r64, dtype=torch.bfloat16, scale=1.0).problem
+    assert "shape" in compare("out", torch.ones(1), r64.float(), r64, dtype=torch.float32, scale=1.0).problem
+
+
+def test_a_reference_that_overflows_excuses_nothing() -> None:
+    """An infinite allowance, when the reference itself overflows in float16."""
+    r64 = torch.tensor([7e4], dtype=torch.float64)
+    assert not compare("out", torch.zeros(1, dtype=torch.float16), r64.half(), r64, dtype=torch.float16, scale=7e4).ok

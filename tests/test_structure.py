@@ -1,0 +1,137 @@
+"""The import rules of the house, read from the sources."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import kernels
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("attention", "norm", "ffn", "loss")
+LEAVES = {"checks", "dispatch", "philox", "tolerance", "tuning", "version"}
+
+
+def sources(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imports(path: Path, *, deep: bool = True) -> set[str]:
+    """Absolute names of all modules that a file imports; without `deep`, only those that run on import."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = ast.walk(tree) if deep else iter(tree.body)
+    package = path.relative_to(ROOT).with_suffix("").parts
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: -node.level]) + "." if node.level else ""
+            module = (base + (node.module or "")).rstrip(".")
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def names(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", sources("kernels", "gpt", "bench"), ids=names)
+def test_nothing_imports_tests(path: Path) -> None:
+    """A package that needs its tests to run."""
+    assert not any(name.split(".")[0] == "tests" for name in imports(path))
+
+
+@pytest.mark.parametrize("path", sources("kernels"), ids=names)
+def test_kernels_know_nothing_of_gpt_and_bench(path: Path) -> None:
+    """kernels that cannot be used without the model."""
+    assert not {name.split(".")[0] for name in imports(path)} & {"gpt", "bench"}
+
+
+@pytest.mark.parametrize("path", sources("gpt"), ids=names)
+def test_gpt_uses_public_kernels_only(path: Path) -> None:
+    """A model that reaches behind the ops."""
+    public = {"kernels"} | {f"kernels.{name}" for name in kernels.__all__}
+    assert {name for name in imports(path) if name.split(".")[0] == "kernels"} <= public
+
+
+def reaches_triton(path: Path) -> bool:
+    return any(name.split(".")[0] == "triton" for name in imports(path))
+
+
+@pytest.mark.parametrize("path", sources("kernels"), ids=names)
+def test_only_kernel_files_import_triton(path: Path) -> None:
+    """A reference, a check or a public function that needs triton to be installed."""
+    relative = path.relative_to(ROOT / "kernels").parts
+    plain = len(relative) == 1 and relative[0] != "tl_math.py"
+    plain = plain or relative[-1] in ("__init__.py", "reference.py", "spec.py")
+    assert not (plain and reaches_triton(path))
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_reference_is_plain_torch(room: str) -> None:
+    """A reference that shares code with the kernel that it must judge."""
+    allowed = {"torch", "__future__", "typing", "math", "collections"}
+    for name in imports(ROOT / "kernels" / room / "reference.py"):
+        assert name.split(".")[0] in allowed or name.startswith("kernels.philox"), name
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_loads_no_kernel_and_no_neighbour(room: str) -> None:
+    """A room that imports triton at once, or that depends on another room."""
+    path = ROOT / "kernels" / room / "__init__.py"
+    shared = ("kernels.checks", "kernels.dispatch", "kernels.tuning", f"kernels.{room}")
+    for name in imports(path):
+        if name.startswith("kernels."):
+            assert name.startswith(shared), name
+    for name in imports(path, deep=False):
+        assert not name.startswith(f"kernels.{room}.") or name.split(".")[2] == "reference", name
+
+
+def test_dispatch_imports_no_room() -> None:
+    """A choice that depends on the ops it chooses for."""
+    for leaf in LEAVES:
+        for name in imports(ROOT / "kernels" / f"{leaf}.py"):
+            assert not name.startswith(tuple(f"kernels.{room}" for room in ROOMS)), (leaf, name)
+
+
+@pytest.mark.parametrize("path", sources("kernels", "gpt", "bench", "tests"), ids=names)
+def test_files_stay_short(path: Path) -> None:
+    """A file that nobody reads to its end."""
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
+
+
+def test_model_stays_short() -> None:
+    """A model that cannot be read top-down in one sitting."""
+    assert len((ROOT / "gpt" / "model.py").read_text(encoding="utf-8").splitlines()) <= 350
+
+
+@pytest.mark.parametrize("module", ["kernels", "gpt"])
+def test_everything_exported_exists(module: str) -> None:
+    """A name in __all__ that is not there."""
+    imported = __import__(module)
+    assert sorted(imported.__all__) == sorted(set(imported.__all__))
+    for name in imported.__all__:
+        assert hasattr(imported, name), name
+
+
+def test_imports_stay_light() -> None:
+    """`import gpt` that drags triton, a tokenizer, a plotting library or torch's compiler in."""
+    heavy = ["triton", "tiktoken", "tokenizers", "matplotlib", "tqdm", "safetensors", "transformers", "torch._dynamo"]
+    program = f"import torch, sys; before = set(sys.modules); import gpt; print([m for m in {heavy} if m in sys.modules and m not in before])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_package_ships() -> None:
+    """A room that is missing from the wheel."""
+    shipped = set(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"])
+    found = {
+        ".".join(path.parent.relative_to(ROOT).parts) for path in sources("kernels", "gpt", "bench") if path.name == "__init__.py"
+    }
+    assert shipped == found
