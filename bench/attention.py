@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ def flex_attention() -> Callable[..., Any]:
     """FlexAttention, compiled, with a causal block mask that is made once for each shape."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    compiled = torch.compile(flex_attention, dynamic=False)
+    compiled = cache(lambda: torch.compile(flex_attention, dynamic=False))
     masks: dict[tuple[int, int], Any] = {}
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None, **_: Any) -> Any:
@@ -53,7 +53,7 @@ def flex_attention() -> Callable[..., Any]:
                 return column <= row + (tk - tq)
 
             masks[tq, tk] = create_block_mask(causal, None, None, tq, tk, device=q.device.type)
-        return compiled(q, k, v, block_mask=masks[tq, tk], scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        return compiled()(q, k, v, block_mask=masks[tq, tk], scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
     return attend
 

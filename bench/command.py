@@ -112,12 +112,14 @@ def _run_all(runner: Runner, races: Sequence[Race], report: Report, path: str | 
         if deadline is not None and number > 0 and begin + longest > deadline:
             say(report, "left out for the budget: " + ", ".join(f"{r.spec.name} {r.case.id}" for r in races[number:]))
             break
-        rows = list(runner.run(race))
-        report.rows += rows
-        report.ceilings = {"copy": runner.ceilings.copy(), **runner.ceilings.products}
+        rows = []
+        for row in runner.run(race):
+            rows.append(row)
+            report.rows.append(row)
+            report.ceilings |= runner.ceilings.measured()
+            if path is not None:
+                report.save(path)
         print("\n" + table.race(rows), flush=True)
-        if path is not None:
-            report.save(path)
         longest = max(longest, time.monotonic() - begin)
     print(f"\nceilings measured here: {table.ceilings(report.ceilings)}")
     report.complete = True

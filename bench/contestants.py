@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -52,10 +52,15 @@ def shared(spec: OpSpec, *, compiled: bool) -> list[Contestant]:
 
 
 def compile_of(name: str, function: Callable[..., Any], takes_part: bool) -> Contestant:
-    """`function` under torch.compile."""
+    """`function` under torch.compile, which is loaded by the first call."""
     if not takes_part:
         return Contestant(name, None, absent="left out by --quick on a CPU")
-    return Contestant(name, torch.compile(function, dynamic=False))
+
+    @cache
+    def compiled() -> Callable[..., Any]:
+        return torch.compile(function, dynamic=False)
+
+    return Contestant(name, lambda **arguments: compiled()(**arguments))
 
 
 def foreign(module: str, name: str) -> Any:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 
@@ -15,9 +16,10 @@ from bench.cases import Race
 from bench.contestants import Contestant, first_line, shared
 from bench.measure import Ceilings, Clock, Lane, Timing, capture, input_sets, interleave, peak_memory, release, total_bytes
 from bench.record import Row
-from kernels.preflight import judge, run_case
+from kernels.preflight import run_case
 from kernels.registry import SPECS
 from kernels.spec import SHORT_DTYPE, Case, OpSpec
+from kernels.tolerance import Verdict, compare
 
 PEER_LIMIT = 8.0  # a peer whose error is more than so many times what our own may have is refused its timing too
 PARTS = {"forward": ("forward",), "backward": ("backward",), "both": ("forward", "backward")}
@@ -53,6 +55,26 @@ def find_bench(room: str) -> Bench:
     return bench
 
 
+class Truth:
+    """What every contestant of a race is held to: the reference in the race's dtype, and in a higher precision."""
+
+    def __init__(self, spec: OpSpec, inputs: Inputs, dtype: torch.dtype) -> None:
+        wide = torch.float64 if dtype == torch.float32 else torch.float32
+        exact = {n: v.to(wide) if _is_float(v) else v for n, v in inputs.items()}
+        self.dtype = dtype
+        self.plain = run_case(spec.reference, inputs, spec.gradients)
+        self.exact = run_case(spec.reference, exact, spec.gradients)
+        tensors = [v for v in (*inputs.values(), *self.exact.values()) if _is_float(v)]
+        self.scale = max((t.detach().abs().max().item() for t in tensors if t.numel()), default=1.0)
+
+    def judge(self, results: Mapping[str, torch.Tensor | None]) -> list[Verdict]:
+        """A verdict for each output and gradient, by the rule of `kernels.tolerance`."""
+        return [
+            compare(name, results.get(name), self.plain[name], exact, dtype=self.dtype, scale=self.scale)
+            for name, exact in self.exact.items()
+        ]
+
+
 class Admission(NamedTuple):
     """What the gate said: a status of `record.STATUSES`, why, and the worst error as a share of what is allowed."""
 
@@ -80,19 +102,21 @@ class Runner:
     def run(self, race: Race) -> Iterator[Row]:
         """The rows of one race, the headline (forward and backward) first."""
         spec, case = race
-        if self.compiled:
+        if "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # a compiled function forgets its shapes, or it would run eagerly after the eighth
         sets = self.input_sets(spec, case)
         directions = ("both", "forward", "backward") if spec.gradients else ("forward",)
         template = Row(spec.name, case.id, SHORT_DTYPE[self.dtype], directions[0], "", "absent")
+        truth = Truth(spec, sets[0], self.dtype)
         admitted: dict[str, Contestant] = {}
         errors: dict[str, float] = {}
         for contestant in self.contestants(spec):
-            found = self.admit(spec, contestant, sets[0])
+            found = self.admit(spec, contestant, sets[0], truth)
             if found.status == "measured":
                 admitted[contestant.name], errors[contestant.name] = contestant, found.error
             else:
                 yield replace(template, **found._asdict() | {"error": found.error or None}, contestant=contestant.name)
+        del truth
         for direction in directions:
             template = self._template(spec, case, direction)
             for row in self._race(spec, admitted, sets, template):
@@ -112,15 +136,13 @@ class Runner:
         self.clock.wait()
         return sets
 
-    def admit(self, spec: OpSpec, contestant: Contestant, inputs: Inputs) -> Admission:
+    def admit(self, spec: OpSpec, contestant: Contestant, inputs: Inputs, truth: Truth) -> Admission:
         """Whether a contestant may be timed: only what is right is."""
         if contestant.function is None:
             return Admission("absent", contestant.absent)
-        oracle = torch.float64 if self.dtype == torch.float32 else torch.float32
         try:
             with self.clock.active(), contestant.context():
-                results = run_case(contestant.function, inputs, spec.gradients)
-                verdicts = judge(spec, inputs, results, self.dtype, oracle_dtype=oracle)
+                verdicts = truth.judge(run_case(contestant.function, inputs, spec.gradients))
                 self.clock.wait()
         except torch.OutOfMemoryError:
             release(self.clock)
@@ -234,22 +256,21 @@ class _Run:
         self.leaves = {**inputs, **tensors}
         self.wanted = [tensors[n].requires_grad_() for n in spec.gradients if n in tensors]
         self.weights: list[torch.Tensor] = []
-        self.kept: tuple[torch.Tensor, ...] = ()
+        self.kept: list[tuple[torch.Tensor, ...]] = []
 
     def forward(self) -> Any:
         with torch.set_grad_enabled(bool(self.wanted)):
             return self.function(**self.leaves)
 
     def keep(self) -> None:
-        self.kept = _as_tuple(self.forward())
-        self._weights(self.kept)
+        self.kept.append(_as_tuple(self.forward()))
+        self._weights(self.kept[-1])
 
     def backward(self) -> None:
-        outputs, self.kept = self.kept, ()
-        torch.autograd.grad(outputs, self.wanted, self.weights, allow_unused=True)
+        torch.autograd.grad(self.kept.pop(), self.wanted, self.weights, allow_unused=True)
 
     def backward_again(self) -> None:
-        torch.autograd.grad(self.kept, self.wanted, self.weights, retain_graph=True, allow_unused=True)
+        torch.autograd.grad(self.kept[-1], self.wanted, self.weights, retain_graph=True, allow_unused=True)
 
     def both(self) -> None:
         outputs = _as_tuple(self.forward())
@@ -264,3 +285,7 @@ class _Run:
 
 def _as_tuple(result: Any) -> tuple[torch.Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
+
+
+def _is_float(value: object) -> TypeGuard[torch.Tensor]:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()

@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
             break
         rows = race(config, dtype, batch, contestants, clock, ceilings, seconds=0.3 if options.quick else 2.0)
         report.rows += rows
-        report.ceilings = {"copy": ceilings.copy()}
+        report.ceilings = ceilings.measured()
         print("\n" + table.race(rows), flush=True)
         if options.json is not None:
             report.save(options.json)

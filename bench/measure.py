@@ -105,6 +105,7 @@ class Clock:
         with self.active(), lane.context():
             if lane.prepare is not None:
                 lane.prepare()
+                self.wait()
             seconds = self.time(lane.calls, rounds)
         return seconds / (rounds * len(lane.calls) * lane.units)
 
@@ -203,6 +204,10 @@ class Ceilings:
             out = torch.empty(m, n, device=device, dtype=dtype)
             self.products[key] = 2 * m * n * k / self._time(lambda: torch.mm(a, b.T, out=out))
         return self.products[key]
+
+    def measured(self) -> dict[str, float]:
+        """What is known so far: "copy" in byte/s, products in FLOP/s."""
+        return self.products if self._copy is None else {"copy": self._copy, **self.products}
 
     def floor(self, flops: int, nbytes: int, rate: float | None) -> float:
         """Seconds below which `flops` operations at `rate`, and `nbytes` moved, cannot be done."""

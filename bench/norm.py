@@ -19,11 +19,6 @@ def liger() -> Callable[..., Any]:
     return lambda x, weight, bias, eps=1e-5: function(x, weight, bias, eps)
 
 
-def quack() -> Callable[..., Any]:
-    function = foreign("quack.rmsnorm", "layernorm_fwd")
-    return lambda x, weight, bias, eps=1e-5: function(x, weight, bias, eps=eps)
-
-
 def flash_attn() -> Callable[..., Any]:
     function = foreign("flash_attn.ops.triton.layer_norm", "layer_norm_fn")
     return lambda x, weight, bias, eps=1e-5: function(x, weight, bias, eps=eps)
@@ -41,7 +36,7 @@ def flash_attn_add() -> Callable[..., Any]:
 def peers(spec: OpSpec, compiled: bool) -> list[Contestant]:
     if spec.name == "add_layer_norm":
         return [optional("flash-attn", lambda: only(flash_attn_add(), (*ARGUMENTS, "residual", "dropout_p")))]
-    builders = {"liger-kernel": liger, "quack": quack, "flash-attn": flash_attn}
+    builders = {"liger-kernel": liger, "flash-attn": flash_attn}
     return [optional(name, lambda build=build: only(build(), ARGUMENTS)) for name, build in builders.items()]
 
 

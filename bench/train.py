@@ -64,10 +64,10 @@ def main(argv: Sequence[str]) -> int:
     budget = parse_budget(options.budget)
     clock = Clock(pick_device(options.device))
     config = GPTConfig.preset(options.preset or ("gpt2" if clock.on_gpu else "char-cpu"))
+    if options.batch_size is not None and options.batch_size <= 0:
+        raise InputError(f"--batch_size is {options.batch_size}, expected > 0")
     report = start_report("bench.train", clock, quick=options.quick)
     batch_size = options.batch_size or _batch_size(report, clock)
-    if batch_size <= 0:
-        raise InputError(f"--batch_size is {batch_size}, expected > 0")
     train = TrainConfig(batch_size=batch_size, device=str(clock.device))
     seconds = min(5.0 if clock.on_gpu else 2.0, (budget or math.inf) / 8)
     report.rows = run(config, train, clock, report, seconds=0.5 if options.quick else seconds, quick=options.quick)
@@ -156,7 +156,7 @@ def _peak(clock: Clock, report: Report, dtype: torch.dtype) -> float:
     ceilings = Ceilings(clock)
     side = 8192 if clock.on_gpu else 1024
     measured = ceilings.product(side, side, side, dtype)
-    report.ceilings |= ceilings.products
+    report.ceilings |= ceilings.measured()
     stated = stated_peak(report.machine.device) if clock.on_gpu and dtype == torch.bfloat16 else None
     if stated is None:
         say(

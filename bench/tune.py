@@ -25,7 +25,7 @@ from bench import targets
 from bench.cases import Race, plan
 from bench.command import parse_budget, start_report
 from bench.contestants import EAGER, OURS, Contestant, shared
-from bench.engine import Inputs, Runner, find_bench, lane
+from bench.engine import Inputs, Runner, Truth, find_bench, lane
 from bench.machine import pick_device
 from bench.measure import Ceilings, Clock, interleave, release
 from bench.record import write_json
@@ -48,9 +48,10 @@ class Query(NamedTuple):
 
     function: str
     arguments: tuple[Any, ...]
+    keywords: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.function}({', '.join(map(repr, self.arguments))})"
+        return f"{self.function}({', '.join([*map(repr, self.arguments), *(f'{k}={v!r}' for k, v in self.keywords)])})"
 
 
 @dataclass(frozen=True)
@@ -122,17 +123,25 @@ def search(runner: Runner, race: Race, deadline: float) -> Iterator[Finding]:
     """Turns every knob that the op asks at this case, one after the other."""
     contestants = {c.name: c for c in shared(race.spec, compiled=False)}
     sets = runner.input_sets(race.spec, race.case)
-    admitted = runner.admit(race.spec, contestants[OURS], sets[0])
+    truth = Truth(race.spec, sets[0], runner.dtype)
+    admitted = runner.admit(race.spec, contestants[OURS], sets[0], truth)
     if admitted.status != "measured":
         print(f"{race.spec.name} {race.case.id}: {admitted.reason}")
         return
-    for query, now in queries(runner, race, contestants[OURS], sets[0]).items():
-        yield _climb(runner, race, contestants, sets, query, now, deadline)
+    for query, now in queries(runner, race, contestants[OURS], sets[0], truth).items():
+        yield _climb(runner, race, contestants, sets, truth, query, now, deadline)
         release(runner.clock)
 
 
 def _climb(
-    runner: Runner, race: Race, contestants: dict[str, Contestant], sets: list[Inputs], query: Query, start: Any, deadline: float
+    runner: Runner,
+    race: Race,
+    contestants: dict[str, Contestant],
+    sets: list[Inputs],
+    truth: Truth,
+    query: Query,
+    start: Any,
+    deadline: float,
 ) -> Finding:
     """From `start` to the fastest neighbour, until none is faster by GAIN or time is up."""
     spec, direction = race.spec, "both" if race.spec.gradients else "forward"
@@ -145,7 +154,7 @@ def _climb(
             entered[candidate] = with_answer(contestants[OURS], query, candidate)
             if time.monotonic() > deadline:
                 continue
-            if runner.admit(spec, entered[candidate], sets[0]).status == "measured":
+            if runner.admit(spec, entered[candidate], sets[0], truth).status == "measured":
                 field_of[candidate] = entered[candidate]
             else:
                 rejected += 1
@@ -164,14 +173,14 @@ def _climb(
         best = winner
 
 
-def queries(runner: Runner, race: Race, ours: Contestant, inputs: Inputs) -> dict[Query, Any]:
+def queries(runner: Runner, race: Race, ours: Contestant, inputs: Inputs, truth: Truth) -> dict[Query, Any]:
     """What the op asks of kernels/tuning.py at this case, and the answers."""
     asked: dict[Query, Any] = {}
 
     def recording(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def record(*arguments: Any) -> Any:
-            answer = function(*arguments)
-            asked.setdefault(Query(name, arguments), answer)
+        def record(*arguments: Any, **keywords: Any) -> Any:
+            answer = function(*arguments, **keywords)
+            asked.setdefault(Query(name, arguments, tuple(sorted(keywords.items()))), answer)
             return answer
 
         return record
@@ -179,7 +188,7 @@ def queries(runner: Runner, race: Race, ours: Contestant, inputs: Inputs) -> dic
     with ExitStack() as stack:
         for name, function in knobs().items():
             stack.enter_context(substituted(name, recording(name, function)))
-        runner.admit(race.spec, ours, inputs)
+        runner.admit(race.spec, ours, inputs, truth)
     return asked
 
 
@@ -188,7 +197,10 @@ def knobs() -> dict[str, Callable[..., Any]]:
     return {
         name: function
         for name, function in vars(tuning).items()
-        if callable(function) and not inspect.isclass(function) and "Tile" in str(inspect.signature(function).return_annotation)
+        if not name.startswith("_")
+        and callable(function)
+        and not inspect.isclass(function)
+        and "Tile" in str(inspect.signature(function).return_annotation)
     }
 
 
@@ -197,8 +209,9 @@ def with_answer(contestant: Contestant, query: Query, answer: Any) -> Contestant
     original: Callable[..., Any] = getattr(tuning, query.function)
 
     @functools.wraps(original)
-    def answered(*arguments: Any) -> Any:
-        return answer if arguments == query.arguments else original(*arguments)
+    def answered(*arguments: Any, **keywords: Any) -> Any:
+        asked = Query(query.function, arguments, tuple(sorted(keywords.items())))
+        return answer if asked == query else original(*arguments, **keywords)
 
     @contextmanager
     def context() -> Iterator[None]:

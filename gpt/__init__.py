@@ -9,9 +9,23 @@ if not hasattr(kernels, "causal_attention"):
     )
 
 from gpt.config import GPTConfig, TrainConfig
+from gpt.data import DataConfig, TokenData
 from gpt.errors import InputError
+from gpt.fit import EarlyStopping
 from gpt.model import GPT
 from gpt.tokenizers import BPETokenizer, CharTokenizer, load_tokenizer
 from gpt.trainer import Trainer
 
-__all__ = ["GPT", "BPETokenizer", "CharTokenizer", "GPTConfig", "InputError", "TrainConfig", "Trainer", "load_tokenizer"]
+__all__ = [
+    "GPT",
+    "BPETokenizer",
+    "CharTokenizer",
+    "DataConfig",
+    "EarlyStopping",
+    "GPTConfig",
+    "InputError",
+    "TokenData",
+    "TrainConfig",
+    "Trainer",
+    "load_tokenizer",
+]

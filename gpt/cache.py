@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import queue
-import tempfile
 import threading
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -25,14 +24,13 @@ def cache_folder() -> Path:
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that takes the place of `path` once it is complete; on an error nothing is left."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with unfinished.open("wb") as file:
             yield file
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def verified_file(places: Sequence[Path], url: str, sha256: str) -> bytes:

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
-from gpt.cache import cache_folder, replacing
+from gpt.cache import cache_folder
 from gpt.corpus import STDLIB, Document, open_corpus
 from gpt.errors import InputError
-from gpt.tokenizers import BPETokenizer, CharTokenizer, Tokenizer, fingerprint, load_tokenizer
+from gpt.shards import CHUNK, bin_files, bin_identity, cached_tokens, document_begins, ids_dtype, map_bin
+from gpt.tokenizers import FILE_NAME, BPETokenizer, CharTokenizer, Tokenizer, fingerprint, load_tokenizer
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    Ids = NDArray[np.unsignedinteger[Any]]
-    Positions = NDArray[np.int64]
+    from gpt.shards import Ids, Positions
 
 Split = Literal["train", "validation"]
 Stream = Literal["train", "validation", "estimate"]
 
 IGNORED = -100
-_CHUNK = 1 << 20  # characters tokenized, or tokens counted, at a time
 _STREAMS: dict[Stream, int] = {"train": 0, "validation": 1, "estimate": 2}
 
 
@@ -41,8 +36,12 @@ class DataConfig:
             "help": "stdlib (Python's own sources and documentation), shakespeare (a download), or UTF-8 files, folders, globs"
         },
     )
-    tokenizer: str = field(
-        default="char", metadata={"help": "char, gpt2, bpe (trained on the text), or the path of a tokenizer.json"}
+    tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "char, gpt2, bpe (trained on the text), or the path of a tokenizer.json (default: char, with a gpt2 preset "
+            "gpt2, with .bin files the tokenizer.json beside them)"
+        },
     )
     bpe_vocab_size: int = field(default=4096, metadata={"help": "the most tokens that --tokenizer bpe learns"})
     pack_documents: bool = field(
@@ -63,9 +62,10 @@ class Batch(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """A split: its tokens and, for packed documents, the sorted positions at which documents begin."""
+    """A split: its tokens, the number of ids, and for packed documents the sorted positions at which they begin."""
 
     tokens: Ids
+    vocab_size: int
     documents: Positions | None
 
 
@@ -75,19 +75,29 @@ class TokenData:
     Args:
         tokens: (N,) unsigned ids; an array or a memory map.
         tokenizer: What made them, kept for samples and checkpoints.
-        documents: Sorted positions at which documents begin, to keep documents apart; None treats the corpus as one text.
+        validation: Ids to validate on; all of `tokens` are then trained on.
+        documents: Where documents begin, sorted, counted through `tokens` and `validation`; they are then kept apart.
         identity: A hash of the corpus and tokenizer, by which a resumed run knows its data.
     """
 
     def __init__(
-        self, tokens: Ids, tokenizer: Tokenizer, *, documents: Positions | None = None, identity: str | None = None
+        self,
+        tokens: Ids,
+        tokenizer: Tokenizer,
+        *,
+        validation: Ids | None = None,
+        documents: Positions | None = None,
+        identity: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.identity = identity or hashlib.sha256(fingerprint(tokenizer).encode() + tokens.tobytes()).hexdigest()
-        cut = len(tokens) * 9 // 10
+        cut = len(tokens) * 9 // 10 if validation is None else len(tokens)
+        validation = tokens[cut:] if validation is None else validation
+        later = None if documents is None else documents[documents >= cut] - cut
+        content = [fingerprint(tokenizer).encode(), tokens[:cut].tobytes(), validation.tobytes()] if identity is None else []
+        self.identity = identity or hashlib.sha256(b"".join(content)).hexdigest()
         self._parts = {
-            "train": _Part(tokens[:cut], documents),
-            "validation": _Part(tokens[cut:], None if documents is None else documents[documents >= cut] - cut),
+            "train": _Part(tokens[:cut], tokenizer.vocab_size, documents),
+            "validation": _Part(validation, tokenizer.vocab_size, later),
         }
 
     @classmethod
@@ -96,31 +106,56 @@ class TokenData:
         import numpy as np
 
         tokenizer = tokenizer or CharTokenizer.train(text)
-        return cls(np.asarray(tokenizer.encode(text), dtype=_dtype(tokenizer)), tokenizer)
+        return cls(np.asarray(tokenizer.encode(text), dtype=ids_dtype(tokenizer)), tokenizer)
 
     @classmethod
-    def load(cls, config: DataConfig) -> TokenData:
+    def load(cls, config: DataConfig, tokenizer: Tokenizer | None = None) -> TokenData:
         """Reads the corpus that `config` names; its tokens are mapped from a cache keyed by the hash of text and tokenizer.
+
+        Args:
+            config: The corpus.
+            tokenizer: In place of the one that `config` names.
 
         Raises:
             InputError: A source or the tokenizer is missing or damaged, or the tokenizer lacks a character.
         """
+        if files := bin_files(config.data):
+            return cls._load_bins(files, config, tokenizer)
         documents = open_corpus(config.data)
         hashed = hashlib.sha256()
         characters: set[str] = set()
         for document in documents:
             text = document.read()
             hashed.update(hashlib.sha256(text.encode("utf-8")).digest())
-            if config.tokenizer == "char":
+            if tokenizer is None and config.tokenizer in ("char", None):
                 characters.update(text)
-        tokenizer = _tokenizer(config, characters, documents)
+        tokenizer = tokenizer or _tokenizer(config, characters, documents)
         identity = hashlib.sha256(f"{hashed.hexdigest()} {fingerprint(tokenizer)}".encode()).hexdigest()
-        tokens, begins = _cached_tokens(documents, tokenizer, cache_folder() / "tokens" / identity[:32])
+        tokens, begins = cached_tokens(documents, tokenizer, cache_folder() / "tokens" / identity[:32])
         return cls(tokens, tokenizer, documents=begins if config.pack_documents else None, identity=identity)
+
+    @classmethod
+    def _load_bins(cls, files: Sequence[Path], config: DataConfig, tokenizer: Tokenizer | None) -> TokenData:
+        import numpy as np
+
+        tokenizer = tokenizer or _bin_tokenizer(files[0], config)
+        parts = [map_bin(path) for path in files]
+        documents = None
+        if config.pack_documents:
+            offsets = [0, *(len(part) for part in parts)]
+            documents = np.concatenate([document_begins(p, tokenizer) + o for p, o in zip(parts, offsets, strict=False)])
+        identity = hashlib.sha256(f"{bin_identity(files)} {fingerprint(tokenizer)}".encode()).hexdigest()
+        return cls(parts[0], tokenizer, validation=parts[1] if parts[1:] else None, documents=documents, identity=identity)
 
     def tokens(self, split: Split) -> Ids:
         """The ids of a split."""
         return self._parts[split].tokens
+
+    def all_tokens(self) -> Ids:
+        """The ids of both splits in order."""
+        import numpy as np
+
+        return np.concatenate([part.tokens for part in self._parts.values()])
 
     def check(self, block_size: int) -> None:
         """Raises InputError where a split is too short for one window of `block_size` tokens and their targets."""
@@ -185,9 +220,9 @@ class TokenData:
         """Each token with the one after it, in chunks; none across packed documents."""
         import numpy as np
 
-        tokens, documents = self._parts[split]
-        for i in range(0, len(tokens) - 1, _CHUNK):
-            chunk = tokens[i : i + _CHUNK + 1]
+        tokens, _, documents = self._parts[split]
+        for i in range(0, len(tokens) - 1, CHUNK):
+            chunk = tokens[i : i + CHUNK + 1]
             first, second = chunk[:-1], chunk[1:]
             if documents is not None:
                 within = ~np.isin(np.arange(i + 1, i + len(chunk)), documents)
@@ -199,9 +234,11 @@ def _windows(part: _Part, starts: Positions, block_size: int) -> Batch:
     """The rows [start, start + block_size) of a split; past its end, the last token without a target."""
     import numpy as np
 
-    tokens, documents = part
+    tokens, vocab_size, documents = part
     positions = starts[:, None] + np.arange(block_size + 1)
     rows = tokens[np.minimum(positions, len(tokens) - 1)].astype(np.int64)
+    if (largest := int(rows.max())) >= vocab_size:
+        raise InputError(f"data: the tokens have id {largest}, expected 0 to {vocab_size - 1} (the tokenizer's)")
     missing = positions[:, 1:] >= len(tokens)
     begins = None
     if documents is not None:
@@ -213,8 +250,16 @@ def _windows(part: _Part, starts: Positions, block_size: int) -> Batch:
     return batch._replace(document_start=torch.from_numpy(np.maximum(begins[:, :-1] - starts[:, None], 0).astype(np.int32)))
 
 
+def _bin_tokenizer(file: Path, config: DataConfig) -> Tokenizer:
+    beside = file.with_name(FILE_NAME)
+    if config.tokenizer in ("char", "bpe") or (config.tokenizer is None and not beside.exists()):
+        given = config.tokenizer or "not given"
+        raise InputError(f"tokenizer is {given}, expected gpt2 or a path: {file} does not say what its ids mean")
+    return _tokenizer(config, set(), []) if config.tokenizer else load_tokenizer(beside)
+
+
 def _tokenizer(config: DataConfig, characters: set[str], documents: Sequence[Document]) -> Tokenizer:
-    if config.tokenizer == "char":
+    if config.tokenizer is None or config.tokenizer == "char":
         return CharTokenizer("".join(characters))
     if config.tokenizer == "gpt2":
         return BPETokenizer.gpt2()
@@ -223,69 +268,3 @@ def _tokenizer(config: DataConfig, characters: set[str], documents: Sequence[Doc
     if not Path(config.tokenizer).exists():
         raise InputError(f"tokenizer: {config.tokenizer} does not exist, expected char, gpt2, bpe or a path")
     return load_tokenizer(config.tokenizer)
-
-
-def _dtype(tokenizer: Tokenizer) -> np.dtype[np.unsignedinteger[Any]]:
-    import numpy as np
-
-    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-
-
-def _cached_tokens(documents: Sequence[Document], tokenizer: Tokenizer, stem: Path) -> tuple[Ids, Positions]:
-    """The tokens of all documents and where each begins: from the cache, made first where it has none."""
-    import numpy as np
-
-    dtype = _dtype(tokenizer)
-    tokens_file, ends_file = stem.with_suffix(".tokens"), stem.with_suffix(".npy")
-
-    def read() -> tuple[Ids, Positions]:
-        ends: Positions = np.load(ends_file, allow_pickle=False)
-        if tokens_file.stat().st_size != ends[-1] * dtype.itemsize:
-            raise OSError(f"{tokens_file} is truncated")
-        return np.asarray(np.memmap(tokens_file, dtype, mode="r")), ends[:-1]
-
-    try:
-        return read()
-    except (OSError, ValueError, EOFError):  # not there yet, or damaged: made anew
-        ends = [0]
-    try:
-        with replacing(tokens_file) as file:
-            for ids in _tokenize(documents, tokenizer, ends):
-                file.write(np.asarray(ids, dtype).tobytes())
-        with replacing(ends_file) as file:
-            np.save(file, np.asarray(ends, np.int64))
-        return read()
-    except OSError:  # a full or read-only cache: the tokens stay in memory
-        ends = [0]
-        chunks = [np.asarray(ids, dtype) for ids in _tokenize(documents, tokenizer, ends)]
-        return np.concatenate(chunks), np.asarray(ends[:-1], np.int64)
-
-
-def _tokenize(documents: Sequence[Document], tokenizer: Tokenizer, ends: list[int]) -> Iterator[list[int]]:
-    """Ids in chunks, with progress when it takes long; appends to `ends` where each document ends."""
-    from tqdm import tqdm
-
-    count = 0
-    for document in tqdm(documents, desc="tokenizing", unit=" documents", leave=False, delay=1):
-        text = document.read()
-        for start, chunk in _chunks(text):
-            try:
-                ids = tokenizer.encode(chunk)
-            except InputError as error:
-                raise InputError(f"data: {document.name}, from character {start}: {error}") from error
-            count += len(ids)
-            yield ids
-        ends.append(count)
-
-
-def _chunks(text: str) -> Iterator[tuple[int, str]]:
-    """Pieces of `text` and where they begin.
-
-    A cut is between a character and a newline, which GPT-2's split never joins, so the ids are those of the whole text.
-    """
-    cut = re.compile(r"(?<=\S)(?=\n)")
-    start = 0
-    while len(text) - start > _CHUNK and (end := cut.search(text, start + _CHUNK)):
-        yield start, text[start : end.start()]
-        start = end.start()
-    yield start, text[start:]

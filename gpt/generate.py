@@ -1,4 +1,4 @@
-"""Generation: a cache of keys and values, the processors of logits, and the loop.
+"""Generation: the processors of logits, and the loop.
 
 The processors have Hugging Face's order and meaning: repetition penalty, temperature, top-k, top-p, min-p.
 """
@@ -6,49 +6,18 @@ The processors have Hugging Face's order and meaning: repetition penalty, temper
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-import kernels
+from gpt.decode import Decoder, Stops
 from gpt.errors import InputError
 from gpt.inputs import check_ids, padding, positions
 
 if TYPE_CHECKING:
     from gpt.model import GPT
-
-
-class KVCache:
-    """Keys and values of every layer, (B, H, Tmax, D) each, allocated by the first pass and filled by this and the next ones.
-
-    Args:
-        size: Tmax, the most tokens that it holds.
-        key_start: int32 (B,), the padding on the left of each row, or None.
-    """
-
-    def __init__(self, size: int, key_start: Tensor | None) -> None:
-        self.size, self.key_start = size, key_start
-        self.begin = self.filled = 0
-        self._layers: list[tuple[Tensor, Tensor]] = []
-
-    def advance(self, batch: int, tokens: int, device: torch.device) -> None:
-        """Makes room for a pass over `tokens` more tokens of `batch` rows."""
-        self.begin, self.filled = self.filled, self.filled + tokens
-        self.lengths = torch.full((batch,), self.filled, dtype=torch.int32, device=device)
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Stores the pass's keys and values (B, H, T, D), and attends to all that are stored."""
-        if self.begin == 0:
-            B, H, _, D = k.shape
-            self._layers.append((k.new_zeros(B, H, self.size, D), v.new_zeros(B, H, self.size, D)))
-        keys, values = self._layers[layer]
-        keys[:, :, self.begin : self.filled] = k
-        values[:, :, self.begin : self.filled] = v
-        if self.begin == 0:
-            return kernels.causal_attention(q, k, v, key_start=self.key_start)
-        return kernels.decode_attention(q, keys, values, self.lengths, key_start=self.key_start)
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -131,14 +100,13 @@ def generate(
     B, T = idx.shape
     ids = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], 1)
     seen = _seen(idx, key_start, model.config.vocab_size) if repetition_penalty != 1 else None
-    stop_ids = torch.tensor(stops, dtype=torch.int64, device=idx.device)
-    stopped = torch.zeros(B, dtype=torch.bool, device=idx.device)
-    token = idx[:, -1]
-    hidden = _Window(model, key_start, min(model.config.block_size, T + max_new_tokens), use_cache)
+    waits = idx.device.type == "cpu" or on_token is not None
+    stop = Stops(stops, B, idx.device, waits=waits) if stops else None
+    states = _hidden_states(model, ids, T, key_start, use_cache)
     length = T
     with model.backend():
         while length < T + max_new_tokens:
-            logits = model.head(hidden(ids[:, :length]))  # (B, V)
+            logits = model.head(next(states))  # (B, V)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             if seen is not None:
                 logits = penalize_repetition(logits, seen, repetition_penalty)
@@ -150,38 +118,38 @@ def generate(
                 new = sample(logits, generator)
             else:
                 new = logits.argmax(-1)
-            token = torch.where(stopped, token, new)
+            token = new if stop is None else torch.where(stop.stopped, ids[:, length - 1], new)
             ids[:, length] = token
             length += 1
             if seen is not None:
                 seen.scatter_(1, token[:, None], True)
             if on_token is not None:
                 on_token(token)
-            if stops:
-                stopped |= torch.isin(token, stop_ids)
-                if stopped.all():
+            if stop is not None:
+                stop.update(token)
+                if stop.all():
                     break
-    return ids[:, :length]
+    return ids[:, :length] if stop is None else ids[:, : T + stop.steps()]
 
 
-class _Window:
-    """The last token's hidden state: through the cache while the tokens fit the block, from the last block_size of them later."""
+def _hidden_states(model: GPT, ids: Tensor, length: int, key_start: Tensor | None, use_cache: bool) -> Iterator[Tensor]:
+    """(B, C) of the last of ids[:, :length], then of each token that the caller writes behind it.
 
-    def __init__(self, model: GPT, key_start: Tensor | None, size: int, use_cache: bool) -> None:
-        self.model, self.key_start = model, key_start
-        self.cache = KVCache(size, key_start) if use_cache else None
-
-    def __call__(self, ids: Tensor) -> Tensor:
-        """(B, C) for ids (B, T), one longer at each call."""
-        length, block = ids.shape[1], self.model.config.block_size
-        key_start = None if self.key_start is None else (self.key_start - max(0, length - block)).clamp(min=0)
-        window = ids[:, -block:]
-        position = positions(window.shape[1], key_start, ids.device)
-        if self.cache is None or length > block:
-            return self.model.hidden(window, position, key_start)[:, -1]
-        new = length - self.cache.filled
-        self.cache.advance(ids.shape[0], new, ids.device)
-        return self.model.hidden(window[:, -new:], position[..., -new:], None, cache=self.cache)[:, -1]
+    The cache serves while the tokens fit the block; past it, and without it, the last block_size tokens are computed anew.
+    """
+    block, end = model.config.block_size, ids.shape[1]
+    if use_cache and length <= block:
+        decoder = Decoder(model, ids[:, :length], min(block, end), key_start)
+        yield decoder.start()
+        while length < min(block, end):
+            yield decoder.step(ids[:, length])
+            length += 1
+        length += 1
+    for stop in range(length, end + 1):
+        begin = max(0, stop - block)
+        start = None if key_start is None else (key_start - begin).clamp(min=0)
+        window = ids[:, begin:stop]
+        yield model.hidden(window, positions(window.shape[1], start, ids.device), start)[:, -1]
 
 
 def _seen(idx: Tensor, key_start: Tensor | None, vocab_size: int) -> Tensor:

@@ -15,6 +15,16 @@ from gpt.errors import InputError
 from gpt.options import OptionParser, run_command
 
 MIB = 2**20
+PEAK_TFLOPS = {
+    "H200": 989.4,
+    "GH200": 989.4,
+    "H100 PCIe": 756.0,
+    "H100": 989.4,
+    "B200": 2250.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "4090": 165.2,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,6 +40,14 @@ def flops_per_token(config: GPTConfig) -> int:
     counts = config.parameter_counts()
     n = counts["total"] - counts["position_embedding"] - (0 if config.tie_weights else counts["token_embedding"])
     return 6 * n + 12 * config.n_layer * config.n_head * config.head_size * config.block_size
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """FLOP/s of dense bfloat16 products as the vendor states them; None where unknown."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((1e12 * tera for part, tera in PEAK_TFLOPS.items() if part in name), None)
 
 
 def training_bytes(config: GPTConfig, batch_size: int) -> int:

@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 import kernels
 from gpt.config import GPTConfig, override
+from gpt.decode import KVCache
 from gpt.errors import InputError, unknown
-from gpt.generate import KVCache, generate
+from gpt.fit import fit
+from gpt.generate import generate
 from gpt.inputs import check_document_start, check_ids, check_targets, padding, positions
+from gpt.preflight import preflight
 from gpt.tokenizers import Tokenizer
 
 Seed = int | Tensor | None
@@ -152,6 +155,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config = _resolve(config, overrides)
         self.dropout_seed: Seed = None
+        self.train_loss: list[float] = []  # of each epoch of the last `fit`
+        self.validation_loss: list[float] = []
         with torch.device("meta"):
             self.wte = nn.Embedding(config.vocab_size, config.n_embd)
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -267,7 +272,14 @@ class GPT(nn.Module):
         """The context in which this model's ops choose their backend."""
         return kernels.model_backend(BACKENDS[self._use_triton])
 
+    fit = fit
     generate = generate
+
+    def preflight(self, batch_size: int, seq_len: int, dtype: torch.dtype | None = None) -> kernels.Report:
+        """Each fused op, forward and backward, against its reference, at this model's shapes: see `gpt.preflight.preflight`."""
+        weight = self.wte.weight
+        prefer = BACKENDS[self._use_triton or "auto"]
+        return preflight(self.config, weight.device, batch_size, seq_len, dtype or weight.dtype, weight.dtype, prefer=prefer)
 
     def save_pretrained(
         self, directory: str | os.PathLike[str], format: str = "fused-gpt", *, tokenizer: Tokenizer | None = None

@@ -18,7 +18,7 @@ class Muon(torch.optim.Optimizer):
     arXiv 2502.16982). Matrices of one shape are made orthogonal together.
 
     Args:
-        params: Matrices (k · m, n), or groups of them; a group's `parts` is the number k of matrices stacked in each, as in q, k, v.
+        params: Matrices, or groups of them; a group's `parts` is the number of matrices stacked in each, as q, k and v are.
         lr: The learning rate.
         momentum: μ.
         weight_decay: Decoupled, as AdamW's.
@@ -34,9 +34,7 @@ class Muon(torch.optim.Optimizer):
         steps: int = 5,
         parts: int = 1,
     ) -> None:
-        super().__init__(
-            params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "steps": steps, "parts": parts}
-        )
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "steps": steps, "parts": parts})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -18,6 +18,22 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 from gpt.errors import InputError, unknown
 
 Values = dict[str, dict[str, Any]]
+USE_TRITON: dict[str, bool | str] = {"auto": "auto", "true": True, "false": False}
+
+
+def option(default: Any, help: str, **limits: Any) -> Any:
+    """A dataclass field that is a flag; `choices` limits its values."""
+    return dataclasses.field(default=default, metadata={"help": help, **limits})
+
+
+def use_triton_option() -> Any:
+    """The flag --use_triton, a key of USE_TRITON."""
+    return option("auto", "fused kernels: where faster, wherever they apply, or never", choices=tuple(USE_TRITON))
+
+
+def device_option() -> Any:
+    """The flag --device."""
+    return option(None, "cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
 
 
 class OptionParser(argparse.ArgumentParser):

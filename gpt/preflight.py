@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 import kernels
@@ -9,7 +11,15 @@ from gpt.config import GPTConfig
 
 
 def preflight(
-    config: GPTConfig, device: torch.device, batch_size: int, seq_len: int, dtype: torch.dtype, parameters: torch.dtype
+    config: GPTConfig,
+    device: torch.device,
+    batch_size: int,
+    seq_len: int,
+    dtype: torch.dtype,
+    parameters: torch.dtype,
+    *,
+    prefer: str = "triton",
+    use_cache: bool = True,
 ) -> kernels.Report:
     """Checks each op of a model, forward and backward, at the shapes of a forward pass over (batch_size, seq_len) tokens.
 
@@ -20,19 +30,18 @@ def preflight(
         seq_len: Tokens of a sequence.
         dtype: What the ops compute in: the autocast dtype, or the parameters'.
         parameters: The parameters' own dtype, which the residual stream shares.
+        prefer, use_cache: As in `kernels.preflight`.
     """
-    return kernels.preflight(cases(config, batch_size, seq_len, parameters), device, dtype)
+    return kernels.preflight(cases(config, batch_size, seq_len, parameters), device, dtype, prefer=prefer, use_cache=use_cache)
 
 
-def cases(
-    config: GPTConfig, batch_size: int, seq_len: int, parameters: torch.dtype
-) -> list[tuple[str, kernels.Case]]:
+def cases(config: GPTConfig, batch_size: int, seq_len: int, parameters: torch.dtype) -> list[tuple[str, kernels.Case]]:
     """(op, case) for each op that the model calls, with its options and layouts."""
     n, c = batch_size * seq_len, config.n_embd
     heads = {"B": batch_size, "H": config.n_head, "D": config.head_size}
     dropout = {"dropout_p": config.dropout, "seed": 1} if config.dropout else {}
     norm = {"parameters": parameters, "bias": config.bias}
-    found = [
+    found: list[tuple[str, dict[str, int], dict[str, Any]]] = [
         ("causal_attention", {**heads, "Tq": seq_len, "Tk": seq_len}, {"layout": "qkv", **dropout}),
         ("decode_attention", {**heads, "Tq": 1, "Tmax": config.block_size}, {}),
         ("add_layer_norm", {"N": n, "C": c}, {**norm, "residual": parameters, **dropout}),
@@ -42,7 +51,5 @@ def cases(
         found.append(("layer_norm", {"N": n, "C": c}, norm))
     if config.activation != "relu":
         approximate = "tanh" if config.activation == "gelu_tanh" else "none"
-        found.append(
-            ("gelu_ffn", {"N": n, "C": c, "I": config.inner_size}, {"bias": config.bias, "approximate": approximate})
-        )
+        found.append(("gelu_ffn", {"N": n, "C": c, "I": config.inner_size}, {"bias": config.bias, "approximate": approximate}))
     return [(op, kernels.Case(sizes, options)) for op, sizes, options in found]

@@ -6,45 +6,42 @@ import codecs
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gpt.checkpoint import find_checkpoint, load_checkpoint_tokenizer, load_model
+from gpt.checkpoint import find_checkpoint
+from gpt.convert import load_pretrained, load_pretrained_tokenizer
 from gpt.corpus import read_text
 from gpt.errors import InputError
+from gpt.foreign import is_own, locate
 from gpt.model import GPT
-from gpt.options import OptionParser, run_command
+from gpt.options import USE_TRITON, OptionParser, device_option, option, run_command, use_triton_option
+from gpt.step import pick_device
 from gpt.tokenizers import Tokenizer, first_ids
-from gpt.trainer import USE_TRITON, pick_device
-
-
-def _option(default: Any, help: str, **limits: Any) -> Any:
-    return field(default=default, metadata={"help": help, **limits})
 
 
 @dataclass(frozen=True)
 class SampleConfig:
     """What to continue, and how tokens are chosen."""
 
-    checkpoint: str | None = _option(None, "a run's folder, of which the newest valid checkpoint is taken, or a checkpoint")
-    prompt: str | None = _option(None, "text to continue; - reads it from stdin (default: a new line)")
-    prompt_file: str | None = _option(None, "a UTF-8 file with the text to continue")
-    num_samples: int = _option(1, "how many continuations")
-    max_new_tokens: int = _option(200, "the most tokens of a continuation")
-    temperature: float = _option(0.8, "divides the logits: below 1 bolder, above 1 wilder")
-    top_k: int | None = _option(None, "choose among the k likeliest tokens")
-    top_p: float | None = _option(None, "choose among the likeliest tokens whose probabilities sum to p")
-    min_p: float | None = _option(None, "choose among the tokens at least p times as likely as the likeliest")
-    repetition_penalty: float = _option(1.0, "above 1 makes tokens that came before less likely")
-    stop: tuple[str, ...] = _option((), "texts at which a continuation ends; they are not shown")
-    seed: int = _option(1337, "the same seed gives the same continuations")
-    greedy: bool = _option(False, "always the likeliest token")
-    device: str | None = _option(None, "cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    use_triton: str = _option("auto", "fused kernels: where faster, wherever they apply, or never", choices=tuple(USE_TRITON))
+    checkpoint: str | None = option(None, "a run (its newest valid checkpoint), a checkpoint, a file of weights, or a hub model")
+    prompt: str | None = option(None, "text to continue; - reads it from stdin (default: a new line)")
+    prompt_file: str | None = option(None, "a UTF-8 file with the text to continue")
+    num_samples: int = option(1, "how many continuations")
+    max_new_tokens: int = option(200, "the most tokens of a continuation")
+    temperature: float = option(0.8, "divides the logits: below 1 bolder, above 1 wilder")
+    top_k: int | None = option(None, "choose among the k likeliest tokens")
+    top_p: float | None = option(None, "choose among the likeliest tokens whose probabilities sum to p")
+    min_p: float | None = option(None, "choose among the tokens at least p times as likely as the likeliest")
+    repetition_penalty: float = option(1.0, "above 1 makes tokens that came before less likely")
+    stop: tuple[str, ...] = option((), "texts at which a continuation ends; they are not shown")
+    seed: int = option(1337, "the same seed gives the same continuations")
+    greedy: bool = option(False, "always the likeliest token")
+    device: str | None = device_option()
+    use_triton: str = use_triton_option()
 
 
 class Stopped(Exception):
@@ -93,7 +90,7 @@ def _sample(argv: Sequence[str]) -> int:
     config = SampleConfig(**parser.parse_tables(argv)[1]["sample"])
     prompt = _prompt(config)
     if config.checkpoint is None:
-        raise InputError("--checkpoint is not given, expected the folder of a run or a checkpoint")
+        raise InputError("--checkpoint is not given, expected a run, a checkpoint or a model")
     if config.num_samples < 1:
         raise InputError(f"--num_samples is {config.num_samples}, expected at least 1")
     if not 0 <= config.seed < 2**63:
@@ -101,10 +98,11 @@ def _sample(argv: Sequence[str]) -> int:
     if "" in config.stop:
         raise InputError("--stop is '', expected texts that are not empty")
     device = pick_device(config.device)
-    folder = find_checkpoint(config.checkpoint)
-    tokenizer = load_checkpoint_tokenizer(folder)
+    source = locate(config.checkpoint)
+    source = find_checkpoint(source) if is_own(source) else source
+    tokenizer = load_pretrained_tokenizer(source)
     ids = tokenizer.encode(prompt) if prompt else first_ids(tokenizer)
-    model = load_model(folder, device=device, use_triton=USE_TRITON[config.use_triton]).eval()
+    model = load_pretrained(source, device=device, use_triton=USE_TRITON[config.use_triton]).eval()
     hide_padded_ids(model, tokenizer.vocab_size)
     generator = torch.Generator(device).manual_seed(config.seed)
     for number in range(config.num_samples):

@@ -50,8 +50,9 @@ class TrainStep:
         self.dtype = autocast_dtype(config.dtype, self.device)
         self.optimizers = make_optimizers(self.names, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self._forward = forward or model
+        self._model, self._forward = model, model if forward is None else forward
         self._clip = config.grad_clip or math.inf
+        self._norm = 0.0
 
     def __call__(self, batches: Sequence[Batch], rate: float) -> StepResult:
         """One step at learning rate `rate`.
@@ -76,17 +77,29 @@ class TrainStep:
                 group["lr"] = rate
             self.scaler.step(optimizer)
         self.scaler.update()
+        self._norm = result.gradient_norm
         return result
+
+    def gradient_norms(self) -> dict[str, float]:
+        """The last step's norms before clipping, of each block ("blocks.0") and of what is outside them ("wte")."""
+        layers: dict[str, list[torch.Tensor]] = {}
+        for p, name in self.names.items():
+            if p.grad is not None:
+                parts = name.split(".")
+                layers.setdefault(".".join(parts[: 2 if parts[0] == "blocks" else 1]), []).append(p.grad)
+        norms = torch.stack([nn.utils.get_total_norm(gradients) for gradients in layers.values()]).tolist()
+        clipped = max(1.0, self._norm / self._clip)
+        return {layer: norm * clipped for layer, norm in zip(layers, norms, strict=True)}
 
     def precision(self) -> AbstractContextManager[object]:
         """The autocast context of forward passes."""
-        return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
+        return autocast(self.dtype, self.device)
 
-    def loss(self, batch: Batch) -> torch.Tensor:
-        """The mean loss over a batch's targets."""
+    def loss(self, batch: Batch, forward: Callable[..., torch.Tensor] | None = None) -> torch.Tensor:
+        """The mean loss over a batch's targets, by the model itself: its compiled form would be made again for each shape."""
         inputs, targets, document_start = (None if t is None else self._to_device(t) for t in batch)
         with self.precision():
-            return self._forward(inputs, targets, document_start=document_start)
+            return (self._model if forward is None else forward)(inputs, targets, document_start=document_start)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The optimizers' state by parameter and entry, as in "wte.weight/exp_avg"."""
@@ -127,7 +140,7 @@ class TrainStep:
         counts = [int((batch.targets != IGNORED).sum()) for batch in batches]
         total = torch.zeros((), device=self.device)
         for batch, count in zip(batches, counts, strict=True):
-            loss = self.loss(batch) * (count / max(1, sum(counts)))
+            loss = self.loss(batch, self._forward) * (count / max(1, sum(counts)))
             self.scaler.scale(loss).backward()
             total += loss.detach()
         return total
@@ -136,6 +149,22 @@ class TrainStep:
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device `name`; None is a GPU if there is one, else the CPU.
+
+    Raises:
+        InputError: No such device here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device is {name!r}, expected a device of this machine ({str(error).splitlines()[0]})") from error
+    return device
 
 
 def autocast_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -149,6 +178,11 @@ def autocast_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "float16" and device.type == "cpu":
         raise InputError("TrainConfig: dtype is 'float16' on a CPU, expected float32 or bfloat16 there")
     return _DTYPES[name]
+
+
+def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
+    """The context of forward passes in `dtype`."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

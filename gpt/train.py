@@ -8,44 +8,58 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from gpt import checkpoint
 from gpt.config import GPTConfig, TrainConfig, override
+from gpt.convert import load_pretrained, load_pretrained_tokenizer
 from gpt.corpus import STDLIB
 from gpt.data import DataConfig, TokenData
 from gpt.errors import InputError
 from gpt.info import check_memory
 from gpt.model import GPT
-from gpt.options import OptionParser, run_command
-from gpt.step import NonFiniteError
-from gpt.trainer import PLOT, USE_TRITON, Trainer, TrainResult, pick_device
+from gpt.options import USE_TRITON, OptionParser, Values, option, run_command, use_triton_option
+from gpt.step import NonFiniteError, pick_device
+from gpt.tokenizers import Tokenizer
+from gpt.trainer import PLOT, Trainer, TrainResult
 
 TABLES = ("model", "train", "data")
-
-
-def _option(default: Any, help: str, **limits: Any) -> Any:
-    return field(default=default, metadata={"help": help, **limits})
+FINE_TUNING = {"learning_rate": 3e-5, "min_lr": 3e-6}
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """What belongs to one call of the command, and to no table of a file."""
 
-    preset: str | None = _option(
-        None, "gpt2, gpt2-medium, gpt2-large, gpt2-xl, char-cpu or char-gpt (default: char-gpu with a GPU, else char-cpu)"
+    preset: str | None = option(
+        None, "gpt2, gpt2-medium, gpt2-large, gpt2-xl, char-cpu or char-gpu (default: char-gpu with a GPU, else char-cpu)"
     )
-    config: str | None = _option(
+    config: str | None = option(
         None, "a TOML file with tables [model], [train] and [data]; it wins over the preset, flags win over it"
     )
-    out: str | None = _option(None, "folder for checkpoints, log, plot and sample (default: runs/1, or the next number)")
-    resume: bool = _option(False, "go on from the newest valid checkpoint in --out, with its settings where no flag changes them")
-    use_triton: str = _option("auto", "fused kernels: where faster, wherever they apply, or never", choices=tuple(USE_TRITON))
-    deterministic: bool = _option(False, "refuse operations whose result is not the same each time")
+    out: str | None = option(None, "folder for checkpoints, log, plot and sample (default: runs/1, or the next number)")
+    resume: bool = option(False, "go on from the newest valid checkpoint in --out, with its settings where no flag changes them")
+    init: str | None = option(
+        None,
+        "start from the model and tokenizer of a run, a checkpoint, a file of weights or the hub; the preset's learning rate is "
+        f"then {FINE_TUNING['learning_rate']}",
+    )
+    use_triton: str = use_triton_option()
+    deterministic: bool = option(False, "refuse operations whose result is not the same each time")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from: settings, and where they come from an earlier model its tokenizer and weights."""
+
+    model: GPTConfig
+    train: TrainConfig
+    data: DataConfig
+    tokenizer: Tokenizer | None = None
+    weights: GPT | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,29 +81,24 @@ def _train(argv: Sequence[str]) -> int:
     )
     _, flags = parser.parse_tables(argv)
     run = RunConfig(**flags.pop("run"))
-    given = parser.read_file(run.config, TABLES) if run.config else {table: {} for table in TABLES}
-    given = {table: {**given[table], **flags[table]} for table in TABLES}
-    if run.resume:
-        model_config, config, data_config = _saved_settings(run)
-    else:
-        name = run.preset or ("char-cpu" if pick_device(given["train"].get("device")).type == "cpu" else "char-gpu")
-        model_config, config = GPTConfig.preset(name), TrainConfig.preset(name)
-        data_config = DataConfig(tokenizer="char" if name.startswith("char") else "gpt2")
-    config = override(config, given["train"])
-    data_config = dataclasses.replace(data_config, **given["data"])
-    model_config = override(model_config, given["model"])
-    device = pick_device(config.device)
+    file = parser.read_file(run.config, TABLES) if run.config else {table: {} for table in TABLES}
+    given = {table: {**file[table], **flags[table]} for table in TABLES}
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    data = TokenData.load(data_config)
-    model_config = override(model_config, {"vocab_size": data.tokenizer.vocab_size})
-    check_memory(model_config, config, device)
-    torch.manual_seed(config.seed)
-    model = GPT(model_config, use_triton=USE_TRITON[run.use_triton], device=device)
+    start = _saved(run, given) if run.resume else _initial(run, given) if run.init else _preset(run, given)
+    device = pick_device(start.train.device)
+    data = TokenData.load(start.data, start.tokenizer)
+    vocab_size = data.tokenizer.vocab_size if start.weights is None else start.model.vocab_size
+    config = override(start.model, {"vocab_size": vocab_size})
+    check_memory(config, start.train, device)
+    torch.manual_seed(start.train.seed)
+    model = GPT(config, use_triton=USE_TRITON[run.use_triton], device=device)
+    if start.weights is not None:
+        _copy_weights(start.weights, model)
     out = Path(run.out) if run.out else _next_folder(Path("runs"))
-    trainer = Trainer(model, data, config, out=out, resume=run.resume, options={"data": dataclasses.asdict(data_config)})
-    _introduce(trainer, data_config, out)
+    trainer = Trainer(model, data, start.train, out=out, resume=run.resume, options={"data": dataclasses.asdict(start.data)})
+    _introduce(trainer, start.data, out)
     try:
         result = trainer.run()
     except NonFiniteError as error:
@@ -99,25 +108,61 @@ def _train(argv: Sequence[str]) -> int:
         resume = f"{_python()} -m gpt.train --out {shlex.quote(str(out))} --resume"
         print(f"stopped at step {result.step}, saved in {result.checkpoint}\ngo on with: {resume}")
         return 128 + result.signal
-    _conclude(result, len(data.tokens("validation")) - 1, out, "def " if data_config.data == (STDLIB,) else "")
+    _conclude(result, len(data.tokens("validation")) - 1, out, "def " if start.data.data == (STDLIB,) else "")
     return 0
 
 
-def _saved_settings(run: RunConfig) -> tuple[GPTConfig, TrainConfig, DataConfig]:
-    """What the run that --resume goes on with was started with."""
+def _preset(run: RunConfig, given: Values) -> Start:
+    """From the preset, or the one for the device."""
+    name = run.preset or ("char-cpu" if pick_device(given["train"].get("device")).type == "cpu" else "char-gpu")
+    data = DataConfig(tokenizer="gpt2" if name.startswith("gpt2") else None)
+    return Start(
+        override(GPTConfig.preset(name), given["model"]),
+        override(TrainConfig.preset(name), given["train"]),
+        dataclasses.replace(data, **given["data"]),
+    )
+
+
+def _initial(run: RunConfig, given: Values) -> Start:
+    """From a model that is trained already; flags may change its dropout and shorten its context."""
+    assert run.init is not None
+    base = _preset(run, {**given, "model": {}, "train": FINE_TUNING | given["train"]})
+    weights = load_pretrained(run.init, device="cpu").float()
+    config = override(weights.config, given["model"])
+    for name, value in given["model"].items():
+        kept = getattr(weights.config, name)
+        if name != "dropout" and value != kept and not (name == "block_size" and value < kept):
+            raise InputError(f"--init: {name} is {value!r}, expected {kept!r} as in {run.init}")
+    tokenizer = None if "tokenizer" in given["data"] else load_pretrained_tokenizer(run.init)
+    return Start(config, base.train, base.data, tokenizer, weights)
+
+
+def _saved(run: RunConfig, given: Values) -> Start:
+    """From what the run in --out was started with."""
     if run.out is None:
         raise InputError("--resume: --out is not given, expected the folder of the run to go on with")
     folder = checkpoint.find_checkpoint(run.out)
     state = checkpoint.read_json(folder / checkpoint.STATE)
     try:
-        data = {**state["data"], "data": tuple(state["data"]["data"])}
-        return (
-            GPTConfig.from_dict(checkpoint.read_json(folder / checkpoint.CONFIG)),
-            TrainConfig(**state["train"]),
-            DataConfig(**data),
-        )
+        data = DataConfig(**{**state["data"], "data": tuple(state["data"]["data"])})
+        train = TrainConfig(**state["train"])
     except (KeyError, TypeError) as error:
         raise InputError(f"--resume: {folder / checkpoint.STATE} is not of this version ({error})") from error
+    model = GPTConfig.from_dict(checkpoint.read_json(folder / checkpoint.CONFIG))
+    tokenizer = None if "tokenizer" in given["data"] else checkpoint.load_checkpoint_tokenizer(folder)
+    return Start(
+        override(model, given["model"]),
+        override(train, given["train"]),
+        dataclasses.replace(data, **given["data"]),
+        tokenizer,
+    )
+
+
+@torch.no_grad()
+def _copy_weights(source: GPT, target: GPT) -> None:
+    parameters = dict(source.named_parameters())
+    for name, p in target.named_parameters():
+        p.copy_(parameters[name][: len(p)])  # the positions of a shorter context are the first ones
 
 
 def _next_folder(parent: Path) -> Path:

@@ -23,14 +23,14 @@ from gpt.cache import replacing
 from gpt.config import TrainConfig
 from gpt.data import IGNORED, Batch, Split, Stream, TokenData
 from gpt.errors import InputError
+from gpt.info import flops_per_token, peak_flops
 from gpt.model import GPT
 from gpt.plot import plot_log
-from gpt.step import NonFiniteError, TrainStep, learning_rate
+from gpt.step import NonFiniteError, TrainStep, learning_rate, pick_device
 from gpt.tokenizers import first_ids
 
 LOG, PLOT, SAMPLE = "log.jsonl", "loss.png", "sample.txt"
 SAMPLE_TOKENS = 500
-USE_TRITON: dict[str, bool | str] = {"auto": "auto", "true": True, "false": False}
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class Trainer:
             raise InputError(f"Trainer: the model's vocab_size is {vocab_size}, expected at least the tokenizer's {needed}")
         self.model = model.to(pick_device(config.device))
         self._step = TrainStep(model, config, torch.compile(model) if config.compile else None)
+        self._peak = peak_flops(self.device)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self._best, self._worse = math.inf, 0
         self._logged = (0, 0.0)
@@ -129,12 +130,10 @@ class Trainer:
                 if done:
                     losses = self._final_losses()
                     record |= {"final": True, **losses}
-                bar.set_postfix_str(
-                    f"loss {record['train_loss']:.3f}, {record['tokens_per_second']:,.0f} tokens/s", refresh=False
-                )
+                bar.set_postfix_str(_progress(record), refresh=False)
                 bar.update()
                 if self.step == 1 or self._due(self.config.log_interval) or "validation_loss" in record:
-                    self._write_log(record)
+                    self._write_log(record | {"gradient_norms": self._step.gradient_norms()})
                 if done or received or self._due(self.config.checkpoint_interval or self.config.eval_interval):
                     self._save()
         if not done:
@@ -165,7 +164,7 @@ class Trainer:
         self.step += 1
         self.tokens += sum(batch.inputs.numel() for batch in batches)
         self.seconds += time.perf_counter() - started
-        tokens, seconds = self._logged
+        speed = (self.tokens - self._logged[0]) / (self.seconds - self._logged[1])
         return {
             "step": self.step,
             "seconds": self.seconds,
@@ -173,7 +172,8 @@ class Trainer:
             "train_loss": loss,
             "learning_rate": rate,
             "gradient_norm": norm,
-            "tokens_per_second": (self.tokens - tokens) / (self.seconds - seconds),
+            "tokens_per_second": speed,
+            "mfu": None if self._peak is None else flops_per_token(self.model.config) * speed / self._peak,
         }
 
     def _draw(self, stream: Stream, step: int, micro_step: int = 0) -> Batch:
@@ -229,9 +229,8 @@ class Trainer:
     def _write_log(self, record: dict[str, Any]) -> None:
         self._logged = (self.tokens, self.seconds)
         if self.out is not None:
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
             with _writing(self.out), (self.out / LOG).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(finite) + "\n")
+                file.write(json.dumps(_finite(record)) + "\n")
 
     def _keep(self, batches: Sequence[Batch]) -> str:
         """Saves the batches of a step that failed; returns where, as the end of a sentence."""
@@ -283,7 +282,8 @@ class Trainer:
             )
             optimizer = folder / checkpoint.OPTIMIZER
             self._step.load_tensors(checkpoint.read_tensors(optimizer), optimizer)
-            self._step.scaler.load_state_dict(state["scaler"])
+            if state["scaler"]:
+                self._step.scaler.load_state_dict(state["scaler"])
             torch.set_rng_state(_from_hex(state["rng"]["cpu"]))
             if self.device.type == "cuda" and state["rng"]["cuda"]:
                 torch.cuda.set_rng_state(_from_hex(state["rng"]["cuda"]), self.device)
@@ -307,20 +307,17 @@ class Trainer:
         return sample
 
 
-def pick_device(name: str | None) -> torch.device:
-    """The device `name`; None is a GPU if there is one, else the CPU.
+def _finite(value: Any) -> Any:
+    """`value` as JSON has it: None for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
-    Raises:
-        InputError: No such device here.
-    """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device is {name!r}, expected a device of this machine ({str(error).splitlines()[0]})") from error
-    return device
+
+def _progress(record: Mapping[str, Any]) -> str:
+    """What the bar shows beside steps and time left."""
+    use = "" if record["mfu"] is None else f", {record['mfu']:.1%} MFU"
+    return f"loss {record['train_loss']:.3f}, {record['tokens_per_second']:,.0f} tokens/s{use}"
 
 
 def _belongs(line: str, step: int, keep_final: bool) -> bool:

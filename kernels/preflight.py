@@ -144,6 +144,7 @@ def preflight(
     device: torch.device | str,
     dtype: torch.dtype,
     *,
+    prefer: str = "triton",
     isolate: bool | None = None,
     use_cache: bool = True,
 ) -> Report:
@@ -153,6 +154,7 @@ def preflight(
         cases: (op name, Case) pairs, e.g. a model's own shapes.
         device: Where to run.
         dtype: The dtype that the ops compute in.
+        prefer: What the caller would run, "triton" or "auto"; an op that would take its reference all the same is only listed.
         isolate: Run in a process of its own, so that an illegal memory access is caught and the op named; None: on CUDA only.
         use_cache: Take the verdicts of an earlier run with the same GPU, driver, versions, kernel sources and shapes.
 
@@ -160,27 +162,30 @@ def preflight(
         A Report; an op whose reference would run anyway is listed with the reason.
 
     Raises:
-        ValueError: An unknown op.
+        ValueError: An unknown op or preference.
     """
     device, cases = torch.device(device), list(cases)
     for name, _ in cases:
         if name not in SPECS:
             raise ValueError(f"preflight: {name!r} is no op, expected one of {', '.join(sorted(SPECS))}")
     start = time.perf_counter()
-    path = _cache_path(cases, device, dtype)
+    path = _cache_path(cases, device, dtype, prefer)
     if use_cache and path.exists():
         rows = tuple(Row(**row) for row in json.loads(path.read_text(encoding="utf-8")))
         return Report(rows, _name(dtype), _device_name(device), 0.0, cached=True)
     isolate = device.type == "cuda" if isolate is None else isolate
-    found = _run_isolated(cases, device, dtype) if isolate else [_examine(SPECS[n], c, device, dtype) for n, c in cases]
+    if isolate:
+        found = _run_isolated(cases, device, dtype, prefer)
+    else:
+        found = [_examine(SPECS[name], case, device, dtype, prefer) for name, case in cases]
     report = Report(tuple(found), _name(dtype), _device_name(device), time.perf_counter() - start)
     if use_cache and report.ok:
         _write_cache(path, report.rows)
     return report
 
 
-def _examine(spec: OpSpec, case: Case, device: torch.device, dtype: torch.dtype) -> Row:
-    with dispatch.model_backend("triton"):
+def _examine(spec: OpSpec, case: Case, device: torch.device, dtype: torch.dtype, prefer: str) -> Row:
+    with dispatch.model_backend(prefer):
         inputs = spec.make_inputs(case, dtype, device, torch.Generator().manual_seed(0))
         choice = dispatch.explain(spec.name, **inputs)
     if choice.backend == "reference":
@@ -216,12 +221,13 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _run_isolated(cases: Sequence[tuple[str, Case]], device: torch.device, dtype: torch.dtype) -> list[Row]:
+def _run_isolated(cases: Sequence[tuple[str, Case]], device: torch.device, dtype: torch.dtype, prefer: str) -> list[Row]:
     """Runs the cases in a child process, and the rest in another one whenever a child dies."""
     rows: list[Row] = []
     while len(rows) < len(cases):
         rest = cases[len(rows) :]
-        order = {"device": str(device), "dtype": _name(dtype), "cases": [(name, _encode(case)) for name, case in rest]}
+        encoded = [(name, _encode(case)) for name, case in rest]
+        order = {"device": str(device), "dtype": _name(dtype), "prefer": prefer, "cases": encoded}
         child = subprocess.run(CHILD, input=json.dumps(order), capture_output=True, text=True, check=False)
         found = [Row(**json.loads(line)) for line in child.stdout.splitlines() if line.startswith("{")]
         rows += found
@@ -240,7 +246,7 @@ def serve() -> None:
     order = json.load(sys.stdin)
     device, dtype = torch.device(order["device"]), getattr(torch, order["dtype"])
     for name, case in order["cases"]:
-        row = _examine(SPECS[name], _decode(case), device, dtype)
+        row = _examine(SPECS[name], _decode(case), device, dtype, order["prefer"])
         print(json.dumps(asdict(row)), flush=True)
         if row.problem and row.forward is None:
             os._exit(0)  # without the shutdown that a broken CUDA context would crash
@@ -276,10 +282,11 @@ def _sources() -> str:
     return digest.hexdigest()
 
 
-def _cache_path(cases: Sequence[tuple[str, Case]], device: torch.device, dtype: torch.dtype) -> Path:
+def _cache_path(cases: Sequence[tuple[str, Case]], device: torch.device, dtype: torch.dtype, prefer: str) -> Path:
     driver = torch.version.cuda, _driver() if device.type == "cuda" else None
     versions = torch.__version__, dispatch.triton_version, dispatch.interpreting, driver
-    key = repr((_device_name(device), versions, _sources(), _name(dtype), [(n, c.id) for n, c in cases]))
+    choice = prefer, dispatch.environment
+    key = repr((_device_name(device), versions, choice, _sources(), _name(dtype), [(n, c.id) for n, c in cases]))
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "fused-gpt" / "preflight" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 

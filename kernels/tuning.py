@@ -1,7 +1,7 @@
 """The table of tiles, and of where the reference is the faster choice.
 
-A tile is looked up by (architecture, op, shape class, dtype). Rows come from measurements on the named GPU; an architecture without
-rows takes conservative tiles that fit the smallest shared memory of the supported GPUs (99 KB).
+A tile is looked up by (architecture, op, shape class, dtype). Rows come from measurements on the named GPU; an architecture
+without rows takes conservative tiles that fit the smallest shared memory of the supported GPUs (99 KB).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def architecture(device: torch.device) -> int:
 
 
 class AttentionTiles(NamedTuple):
-    """Causal attention at one head dimension: tiles of the forward, of dQ, and of dK with dV; then those of the smaller passes."""
+    """Causal attention's tiles at one head dimension: of the forward pass, of dQ, of dK with dV, and of the smaller passes."""
 
     forward: Tile
     dq: Tile
@@ -44,7 +44,7 @@ class AttentionTiles(NamedTuple):
     five: Tile | None = None  # the five-product backward's, where a GPU has shown it faster
 
 
-_GENERATION = {86: 86, 89: 86, 120: 86, 80: 80, 90: 90, 100: 100, 0: 0}  # a GPU that is not here takes 86's tiles
+_GENERATION = {80: 80, 86: 86, 89: 86, 90: 90, 100: 100, 120: 86}  # a GPU that is not here takes 86's tiles
 _ATTENTION = {  # generation -> largest head dimension -> tiles, for 16-bit inputs
     80: {
         64: AttentionTiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
@@ -66,7 +66,12 @@ _ATTENTION = {  # generation -> largest head dimension -> tiles, for 16-bit inpu
         128: AttentionTiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
         256: AttentionTiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 32, 4, 1)),
     },
-    0: {256: AttentionTiles(Tile(32, 16), Tile(32, 16), Tile(16, 32), Tile(16, 16))},
+}
+_ATTENTION_INTERPRETED = AttentionTiles(Tile(32, 16), Tile(32, 16), Tile(16, 32), Tile(16, 16))
+_ATTENTION_LEAN = {  # every generation, where registers run short: all kernels with dropout, dK and dV of grouped heads
+    64: AttentionTiles(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(32, 128, 8, 2)),
+    128: AttentionTiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
+    256: AttentionTiles(Tile(64, 32, 8, 2), Tile(32, 32, 4, 1), Tile(16, 32, 4, 1)),
 }
 _ATTENTION_FLOAT32 = {
     32: AttentionTiles(Tile(64, 32), Tile(32, 32), Tile(32, 32)),
@@ -76,11 +81,19 @@ _ATTENTION_FLOAT32 = {
 }
 
 
-def attention_tiles(architecture: int, itemsize: int, d: int) -> AttentionTiles:
-    """For float32 (`itemsize` 4) or 16-bit inputs and head dimension `d`."""
-    rows = _ATTENTION[_GENERATION.get(architecture, 86)]
-    if itemsize == 4 and architecture != 0:
-        rows = _ATTENTION_FLOAT32
+def attention_tiles(architecture: int, itemsize: int, d: int, *, dropout: bool, grouped: bool) -> AttentionTiles:
+    """For float32 (`itemsize` 4) or 16-bit inputs and head dimension `d`; `grouped` if query heads share key heads."""
+    if architecture == 0:
+        return _ATTENTION_INTERPRETED
+    if itemsize == 4:
+        return _narrowest(_ATTENTION_FLOAT32, d)
+    tiles, lean = _narrowest(_ATTENTION[_GENERATION.get(architecture, 86)], d), _narrowest(_ATTENTION_LEAN, d)
+    if dropout:
+        return lean
+    return tiles._replace(dkdv=lean.dkdv, five=None) if grouped else tiles
+
+
+def _narrowest(rows: dict[int, AttentionTiles], d: int) -> AttentionTiles:
     return next(tiles for width, tiles in rows.items() if d <= width)
 
 

@@ -80,14 +80,14 @@ def exit_status(function: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def start_at_program(monkeypatch: pytest.MonkeyPatch, first: int) -> None:
-    """Interpreted kernels see program ids along axis 0 that begin at `first`, so that a launch of one program is a far one."""
+def start_at_program(monkeypatch: pytest.MonkeyPatch, *first: int) -> None:
+    """Interpreted kernels see program ids that begin at `first`, by axis, so that a launch of one program is a far one."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     plain = InterpreterBuilder.create_get_program_id
 
     def shifted(self: InterpreterBuilder, axis: int) -> TensorHandle:
         handle = plain(self, axis)
-        return TensorHandle(handle.data + first, handle.dtype) if axis == 0 else handle
+        return TensorHandle(handle.data + (first[axis] if axis < len(first) else 0), handle.dtype)
 
     monkeypatch.setattr(InterpreterBuilder, "create_get_program_id", shifted)

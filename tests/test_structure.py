@@ -123,7 +123,8 @@ def test_everything_exported_exists(module: str) -> None:
 def test_imports_stay_light() -> None:
     """`import gpt` that drags triton, a tokenizer, a plotting library or torch's compiler in."""
     heavy = ["triton", "tiktoken", "tokenizers", "matplotlib", "tqdm", "safetensors", "transformers", "torch._dynamo"]
-    program = f"import torch, sys; before = set(sys.modules); import gpt; print([m for m in {heavy} if m in sys.modules and m not in before])"
+    found = f"[m for m in {heavy} if m in sys.modules and m not in before]"
+    program = f"import torch, sys; before = set(sys.modules); import gpt; print({found})"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -31,7 +31,7 @@ def causal_attention(
         v: Like k.
         key_start: int32, (B,) or (B, Tq): the first key that each query may see. It serves left padding, packed documents and
             sliding windows. Values are clamped to [0, Tk]; an empty range gives a zero row and zero gradients.
-        scale: Factor of the logits, default 1 / sqrt(D).
+        scale: Positive factor of the logits, default 1 / sqrt(D).
         dropout_p: Probability in [0, 1) of dropping a weight after the softmax; the kept ones are scaled by 1 / (1 - p).
         seed: None draws the mask from torch's generator. An int or a 0-d int64 tensor on q's device makes it the Philox mask of
             the row-major index in (B, H, Tq, Tk), the same from kernel and reference.
@@ -65,12 +65,11 @@ def causal_attention(
         raise ValueError(f"{op}: q has Tq={sizes['Tq']}, expected at most {sizes['Tk']} (k's Tk)")
     _check_heads(op, "k", sizes)
     _check_key_start(op, key_start, q, per_query=True)
-    if scale is not None:
-        checks.finite(op, "scale", scale)
+    _check_scale(op, scale)
     checks.number(op, "dropout_p", dropout_p, 0, 1, open_high=True)
     checks.seed(op, seed, q.device)
     checks.boolean(op, "deterministic", deterministic)
-    choice = _CAUSAL.choose(q, limit=_limit(sizes, scale))
+    choice = _CAUSAL.choose(q, limit=_limit(sizes["D"]))
     if choice.backend == "reference":
         return reference.causal_attention(
             q, k, v, key_start=key_start, scale=scale, dropout_p=dropout_p, seed=seed, deterministic=deterministic
@@ -98,7 +97,7 @@ def decode_attention(
         cache_len: int32 (B,) on the device: valid keys, those of these queries included. It is read on the device, so that a CUDA
             graph can be replayed as the cache grows. Values are clamped to [0, Tmax].
         key_start: int32 (B,): the first key that each sequence may see (left padding).
-        scale: Factor of the logits, default 1 / sqrt(D).
+        scale: Positive factor of the logits, default 1 / sqrt(D).
 
     Returns:
         (B, H, Tq, D) in q's dtype. Inference only: there is no backward.
@@ -132,11 +131,10 @@ def decode_attention(
         raise ValueError(f"{op}: q has Tq={sizes['Tq']}, expected at most {sizes['Tmax']} (k_cache's Tmax)")
     _check_heads(op, "k_cache", sizes)
     _check_key_start(op, key_start, q, per_query=False)
-    if scale is not None:
-        checks.finite(op, "scale", scale)
+    _check_scale(op, scale)
     if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad):
         raise RuntimeError(f"{op}: an input requires a gradient, expected inference (torch.no_grad) or causal_attention")
-    choice = _DECODE.choose(q, limit=_limit(sizes, scale))
+    choice = _DECODE.choose(q, limit=_limit(sizes["D"]))
     if choice.backend == "reference":
         return reference.decode_attention(q, k_cache, v_cache, cache_len, key_start=key_start, scale=scale)
     from kernels.attention import kernel
@@ -144,13 +142,17 @@ def decode_attention(
     return kernel.decode_attention(q, k_cache, v_cache, cache_len, key_start, scale)
 
 
-def _limit(sizes: dict[str, int], scale: float | None) -> str | None:
-    """Why the kernels cannot take such a call, if they cannot."""
-    if sizes["D"] > 256:
-        return f"the kernel takes head dimensions up to 256, not {sizes['D']}"
-    if scale is not None and scale < 0:
-        return f"the kernel takes scales of at least 0, not {scale}"
-    return None
+def _limit(d: int) -> str | None:
+    """Why the kernels cannot take a head dimension, if they cannot."""
+    return f"the kernel takes head dimensions up to 256, not {d}" if d > 256 else None
+
+
+def _check_scale(op: str, scale: float | None) -> None:
+    if scale is None:
+        return
+    checks.finite(op, "scale", scale)
+    if scale <= 0:
+        raise ValueError(f"{op}: scale is {scale}, expected a positive number")
 
 
 def _check_heads(op: str, name: str, sizes: dict[str, int]) -> None:

@@ -6,8 +6,6 @@ other form takes five: one pass over tiles of keys, which adds dQ into float32 m
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -16,6 +14,7 @@ from torch import Tensor
 from kernels.attention.forward import (
     common_arguments,
     is_visible,
+    keep_tile,
     key_range,
     load_rows,
     load_start,
@@ -25,7 +24,6 @@ from kernels.attention.forward import (
     strides,
 )
 from kernels.launch import Launch
-from kernels.tl_math import dropout_keep
 from kernels.tuning import AttentionTiles
 
 
@@ -49,8 +47,8 @@ def _row_statistics(
 def _add_dq(
     dq, q, do, lse2, delta, k_ptr, v_ptr, start, seed, pid_bh, offs_m, begin, stride_kt, stride_vt,
     Tq, Tk, scale2, threshold, keep_scale,
-    D: tl.constexpr, HAS_START: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, HAS_START: tl.constexpr, HAS_DROPOUT: tl.constexpr, QUADS: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dQ's share from one tile of keys, from `begin`."""
     offs_n = begin + tl.arange(0, BLOCK_N)
@@ -62,8 +60,8 @@ def _add_dq(
         p = tl.where(is_visible(offs_m[:, None], offs_n[None, :], start[:, None], Tq, Tk, HAS_START), p, 0.0)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     if HAS_DROPOUT:
-        index = (pid_bh * Tq + offs_m.to(tl.int64))[:, None] * Tk + offs_n[None, :]
-        dp = tl.where(dropout_keep(seed, index, threshold), dp * keep_scale, 0.0)
+        keep = keep_tile(seed, pid_bh * Tq + offs_m, begin, Tk, threshold, QUADS, BLOCK_N)
+        dp = tl.where(keep, dp * keep_scale, 0.0)
     ds = p * (dp - delta[:, None])
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
@@ -74,8 +72,8 @@ def _attention_bwd_dq_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_ob, stride_oh, stride_ot, stride_dob, stride_doh, stride_dot, stride_dqb, stride_dqh, stride_dqt, stride_sb, stride_st,
     H, Tq, Tk, scale, scale2, threshold, keep_scale,
-    GROUPS: tl.constexpr, D: tl.constexpr, HAS_START: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUPS: tl.constexpr, D: tl.constexpr, HAS_START: tl.constexpr, HAS_DROPOUT: tl.constexpr, QUADS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     num_m = tl.cdiv(Tq, BLOCK_M)
     pid = tl.program_id(0)
@@ -103,13 +101,13 @@ def _attention_bwd_dq_kernel(
     for begin in tl.range(full_lo, full_hi, BLOCK_N):
         dq = _add_dq(
             dq, q, do, lse2, delta, k_ptr, v_ptr, start, seed, pid_bh, offs_m, begin, stride_kt, stride_vt,
-            Tq, Tk, scale2, threshold, keep_scale, D, HAS_START, HAS_DROPOUT, PRECISION, False, BLOCK_N, BLOCK_D,
+            Tq, Tk, scale2, threshold, keep_scale, D, HAS_START, HAS_DROPOUT, QUADS, PRECISION, False, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     for i in tl.range(0, masked_tiles(lo, full_lo, full_hi, hi, BLOCK_N)):
         begin = masked_tile(i, lo, full_lo, full_hi, BLOCK_N)
         dq = _add_dq(
             dq, q, do, lse2, delta, k_ptr, v_ptr, start, seed, pid_bh, offs_m, begin, stride_kt, stride_vt,
-            Tq, Tk, scale2, threshold, keep_scale, D, HAS_START, HAS_DROPOUT, PRECISION, True, BLOCK_N, BLOCK_D,
+            Tq, Tk, scale2, threshold, keep_scale, D, HAS_START, HAS_DROPOUT, QUADS, PRECISION, True, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     store_rows(dq_ptr + pid_b * stride_dqb + pid_h * stride_dqh, dq * scale, offs_m, stride_dqt, Tq, D, BLOCK_D)
 
@@ -157,11 +155,10 @@ def _attention_bwd_convert_kernel(
 
 @triton.jit
 def _query_range(
-    pid_n, first_ptr, last_ptr, num_rows, Tq, Tk,
+    key, first_ptr, last_ptr, num_rows, Tq, Tk,
     HAS_START: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """[lo, hi) holds the queries that see a tile of keys; every one of [full_lo, full_hi) sees all of it."""
-    key = pid_n * BLOCK_N
     lo = tl.maximum(key - (Tk - Tq), 0) // BLOCK_M * BLOCK_M
     hi = Tq
     full_lo = tl.cdiv(tl.maximum(key + BLOCK_N - 1 - (Tk - Tq), 0), BLOCK_M) * BLOCK_M
@@ -185,13 +182,16 @@ def _query_range(
 
 @triton.jit
 def _add_dkdv(
-    dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, start_ptr, sum_ptr, seed, pid_bh, offs_n, begin,
+    dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, start_ptr, sum_ptr, seed, pid_bh, key, begin,
     stride_qt, stride_dot, stride_st, Tq, Tk, scale2, threshold, keep_scale,
-    D: tl.constexpr, HAS_START: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
-    ADD_DQ: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, HAS_START: tl.constexpr, HAS_DROPOUT: tl.constexpr, QUADS: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, ADD_DQ: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dK's and dV's share from one tile of queries, from `begin`. S and dP come transposed, so that no product is."""
-    offs_m = begin + tl.arange(0, BLOCK_M)
+    """dK's and dV's share, for the keys from `key`, of one tile of queries, from `begin`.
+
+    S and dP are computed transposed, so that no product has to be.
+    """
+    offs_m, offs_n = begin + tl.arange(0, BLOCK_M), key + tl.arange(0, BLOCK_N)
     q = load_rows(q_ptr, offs_m, stride_qt, Tq, D, BLOCK_D, MASKED)  # (BLOCK_M, BLOCK_D)
     do = load_rows(do_ptr, offs_m, stride_dot, Tq, D, BLOCK_D, MASKED)
     if MASKED:
@@ -210,8 +210,7 @@ def _add_dkdv(
     dpt = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     dropped = pt
     if HAS_DROPOUT:
-        index = (pid_bh * Tq + offs_m.to(tl.int64))[None, :] * Tk + offs_n[:, None]
-        keep = dropout_keep(seed, index, threshold)
+        keep = tl.trans(keep_tile(seed, pid_bh * Tq + offs_m, key, Tk, threshold, QUADS, BLOCK_N))
         dropped = tl.where(keep, pt * keep_scale, 0.0)
         dpt = tl.where(keep, dpt * keep_scale, 0.0)
     dv = tl.dot(dropped.to(do.dtype), do, dv, input_precision=PRECISION)
@@ -229,10 +228,12 @@ def _add_dkdv(
 def _attention_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, start_ptr, seed_ptr, lse2_ptr, delta_ptr, first_ptr, last_ptr, dk_ptr, dv_ptr, sum_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    stride_dob, stride_doh, stride_dot, stride_dkb, stride_dkh, stride_dkt, stride_dvb, stride_dvh, stride_dvt, stride_sb, stride_st,
+    stride_dob, stride_doh, stride_dot, stride_dkb, stride_dkh, stride_dkt, stride_dvb, stride_dvh, stride_dvt,
+    stride_sb, stride_st,
     H, Tq, Tk, scale, scale2, threshold, keep_scale,
-    GROUPS: tl.constexpr, D: tl.constexpr, HAS_START: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    ADD_DQ: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    GROUPS: tl.constexpr, D: tl.constexpr, HAS_START: tl.constexpr, HAS_DROPOUT: tl.constexpr, QUADS: tl.constexpr,
+    PRECISION: tl.constexpr, ADD_DQ: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     num_n, num_rows = tl.cdiv(Tk, BLOCK_N), tl.cdiv(Tq, ROWS)
     pid = tl.program_id(0)
@@ -240,7 +241,8 @@ def _attention_bwd_dkdv_kernel(
     pid_bk = (pid // num_n).to(tl.int64)
     pid_b, pid_k = pid_bk // (H // GROUPS), pid_bk % (H // GROUPS)
 
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    key = pid_n * BLOCK_N
+    offs_n = key + tl.arange(0, BLOCK_N)
     k = load_rows(k_ptr + pid_b * stride_kb + pid_k * stride_kh, offs_n, stride_kt, Tk, D, BLOCK_D, True)
     v = load_rows(v_ptr + pid_b * stride_vb + pid_k * stride_vh, offs_n, stride_vt, Tk, D, BLOCK_D, True)
     seed = 0
@@ -250,7 +252,7 @@ def _attention_bwd_dkdv_kernel(
         last_ptr += pid_b * num_rows
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
-    lo, full_lo, full_hi, hi = _query_range(pid_n, first_ptr, last_ptr, num_rows, Tq, Tk, HAS_START, BLOCK_M, BLOCK_N, ROWS)
+    lo, full_lo, full_hi, hi = _query_range(key, first_ptr, last_ptr, num_rows, Tq, Tk, HAS_START, BLOCK_M, BLOCK_N, ROWS)
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -265,16 +267,16 @@ def _attention_bwd_dkdv_kernel(
             sum_head = sum_ptr + pid_bh * Tq * D
         for begin in tl.range(full_lo, full_hi, BLOCK_M):
             dk, dv = _add_dkdv(
-                dk, dv, k, v, q_head, do_head, lse2_head, delta_head, start_ptr, sum_head, seed, pid_bh, offs_n, begin,
+                dk, dv, k, v, q_head, do_head, lse2_head, delta_head, start_ptr, sum_head, seed, pid_bh, key, begin,
                 stride_qt, stride_dot, stride_st, Tq, Tk, scale2, threshold, keep_scale,
-                D, HAS_START, HAS_DROPOUT, PRECISION, False, ADD_DQ, BLOCK_M, BLOCK_D,
+                D, HAS_START, HAS_DROPOUT, QUADS, PRECISION, False, ADD_DQ, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
         for i in tl.range(0, masked_tiles(lo, full_lo, full_hi, hi, BLOCK_M)):
             begin = masked_tile(i, lo, full_lo, full_hi, BLOCK_M)
             dk, dv = _add_dkdv(
-                dk, dv, k, v, q_head, do_head, lse2_head, delta_head, start_ptr, sum_head, seed, pid_bh, offs_n, begin,
+                dk, dv, k, v, q_head, do_head, lse2_head, delta_head, start_ptr, sum_head, seed, pid_bh, key, begin,
                 stride_qt, stride_dot, stride_st, Tq, Tk, scale2, threshold, keep_scale,
-                D, HAS_START, HAS_DROPOUT, PRECISION, True, ADD_DQ, BLOCK_M, BLOCK_D,
+                D, HAS_START, HAS_DROPOUT, QUADS, PRECISION, True, ADD_DQ, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
     store_rows(dk_ptr + pid_b * stride_dkb + pid_k * stride_dkh, dk * scale, offs_n, stride_dkt, Tk, D, BLOCK_D)
     store_rows(dv_ptr + pid_b * stride_dvb + pid_k * stride_dvh, dv, offs_n, stride_dvt, Tk, D, BLOCK_D)
@@ -298,35 +300,31 @@ def launch_backward(
 ) -> list[Launch]:
     """The launches, in order, that fill dq, or dk and dv, or all three. `grad` has a contiguous last dimension."""
     b, h, tq, d = q.shape
-    five = tiles.five is not None and dq is not None and dk is not None
-    rows = tiles.dq if dq is not None and not five else tiles.delta
+    five = tiles.five if dq is not None and dk is not None else None
+    dq_alone = dq is not None and five is None
+    rows = tiles.dq if dq_alone else tiles.delta  # of the kernel that computes delta
     num_rows = triton.cdiv(tq, rows.block_m)
-    common = common_arguments(q, k, key_start, seed, scale, dropout_p) | {"scale": scale}
+    available = common_arguments(q, k, key_start, seed, scale, dropout_p) | {"scale": scale}
     tensors = {"q": q, "k": k, "v": v, "o": out, "do": grad, "dq": dq, "dk": dk, "dv": dv}
     for name, tensor in tensors.items():
         if tensor is not None:
-            common |= {f"{_POINTER.get(name, name)}_ptr": tensor, **strides(name, tensor)}
-    common |= {
+            available |= {"out_ptr" if name == "o" else f"{name}_ptr": tensor, **strides(name, tensor)}
+    available |= {
         "lse2_ptr": lse2,
         "delta_ptr": torch.empty_like(lse2),
         "first_ptr": None if key_start is None else key_start.new_empty(b * num_rows),
         "last_ptr": None if key_start is None else key_start.new_empty(b * num_rows),
-        "sum_ptr": lse2.new_empty(b * h * d * tq) if five else None,
+        "sum_ptr": None if five is None else lse2.new_empty(b * h * d * tq),
         "ROWS": rows.block_m,
+        "ADD_DQ": five is not None,
     }
-    query_grid, launches = (num_rows * b * h,), []
-    if rows is tiles.delta:
-        launches.append(Launch.of(_attention_bwd_delta_kernel, query_grid, common, tiles.delta))
-    else:
-        launches.append(Launch.of(_attention_bwd_dq_kernel, query_grid, common, tiles.dq))
+    by_query = (num_rows * b * h,)
+    first = _attention_bwd_dq_kernel if dq_alone else _attention_bwd_delta_kernel
+    launches = [Launch.of(first, by_query, available, rows)]
     if dk is not None:
-        keys = tiles.five if five else tiles.dkdv
-        grid = (triton.cdiv(k.shape[2], keys.block_n) * b * k.shape[1],)
-        launches.append(Launch.of(_attention_bwd_dkdv_kernel, grid, common | {"ADD_DQ": five}, keys))
-    if five:
-        launches.append(Launch.of(_attention_bwd_convert_kernel, query_grid, common, tiles.delta))
+        keys = five or tiles.dkdv
+        by_key = (triton.cdiv(k.shape[2], keys.block_n) * b * k.shape[1],)
+        launches.append(Launch.of(_attention_bwd_dkdv_kernel, by_key, available, keys))
+    if five is not None:
+        launches.append(Launch.of(_attention_bwd_convert_kernel, by_query, available, rows))
     return launches
-
-
-_POINTER = {"o": "out"}
-

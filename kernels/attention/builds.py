@@ -15,14 +15,14 @@ from kernels.spec import FLOAT_DTYPES, SHORT_DTYPE, Build
 
 _SIZES = (16, 32, 64, 96, 128, 256)
 _GATED = (64, 128)
-_VARIANTS = ({}, {"key_start": True}, {"dropout_p": 0.1}, {"hkv": 2})
+_VARIANTS: tuple[dict[str, Any], ...] = ({}, {"key_start": True}, {"dropout_p": 0.1}, {"hkv": 2})
 
 
 def causal_builds(architecture: int) -> Iterator[Build]:
-    """Forward and backward at every head dimension and dtype; key_start, dropout and grouped heads at D = 64."""
+    """Forward and backward at every head dimension and dtype; key_start, dropout and grouped heads where it is gated."""
     for dtype in FLOAT_DTYPES:
         for d in _SIZES:
-            for variant in _VARIANTS if d == 64 else _VARIANTS[:1]:
+            for variant in _VARIANTS if d in _GATED else _VARIANTS[:1]:
                 yield from _causal(architecture, dtype, d, **variant)
 
 
@@ -30,7 +30,9 @@ def _causal(
     architecture: int, dtype: torch.dtype, d: int, *, key_start: bool = False, dropout_p: float = 0.0, hkv: int = 4
 ) -> Iterator[Build]:
     b, h, t = 2, 4, 1024
-    label = "-".join([SHORT_DTYPE[dtype], f"D{d}", *(["start"] * key_start), *(["dropout"] * (dropout_p > 0)), *(["gqa"] * (hkv < h))])
+    label = "-".join(
+        [SHORT_DTYPE[dtype], f"D{d}", *(["start"] * key_start), *(["dropout"] * (dropout_p > 0)), *(["gqa"] * (hkv < h))]
+    )
     meta: dict[str, Any] = {"device": "meta", "dtype": dtype}
     q, out, grad, dq = (torch.empty(b, h, t, d, **meta) for _ in range(4))
     k, v, dk, dv = (torch.empty(b, hkv, t, d, **meta) for _ in range(4))
@@ -39,14 +41,15 @@ def _causal(
     seed = torch.empty((), device="meta", dtype=torch.int64) if dropout_p else None
     gated = dtype != torch.float32 and d in _GATED and architecture in (80, 90)
 
-    tiles = tuning.attention_tiles(architecture, dtype.itemsize, d)
+    tiles = tuning.attention_tiles(architecture, dtype.itemsize, d, dropout=dropout_p > 0, grouped=hkv < h)
     yield launch_forward(q, k, v, start, seed, out, lse2, 0.125, dropout_p, tiles.forward).build(label, gated=gated)
     inputs = (grad, q, k, v, out, lse2, start, seed)
     for launch in launch_backward(*inputs, dq, dk, dv, 0.125, dropout_p, tiles._replace(five=None)):
         yield launch.build(label, gated=gated)
-    five = tiles._replace(five=tiles.five or tiles.dkdv)
-    for launch in launch_backward(*inputs, dq, dk, dv, 0.125, dropout_p, five):
-        yield launch.build(f"{label}-five", gated=gated and tiles.five is not None)
+    if d in _GATED and dtype != torch.float32:
+        five = tiles._replace(five=tiles.five or tiles.dkdv)
+        for launch in launch_backward(*inputs, dq, dk, dv, 0.125, dropout_p, five):
+            yield launch.build(f"{label}-five", gated=gated and tiles.five is not None)
 
 
 def decode_builds(architecture: int) -> Iterator[Build]:

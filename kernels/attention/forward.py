@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import Launch, precision
-from kernels.tl_math import LOG2E, dropout_keep
+from kernels.tl_math import LOG2E, dropout_keep, dropout_keep_quads
 from kernels.tuning import Tile
 
 
@@ -80,11 +80,22 @@ def is_visible(rows, keys, start, Tq, Tk, HAS_START: tl.constexpr):
 
 
 @triton.jit
+def keep_tile(seed, rows, begin, Tk, threshold, QUADS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The dropout mask (rows, BLOCK_N) of the keys from `begin`; `rows` count in (B, H, Tq), in int64."""
+    if QUADS:  # Tk is a multiple of 4, so that one counter serves four keys
+        counter = rows[:, None] * (Tk // 4) + begin // 4 + tl.arange(0, BLOCK_N // 4)[None, :]
+        keep = dropout_keep_quads(seed, counter, threshold)
+    else:
+        keep = dropout_keep(seed, rows[:, None] * Tk + begin + tl.arange(0, BLOCK_N)[None, :], threshold)
+    return keep
+
+
+@triton.jit
 def _attend(
     acc, row_sum, row_max, q, k_ptr, v_ptr, start, seed, pid_bh, offs_m, begin, stride_kt, stride_vt,
     Tq, Tk, scale2, threshold,
-    D: tl.constexpr, HAS_START: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, HAS_START: tl.constexpr, HAS_DROPOUT: tl.constexpr, QUADS: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys, from `begin`, into the running softmax."""
     offs_n = begin + tl.arange(0, BLOCK_N)
@@ -103,8 +114,7 @@ def _attend(
     alpha = tl.exp2(row_max - shift)
     row_sum = row_sum * alpha + tl.sum(p, 1)
     if HAS_DROPOUT:
-        index = (pid_bh * Tq + offs_m.to(tl.int64))[:, None] * Tk + offs_n[None, :]
-        p = tl.where(dropout_keep(seed, index, threshold), p, 0.0)
+        p = tl.where(keep_tile(seed, pid_bh * Tq + offs_m, begin, Tk, threshold, QUADS, BLOCK_N), p, 0.0)
     v = load_rows(v_ptr, offs_n, stride_vt, Tk, D, BLOCK_D, MASKED)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     return acc, row_sum, new_max
@@ -116,8 +126,8 @@ def _attention_fwd_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_ob, stride_oh, stride_ot, stride_sb, stride_st,
     H, Tq, Tk, scale2, threshold, keep_scale,
-    GROUPS: tl.constexpr, D: tl.constexpr, HAS_START: tl.constexpr, HAS_DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    GROUPS: tl.constexpr, D: tl.constexpr, HAS_START: tl.constexpr, HAS_DROPOUT: tl.constexpr, QUADS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     num_m = tl.cdiv(Tq, BLOCK_M)
     pid = tl.program_id(0)
@@ -142,21 +152,20 @@ def _attention_fwd_kernel(
     for begin in tl.range(full_lo, full_hi, BLOCK_N):
         acc, row_sum, row_max = _attend(
             acc, row_sum, row_max, q, k_ptr, v_ptr, start, seed, pid_bh, offs_m, begin, stride_kt, stride_vt,
-            Tq, Tk, scale2, threshold, D, HAS_START, HAS_DROPOUT, PRECISION, False, BLOCK_N, BLOCK_D,
+            Tq, Tk, scale2, threshold, D, HAS_START, HAS_DROPOUT, QUADS, PRECISION, False, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     for i in tl.range(0, masked_tiles(lo, full_lo, full_hi, hi, BLOCK_N)):
         begin = masked_tile(i, lo, full_lo, full_hi, BLOCK_N)
         acc, row_sum, row_max = _attend(
             acc, row_sum, row_max, q, k_ptr, v_ptr, start, seed, pid_bh, offs_m, begin, stride_kt, stride_vt,
-            Tq, Tk, scale2, threshold, D, HAS_START, HAS_DROPOUT, PRECISION, True, BLOCK_N, BLOCK_D,
+            Tq, Tk, scale2, threshold, D, HAS_START, HAS_DROPOUT, QUADS, PRECISION, True, BLOCK_N, BLOCK_D,
         )  # fmt: skip
 
     empty = row_max == float("-inf")
     row_sum = tl.where(empty, 1.0, row_sum)
     acc = acc * (keep_scale / row_sum)[:, None]
     store_rows(out_ptr + pid_b * stride_ob + pid_h * stride_oh, acc, offs_m, stride_ot, Tq, D, BLOCK_D)
-    # +inf makes every weight of an empty row zero in backward.
-    lse2 = tl.where(empty, float("inf"), row_max + tl.log2(row_sum))
+    lse2 = row_max + tl.log2(row_sum)
     tl.store(lse2_ptr + pid_bh * Tq + offs_m, lse2, mask=offs_m < Tq)
 
 
@@ -214,6 +223,7 @@ def common_arguments(
         "D": d,
         "HAS_START": key_start is not None,
         "HAS_DROPOUT": seed is not None,
+        "QUADS": k.shape[2] % 4 == 0,
         "PRECISION": precision(q.dtype),
         "BLOCK_D": block_d(d),
     }

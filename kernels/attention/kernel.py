@@ -76,8 +76,9 @@ def _dense_like(x: Tensor) -> Tensor:
     return y if y.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _tiles(q: Tensor) -> AttentionTiles:
-    return attention_tiles(architecture(q.device), q.element_size(), q.shape[3])
+def _tiles(q: Tensor, k: Tensor, seed: Tensor | None) -> AttentionTiles:
+    grouped = q.shape[1] != k.shape[1]
+    return attention_tiles(architecture(q.device), q.element_size(), q.shape[3], dropout=seed is not None, grouped=grouped)
 
 
 def _forward_outputs(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -95,7 +96,7 @@ def _forward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     out, lse2 = _forward_outputs(q)
-    tile = _tiles(q).forward
+    tile = _tiles(q, k, seed).forward
     with torch.cuda.device_of(q):
         launch_forward(q, k, v, key_start, seed, out, lse2, scale, dropout_p, tile).run()
     return out, lse2
@@ -125,7 +126,7 @@ def _backward(
     dq, dk, dv = _backward_outputs(q, k, v, need_dq, need_dkdv)
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
-    tiles = _tiles(q)
+    tiles = _tiles(q, k, seed)
     if deterministic:
         tiles = tiles._replace(five=None)
     wanted = (dq if need_dq else None, dk if need_dkdv else None, dv if need_dkdv else None)
@@ -143,9 +144,7 @@ def _decode_output(q: Tensor, *args: Any) -> Tensor:
     return _dense_like(q)
 
 
-def _decode(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_len: Tensor, key_start: Tensor | None, scale: float
-) -> Tensor:
+def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_len: Tensor, key_start: Tensor | None, scale: float) -> Tensor:
     out = _dense_like(q)
     tile = attention_decode_tile(architecture(q.device), q.element_size(), q.shape[3])
     splits = attention_decode_splits(q.device, q.shape[0] * k_cache.shape[1], k_cache.shape[2], tile.block_n)
@@ -164,9 +163,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _differentiate(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
     need_q, need_k, need_v = ctx.needs_input_grad[:3]
-    dq, dk, dv = torch.ops.fused_gpt.attention_backward(
-        grad, *ctx.saved_tensors, *ctx.options, need_q, need_k or need_v
-    )
+    dq, dk, dv = torch.ops.fused_gpt.attention_backward(grad, *ctx.saved_tensors, *ctx.options, need_q, need_k or need_v)
     return dq if need_q else None, dk if need_k else None, dv if need_v else None, None, None, None, None, None
 
 

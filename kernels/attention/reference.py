@@ -83,6 +83,12 @@ def decode_attention(
     """Attention of the newest queries against a cache; see `kernels.decode_attention`."""
     tq, tmax = q.shape[2], k_cache.shape[2]
     grouped = q.shape[1] != k_cache.shape[1]
+    if q.device.type == "cpu" and q.shape[0] > 0 and not torch.compiler.is_compiling():  # a CPU may look at the lengths
+        shortest, longest = (int(n) for n in cache_len.aminmax())
+        tmax = min(max(longest, tq), tmax)
+        k_cache, v_cache = k_cache[:, :, :tmax], v_cache[:, :, :tmax]
+        if tq == 1 <= shortest == longest and key_start is None:
+            return F.scaled_dot_product_attention(q, k_cache, v_cache, scale=scale, enable_gqa=grouped)
     keys = torch.arange(tmax, device=q.device)
     position = cache_len.clamp(max=tmax)[:, None] - tq + torch.arange(tq, device=q.device)  # (B, Tq)
     allowed = keys <= position[:, :, None]  # (B, Tq, Tmax)

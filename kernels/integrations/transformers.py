@@ -106,8 +106,7 @@ def attention_mask(
         else, and whatever torch.compile traces.
     """
     mask = sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, device=device, **kwargs)
-    aligned = isinstance(q_offset, int) and q_offset + q_length == kv_offset + kv_length  # the last query sees the last key
-    if mask is None or not aligned or torch.compiler.is_compiling():
+    if mask is None or torch.compiler.is_compiling():
         return mask
     start = _key_start(mask)
     return mask if start is None else start
@@ -166,8 +165,7 @@ class GPT2LMHeadModel(modeling_gpt2.GPT2LMHeadModel):
     @can_return_tuple  # type: ignore[untyped-decorator]
     @functools.wraps(modeling_gpt2.GPT2LMHeadModel.forward)
     def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
-        replaced = self.loss_function is not ForCausalLMLoss or kwargs.get("logits_to_keep", 0) != 0
-        if labels is None or replaced or not self.training:
+        if labels is None or self.loss_function is not ForCausalLMLoss or not self.training:
             return super().forward(*args, labels=labels, **kwargs)
         outputs = self.transformer(*args, **kwargs)
         loss = _causal_loss(outputs.last_hidden_state, self.lm_head, labels, **kwargs)

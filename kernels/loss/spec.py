@@ -26,9 +26,12 @@ def _inputs(case: Case, dtype: torch.dtype, device: torch.device, generator: tor
         targets.fill_(-100)
     options = {o: case.options[o] for o in ("reduction", "label_smoothing", "z_loss") if o in case.options}
     peak = case.options.get("peak", 1.0)
+    x, weight = randn((n, c), dtype, device, generator), randn((v, c), dtype, device, generator) * (peak / math.sqrt(c))
+    if case.options.get("confident"):  # every target has a probability of about 0.999
+        x = 12 * weight[targets]
     return {
-        "x": randn((n, c), dtype, device, generator),
-        "weight": randn((v, c), dtype, device, generator) * (peak / math.sqrt(c)),
+        "x": x,
+        "weight": weight,
         "targets": targets,
         "bias": randn((v,), dtype, device, generator) if case.options.get("bias") else None,
         **options,
@@ -80,6 +83,7 @@ LINEAR_CROSS_ENTROPY = OpSpec(
         _case(3, 17, 50257, "edge", ignored="some"),
         _case(3, 17, 50257, "edge", reduction="none", bias=True, label_smoothing=0.1, z_loss=1e-3),
         _case(7, 64, 1000, "edge", peak=12.0, label_smoothing=0.05),
+        _case(21, 64, 65, "edge", confident=True),
         _case(4, 16, 33, "edge", ignored="all", reduction="none"),
         *(
             _case(67, c, v, "slow", reduction=reduction, bias=bias, label_smoothing=smoothing, z_loss=z, ignored="some")

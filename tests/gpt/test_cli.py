@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import signal
 import subprocess
@@ -91,9 +92,37 @@ def test_resume_takes_the_settings_of_the_run(text: str, tmp_path: Path, capsys:
     capsys.readouterr()
     assert train.main(["--resume", "--out", out, "--n_embd", "32"]) == 2
     assert "n_embd is 32, expected 16" in capsys.readouterr().err
-    Path(text).write_text(TEXT + "!")
+    Path(text).write_text(TEXT + "the end")
     assert train.main(["--resume", "--out", out, "--max_steps", "9"]) == 2
     assert "the text or the tokenizer is not the one" in capsys.readouterr().err
+
+
+def test_init(trained: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A start from other weights, another tokenizer or the preset's shape and learning rate."""
+    Path(text).write_text(TEXT.replace("U", "u").replace("T", "t"))  # fewer characters than the model knows
+    out = tmp_path / "run"
+    flags = ["--init", str(trained), "--data", text, "--device", "cpu", "--batch_size", "4", "--max_steps", "1"]
+    assert train.main([*flags, "--block_size", "8", "--dropout", "0.1", "--out", str(out), "--warmup_steps", "100"]) == 0
+    taken, before = settings(out), load_model(trained)
+    assert [taken[name] for name in ("n_layer", "n_embd", "block_size", "dropout")] == [1, 16, 8, 0.1]
+    assert [taken["vocab_size"], taken["learning_rate"]] == [before.config.vocab_size, 3e-5]
+    after = dict(load_model(out).named_parameters())
+    for name, p in before.named_parameters():
+        assert (p[: len(after[name])] - after[name]).abs().max() < 1e-6, name
+    loss = json.loads((out / "log.jsonl").read_text().splitlines()[0])["train_loss"]
+    assert loss < 3.0 < math.log(before.config.vocab_size)
+    assert train.main(["--resume", "--out", str(out), "--max_steps", "2"]) == 0
+    capsys.readouterr()
+    Path(text).write_text(TEXT + "!")
+    for wrong, words in (
+        ([], "'!' position"),
+        (["--n_layer", "2"], "n_layer is 2, expected 1"),
+        (["--block_size", "32"], "32 16"),
+    ):
+        assert train.main([*flags, *wrong, "--out", str(tmp_path / "no")]) == 2
+        error = capsys.readouterr().err
+        assert all(word in error for word in words.split())
+    assert not (tmp_path / "no").exists()
 
 
 def test_runs_are_numbered(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,6 +287,7 @@ class Letters:
         return bytes(ids)
 
 
+@pytest.mark.parametrize("size", [1, 3, 99])
 @pytest.mark.parametrize(
     ("text", "stops", "written"),
     [
@@ -269,13 +299,14 @@ class Letters:
         ("xyz", ["yz", "z"], "x"),
     ],
 )
-def test_stream(text: str, stops: list[str], written: str) -> None:
+def test_stream(text: str, stops: list[str], written: str, size: int) -> None:
     """Half a stop text shown, an innocent beginning of one lost, or half a character."""
     pieces: list[str] = []
     stream = TextStream(Letters(), pieces.append, stops)  # type: ignore[arg-type]
     with suppress(Stopped):
-        for byte in text.encode():
-            stream.token(torch.tensor([byte]))
+        encoded = list(text.encode())
+        for i in range(0, len(encoded), size):
+            stream.token(torch.tensor(encoded[i : i + size]))
         stream.end()
     assert "".join(pieces) == written
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from gpt import GPT, BPETokenizer, CharTokenizer, GPTConfig, InputError
-from gpt.convert import load_pretrained_tokenizer, save_bin
-from gpt.data import TokenData
+from gpt.convert import SPLITS, load_pretrained_tokenizer, save_bin
+from gpt.data import DataConfig, TokenData
 from tests.gpt.layouts import BookGPT, C, H, L, NanoGPT, T, V, lively
 
 BOOK_CONFIG = {
@@ -139,12 +138,12 @@ def test_our_own_checkpoints(tmp_path: Path) -> None:
 
 
 def test_the_random_state_is_left_alone(tmp_path: Path) -> None:
-    """Loading that shifts every number drawn after it."""
+    """Loading that shifts every number drawn after it, or that forgets use_triton."""
     path = saved(nano_checkpoint(NanoGPT()), tmp_path / "ckpt.pt")
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    GPT.from_pretrained(path)
+    assert GPT.from_pretrained(path, use_triton=False).use_triton is False
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -241,7 +240,9 @@ def test_tokens_go_out_as_nanogpt_reads_them(tokenizer: Any, tmp_path: Path) -> 
     train, validation = (np.fromfile(tmp_path / "out" / f"{name}.bin", "<u2") for name in ("train", "val"))
     assert [*train, *validation] == tokenizer.encode(text)
     assert len(train) == len(data.tokens("train"))
-    assert json.loads((tmp_path / "out" / "tokenizer.json").read_text("utf-8")) == tokenizer.to_json()
+    back = TokenData.load(DataConfig(data=(str(tmp_path / "out"),)))
+    assert back.tokenizer.to_json() == tokenizer.to_json()
+    assert all(np.array_equal(back.tokens(split), data.tokens(split)) for split in SPLITS)
 
 
 def test_too_many_ids_for_bins(tmp_path: Path) -> None:

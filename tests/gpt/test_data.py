@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpt import CharTokenizer, InputError, cache
+from gpt import BPETokenizer, CharTokenizer, InputError, cache
 from gpt.corpus import open_corpus
 from gpt.data import IGNORED, Batch, DataConfig, TokenData
 from tests.gpt.models import lively
@@ -92,7 +92,7 @@ def test_windows_cover_each_target_once(data: TokenData) -> None:
 
 def test_bigram_loss(data: TokenData, monkeypatch: pytest.MonkeyPatch) -> None:
     """A baseline counted on the validation split, without smoothing, or over other targets than the model's."""
-    monkeypatch.setattr("gpt.data._CHUNK", 97)
+    monkeypatch.setattr("gpt.data.CHUNK", 97)
     train, validation = data.tokens("train").tolist(), data.tokens("validation").tolist()
     pairs, singles = Counter(itertools.pairwise(train)), Counter(train[:-1])
     v = data.tokenizer.vocab_size
@@ -223,7 +223,7 @@ def test_long_texts_are_cut_where_no_token_crosses(tmp_path: Path, monkeypatch: 
     """A long file whose tokens differ from those of its text encoded at once."""
     path = write(tmp_path, text=TEXT.replace(" ", "  \n \n", 300)) / "text.txt"
     whole = load(path, tokenizer="bpe", bpe_vocab_size=300)
-    monkeypatch.setattr("gpt.data._CHUNK", 50)
+    monkeypatch.setattr("gpt.shards.CHUNK", 50)
     monkeypatch.setenv("FUSED_GPT_CACHE", str(tmp_path / "other"))
     cut = load(path, tokenizer="bpe", bpe_vocab_size=300)
     for split in ("train", "validation"):
@@ -317,3 +317,62 @@ def test_packed_bigrams(tmp_path: Path) -> None:
     pairs = [(int(a), int(b)) for first, second in packed._pairs("train") for a, b in zip(first, second, strict=True)]
     assert len(pairs) == len(flat.tokens("train")) - 1 - 4
     assert packed.bigram_loss() != flat.bigram_loss()
+
+
+BINS = BPETokenizer({bytes([b]): b for b in range(256)}, {"<|endoftext|>": 256})
+
+
+def write_bins(folder: Path, tokenizer: bool = True, **texts: str) -> Path:
+    """nanoGPT's files of byte tokens, with | for the end of a document."""
+    for name, text in texts.items():
+        ids = [256 if c == "|" else ord(c) for c in text]
+        np.asarray(ids, "<u2").tofile(folder / f"{name}.bin")
+    if tokenizer:
+        BINS.save(folder)
+    return folder
+
+
+def test_bins(tmp_path: Path) -> None:
+    """nanoGPT's data split anew, read in another byte order, or without the tokenizer that made it."""
+    data = load(write_bins(tmp_path, train=TEXT[:200], val=TEXT[300:350]))
+    assert BINS.decode(data.tokens("train").tolist()) == TEXT[:200]
+    assert BINS.decode(data.tokens("validation").tolist()) == TEXT[300:350]
+    assert data.batch("train", **BATCH).inputs.dtype == torch.int64
+    one = load(tmp_path / "train.bin")
+    assert [len(one.tokens("train")), len(one.tokens("validation"))] == [180, 20]
+    assert data.identity != one.identity
+    write_bins(tmp_path, val=TEXT[300:349] + "X")
+    assert load(tmp_path).identity != data.identity
+
+
+def test_packed_bins(tmp_path: Path) -> None:
+    """Documents in .bin files that run into one another, or that begin with the last one's end."""
+    data = load(write_bins(tmp_path, train="abc|de|fghijk|", val="lm|nopq"), pack_documents=True)
+    inputs, targets, start = next(data.windows("train", 1, 13))
+    assert BINS.decode(inputs[0].tolist()) == "abc<|endoftext|>de<|endoftext|>fghijk"
+    assert start[0].tolist() == [0, 0, 0, 0, 4, 4, 4, 7, 7, 7, 7, 7, 7]
+    assert [i for i, y in enumerate(targets[0].tolist()) if y == IGNORED] == [3, 6]
+    inputs, targets, start = next(data.windows("validation", 1, 6))
+    assert start[0].tolist() == [0, 0, 0, 3, 3, 3]
+    CharTokenizer("abc").save(tmp_path)
+    with pytest.raises(InputError, match="endoftext"):
+        load(tmp_path, pack_documents=True)
+
+
+def test_wrong_bins(tmp_path: Path) -> None:
+    """Ids that nobody can read, half an id, or an id that the model does not have."""
+    write_bins(tmp_path, tokenizer=False, train=TEXT[:100])
+    with pytest.raises(InputError, match=r"holds train\.bin without val\.bin"):
+        load(tmp_path)
+    write_bins(tmp_path, tokenizer=False, val=TEXT[:50])
+    for name in (None, "char", "bpe"):
+        with pytest.raises(InputError, match=rf"tokenizer is {name or 'not given'}, expected gpt2 or a path"):
+            load(tmp_path, tokenizer=name)
+    with pytest.raises(InputError, match=r"\.bin files among others"):
+        load(tmp_path / "train.bin", tmp_path / "val.bin")
+    CharTokenizer("abc").save(tmp_path)
+    with pytest.raises(InputError, match=r"have id 1\d\d, expected 0 to 2"):
+        load(tmp_path).batch("train", **BATCH)
+    (tmp_path / "val.bin").write_bytes(b"abc")
+    with pytest.raises(InputError, match=r"val\.bin has 3 bytes, expected uint16"):
+        load(tmp_path)

@@ -152,6 +152,16 @@ def test_a_hostile_file_is_one_line(
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
+def test_torch_refuses_code_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second line of defence that is not there: weights_only=True."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("gpt.foreign._needed", lambda content: None)
+    Path("ckpt.pt").write_bytes(HOSTILE["code"][0])
+    with pytest.raises(InputError, match=r"is damaged \(UnpicklingError"):
+        GPT.from_pretrained("ckpt.pt")
+    assert not Path("ran").exists()
+
+
 def test_contents_decide_and_not_names(tmp_path: Path) -> None:
     """A mislabelled file that is refused, or unpickled because of its name."""
     (tmp_path / "model.bin").write_bytes(nano_file())

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gpt import GPT, InputError
-from gpt.generate import KVCache, keep_top_p, sample
+from gpt.decode import KVCache
+from gpt.generate import keep_top_p, sample
 from tests.gpt.models import CONFIGS, SMALL, lively, padded, tokens
 
 V = SMALL.vocab_size

@@ -117,11 +117,13 @@ def test_a_head_of_its_own_in(tmp_path: Path) -> None:
     assert_same_logits(GPT.from_pretrained(tmp_path), transformers.GPT2LMHeadModel.from_pretrained(tmp_path))
 
 
-def test_dropout_can_be_given(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["dropout", "drop_rate", "resid_pdrop"])
+def test_dropout_can_be_given(name: str, tmp_path: Path) -> None:
     """Fine-tuning that is stuck with the dropout of pre-training."""
     theirs = gpt2()
     theirs.save_pretrained(tmp_path)
-    ours = GPT.from_pretrained(tmp_path, {"dropout": 0.3})
+    rates = dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], 0.3) if name == "resid_pdrop" else {name: 0.3}
+    ours = GPT.from_pretrained(tmp_path, rates)
     assert ours.config.dropout == 0.3
     assert_same_logits(ours, theirs)
 
@@ -184,6 +186,7 @@ def test_weights_out_and_in_again(fields: dict[str, Any], tmp_path: Path) -> Non
     ours.save_pretrained(tmp_path / "out", format="huggingface")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(theirs) is transformers.GPT2LMHeadModel
+    assert theirs.config.tie_word_embeddings == ours.config.tie_weights
     assert theirs.config.resid_pdrop == theirs.config.attn_pdrop == theirs.config.embd_pdrop == ours.config.dropout
     assert_same_logits(ours, theirs)
     back = GPT.from_pretrained(tmp_path / "out")
@@ -201,6 +204,15 @@ def test_half_precision_out(tmp_path: Path) -> None:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert theirs.dtype == torch.bfloat16
     assert torch.equal(theirs.lm_head.weight, ours.wte.weight)
+
+
+def test_older_versions_load_it_too(tmp_path: Path) -> None:
+    """A file without the mark of torch's format, which transformers 4 refuses."""
+    from safetensors import safe_open
+
+    lively().save_pretrained(tmp_path / "out", format="huggingface")
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
 
 
 @pytest.mark.parametrize(

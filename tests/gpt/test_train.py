@@ -36,7 +36,7 @@ CONFIG = TrainConfig(
     log_interval=1,
     device="cpu",
 )
-TIMES = ("seconds", "tokens_per_second")
+TIMES = ("seconds", "tokens_per_second", "mfu")
 
 
 @pytest.fixture
@@ -187,14 +187,36 @@ def test_log(data: TokenData, tmp_path: Path) -> None:
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_gradient_norms(data: TokenData, tmp_path: Path) -> None:
+    """Norms after clipping, or layers that are left out."""
+    run(data, tmp_path, replace(CONFIG, grad_clip=0.01))
+    for record in log(tmp_path):
+        norms = record["gradient_norms"]
+        assert set(norms) == {"wte", "wpe", "blocks.0", "ln_f"}
+        assert sum(norm**2 for norm in norms.values()) ** 0.5 == pytest.approx(record["gradient_norm"], rel=1e-4)
+        assert record["gradient_norm"] > 0.01
+
+
+def test_mfu(data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A share of the peak by another formula than stated, or one that is made up where no peak is known."""
+    run(data, tmp_path / "unknown", replace(CONFIG, max_steps=1))
+    assert log(tmp_path / "unknown")[0]["mfu"] is None
+    monkeypatch.setattr("gpt.trainer.peak_flops", lambda device: 1e9)
+    run(data, tmp_path / "known", replace(CONFIG, max_steps=1))
+    record = log(tmp_path / "known")[0]
+    flops = 6 * (make_model(data).num_parameters() - 16 * 16) + 12 * 1 * 2 * 8 * 16
+    assert record["mfu"] == pytest.approx(flops * record["tokens_per_second"] / 1e9)
+
+
 def test_non_finite_numbers_are_null(data: TokenData, tmp_path: Path) -> None:
     """A log that is no JSON."""
     trainer = Trainer(make_model(data), data, CONFIG, out=tmp_path)
-    trainer._write_log({"step": 1, "train_loss": math.nan, "gradient_norm": math.inf})
+    trainer._write_log({"step": 1, "train_loss": math.nan, "gradient_norm": math.inf, "gradient_norms": {"wte": -math.inf}})
     assert json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=pytest.fail) == {
         "step": 1,
         "train_loss": None,
         "gradient_norm": None,
+        "gradient_norms": {"wte": None},
     }
 
 
@@ -385,6 +407,17 @@ def test_bfloat16(data: TokenData, tmp_path: Path) -> None:
     assert trainer.estimate("train") == pytest.approx(full, rel=1e-2)
     trainer.run()
     assert trainer.model.wte.weight.dtype == torch.float32
+
+
+def test_compile(data: TokenData, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flag that is accepted and does nothing, or a compiled model that trains another one's parameters."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model: compile(model, backend="eager"))
+    config = replace(CONFIG, max_steps=3, compile=True)
+    trainer = Trainer(make_model(data, dropout=0.0), data, config)
+    assert trainer._step._forward is not trainer.model
+    compiled = trainer.run()
+    assert compiled == Trainer(make_model(data, dropout=0.0), data, replace(config, compile=False)).run()
 
 
 def test_wrong_settings(data: TokenData, tmp_path: Path) -> None:

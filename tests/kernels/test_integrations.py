@@ -181,6 +181,35 @@ def test_attention_that_is_not_causal_falls_back(calls: list[Tensor | None]) -> 
     assert len(calls) == 2
 
 
+def attend(implementation: Any, q: Tensor, k: Tensor, **settings: Any) -> Tensor:
+    return implementation(torch.nn.Module(), q, k, k, None, **settings)[0]
+
+
+def test_a_scale_of_the_models_is_kept() -> None:
+    """Models that scale by something other than the head's width."""
+    q, k = torch.randn(2, 1, 2, 5, 8)
+    sdpa = transformers.AttentionInterface()["sdpa"]
+    torch.testing.assert_close(attend(fused.attention, q, k, scaling=1.7), attend(sdpa, q, k, scaling=1.7))
+
+
+def test_dropout_is_kept() -> None:
+    """Training without the dropout of the attention's weights, or of the feed-forward."""
+    q, k = torch.randn(2, 1, 2, 5, 8)
+    assert (attend(fused.attention, q, k, dropout=0.9) == 0).float().mean() > 0.2
+    model = gpt2(resid_pdrop=0.5).train()
+    fused.fuse(model)
+    assert (model.transformer.h[0].mlp(torch.randn(4, 9, 32)) == 0).float().mean() == pytest.approx(0.5, abs=0.1)
+
+
+def test_queries_without_a_mask_before_the_last_key_fall_back() -> None:
+    """A static cache's first pass, in which the queries stand at the front and not at the end."""
+    q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 7, 8)
+    sdpa = transformers.AttentionInterface()["sdpa"]
+    with pytest.warns(kernels.FallbackWarning, match="queries stand at unsaid positions"):
+        actual = attend(fused.attention, q, k)
+    assert torch.equal(actual, attend(sdpa, q, k))
+
+
 @pytest.mark.parametrize("name", ["softcap", "s_aux"])
 def test_what_sdpa_cannot_do_either_is_refused(name: str) -> None:
     """A soft cap or sinks that are left out without a word."""

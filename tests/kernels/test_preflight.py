@@ -154,10 +154,10 @@ from kernels.registry import SPECS
 from kernels import preflight
 module = sys.modules["kernels.preflight"]
 examine = module._examine
-def crash(spec, case, device, dtype):
+def crash(spec, case, device, dtype, prefer):
     if spec.name == "causal_attention":
         os.kill(os.getpid(), 11)
-    return examine(spec, case, device, dtype)
+    return examine(spec, case, device, dtype, prefer)
 module._examine = crash
 module.serve()
 """
@@ -179,5 +179,5 @@ def test_cases_survive_the_way_to_the_child() -> None:
 
 def test_an_unknown_op_is_refused() -> None:
     """A misspelt op that is silently left out."""
-    with pytest.raises(ValueError, match="^preflight: 'softmax' is no op, expected one of add_layer_norm"):
+    with pytest.raises(ValueError, match=r"^preflight: 'softmax' is no op, expected one of add_layer_norm"):
         run_preflight([("softmax", Case({}))], CPU, torch.float32)

@@ -226,11 +226,12 @@ def test_opcheck(spec: OpSpec, case: Case) -> None:
         torch.library.opcheck(op, leaves)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("spec", "case"), SMALL)
-def test_compiled_equals_eager(spec: OpSpec, case: Case) -> None:
+def test_compiled_equals_eager(spec: OpSpec, case: Case, backend: str) -> None:
     """A graph break, or a compiled call whose output or gradients differ from the eager call's."""
     inputs = inputs_of(spec, case)
-    compiled = torch.compile(spec.function, fullgraph=True, backend="aot_eager", dynamic=False)
+    compiled = torch.compile(spec.function, fullgraph=True, backend=backend, dynamic=False)
     with kernels.use_backend(**{spec.name: "triton"}):
         eager, found = run(spec.function, inputs, spec.gradients), run(compiled, inputs, spec.gradients)
     torch.compiler.reset()

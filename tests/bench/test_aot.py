@@ -1,0 +1,188 @@
+"""The ahead-of-time report: what it reads from machine code, and which builds it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from bench import aot
+from bench.aot import Compiled, broken_gate, differences, examine_all, keys, line
+from gpt.options import run_command
+from kernels.registry import SPECS
+from kernels.spec import Build
+from kernels.tuning import Tile
+
+ROOT = Path(__file__).parents[2]
+GOOD = Compiled("op", "_kernel", "bf16-D64", 90, 4, 3, True, registers=128, shared=64 * 1024, hgmma=16)
+# In a process of its own: in this one kernels are interpreted.
+PROGRAM = """
+import json, sys
+from dataclasses import asdict
+from bench.aot import examine
+from kernels.spec import Build
+from kernels.tuning import Tile
+from tests.bench import toys
+signature = {"a_ptr": "*bf16", "b_ptr": "*bf16", "out_ptr": "*fp32", "K": "i32"}
+def dot(m, n, stages, dtype="bf16"):
+    kinds = {k: v.replace("bf16", dtype) for k, v in signature.items()}
+    blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 64}
+    return Build(toys.toy_dot_kernel, kinds, blocks, Tile(m, n, 4, stages), "toy", True, frozenset(signature))
+broken = Build(toys.toy_broken_kernel, {"x_ptr": "*fp32"}, {"BLOCK": 64}, Tile(64, 64), "toy")
+found = [(dot(64, 64, 3), 90), (dot(64, 64, 3), 80), (dot(256, 256, 4), 90), (dot(32, 32, 1, "fp32"), 90), (broken, 90)]
+print(json.dumps([asdict(examine("toy", *pair)) for pair in found]))
+"""
+
+
+def triton_environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_DEFAULT_FP_FUSION": "1"}
+
+
+def test_machine_code_is_read() -> None:
+    """A column that stays 0 whatever is compiled, or a gate that lets through what is too large, wrong or does not compile."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=triton_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    hopper, ampere, large, plain, broken = (Compiled(**row) for row in json.loads(done.stdout))
+    assert hopper.hgmma > 0
+    assert hopper.hmma == 0
+    assert 0 < hopper.registers <= 255
+    assert hopper.shared >= 2 * 2 * 64 * 64 * 2
+    assert hopper.problem == ""
+    assert ampere.hmma > 0
+    assert ampere.hgmma == 0
+    assert ampere.problem == ""
+    assert large.spills > 0
+    assert large.stack > 0
+    assert large.problem == "shared memory 256 KB, the limit is 227 KB"
+    assert plain.problem == "no HGMMA"
+    assert broken.problem.startswith("does not compile: ")
+    assert "\n" not in broken.problem
+
+
+def test_gates() -> None:
+    """A gate that asks of every build what only gated ones promise, or of a kernel without products what it cannot have."""
+    assert broken_gate(GOOD, True) == ""
+    assert broken_gate(replace(GOOD, spills=3), True) == "3 spill instructions"
+    assert broken_gate(replace(GOOD, spills=3, gated=False), True) == ""
+    assert broken_gate(replace(GOOD, hgmma=0), True) == "no HGMMA"
+    assert broken_gate(replace(GOOD, hgmma=0), False) == ""
+    assert broken_gate(replace(GOOD, hgmma=0, hmma=5, architecture=80), True) == ""
+    for gated in (True, False):
+        assert "limit is 99 KB" in broken_gate(replace(GOOD, shared=100 * 1024, architecture=86, gated=gated), True)
+    assert broken_gate(replace(GOOD, shared=99 * 1024, architecture=86), True) == ""
+    assert "64/227 KB" in line(GOOD)
+    assert line(replace(GOOD, problem="no HGMMA")).endswith("BROKEN: no HGMMA")
+
+
+def test_what_changed_is_said() -> None:
+    """A spill that came, or a build that went, between two reports."""
+    other = replace(GOOD, label="fp16-D64")
+    lines = differences([GOOD, other], [replace(GOOD, spills=2, registers=255), replace(GOOD, label="bf16-D128")])
+    assert lines == [
+        f"{GOOD.id}: registers 128 -> 255, spills 0 -> 2",
+        f"{replace(GOOD, label='bf16-D128').id}: new",
+        f"{other.id}: gone",
+    ]
+    assert differences([GOOD], [GOOD]) == []
+
+
+@pytest.fixture
+def declared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two builds of an invented op, one of them gated and broken; nothing is compiled."""
+
+    class Kernel:
+        def __init__(self, name: str) -> None:
+            self.__name__ = name
+
+    def builds(architecture: int) -> list[Build]:
+        return [Build(Kernel("_a"), {}, {}, Tile(1, 1), "x", gated=True), Build(Kernel("_b"), {}, {}, Tile(1, 1), "y")]
+
+    def examine(chosen: list[aot.Key]) -> list[Compiled]:
+        wrong = {0: "no HGMMA", 1: ""}
+        return [
+            replace(GOOD, op=k.op, kernel="_ab"[k.place], architecture=k.architecture, problem=wrong[k.place]) for k in chosen
+        ]
+
+    monkeypatch.setitem(SPECS, "layer_norm", replace(SPECS["layer_norm"], builds=builds))
+    monkeypatch.setattr(aot, "examine_all", examine)
+    monkeypatch.delenv("TRITON_INTERPRET")
+
+
+def command(*arguments: str) -> int:
+    return run_command("bench.aot", aot.main, arguments)
+
+
+@pytest.mark.usefixtures("declared")
+def test_a_broken_gate_fails_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """CI that stays green on a broken gate; a report that cannot be compared with the one it wrote."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    path = str(tmp_path / "aot.json")
+    assert command("--op", "layer_norm", "--arch", "sm_90", "86", "--gated", "--json", path) == 1
+    assert "2 builds, 2 broken" in capsys.readouterr().out
+    assert command("--op", "layer_norm", "--match", "_b", "--arch", "90") == 0
+    assert command("--op", "layer_norm", "--arch", "90", "86", "--gated", "--diff", path) == 1
+    assert f"the same as {path}" in capsys.readouterr().out
+    assert [asdict(row) for row in aot.load(path)] == json.loads(Path(path).read_text("utf-8"))["builds"]
+    assert [key.place for key in keys(["layer_norm"], [90])] == [0, 1]
+
+
+def test_bad_flags_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A traceback, or a silent empty report, for what the user got wrong."""
+    (tmp_path / "other.json").write_text('{"builds": [{"a": 1}]}', encoding="utf-8")
+    for arguments, said in (
+        (["--arch", "91"], "'91', expected among 80, 86"),
+        (["--op", "atention"], "the nearest valid one is 'attention'"),
+        (["--gatd"], "the nearest valid one is '--gated'"),
+        (["--diff", str(tmp_path / "none.json")], "cannot read"),
+        (["--diff", str(tmp_path / "other.json")], "no report of bench.aot"),
+    ):
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        assert command(*arguments) == 2
+        error = capsys.readouterr().err
+        assert said in error
+        assert error.count("\n") == 1
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert command("--op", "norm") == 2
+    assert "TRITON_INTERPRET is 1" in capsys.readouterr().err
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(aot, "_triton_version", lambda: None)
+    assert command("--op", "norm") == 2
+    assert "triton is not installed" in capsys.readouterr().err
+
+
+class Crash:
+    """A pool whose worker dies at one build."""
+
+    def __init__(self, fatal: int) -> None:
+        self.fatal, self.dead = fatal, False
+
+    def __enter__(self) -> Crash:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def submit(self, function: object, key: aot.Key) -> Crash:
+        self.dead = self.dead or key.place == self.fatal
+        promised = Crash(self.fatal)
+        promised.dead, promised.key = self.dead, key  # type: ignore[attr-defined]
+        return promised
+
+    def result(self) -> int:
+        if self.dead:
+            raise aot.BrokenProcessPool
+        return self.key.place  # type: ignore[attr-defined, no-any-return]
+
+
+def test_a_crash_of_the_compiler_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One build that crashes the compiler takes the others' rows away, or hangs the report."""
+    monkeypatch.setattr(aot, "_workers", lambda count: Crash(2))
+    monkeypatch.setattr(aot, "builds", lambda op, architecture: [Build(int, {}, {}, Tile(1, 1), str(i)) for i in range(4)])
+    found = list(examine_all([aot.Key("op", 90, place) for place in range(4)]))
+    assert [row if isinstance(row, int) else row.problem for row in found] == [0, 1, "the compiler crashed", 3]

@@ -1,0 +1,272 @@
+"""The command lines: each runs to its end without a GPU, says what it found, and refuses bad input in one line."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench.__main__ as whole
+import bench.command
+import bench.generate
+import bench.measure
+import bench.safety
+import bench.train
+from bench import cases
+from bench.attention import BENCH
+from bench.command import command
+from bench.contestants import EAGER, OURS
+from bench.engine import find_bench
+from bench.record import load
+from gpt.config import GPTConfig
+from gpt.options import run_command
+from kernels import dispatch
+from tests.bench.reports import invented
+
+ROOT = Path(__file__).parents[2]
+TINY = GPTConfig(vocab_size=50, block_size=16, n_layer=1, n_head=2, n_embd=16)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything at a size that takes no time, on a machine whose kernels are not interpreted."""
+    monkeypatch.setattr(bench.measure, "MIN_SAMPLES", 1)
+    monkeypatch.setattr(bench.measure, "MAX_SETS", 2)
+    monkeypatch.setattr(bench.measure, "MAX_SAMPLES", 2)
+    monkeypatch.setattr(cases, "QUICK_WORK", 10**6)
+    monkeypatch.setattr(dispatch, "interpreting", False)
+    monkeypatch.setattr(GPTConfig, "preset", lambda name: TINY)
+    monkeypatch.setattr(bench.measure.Ceilings, "copy", lambda self: 1e10)
+    monkeypatch.setattr(bench.measure.Ceilings, "product", lambda self, m, n, k, dtype: 1e11)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_bench_runs_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A bench that needs a GPU, hides that it has none, or whose file is no report."""
+    path = tmp_path / "attention.json"
+    flags = ["--quick", "--device", "cpu", "--json", str(path), "--plot", "--profile", "--out", str(tmp_path)]
+    assert command(BENCH, flags) == 0
+    out = capsys.readouterr().out
+    assert "no GPU was found" in out
+    assert "fused-gpt: unavailable: " in out
+    assert "flash-attn: not installed" in out
+    assert "Traceback" not in out
+    report = load(path)
+    assert report.complete
+    assert report.machine.kind == "cpu"
+    assert {row.direction for row in report.find(op="causal_attention", contestant=EAGER)} == {"both", "forward", "backward"}
+    assert {row.direction for row in report.find(op="decode_attention", contestant=EAGER)} == {"forward"}
+    assert {row.status for row in report.find(contestant=OURS)} == {"unavailable"}
+    assert report.find(contestant="SDPA math")[0].status == "measured"
+    assert (tmp_path / "attention.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "attention-trace.json").read_text("utf-8"))["traceEvents"]
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("room", ["norm", "ffn", "loss"])
+def test_the_other_rooms_run_too(room: str, tmp_path: Path) -> None:
+    """A room whose contestants cannot be called as the engine calls them."""
+    path = tmp_path / f"{room}.json"
+    assert command(find_bench(room), ["--quick", "--device", "cpu", "--json", str(path)]) == 0
+    rows = load(path).rows
+    assert {row.op for row in rows if row.status == "measured"} == {spec.name for spec in find_bench(room).specs}
+    assert not [row for row in rows if row.status in ("wrong", "failed")]
+    assert room != "loss" or [row for row in rows if row.contestant == "whole logits" and row.status == "measured"]
+
+
+@pytest.mark.usefixtures("small")
+def test_whole_models_run_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A training or decoding figure that is missing, or whose formula is not the stated one."""
+    path = tmp_path / "train.json"
+    assert run_command("bench.train", bench.train.main, ["--quick", "--device", "cpu", "--json", str(path)]) == 0
+    ours, plain = load(path).rows
+    assert (ours.contestant, plain.contestant) == (OURS, "plain PyTorch")
+    assert ours.tokens == plain.tokens == 12 * 16
+    parameters = TINY.parameter_counts()["total"] - 16 * 16
+    assert ours.flops == (6 * parameters + 12 * 1 * 2 * 8 * 16) * 12 * 16
+    assert ours.limit == pytest.approx(ours.flops / 1e11)
+    assert "no stated peak is known" in capsys.readouterr().out
+    path = tmp_path / "generate.json"
+    assert run_command("bench.generate", bench.generate.main, ["--quick", "--device", "cpu", "--json", str(path)]) == 0
+    first, decode = load(path).find(contestant=OURS, status="measured")
+    assert (first.direction, decode.direction) == ("first token", "decode")
+    assert decode.bytes == (parameters + 2 * 1 * 16 * (4 + 4)) * 4
+    assert "B1" in decode.case.split("-")
+
+
+@pytest.mark.usefixtures("small")
+def test_a_wrong_model_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens per second of a model whose kernels compute something else."""
+    monkeypatch.setattr(bench.train, "_disagreement", lambda *_: "the loss is 3.0, with the references 2.0")
+    path = tmp_path / "train.json"
+    assert run_command("bench.train", bench.train.main, ["--quick", "--device", "cpu", "--json", str(path)]) == 1
+    assert [(row.status, row.seconds is None) for row in load(path).rows] == [("wrong", True), ("measured", False)]
+    monkeypatch.setattr(bench.generate, "_disagreement", lambda *_: "logits differ")
+    path = tmp_path / "generate.json"
+    assert run_command("bench.generate", bench.generate.main, ["--quick", "--device", "cpu", "--json", str(path)]) == 1
+    assert [(r.status, r.reason) for r in load(path).find(contestant=OURS)] == [("wrong", "logits differ")]
+
+
+@pytest.mark.usefixtures("small")
+def test_a_budget_drops_cases_and_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A budget that is ignored, or that drops cases in silence."""
+    monkeypatch.setattr(cases, "FULL_WORK", 10**6)
+    path = tmp_path / "norm.json"
+    flags = ["--device", "cpu", "--budget", "0.001s", "--contestants", "eager", "--json", str(path)]
+    assert command(find_bench("norm"), flags) == 0
+    report = load(path)
+    assert len({(row.op, row.case) for row in report.rows}) == 1
+    (dropped,) = [note for note in report.notes if note.startswith("left out for the budget")]
+    assert "add_layer_norm" in dropped
+
+
+def bad(run: Callable[[list[str]], int], *cases: tuple[list[str], str]) -> list[object]:
+    return [pytest.param(run, arguments, said, id=" ".join(arguments)) for arguments, said in cases]
+
+
+@pytest.mark.parametrize(
+    ("run", "arguments", "said"),
+    [
+        *bad(
+            lambda a: command(BENCH, a),
+            (["--quik"], "nearest valid one is '--quick'"),
+            (["--op", "causal"], "nearest valid one is 'causal_attention'"),
+            (["--contestants", "flash_attn"], "nearest valid one is 'flash-attn'"),
+            (["--contestants", "flash-attn"], "flash-attn cannot take part: not installed"),
+            (["--dtype", "bf17"], "expected auto|fp32|fp16|bf16|fp64"),
+            (["--device", "tpu"], "--device is 'tpu'"),
+            (["--device", "meta"], "--device is 'meta'"),
+            (["--budget", "soon"], "expected a duration"),
+            (["attention"], "unexpected argument"),
+        ),
+        *bad(
+            lambda a: run_command("bench", whole.main, a),
+            (["atention"], "nearest valid one is 'attention'"),
+            (["--budget", "0"], "expected a duration"),
+            (["--out", "/proc/nowhere"], "cannot write to /proc/nowhere"),
+            (["--qick"], "nearest valid one is '--quick'"),
+        ),
+        *bad(
+            lambda a: run_command("bench.train", bench.train.main, a),
+            (["--preset", "gpt3"], "'gpt3' is unknown"),
+            (["--batch_size", "-3"], "--batch_size is -3"),
+        ),
+        *bad(
+            lambda a: run_command("bench.generate", bench.generate.main, a), (["--batch_size", "1", "x"], "--batch_size is 'x'")
+        ),
+        *bad(
+            lambda a: run_command("bench.safety", bench.safety.main, a),
+            (["--op", "norm_layer"], "nearest valid one is 'layer_norm'"),
+            ([], "no GPU was found"),
+        ),
+    ],
+)
+def test_bad_input_is_one_line(
+    run: Callable[[list[str]], int], arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A traceback, a help page, or a run that starts although its flags are wrong."""
+    if torch.cuda.is_available() and said == "no GPU was found":
+        pytest.skip("there is a GPU")
+    assert run(arguments) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
+    assert "clock:" not in captured.out
+
+
+def fake_stages(monkeypatch: pytest.MonkeyPatch, *programs: tuple[str, str, bool]) -> None:
+    """Stages that run Python programs; those with a result get its path as their argument."""
+
+    def stages(names: object, options: object, folder: Path, **_: object) -> list[whole.Stage]:
+        found = []
+        for name, program, has_result in programs:
+            result = folder / "parts" / f"{name}.json" if has_result else None
+            line = [sys.executable, "-c", program, str(result)]
+            found.append(whole.Stage(name, lambda seconds, line=line: line, result))  # type: ignore[misc]
+        return found
+
+    monkeypatch.setattr(whole, "stages", stages)
+
+
+WRITE = "import shutil, sys; from pathlib import Path; shutil.copy(Path(sys.argv[1]).parents[1] / 'ready.json', sys.argv[1])"
+
+
+def test_a_whole_run_survives_its_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One bench that crashes or hangs takes the others' results with it, or goes unsaid."""
+    monkeypatch.setattr(whole, "GRACE", 0.0)
+    invented("layer_norm").save(tmp_path / "ready.json")
+    fake_stages(
+        monkeypatch,
+        ("crash", "raise SystemExit(7)", True),
+        ("good", WRITE, True),
+        ("hang", "import time; time.sleep(60)", False),
+        ("late", WRITE, True),
+    )
+    monkeypatch.setattr(whole, "WEIGHTS", {"hang": 0.1, "crash": 2, "good": 2})
+    began = time.monotonic()
+    assert run_command("bench", whole.main, ["--device", "cpu", "--budget", "30s", "--out", str(tmp_path)]) == 1
+    assert time.monotonic() - began < 30
+    report = load(tmp_path / "report.json")
+    assert report.complete
+    assert len(report.rows) == 2 * len(invented("layer_norm").rows)
+    assert "crash: FAILED with exit code 7" in report.notes
+    assert any(note.startswith("hang: stopped after") for note in report.notes)
+    assert (tmp_path / "report.png").exists()
+    text = (tmp_path / "report.md").read_text("utf-8")
+    assert "crash: FAILED" in text
+    assert "not measured" in text
+    assert "=== targets" in capsys.readouterr().out
+
+
+def test_a_run_that_is_killed_keeps_what_it_had(tmp_path: Path) -> None:
+    """Ten minutes of measurements lost to a Ctrl-C in the ninth, or a child that outlives its parent."""
+    invented("layer_norm").save(tmp_path / "ready.json")
+    program = f"""
+import sys, time
+from pathlib import Path
+import pytest
+import bench.__main__ as whole
+from tests.bench.test_commands import WRITE, fake_stages
+with pytest.MonkeyPatch.context() as patch:
+    waiting = WRITE + "; Path(sys.argv[1] + '.there').touch(); import time; time.sleep(60)"
+    fake_stages(patch, ("first", WRITE, True), ("second", waiting, True), ("third", WRITE, True))
+    code = whole.run_command("bench", whole.main, ["--device", "cpu", "--out", {str(tmp_path)!r}])
+sys.exit(code)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.DEVNULL)
+    there = tmp_path / "parts" / "second.json.there"
+    for _ in range(600):
+        if there.exists() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 130
+    report = load(tmp_path / "report.json")
+    assert not report.complete
+    assert len(report.rows) == 2 * len(invented("layer_norm").rows)
+    assert "stopped: second, third unfinished" in report.notes
+
+
+def test_the_stages_are_those_asked_for(tmp_path: Path) -> None:
+    """A bench that is missing from the whole run, an op's flag that is lost, or tests left out on a GPU."""
+    options = whole.Options(quick=True)
+    everything = whole.stages([], options, tmp_path, on_gpu=False)
+    assert [stage.name for stage in everything] == ["attention", "norm", "ffn", "loss", "train", "generate"]
+    line = everything[0].command(61.5)
+    assert line[-3:] == ["--quick", "--budget", "61s"]
+    (norm,) = whole.stages(["add_layer_norm"], options, tmp_path, on_gpu=False)
+    assert norm.command(5)[-5:-2] == ["--quick", "--op", "add_layer_norm"]
+    names = [stage.name for stage in whole.stages(["norm", "train"], options, tmp_path, on_gpu=True)]
+    assert names[:2] == ["gpu tests", "same bits"]
+    assert names[-2:] == ["norm", "train"]
+    tests = whole.stages(["norm"], options, tmp_path, on_gpu=True)[0].command(9)
+    assert tests[-2:] == ["-k", "layer_norm or add_layer_norm"]

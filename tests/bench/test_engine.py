@@ -1,0 +1,292 @@
+"""The engine: nothing wrong is timed, and everybody gets a row that says why."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import bench.engine
+from bench.cases import Race, fit, plan
+from bench.contestants import OURS, Contestant, Unsupported, only, optional
+from bench.engine import Bench, Runner, find_bench, lane
+from bench.measure import Ceilings, Clock, Lane, capture
+from bench.record import Row
+from bench.targets import Target
+from kernels import dispatch
+from kernels.registry import SPECS
+from kernels.spec import Case
+
+CPU = torch.device("cpu")
+NORM = SPECS["layer_norm"]
+RACE = Race(NORM, Case({"N": 6, "C": 40}))
+
+
+class Wrong(torch.autograd.Function):
+    """An identity whose gradient is off by a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, factor: float) -> torch.Tensor:
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return grad * ctx.factor, None
+
+
+def planted(forward: float = 1.0, gradient: float = 1.0) -> Any:
+    def function(**inputs: Any) -> torch.Tensor:
+        return Wrong.apply(NORM.reference(**inputs), gradient) * forward
+
+    return function
+
+
+@pytest.fixture(autouse=True)
+def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.measure, "MIN_SAMPLES", 1)
+    monkeypatch.setattr(bench.measure, "MAX_SETS", 2)
+    monkeypatch.setattr(dispatch, "interpreting", False)
+
+
+def runner(*peers: Contestant, names: tuple[str, ...] = ()) -> Runner:
+    clock = Clock(CPU)
+    clock.sample_seconds = 0.0
+    ceilings = Ceilings(clock, 0.0)
+    ceilings._copy = 1e9
+    return Runner(Bench("norm", lambda spec, compiled: list(peers)), clock, ceilings, torch.float32, 0.0, False, names)
+
+
+def rows_of(name: str, *peers: Contestant) -> list[Row]:
+    return [row for row in runner(*peers).run(RACE) if row.contestant == name]
+
+
+@pytest.mark.parametrize("function", [planted(forward=1.001), planted(gradient=1.001), planted(forward=float("nan"))])
+def test_a_wrong_kernel_gets_no_time(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The speed of a kernel whose output, or only whose gradient, is wrong."""
+    shared = [Contestant(OURS, function, peer=False), Contestant("eager", NORM.reference, peer=False)]
+    monkeypatch.setattr(bench.engine, "shared", lambda spec, compiled: shared)
+    (row,) = rows_of(OURS)
+    assert (row.status, row.seconds) == ("wrong", None)
+    assert row.error is not None
+    assert not row.error <= 1
+    assert "FAILED" in row.reason
+    assert {row.status for row in rows_of("eager")} == {"measured"}
+
+
+def test_a_peer_is_shown_with_its_error() -> None:
+    """A peer that rounds otherwise disappears, or one that is plainly wrong is timed."""
+    eps = torch.finfo(torch.float32).eps
+    close, far = Contestant("close", planted(forward=1 + 12 * eps)), Contestant("far", planted(forward=1.01))
+    found = rows_of("close", close)
+    assert [row.direction for row in found] == ["both", "forward", "backward"]
+    assert all(row.status == "measured" and row.error is not None and row.error > 1 for row in found)
+    assert [row.status for row in rows_of("far", far)] == ["wrong"]
+
+
+def test_who_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A traceback, or silence, in the place of a reason; our own failure passed off as "unavailable"."""
+
+    def fails(**_: Any) -> None:
+        raise Unsupported("has no such thing. And more")
+
+    def exhausts(**_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    (ours,) = rows_of(OURS)
+    assert ours.status == "unavailable"
+    assert "need TRITON_INTERPRET=1" in ours.reason
+    assert [(r.status, r.reason) for r in rows_of("p", Contestant("p", fails))] == [("unavailable", "has no such thing")]
+    assert [(r.status, r.reason) for r in rows_of("p", Contestant("p", exhausts))] == [("failed", "out of memory")]
+    absent = Contestant("p", None, absent="not installed")
+    assert [(r.status, r.reason) for r in rows_of("p", absent)] == [("absent", "not installed")]
+    monkeypatch.setattr(bench.engine, "shared", lambda spec, compiled: [Contestant(OURS, fails, peer=False)])
+    assert rows_of(OURS)[0].status == "failed"
+
+
+def test_rows_carry_the_work_of_their_direction() -> None:
+    """Forward's operations or bytes shown for forward and backward, or a limit of the wrong direction."""
+    found = {row.direction: row for row in rows_of("eager")}
+    for direction, parts in (("forward", ["forward"]), ("backward", ["backward"]), ("both", ["forward", "backward"])):
+        row = found[direction]
+        assert row.flops == sum(NORM.flops(RACE.case, part) for part in parts)
+        assert row.bytes == sum(NORM.bytes(RACE.case, torch.float32, part) for part in parts)
+        assert row.limit == pytest.approx(row.bytes / 1e9)
+        assert row.low is not None
+        assert row.seconds is not None
+        assert row.low <= row.seconds
+
+
+def test_an_op_without_gradients_has_a_forward_alone() -> None:
+    """A backward of decoding, which does not exist."""
+    spec = SPECS["decode_attention"]
+    found = list(runner(names=("eager",)).run(Race(spec, spec.tagged("small")[0])))
+    assert [(row.direction, row.status) for row in found] == [("forward", "measured")]
+
+
+def test_contestants_that_do_not_fit_together_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One contestant's memory takes everybody's figures away."""
+    here = runner()
+
+    def full(lanes: dict[str, Lane], *_: Any) -> Any:
+        if len(lanes) > 1 or "big" in lanes:
+            raise torch.OutOfMemoryError
+        return dict.fromkeys(lanes, "a time")
+
+    monkeypatch.setattr(bench.engine, "interleave", full)
+    assert here._time({"a": Lane([]), "big": Lane([]), "c": Lane([])}) == {"a": "a time", "c": "a time"}
+
+
+def test_backward_builds_a_graph_for_each_sample() -> None:
+    """A graph that is freed by the first sample, or kept for ever."""
+    inputs = runner().input_sets(NORM, RACE.case)
+    backward = lane(NORM, Contestant("eager", NORM.reference), inputs, "backward")
+    assert backward.prepare is not None
+    for _ in range(2):
+        backward.prepare()
+        for call in backward.calls:
+            call()
+    with pytest.raises(IndexError):
+        [call() for call in backward.calls for _ in range(2)][-1]
+
+
+def test_sets_of_inputs_differ_and_none_is_zero() -> None:
+    """The same numbers in every set, or zeros, which multiply faster."""
+    first, second = runner().input_sets(NORM, RACE.case)
+    assert not torch.equal(first["x"], second["x"])
+    assert first["x"].count_nonzero() == first["x"].numel()
+
+
+def test_arguments_that_a_peer_does_not_know_are_refused() -> None:
+    """A peer that is timed without what the case asks for."""
+    call = only(lambda q: q, ("q",))
+    assert call(q=1, key_start=None, dropout_p=0.0) == 1
+    with pytest.raises(Unsupported, match="has no dropout_p"):
+        call(q=1, dropout_p=0.5)
+
+
+def test_absent_peers_are_named() -> None:
+    """A peer whose import fails takes the bench down, or vanishes from its table."""
+
+    def missing() -> Any:
+        raise ModuleNotFoundError
+
+    def broken() -> Any:
+        raise OSError("libsomething.so: cannot open. Really")
+
+    assert optional("p", missing).absent == "not installed"
+    assert optional("p", broken).absent == "its import failed: libsomething.so: cannot open"
+
+
+@pytest.mark.parametrize("room", sorted({spec.room for spec in SPECS.values()}))
+def test_every_room_has_a_bench(room: str) -> None:
+    """An op that `python -m bench` leaves out."""
+    found = find_bench(room)
+    assert found.room == room
+    for spec in found.specs:
+        names = [c.name for c in [*found.peers(spec, False)]]
+        assert len(set(names)) == len(names)
+        for case in spec.tagged("bench"):
+            sizes = found.product(spec, case)
+            assert sizes is None or all(size > 0 for size in sizes)
+    assert find_bench("a room without a file").specs == []
+
+
+def test_cases_are_cut_to_size() -> None:
+    """A processor that is given a GPU's case; heads that no longer divide, or more queries than keys, after the cut."""
+    for spec in SPECS.values():
+        for case in spec.tagged("bench"):
+            cut = fit(spec, case, 10**9)
+            assert spec.flops(cut, "forward") + spec.flops(cut, "backward") <= 10**9
+            assert cut["D"] == case["D"] if "D" in case.sizes else True
+            assert all(size >= 1 for size in cut.sizes.values())
+    grouped = Case({"B": 4, "H": 12, "Hkv": 4, "Tq": 512, "Tk": 1024, "D": 64})
+    cut = fit(SPECS["causal_attention"], grouped, 10**7)
+    assert cut["H"] % cut["Hkv"] == 0
+    assert cut["Tq"] <= cut["Tk"] < 1024
+
+
+def test_the_targeted_cases_come_first() -> None:
+    """A budget that drops what the targets speak of before what they do not."""
+    target = Target("t", "layer_norm", "forward", "share", {"C": 4096})
+    races = plan([NORM, SPECS["gelu_ffn"]], [target], on_gpu=True, quick=False)
+    assert races[0].case["C"] == 4096
+    assert [race.spec.name for race in races[1:5]] == ["layer_norm", "gelu_ffn", "layer_norm", "gelu_ffn"]
+    assert len(races) == len(NORM.tagged("bench")) + len(SPECS["gelu_ffn"].tagged("bench"))
+    assert [race.spec.name for race in plan([NORM, SPECS["gelu_ffn"]], [], on_gpu=False, quick=True)] == [
+        "layer_norm",
+        "gelu_ffn",
+    ]
+    everything = plan(SPECS.values(), [], on_gpu=False, quick=False)
+    assert len({(race.spec.name, race.case.id) for race in everything}) == len(everything)
+
+
+def test_bits_that_change_are_seen() -> None:
+    """A race: another gradient the next time, or a NaN that is taken for a difference."""
+    from bench.safety import unsteady
+
+    def restless(**inputs: Any) -> torch.Tensor:
+        return Wrong.apply(NORM.reference(**inputs), 1 + 1e-6 * torch.rand(()).item())
+
+    def steady(**inputs: Any) -> torch.Tensor:
+        return NORM.reference(**inputs) * float("nan")
+
+    case = NORM.tagged("small")[0]
+    where = (case, torch.float32, CPU)
+    assert unsteady(replace(NORM, function=restless), *where, 3, "reference") == ["dbias", "dweight", "dx"]
+    assert unsteady(replace(NORM, function=steady), *where, 3, "reference") == []
+    loss = SPECS["linear_cross_entropy"]
+    assert unsteady(loss, loss.tagged("small")[0], torch.float32, CPU, 2, "reference") == []
+
+
+class FakeGraph:
+    """A CUDA graph whose replay does nothing."""
+
+    def replay(self) -> None:
+        pass
+
+
+def test_the_gpu_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graph times or memory that are lost on their way into the rows; a contestant that cannot be captured taken as failed."""
+    allocated = iter(range(0, 10**6, 1000))
+    fakes = {
+        "CUDAGraph": FakeGraph,
+        "graph": lambda graph, stream: nullcontext(),
+        "stream": lambda stream: nullcontext(),
+        "synchronize": lambda device: None,
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": lambda device: None,
+        "memory_allocated": lambda device: next(allocated),
+        "max_memory_allocated": lambda device: next(allocated),
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    captured: list[int] = []
+
+    def waits(**inputs: Any) -> torch.Tensor:
+        if captured:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return NORM.reference(**inputs)
+
+    def capturing(lane: Lane, clock: Clock) -> Lane:
+        captured.append(1)
+        try:
+            return capture(lane, clock)
+        finally:
+            captured.clear()
+
+    monkeypatch.setattr(bench.engine, "capture", capturing)
+    here = runner(Contestant("waits", waits), names=("eager", "waits"))
+    here.clock.on_gpu = True
+    monkeypatch.setattr(Clock, "time", lambda self, calls, rounds=1: [call() for call in calls] and 1.0)
+    rows = list(here.run(RACE))
+    assert [(row.contestant, row.direction) for row in rows] == [
+        (name, direction) for direction in ("both", "forward", "backward") for name in ("eager", "waits")
+    ]
+    assert all(row.status == "measured" and row.memory is not None for row in rows)
+    assert [row.graph_seconds is not None for row in rows] == [True, False, True, False, True, True]
+    kept = next(row for row in rows if row.direction == "forward")
+    assert kept.memory == 1000 - 6 * 40 * 4

@@ -1,0 +1,185 @@
+"""What is made of measurements: files, tables, targets, pictures, and the READMEs' figures."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import readme, table, targets
+from bench.attention import PINNED
+from bench.contestants import COMPILED, EAGER, OURS
+from bench.generate import PLAIN
+from bench.plot import draw
+from bench.record import FORMULAS, Report, Row, load
+from bench.targets import Target, judge
+from gpt.errors import InputError
+from kernels.registry import SPECS
+from tests.bench.reports import invented
+
+REPORT = invented("causal_attention", "decode_attention", "layer_norm")
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "report.json"
+    REPORT.save(path)
+    return path
+
+
+def test_a_report_comes_back_whole(saved: Path) -> None:
+    """A field lost, or of another type, between writing and reading."""
+    assert load(saved) == REPORT
+    assert json.loads(saved.read_text("utf-8"))["formulas"] == FORMULAS
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda d: d.update(format=99), "format is 99, expected 1"),
+        (lambda d: d.pop("machine"), "machine is missing"),
+        (lambda d: d.update(extra=1), "extra is unknown"),
+        (lambda d: d["rows"][0].update(seconds="fast"), "seconds is 'fast', expected float or NoneType"),
+        (lambda d: d["rows"][0].update(samples=True), "samples is True, expected int or NoneType"),
+        (lambda d: d["rows"][0].pop("op"), "op is missing"),
+        (lambda d: d["rows"][0].update(status="fine"), "status is 'fine'"),
+        (lambda d: d["rows"][0].update(direction="sideways"), "direction is 'sideways'"),
+        (lambda d: d["rows"][0].update(status="wrong"), "is wrong, with seconds"),
+        (lambda d: d.update(rows={}), "rows is {}"),
+        (lambda d: d.update(machine=3), "machine: is int"),
+    ],
+)
+def test_what_is_no_report_is_refused(saved: Path, change: Any, said: str) -> None:
+    """A file of another form that is read as if it were a report; the time of a wrong kernel."""
+    content = json.loads(saved.read_text("utf-8"))
+    change(content)
+    saved.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(InputError, match=re.escape(said)):
+        load(saved)
+
+
+def test_derived_figures() -> None:
+    """A rate that is off by a thousand, or over the wrong time."""
+    row = Row(
+        "op", "B1", "bf16", "both", OURS, "measured", seconds=0.002, flops=4 * 10**12, bytes=6 * 10**9, tokens=100, limit=0.001
+    )
+    assert (row.tflops, row.gbps, row.tokens_per_second, row.share) == (2000, 3000, 50_000, 0.5)
+    assert replace(row, seconds=None).share is None
+    assert [table.duration(s) for s in (1.5, 0.0123, 4.2e-5, 3e-9)] == ["1.50 s", "12.3 ms", "42.0 µs", "3.00 ns"]
+    assert [table.seconds(t) for t in ("8m", "90s", "1.5h", "7", "soon", "-3s")] == [480, 90, 5400, 7, None, None]
+
+
+def test_the_table_shows_everybody() -> None:
+    """A contestant that is left out of the table, a ratio the wrong way round, or a refusal without its reason."""
+    rows = [row for row in REPORT.rows if row.op == "causal_attention"][:21]
+    rows.append(replace(rows[0], contestant="bad", status="wrong", seconds=None, reason="dq: FAILED max 9.00"))
+    text = table.race(rows)
+    assert text.index("forward + backward") < text.index("\n forward\n") < text.index("\n backward\n")
+    slow = next(line for line in text.splitlines() if "SDPA math" in line)
+    assert re.search(r"\b9\.00\b", slow)
+    assert "bad: WRONG, so not timed: dq: FAILED max 9.00" in text
+    marked = table.race([replace(rows[0], error=3.0)])
+    assert "3.00 !" in marked
+
+
+def test_targets_speak_of_what_there_is() -> None:
+    """A target for an op, a contestant or a metric that no bench has, which would never be measured."""
+    known = {EAGER, COMPILED, PLAIN, "transformers", "liger-kernel", "whole logits", "whole logits, compiled", *PINNED}
+    for target in targets.load():
+        assert target.metric in ("speedup", "share", "memory", "tokens_per_second")
+        assert (target.at_least is None) != (target.at_most is None)
+        assert set(target.against) <= known
+        assert bool(target.against) == (target.metric in ("speedup", "memory"))
+        if target.op in SPECS:
+            assert any(target.names(target.op, case.id) for case in SPECS[target.op].tagged("bench")), target.name
+        else:
+            assert target.op in ("train", "generate")
+
+
+def test_targets_are_judged_by_their_worst_case() -> None:
+    """A target met on average, against the slower rival, or with a processor's figures."""
+    forward = Target("f", "causal_attention", "forward", "speedup", {"D": 64}, ["SDPA flash", "SDPA cudnn"], at_least=1.05)
+    outcome = judge(forward, REPORT)
+    assert outcome.status == "met"
+    assert outcome.value == pytest.approx(1.1)
+    assert judge(replace(forward, at_least=1.15), REPORT).status == "missed"
+    slow = Report(**{**vars(REPORT), "rows": list(REPORT.rows)})
+    at = next(
+        i for i, r in enumerate(slow.rows) if r.direction == "forward" and r.contestant == OURS and "Tq4096-Tk4096-D64" in r.case
+    )
+    slow.rows[at] = replace(slow.rows[at], seconds=2 * (slow.rows[at].seconds or 0))
+    worst = judge(forward, slow)
+    assert (worst.status, worst.case) == ("missed", slow.rows[at].case)
+    assert judge(forward, invented("causal_attention", kind="cpu")).status == "not measured"
+    assert judge(replace(forward, sizes={"D": 48}), REPORT).status == "not measured"
+    assert judge(replace(forward, against=["nobody"]), REPORT).status == "not measured"
+    memory = Target("m", "layer_norm", "both", "memory", {}, ["SDPA math", "eager"], at_most=0.75)
+    assert judge(memory, REPORT).status == "missed"
+    assert judge(replace(memory, at_most=0.77), REPORT).status == "met"
+    assert judge(Target("s", "layer_norm", "both", "share", at_least=0.5), REPORT).status == "met"
+
+
+def test_markdown_says_all(tmp_path: Path) -> None:
+    """A report without its machine, its notes, its targets, its formulas, or that it was cut short."""
+    report = Report(**{**vars(REPORT), "complete": False, "notes": ["the machine is too noisy"], "ceilings": {"copy": 4e12}})
+    outcomes = [judge(target, report) for target in targets.load()]
+    text = table.markdown(report, outcomes, ["report.png"])
+    for part in (
+        "stopped before its end",
+        "Invented GPU",
+        "too noisy",
+        "copy 4,000 GB/s",
+        "missed",
+        "not measured",
+        "](report.png)",
+    ):
+        assert part in text
+    assert all(formula in text for formula in FORMULAS.values())
+
+
+def test_the_picture_is_drawn(tmp_path: Path) -> None:
+    """A picture without bars, or one of nothing."""
+    from matplotlib.image import imread
+
+    path = tmp_path / "deep" / "report.png"
+    assert draw(REPORT, path)
+    image = imread(path)
+    assert min(image.shape[:2]) > 500
+    green = (abs(image[..., :3] - [0x0B / 255, 0x6E / 255, 0x4F / 255]) < 0.02).all(-1)
+    assert green.mean() > 0.005
+    assert not draw(Report("empty", REPORT.machine), tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_the_readmes_say_what_was_measured() -> None:
+    """A figure in a README that is not that of bench/results/: `python -m bench.readme` rewrites it."""
+    for path in readme.FILES:
+        text = path.read_text("utf-8")
+        assert readme.rewritten(text, path.parent, readme.results()) == text, path.name
+    assert "<!-- bench:" in readme.FILES[1].read_text("utf-8")
+
+
+def test_blocks_are_rewritten(tmp_path: Path) -> None:
+    """A stale figure that stays, text around a block that does not, or a picture that the README cannot find."""
+    at = tmp_path / "bench" / "results" / "gpu"
+    at.mkdir(parents=True)
+    (at / "attention.png").touch()
+    text = "a\n<!-- bench:NAME -->\nold 9.99\n<!-- /bench:NAME -->\nb"
+    fresh = {name: readme.rewritten(text.replace("NAME", name), tmp_path, {at: REPORT}) for name in readme.BLOCKS}
+    for name, found in fresh.items():
+        assert found.startswith(f"a\n<!-- bench:{name} -->\n")
+        assert found.endswith(f"\n<!-- /bench:{name} -->\nb")
+        assert "9.99" not in found
+        assert readme.rewritten(found, tmp_path, {at: REPORT}) == found
+    assert "(bench/results/gpu/attention.png)" in fresh["pictures"]
+    assert "| causal_attention | B64-H12-Tq1024-Tk1024-D64 bf16 |" in fresh["speed"]
+    assert "SDPA cudnn | 1.10 |" in fresh["speed"]
+    assert readme.NOTHING in readme.rewritten(text.replace("NAME", "speed"), tmp_path, {})
+    with pytest.raises(InputError, match="nearest valid one is 'bench:speed'"):
+        readme.rewritten(text.replace("NAME", "sped"), tmp_path, {})
+    with pytest.raises(InputError, match="has no end"):
+        readme.rewritten("<!-- bench:speed -->\n", tmp_path, {})

@@ -1,0 +1,158 @@
+"""The search for tiles: it finds the best one, takes nothing wrong, and leaves the table as it was."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import bench.tune
+from bench.cases import Race
+from bench.contestants import OURS, Contestant
+from bench.engine import Admission, Bench, Runner, Truth
+from bench.measure import Ceilings, Clock, Timing
+from bench.tune import Query, knobs, neighbours, queries, search, substituted, with_answer
+from gpt.options import run_command
+from kernels import tuning
+from kernels.registry import SPECS
+from kernels.tuning import Tile
+
+
+class Pair(NamedTuple):
+    """Tiles of two kernels, the second of which is not used yet."""
+
+    first: Tile
+    second: Tile | None
+
+
+NORM = SPECS["layer_norm"]
+RACE = Race(NORM, NORM.tagged("small")[0])
+BEST = Tile(128, 64, 8, 3)
+
+
+def runner() -> Runner:
+    clock = Clock(torch.device("cpu"))
+    return Runner(Bench("norm"), clock, Ceilings(clock), torch.float32, 0.0, False)
+
+
+def asked(contestant: Contestant) -> Tile:
+    with contestant.context():
+        return tuning.norm_tile(17)
+
+
+def cost(tile: Tile) -> float:
+    return 1e-3 * (1 + sum(abs(math.log2(a / b)) for a, b in zip(tile, BEST, strict=True)))
+
+
+@pytest.fixture
+def landscape(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A kernel whose time is the distance of its tile from BEST; tiles in "wrong" are wrong."""
+    state: dict[str, Any] = {"wrong": set(), "reference": 1.0, "seen": []}
+
+    def admit(self: Runner, spec: Any, contestant: Contestant, inputs: Any, truth: Any) -> Admission:
+        state["seen"].append(asked(contestant))
+        return Admission("wrong" if asked(contestant) in state["wrong"] else "measured")
+
+    def interleave(lanes: dict[str, Any], *_: Any) -> dict[str, Timing]:
+        times = {}
+        for name, lane in lanes.items():
+            with lane.context():
+                here = state["reference"] if name == "eager" else cost(tuning.norm_tile(17))
+            times[name] = Timing(here, here, here, 5)
+        return times
+
+    monkeypatch.setattr(bench.tune, "shared", lambda spec, compiled: [_plain(OURS), _plain("eager")])
+    monkeypatch.setattr(Runner, "admit", admit)
+    monkeypatch.setattr(bench.tune, "interleave", interleave)
+    monkeypatch.setattr(bench.tune, "queries", lambda *_: {Query("norm_tile", (17,)): Tile(32, 16, 4, 1)})
+    return state
+
+
+def _plain(name: str) -> Contestant:
+    return Contestant(name, NORM.reference, peer=False)
+
+
+def climb(seconds: float = 60) -> bench.tune.Finding:
+    (finding,) = search(runner(), RACE, time.monotonic() + seconds)
+    return finding
+
+
+def test_the_best_tile_is_found(landscape: dict[str, Any]) -> None:
+    """A search that stops early, reports the wrong tile, or times one tile under the name of another."""
+    found = climb()
+    assert found.query == "norm_tile(17)"
+    assert str(Query("tiles", (90, 2), (("dropout", True),))) == "tiles(90, 2, dropout=True)"
+    assert (found.before, found.after) == ("Tile(32, 16, 4, 1)", "Tile(128, 64, 8, 3)")
+    assert found.seconds_after == pytest.approx(1e-3)
+    assert found.seconds_before == pytest.approx(cost(Tile(32, 16, 4, 1)))
+    assert "REFERENCE" not in str(found)
+
+
+def test_a_wrong_tile_is_never_taken(landscape: dict[str, Any]) -> None:
+    """The fastest tile wins although its results are wrong."""
+    landscape["wrong"] = {BEST}
+    found = climb()
+    assert found.after != "Tile(128, 64, 8, 3)"
+    assert found.rejected >= 1
+
+
+def test_where_the_reference_wins_is_said(landscape: dict[str, Any]) -> None:
+    """A row that "auto" would follow to the slower of the two."""
+    landscape["reference"] = 1e-4
+    assert "the REFERENCE is faster: 100 µs" in str(climb())
+
+
+def test_time_is_kept(landscape: dict[str, Any]) -> None:
+    """A search that goes on after its time."""
+    found = climb(seconds=-1)
+    assert found.before == found.after
+    assert len(landscape["seen"]) == 1
+
+
+def test_an_answer_is_for_one_question(landscape: dict[str, Any]) -> None:
+    """A candidate for one shape that is used for all of them, or left in the table."""
+    before = tuning.norm_tile
+    with with_answer(_plain(OURS), Query("norm_tile", (17,)), BEST).context():
+        assert tuning.norm_tile(17) == BEST
+        assert tuning.norm_tile(768) == before(768) != BEST
+    assert tuning.norm_tile is before
+    with pytest.raises(KeyError), substituted("norm_tile", lambda c: BEST):
+        raise KeyError
+    assert tuning.norm_tile is before
+
+
+def test_neighbours_differ_in_one_number() -> None:
+    """A move that changes two things at once, leaves what hardware takes, or forgets a tile within a tuple of them."""
+    tile = Tile(64, 32, 4, 2)
+    assert all(sum(a != b for a, b in zip(tile, other, strict=True)) == 1 for other in neighbours(tile))
+    assert len(set(neighbours(tile))) == 8
+    assert Tile(64, 32, 4, 0) not in neighbours(Tile(64, 32, 4, 1))
+    assert neighbours(None) == list(bench.tune.STARTS)
+    tiles = Pair(tile, None)
+    moved = neighbours(tiles)
+    assert {name for other in moved for name in tiles._fields if getattr(other, name) != getattr(tiles, name)} == set(
+        tiles._fields
+    )
+
+
+@pytest.mark.interpreter
+def test_the_knobs_of_an_op_are_found() -> None:
+    """A function of the tuning table that the search never sees turned."""
+    assert {"norm_tile", "attention_tiles", "loss_tile", "gelu_tile"} <= set(knobs())
+    assert not [name for name in knobs() if name.startswith("_")]
+    ours = Contestant(OURS, NORM.function, lambda: bench.contestants.kernels.use_backend("triton"), peer=False)
+    inputs = NORM.make_inputs(RACE.case, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0))
+    found = queries(runner(), RACE, ours, inputs, Truth(NORM, inputs, torch.float32))
+    assert found == {Query("norm_tile", (17,)): tuning.norm_tile(17)}
+
+
+def test_without_a_gpu_there_is_nothing_to_tune(capsys: pytest.CaptureFixture[str]) -> None:
+    """A search on a processor, or a traceback."""
+    assert run_command("bench.tune", bench.tune.main, ["--device", "cpu", "--quick"]) == 0
+    assert "no GPU was found" in capsys.readouterr().out
+    for arguments in (["--op", "layer_nrm"], ["--budget", "soon"], ["--quik"]):
+        assert run_command("bench.tune", bench.tune.main, arguments) == 2
+        assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,106 @@
+"""`model.fit`, and the callbacks that end it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from gpt import GPT, InputError
+from gpt.fit import EarlyStopping
+from gpt.step import NonFiniteError
+
+
+def documented() -> GPT:
+    """The class as simple-llm documents it."""
+    return GPT(vocab_size=11, max_seq_len=8, emb_size=16, num_heads=2, head_size=8, num_layers=1, dropout=0.0, device="cpu")
+
+
+def loader(rows: int = 24, batch_size: int = 8) -> DataLoader[Any]:
+    """Rows in which each token is the one before plus one."""
+    tokens = (torch.arange(rows)[:, None] + torch.arange(9)) % 11
+    return DataLoader(TensorDataset(tokens[:, :-1], tokens[:, 1:]), batch_size=batch_size)
+
+
+def mean_loss(model: GPT, batches: DataLoader[Any]) -> float:
+    logits = torch.cat([model(x) for x, _ in batches]).flatten(0, 1)
+    return F.cross_entropy(logits, torch.cat([y for _, y in batches]).flatten()).item()
+
+
+def test_losses_fall_and_are_kept() -> None:
+    """A fit that does not learn, that loses its history, or that leaves dropout on."""
+    model = documented()
+    first = mean_loss(model, loader())
+    model.fit(loader(), loader(5), num_epoch=30, learning_rate=1e-2)
+    assert len(model.train_loss) == len(model.validation_loss) == 30
+    assert model.train_loss[-1] < 0.3 < first
+    assert model.validation_loss[-1] == pytest.approx(mean_loss(model, loader(5)), rel=1e-4)
+    assert not model.training
+    model.fit(loader(), num_epoch=2)
+    assert len(model.train_loss) == 2
+    assert model.validation_loss == []
+
+
+def test_uneven_batches_weigh_by_tokens() -> None:
+    """A mean over batches in which a last, smaller one counts as much as the others."""
+    model = documented()
+    model.fit(loader(9, 8), loader(9, 8), learning_rate=1e-12)
+    assert model.validation_loss[0] == pytest.approx(mean_loss(model, loader(9, 8)), rel=1e-5)
+    assert model.train_loss[0] == pytest.approx(model.validation_loss[0], rel=1e-4)
+
+
+def test_callbacks() -> None:
+    """A callback that is not asked, is asked too late, or does not end the training."""
+    asked: list[tuple[int, int]] = []
+
+    def stop_at_three(model: GPT, epoch: int) -> bool:
+        asked.append((epoch, len(model.train_loss)))
+        return epoch == 3
+
+    model = documented()
+    model.fit(loader(), num_epoch=9, callbacks=[stop_at_three, lambda model, epoch: asked.append((epoch, -1))])
+    assert asked == [(1, 1), (1, -1), (2, 2), (2, -1), (3, 3), (3, -1)]
+    assert len(model.train_loss) == 3
+
+
+@pytest.mark.parametrize(
+    ("losses", "patience", "min_delta", "stops"),
+    [
+        ([3.0, 2.0, 2.5], 1, 0.0, [False, False, True]),
+        ([3.0, 2.0, 2.5, 1.9, 1.9, 1.9], 2, 0.0, [False, False, False, False, False, True]),
+        ([3.0, 2.95, 2.9], 1, 0.1, [False, True, True]),
+        ([3.0, float("nan")], 1, 0.0, [False, True]),
+    ],
+)
+def test_early_stopping(losses: list[float], patience: int, min_delta: float, stops: list[bool]) -> None:
+    """A stop at an improvement, or none without."""
+    model = documented()
+    stopping = EarlyStopping(patience, min_delta)
+    found = []
+    for epoch in range(1, len(losses) + 1):
+        model.train_loss = losses[:epoch]
+        found.append(stopping(model, epoch))
+    assert found == stops
+    model.validation_loss = [1.0]
+    assert stopping(model, 1) is False
+
+
+def test_wrong_arguments() -> None:
+    """A traceback from inside the model, or an epoch over nothing that counts as trained."""
+    model, x = documented(), torch.zeros(2, 4, dtype=torch.long)
+    for bad, words in (([x], "gave a Tensor"), ([(x, x, x)], "gave a tuple"), ([], "no targets"), ([(x, x - 100)], "no targets")):
+        with pytest.raises(InputError, match=words):
+            model.fit(bad)
+    with pytest.raises(InputError, match="num_epoch is 0"):
+        model.fit(loader(), num_epoch=0)
+    with pytest.raises(InputError, match="learning_rate is -1"):
+        model.fit(loader(), learning_rate=-1.0)
+    with pytest.raises(InputError, match="patience is 0"):
+        EarlyStopping(0)
+    with torch.no_grad():
+        model.wte.weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteError, match="the loss is nan"):
+        model.fit(loader())

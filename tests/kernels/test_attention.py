@@ -1,0 +1,364 @@
+"""Attention in Triton beyond the registry's cases: gradients, strides, seeds, skipped tiles, torch.library."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import kernels
+from kernels.preflight import judge, run_case
+from kernels.registry import SPECS
+from kernels.spec import Case, randn
+from kernels.tuning import AttentionTiles, Tile
+
+pytest.importorskip("triton", reason="triton is not installed")
+pytestmark = pytest.mark.interpreter
+
+CAUSAL, DECODE = SPECS["causal_attention"], SPECS["decode_attention"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def triton_only() -> Iterator[None]:
+    with kernels.use_backend("triton"):
+        yield
+
+
+def case(
+    b: int = 1, h: int = 2, tq: int = 37, d: int = 16, tk: int | None = None, hkv: int | None = None, **options: Any
+) -> Case:
+    return Case({"B": b, "H": h, "Tq": tq, "Tk": tk or tq, "D": d, "Hkv": hkv or h}, options)
+
+
+def inputs_of(chosen: Case, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    return CAUSAL.make_inputs(chosen, dtype, CPU, torch.Generator().manual_seed(0))
+
+
+def assert_right(
+    inputs: dict[str, Any], dtype: torch.dtype = torch.float32, gradients: tuple[str, ...] = ("q", "k", "v")
+) -> None:
+    results = run_case(CAUSAL.function, inputs, gradients)
+    wrong = [str(verdict) for verdict in judge(CAUSAL, inputs, results, dtype, gradients) if not verdict.ok]
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("gradients", [("q",), ("k",), ("v",), ("q", "v"), ("k", "v")], ids="".join)
+def test_any_subset_of_gradients(gradients: tuple[str, ...]) -> None:
+    """A backward that needs all three gradients asked for, or leaves one out."""
+    assert_right(inputs_of(case(key_start="documents")), gradients=gradients)
+
+
+GRADIENTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "ones expanded": lambda out: torch.ones(()).expand(out.shape),
+    "one head expanded": lambda out: torch.randn(1, 1, *out.shape[2:]).expand(out.shape),
+    "one row expanded": lambda out: torch.randn(*out.shape[:2], 1, out.shape[3]).expand(out.shape),
+    "transposed": lambda out: torch.randn(*out.shape[:2], out.shape[3], out.shape[2]).mT,
+    "heads inside": lambda out: torch.randn(out.shape[0], out.shape[2], out.shape[1], out.shape[3]).transpose(1, 2),
+    "every other column": lambda out: torch.randn(*out.shape[:3], 2 * out.shape[3])[..., ::2],
+}
+
+
+@pytest.mark.parametrize("kind", GRADIENTS)
+def test_strides_of_the_output_gradient(kind: str) -> None:
+    """A backward that takes grad_output to be laid out as the output."""
+    inputs = inputs_of(case(b=2, h=3))
+    q, k, v = (inputs[name].requires_grad_() for name in "qkv")
+    grad = GRADIENTS[kind](q)
+    found = torch.autograd.grad(kernels.causal_attention(q, k, v), (q, k, v), grad)
+    plain = torch.autograd.grad(kernels.reference.causal_attention(q, k, v), (q, k, v), grad)
+    for mine, theirs in zip(found, plain, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "heads inside": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "one batch expanded": lambda x: x[:1].expand(x.shape),
+    "one head expanded": lambda x: x[:, :1].expand(x.shape),
+    "every third row": lambda x: x.repeat_interleave(3, 2)[:, :, ::3],
+    "offset": lambda x: torch.nn.functional.pad(x, (5, 2, 1, 0))[:, :, 1:, 5:-2],
+}
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+def test_strides_of_the_inputs(kind: str) -> None:
+    """A kernel that takes q, k or v to be contiguous."""
+    inputs = inputs_of(case(b=2, h=2))
+    for name in "qkv":
+        assert_right(inputs | {name: VIEWS[kind](inputs[name])})
+
+
+def test_no_output_is_left_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that leaves part of an output as it was allocated: here all memory is allocated as NaN."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for chosen in (case(tq=33, tk=70, d=24, hkv=1), case(key_start="empty"), case(tq=1, d=8)):
+            assert_right(inputs_of(chosen))
+        inputs = DECODE.make_inputs(DECODE.cases[0], torch.float32, CPU, torch.Generator().manual_seed(0))
+        assert torch.isfinite(kernels.decode_attention(**inputs)).all()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5, 16), (2, 2, 0, 16)], ids=str)
+def test_empty_tensors(shape: tuple[int, ...]) -> None:
+    """A launch with an empty grid, or keys that no query sees left without a gradient."""
+    q, k, v = torch.randn(shape), *torch.randn(2, shape[0], shape[1], 7, shape[3])
+    results = run_case(kernels.causal_attention, {"q": q, "k": k, "v": v}, ("q", "k", "v"))
+    assert all(value is not None and not value.count_nonzero() for value in results.values())
+    assert results["out"].shape == q.shape
+
+
+# Dropout ------------------------------------------------------------------------------------------------------------------
+
+
+def test_one_mask_in_forward_and_backward() -> None:
+    """A backward that draws another dropout mask than its forward; with v the identity, the output is the dropped softmax."""
+    q, k = torch.randn(2, 1, 2, 16, 16)
+    v = torch.eye(16).expand(1, 2, 16, 16).clone().requires_grad_()
+    dropped = kernels.causal_attention(q, k, v, dropout_p=0.5)
+    assert 0.2 < (dropped.tril() == 0).float().mean() < 1
+    grad = torch.randn_like(dropped)
+    (dv,) = torch.autograd.grad(dropped, v, grad)
+    torch.testing.assert_close(dv, dropped.detach().mT @ grad)
+
+
+def test_a_seed_is_drawn_from_torchs_generator() -> None:
+    """A mask that ignores torch.manual_seed, or that is the same at every call."""
+    inputs = inputs_of(case()) | {"dropout_p": 0.3}
+    torch.manual_seed(5)
+    first, second = (kernels.causal_attention(**inputs) for _ in range(2))
+    torch.manual_seed(5)
+    assert torch.equal(kernels.causal_attention(**inputs), first)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("seed", [0, -1, 2**63 - 1])
+def test_int_and_tensor_seeds_agree(seed: int) -> None:
+    """A seed that loses its high word on the way, or that is read on the host."""
+    inputs = inputs_of(case(tk=39)) | {"dropout_p": 0.3}
+    assert torch.equal(
+        kernels.causal_attention(**inputs, seed=seed),
+        kernels.causal_attention(**inputs, seed=torch.tensor(seed, dtype=torch.int64)),
+    )
+
+
+def test_without_dropout_no_random_number_is_drawn() -> None:
+    """A call without dropout that moves torch's generator."""
+    before = torch.get_rng_state()
+    kernels.causal_attention(**inputs_of(case()))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# What key_start skips -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
+def test_tiles_outside_are_not_read() -> None:
+    """Documents that cost as much as one long text: what a tile must not touch is NaN here, in both directions."""
+    q, k, v = torch.randn(3, 1, 2, 128, 16)
+    start = torch.where(torch.arange(128) < 64, 0, 64).to(torch.int32)[None]
+    expected = run_case(kernels.causal_attention, {"q": q, "k": k, "v": v, "key_start": start}, ("q", "k", "v"))
+    poisoned_k, poisoned_v = k.clone(), v.clone()
+    poisoned_k[:, :, :64], poisoned_v[:, :, :64] = float("nan"), float("nan")
+    results = run_case(kernels.causal_attention, {"q": q, "k": poisoned_k, "v": poisoned_v, "key_start": start}, ("q",))
+    for name in ("out", "dq"):
+        assert torch.equal(results[name][:, :, 64:], expected[name][:, :, 64:])
+
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    grad = torch.randn_like(q)
+    clean = torch.autograd.grad(kernels.causal_attention(*leaves, key_start=start), leaves, grad)
+    grad[:, :, 64:] = float("nan")
+    poisoned = torch.autograd.grad(kernels.causal_attention(*leaves, key_start=start), leaves, grad)
+    for mine, theirs in zip(poisoned, clean, strict=True):
+        assert torch.equal(mine[:, :, :64], theirs[:, :, :64])
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 37)], ids=str)
+@pytest.mark.parametrize("extreme", [-(2**31), 2**31 - 1])
+def test_extreme_key_starts(shape: tuple[int, ...], extreme: int) -> None:
+    """A key_start that overflows when it is rounded to tiles."""
+    inputs = inputs_of(case(b=2))
+    start = torch.zeros(shape, dtype=torch.int32)
+    start[..., -1] = extreme
+    assert_right(inputs | {"key_start": start})
+
+
+def test_any_order_of_key_starts() -> None:
+    """Tiles skipped as if key_start grew with the position."""
+    start = torch.randint(-5, 150, (2, 130), generator=torch.Generator().manual_seed(3)).to(torch.int32)
+    assert_right(inputs_of(case(b=2, h=1, tq=130)) | {"key_start": start})
+    assert_right(inputs_of(case(b=2, h=1, tq=130)) | {"key_start": start.sort(descending=True).values})
+    assert_right(inputs_of(case(b=2, h=1, tq=130)) | {"key_start": start.T.contiguous().T})
+
+
+# Backward's two forms -----------------------------------------------------------------------------------------------------
+
+FIVE = AttentionTiles(Tile(32, 16), Tile(32, 16), Tile(16, 32), Tile(32, 16), five=Tile(32, 16))
+
+
+@pytest.fixture
+def five_products(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The tuning table chooses the five-product form; gives the names of the backward kernels launched."""
+    from kernels.attention import kernel
+
+    launched: list[str] = []
+
+    def recorded(*args: Any) -> Any:
+        launches = plan(*args)
+        launched.extend(launch.kernel.__name__ for launch in launches)
+        return launches
+
+    plan = kernel.launch_backward
+    monkeypatch.setattr(kernel, "attention_tiles", lambda *args, **options: FIVE)
+    monkeypatch.setattr(kernel, "launch_backward", recorded)
+    return launched
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        case(tq=70, d=40),
+        case(tq=33, tk=66, hkv=1, key_start="documents"),
+        case(dropout_p=0.2, seed=1, key_start="window"),
+        case(layout="qkv"),
+    ],
+    ids=lambda c: c.id,
+)
+def test_five_products(chosen: Case, dtype: torch.dtype, five_products: list[str]) -> None:
+    """The form with float additions into dQ is wrong, or is not the one that runs."""
+    assert_right(inputs_of(chosen, dtype), dtype)
+    assert five_products == [f"_attention_bwd_{name}_kernel" for name in ("delta", "dkdv", "convert")]
+
+
+def test_determinism_is_honoured(five_products: list[str]) -> None:
+    """Float additions in no fixed order although deterministic=True or torch's own flag forbids them."""
+    seven = [f"_attention_bwd_{name}_kernel" for name in ("dq", "dkdv")]
+    inputs = inputs_of(case())
+    run_case(kernels.causal_attention, inputs | {"deterministic": True}, ("q", "k", "v"))
+    assert five_products == seven
+    torch.use_deterministic_algorithms(True)
+    try:
+        run_case(kernels.causal_attention, inputs, ("q", "k", "v"))
+        assert five_products == seven * 2
+        run_case(kernels.causal_attention, inputs | {"deterministic": False}, ("q", "k", "v"))
+        assert five_products != seven * 3
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    """A gradient of a gradient that is silently zero."""
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 1, 5, 16))
+    (dq,) = torch.autograd.grad(kernels.causal_attention(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"^causal_attention: .*expected"):
+        dq.sum().backward()
+
+
+# torch.library, compile, autocast, devices --------------------------------------------------------------------------------
+
+OPS = {
+    "forward": lambda q, k, v, start, seed: (q, k, v, start, seed, 0.25, 0.1, False),
+    "backward": lambda q, k, v, start, seed: (
+        *(torch.randn_like(q), q, k, v, torch.randn_like(q), torch.zeros(q.shape[:3])),
+        *(start, seed, 0.25, 0.1, False, True, True),
+    ),
+    "decode": lambda q, k, v, start, seed: (q, k, v, torch.tensor([9], dtype=torch.int32), None, 0.25),
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("options", [False, True], ids=["plain", "start-seed"])
+def test_opcheck(name: str, options: bool) -> None:
+    """An op whose schema, fake or autograd registration is not what it does."""
+    from kernels.attention import kernel  # noqa: F401  registers the ops
+
+    q, k, v = torch.randn(3, 1, 2, 9, 16)
+    if name == "forward":
+        q.requires_grad_()
+    start, seed = (torch.zeros(1, dtype=torch.int32), torch.tensor(3)) if options else (None, None)
+    torch.library.opcheck(getattr(torch.ops.fused_gpt, f"attention_{name}"), OPS[name](q, k, v, start, seed))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compile_is_eager(backend: str) -> None:
+    """A graph break, or a compiled call with other values, shapes or strides than the eager one."""
+
+    def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out = kernels.causal_attention(q, k, v, dropout_p=0.2, seed=seed)
+        cached = kernels.decode_attention(q[:, :, -1:].detach(), k.detach(), v.detach(), seed.to(torch.int32).reshape(1))
+        return out.transpose(1, 2).reshape(1, -1, 32), cached
+
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 2, 20, 16))
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    for seed in (torch.tensor(7), torch.tensor(11)):
+        outputs = [function(q, k, v, seed) for function in (step, compiled)]
+        for mine, theirs in zip(*outputs, strict=True):
+            assert torch.equal(mine, theirs)
+        gradients = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out, _ in outputs]
+        for mine, theirs in zip(*gradients, strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def test_autocast() -> None:
+    """Gradients in another dtype than the parameters', or an output in another than autocast's."""
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 2, 20, 16))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = kernels.causal_attention(q, k, v)
+    assert out.dtype == torch.bfloat16
+    assert [g.dtype for g in torch.autograd.grad(out.float().sum(), (q, k, v))] == [torch.float32] * 3
+
+
+def test_launches_run_on_the_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel launched on the current device while its tensors are on another."""
+    from kernels.launch import Launch
+
+    entered: list[torch.Tensor] = []
+
+    @contextlib.contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        entered.append(tensor)
+        yield
+        entered.pop()
+
+    run, launches = Launch.run, []
+
+    def checked(self: Launch) -> None:
+        assert len(entered) == 1
+        launches.append(self.kernel)
+        run(self)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(Launch, "run", checked)
+    run_case(kernels.causal_attention, inputs_of(case()), ("q", "k", "v"))
+    kernels.decode_attention(**DECODE.make_inputs(DECODE.cases[0], torch.float32, CPU, torch.Generator().manual_seed(0)))
+    assert len(launches) == 5
+
+
+def test_tf32_only_where_torch_allows_it() -> None:
+    """float32 products that silently lose 13 bits."""
+    from kernels.launch import precision
+
+    assert precision(torch.float32) == "ieee"
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert precision(torch.float32) == "tf32"
+        assert precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+def test_strided_lengths_of_a_cache() -> None:
+    """cache_len or key_start read as if they were contiguous."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (randn(shape, torch.float32, CPU, generator) for shape in ((3, 2, 1, 16), (3, 2, 40, 16), (3, 2, 40, 16)))
+    lengths = torch.tensor([[40, 0], [7, 0], [23, 0]], dtype=torch.int32)
+    starts = torch.tensor([[3, 99], [0, 99], [11, 99]], dtype=torch.int32)
+    found = kernels.decode_attention(q, k, v, lengths[:, 0], key_start=starts[:, 0])
+    expected = kernels.reference.decode_attention(q, k, v, lengths[:, 0], key_start=starts[:, 0])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,217 @@
+"""Bugs planted in copies of the attention kernels: the suite must kill every one of them.
+
+A mutant is a replacement in the source of one kernel file. It runs in a forked child, because some of them fault.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.kernels.attention_suite import CHECKS
+from tests.kernels.memory import in_a_fork
+
+kernel = pytest.importorskip("kernels.attention.kernel", reason="triton is not installed")
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(sys.platform != "linux", reason="the suite makes guard pages with Linux's mmap"),
+]
+SOURCES = {
+    name: Path(kernel.__file__).with_name(f"{name}.py").read_text(encoding="utf-8") for name in ("forward", "backward", "decode")
+}
+
+Mutation = tuple[str, str, str]  # file, text, replacement
+
+# Bugs that shipped in other packages, and the check that kills each.
+FAMOUS: dict[str, tuple[Mutation, str]] = {
+    "offsets in 32 bits": (("forward", "rows.to(tl.int64)[:, None] * stride", "rows[:, None] * stride"), "far rows"),
+    "the gradient has the output's strides": (
+        ("backward", "stride_ot, stride_dot, Tq", "stride_ot, stride_ot, Tq"),
+        "strided gradients",
+    ),
+    "columns past the head dimension are read": (
+        ("forward", "(rows < T)[:, None] & (offs_d < D)[None, :], other", "(rows < T)[:, None], other"),
+        "documents",
+    ),
+    "the causal mask is aligned at the start": (("forward", "keys <= rows + (Tk - Tq)", "keys <= rows"), "one key ahead"),
+    "a row without keys is NaN": (("forward", 'tl.where(new_max == float("-inf"), 0.0, new_max)', "new_max"), "empty rows"),
+    "another dropout mask in dK": (("backward", "Tq + offs_m, key, Tk", "Tq + offs_m, key + 16, Tk"), "dropout"),
+    "another dropout mask in dQ": (
+        ("backward", "keep_tile(seed, pid_bh * Tq + offs_m, begin", "keep_tile(seed + 1, pid_bh * Tq + offs_m, begin"),
+        "dropout",
+    ),
+    "a load past the end is hidden by the store": (
+        ("forward", "offs_m, stride_qt, Tq, D, BLOCK_D, True)", "offs_m, stride_qt, Tq, D, BLOCK_D, False)"),
+        "guard pages",
+    ),
+}
+
+MUTANTS: dict[str, Mutation] = {
+    # masks
+    "the diagonal is hidden": ("forward", "keys <= rows + (Tk - Tq)", "keys < rows + (Tk - Tq)"),
+    "the first key is hidden": ("forward", "visible & (keys >= start)", "visible & (keys > start)"),
+    "key_start is ignored": ("forward", "visible = visible & (keys >= start)", "visible = visible"),
+    "the store writes rows past the end": ("forward", "ty), mask=(rows < T)[:, None] & ", "ty), mask="),
+    "the store writes columns past the end": (
+        "forward",
+        "ty), mask=(rows < T)[:, None] & (offs_d < D)[None, :]",
+        "ty), mask=(rows < T)[:, None]",
+    ),
+    "keys past the end are read": (
+        "forward",
+        "offs_n, stride_kt, Tk, D, BLOCK_D, MASKED)",
+        "offs_n, stride_kt, Tk, D, BLOCK_D, False)",
+    ),
+    "values past the end are read": (
+        "forward",
+        "offs_n, stride_vt, Tk, D, BLOCK_D, MASKED)",
+        "offs_n, stride_vt, Tk, D, BLOCK_D, False)",
+    ),
+    "keys past the end are read for dQ": (
+        "backward",
+        "offs_n, stride_kt, Tk, D, BLOCK_D, MASKED)",
+        "offs_n, stride_kt, Tk, D, BLOCK_D, False)",
+    ),
+    "lse2 is written past the end": ("forward", "Tq + offs_m, lse2, mask=offs_m < Tq)", "Tq + offs_m, lse2)"),
+    "lse2 is read past the end": (
+        "backward",
+        'offs_m, mask=offs_m < Tq, other=float("inf"))\n        delta',
+        "offs_m)\n        delta",
+    ),
+    "delta is written past the end": ("backward", "Tq + offs_m, delta, mask=offs_m < Tq)", "Tq + offs_m, delta)"),
+    "key_start is read past the end": ("forward", "tl.minimum(rows, Tq - 1)", "rows"),
+    "dP is not masked by p": (
+        "backward",
+        "p = tl.where(is_visible(offs_m[:, None], offs_n[None, :]",
+        "_ = tl.where(is_visible(offs_m[:, None], offs_n[None, :]",
+    ),
+    "dK sees the future": ("backward", "pt = tl.where(is_visible(", "_ = tl.where(is_visible("),
+    # ranges
+    "a masked tile counts as full": ("forward", "(first + 1) // BLOCK_N", "(first + BLOCK_N) // BLOCK_N"),
+    "the last tile of keys is skipped": (
+        "forward",
+        "hi = tl.minimum(first + BLOCK_M, Tk)",
+        "hi = tl.minimum(first + BLOCK_M - 1, Tk)",
+    ),
+    "the first tile of keys is skipped": (
+        "forward",
+        "lo = tl.min(start, 0) // BLOCK_N * BLOCK_N",
+        "lo = tl.cdiv(tl.min(start, 0), BLOCK_N) * BLOCK_N",
+    ),
+    "a late start counts as full": ("forward", "tl.cdiv(tl.max(start, 0), BLOCK_N)", "tl.cdiv(tl.min(start, 0), BLOCK_N)"),
+    "masked tiles are shifted": ("forward", "full_hi + (i - before) * BLOCK", "full_hi + i * BLOCK"),
+    "dK misses the first queries": (
+        "backward",
+        "lo = tl.maximum(key - (Tk - Tq), 0) // BLOCK_M * BLOCK_M",
+        "lo = tl.cdiv(tl.maximum(key - (Tk - Tq), 0), BLOCK_M) * BLOCK_M",
+    ),
+    "dK takes diagonal queries as full": (
+        "backward",
+        "key + BLOCK_N - 1 - (Tk - Tq), 0), BLOCK_M)",
+        "key - (Tk - Tq), 0), BLOCK_M)",
+    ),
+    "dK misses the last queries": ("backward", "hi = tl.minimum(hi, Tq)", "hi = tl.minimum(hi, Tq) - ROWS"),
+    "dK takes late queries as full": ("backward", "late = (last > key)", "late = (last > key + BLOCK_N)"),
+    "dK misses queries that start late": ("backward", "first < key + BLOCK_N", "first < key"),
+    "dK's tail of queries is missing": ("backward", "    hi = Tq\n", "    hi = Tq // BLOCK_M * BLOCK_M\n"),
+    # softmax
+    "the running sum is not rescaled": ("forward", "row_sum * alpha", "row_sum"),
+    "the output is not rescaled": ("forward", "acc * alpha[:, None]", "acc"),
+    "the maximum is not scaled": ("forward", "tl.max(s, 1) * scale2", "tl.max(s, 1)"),
+    "a masked logit is not scaled": ("forward", "tl.where(visible, s * scale2,", "tl.where(visible, s,"),
+    "lse2 without its maximum": ("forward", "row_max + tl.log2(row_sum)", "tl.log2(row_sum)"),
+    "the sum of an empty row": ("forward", "row_sum = tl.where(empty, 1.0, row_sum)", "row_sum = row_sum"),
+    # gradients
+    "delta is lost": ("backward", "ds = p * (dp - delta[:, None])", "ds = p * dp"),
+    "delta is lost in dK": ("backward", "pt * (dpt - delta[None, :])", "pt * dpt"),
+    "dQ is not scaled": ("backward", "dq * scale, offs_m", "dq, offs_m"),
+    "dQ is scaled in base 2": ("backward", "dq * scale, offs_m", "dq * scale2, offs_m"),
+    "dK is not scaled": ("backward", "dk * scale, offs_n", "dk, offs_n"),
+    "dV is scaled": ("backward", "dv, offs_n, stride_dvt", "dv * scale, offs_n, stride_dvt"),
+    "the logits of backward are not scaled": ("backward", "tl.exp2(s * scale2 -", "tl.exp2(s -"),
+    "only one query head adds to dK": ("backward", "for group in tl.range(GROUPS):", "for group in tl.range(1):"),
+    "query heads read the wrong key head": ("forward", "pid_h // GROUPS * stride_kh", "pid_h % GROUPS * stride_kh"),
+    "values of the wrong head in backward": ("backward", "pid_h // GROUPS * stride_vh", "pid_h * stride_vh"),
+    # dropout
+    "kept weights are not scaled": ("forward", "keep_scale / row_sum", "1.0 / row_sum"),
+    "dropout before the sum": ("forward", "alpha + tl.sum(p, 1)", "alpha + tl.sum(p, 1) * (1 - HAS_DROPOUT * 0.5)"),
+    "dP of kept weights is not scaled": ("backward", "tl.where(keep, dp * keep_scale, 0.0)", "tl.where(keep, dp, 0.0)"),
+    "dV ignores dropout": ("backward", "tl.where(keep, pt * keep_scale, 0.0)", "pt"),
+    "one mask for all heads": ("forward", "keep_tile(seed, pid_bh * Tq + offs_m", "keep_tile(seed, offs_m.to(tl.int64)"),
+    "words of other counters": ("forward", "rows[:, None] * (Tk // 4) + begin // 4", "rows[:, None] * (Tk // 4) + begin"),
+    # decoding
+    "decoding sees the future": ("decode", "offs_n[None, :] <= position[:, None]", "offs_n[None, :] < cache_len"),
+    "decoding sees the padding": ("decode", "& (offs_n[None, :] >= first)", ""),
+    "the last split is lost": ("decode", "tl.range(SPLITS):\n        part", "tl.range(SPLITS - 1):\n        part"),
+    "splits count alike": ("decode", "acc += part * weight", "acc += part"),
+    "parts are not normalised": ("decode", "acc / row_sum[:, None], mask=mask", "acc, mask=mask"),
+    "cache_len past the cache": (
+        "decode",
+        "tl.minimum(tl.load(len_ptr + pid_b * stride_lb), Tmax)",
+        "tl.load(len_ptr + pid_b * stride_lb)",
+    ),
+    "decoding reads past its part": ("decode", "end = tl.minimum(begin + per_split, cache_len)", "end = cache_len"),
+    "an empty query is NaN": ("decode", "tl.where(total == 0, 1.0, total)", "total"),
+}
+
+
+@pytest.fixture
+def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., SimpleNamespace]]:
+    """Copies the kernel files with one replacement, and has the ops launch the copies."""
+
+    def planted(file: str, text: str, replacement: str) -> SimpleNamespace:
+        package = tmp_path / f"mutant_{abs(hash(str(tmp_path)))}"
+        package.mkdir()
+        for name, source in SOURCES.items():
+            if name == file:
+                assert source.count(text) >= 1, f"{file}.py has no {text!r}"
+                source = source.replace(text, replacement)
+            source = re.sub(r"from kernels\.attention\.", f"from {package.name}.", source)
+            (package / f"{name}.py").write_text(source, encoding="utf-8")
+        monkeypatch.syspath_prepend(tmp_path)
+        launchers = SimpleNamespace()
+        for name in SOURCES:
+            module = importlib.import_module(f"{package.name}.{name}")
+            setattr(launchers, f"launch_{name}", getattr(module, f"launch_{name}"))
+            monkeypatch.setattr(kernel, f"launch_{name}", getattr(module, f"launch_{name}"))
+        return launchers
+
+    yield planted
+    for name in [name for name in sys.modules if name.startswith("mutant_")]:
+        del sys.modules[name]
+
+
+def outlives(launchers: SimpleNamespace, *checks: str) -> str:
+    """ "" if the launchers pass the checks, else what went wrong."""
+
+    def run() -> None:
+        for name in checks:
+            CHECKS[name](launchers)
+
+    return in_a_fork(run)
+
+
+@pytest.mark.slow
+def test_the_kernels_themselves_pass(plant: Callable[..., SimpleNamespace]) -> None:
+    """Checks that fail for every copy, so that they would kill any mutant."""
+    assert outlives(plant("forward", "tl.dot", "tl.dot"), *CHECKS) == ""
+
+
+@pytest.mark.parametrize("name", FAMOUS)
+def test_famous_bugs_are_killed(name: str, plant: Callable[..., SimpleNamespace]) -> None:
+    """A bug that shipped in another package could ship in this one."""
+    mutation, check = FAMOUS[name]
+    assert outlives(plant(*mutation), check) != ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_are_killed(name: str, plant: Callable[..., SimpleNamespace]) -> None:
+    """A mask, a range, a cast or a scale that no test holds."""
+    assert outlives(plant(*MUTANTS[name]), *CHECKS) != ""

@@ -1,0 +1,239 @@
+"""The loss beyond the registry's cases: chunks, what backward multiplies by, targets, memory, far offsets, forward only."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+from kernels.loss import reference
+from tests.memory import sparse, start_at_program
+
+ROOT = Path(__file__).parents[2]
+
+
+def arguments(n: int, c: int, v: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, weight and targets, of which every fifth is ignored."""
+    targets = torch.randint(v, (n,))
+    targets[::5] = -100
+    return torch.randn(n, c).to(dtype).requires_grad_(), (torch.randn(v, c) / c**0.5).to(dtype).requires_grad_(), targets
+
+
+def on_triton(*args: Any, **options: Any) -> torch.Tensor:
+    with kernels.use_backend(loss="triton"):
+        return kernels.linear_cross_entropy(*args, **options)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen rows of logits at a time, in the kernel's loop and in the reference's."""
+    pytest.importorskip("triton")
+    from kernels.loss import kernel
+
+    monkeypatch.setattr(kernel, "loss_chunk_rows", lambda device, v: 16)
+    monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 16 * 65)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_change_nothing(dtype: torch.dtype, reduction: str, small_chunks: None) -> None:
+    """dW accumulated in bfloat16 over chunks, a chunk that is lost or counted twice, a ragged last chunk that is misread."""
+    x, weight, targets = arguments(1030, 24, 65, dtype)
+    bias = torch.randn(65).to(dtype).requires_grad_()
+    leaves = x, weight, bias
+    options = {"reduction": reduction, "label_smoothing": 0.1, "z_loss": 1e-3}
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    r64 = reference.linear_cross_entropy(exact[0], exact[1], targets, exact[2], **options)
+    grad = torch.rand(r64.shape)
+    wide = torch.autograd.grad(r64, exact, grad.double())
+    for backend in ("triton", "reference"):
+        with kernels.use_backend(loss=backend):
+            loss = kernels.linear_cross_entropy(x, weight, targets, bias, **options)
+        assert loss.dtype == torch.float32
+        found = loss.detach(), *torch.autograd.grad(loss, leaves, grad)
+        for name, value, true in zip(("loss", "dx", "dweight", "dbias"), found, (r64.detach(), *wide), strict=True):
+            # One rounding of the logits and one of dlogits; accumulating in bfloat16 would cost an order of magnitude more.
+            error = (value.double() - true).norm() / true.norm()
+            assert error < torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1), (backend, name, error)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_loss_scale_reaches_half_precision_in_time(dtype: torch.dtype) -> None:
+    """Gradients that were divided by the token count in half precision, before the scaler's factor could save them."""
+    x, weight, targets = arguments(600, 16, 33, dtype)
+    exact = [leaf.detach().double().requires_grad_() for leaf in (x, weight)]
+    factor = 2.0**14
+    wide = torch.autograd.grad(reference.linear_cross_entropy(*exact, targets) * factor, exact)
+    found = torch.autograd.grad(on_triton(x, weight, targets) * factor, (x, weight))
+    for gradient, true in zip(found, wide, strict=True):
+        assert (gradient.double() - true).norm() / true.norm() < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.interpreter
+def test_the_kernel_computes_cross_entropy() -> None:
+    """A definition that is not torch's: mean over the tokens that count, smoothing, the weight of the log-normaliser."""
+    x, weight, targets = arguments(40, 16, 33)
+    logits = x.detach() @ weight.detach().mT
+    expected = F.cross_entropy(logits, targets, label_smoothing=0.2)
+    counted = targets != -100
+    expected = expected + 0.3 * logits.logsumexp(-1).square()[counted].mean()
+    for backend in ("triton", "reference"):
+        with kernels.use_backend(loss=backend):
+            loss = kernels.linear_cross_entropy(x, weight, targets, label_smoothing=0.2, z_loss=0.3)
+        torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.interpreter
+def test_nothing_counts() -> None:
+    """0 / 0 where every target is ignored, or gradients left uninitialised; another ignore_index than -100."""
+    for reduction in ("mean", "sum", "none"):
+        x, weight, _ = arguments(5, 8, 10)
+        loss = on_triton(x, weight, torch.full((5,), 3), ignore_index=3, reduction=reduction)
+        assert torch.equal(loss, torch.zeros_like(loss))
+        for gradient in torch.autograd.grad(loss, (x, weight), torch.ones_like(loss)):
+            assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.interpreter
+def test_a_target_outside_the_vocabulary_is_not_a_number() -> None:
+    """An out-of-range target that reads past the logits, or gives a plausible loss, where nothing can be raised."""
+    pytest.importorskip("triton")
+    from kernels.loss.softmax import launch_cross_entropy
+
+    targets, losses = torch.tensor([2, 10, -5, -100, 2**40]), torch.empty(5)
+    launch_cross_entropy(torch.randn(5, 64)[:, :10], targets, None, None, losses, -100, 0.1, 0.0, True).run()
+    assert losses.isnan().tolist() == [False, True, True, False, True]
+
+
+@pytest.mark.interpreter
+def test_forward_only_computes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation that pays for gradients, in time or in memory."""
+    pytest.importorskip("triton")
+    from kernels.loss import kernel
+
+    x, weight, targets = arguments(20, 8, 33)
+    with_gradients = {
+        reduction: on_triton(x, weight, targets, reduction=reduction).detach() for reduction in ("mean", "sum", "none")
+    }
+    monkeypatch.setattr(kernel, "_gradient_buffers", lambda *args: pytest.fail("buffers for gradients"))
+    for reduction, expected in with_gradients.items():
+        with torch.no_grad():
+            torch.testing.assert_close(on_triton(x, weight, targets, reduction=reduction), expected)
+        torch.testing.assert_close(on_triton(x.detach(), weight.detach(), targets, reduction=reduction), expected)
+
+
+@pytest.mark.interpreter
+def test_a_tied_weight_and_accumulation() -> None:
+    """A tied embedding that gets one of its two gradients, or a second micro-batch that overwrites the first."""
+    ids, targets = torch.randint(33, (2, 12)), torch.randint(33, (2, 12))
+    found = []
+    for backend in ("triton", "reference"):
+        torch.manual_seed(1)
+        weight = torch.randn(33, 16, requires_grad=True)
+        with kernels.use_backend(loss=backend):
+            for rows, aims in zip(ids, targets, strict=True):
+                (kernels.linear_cross_entropy(weight[rows], weight, aims) / 2).backward()
+        found.append(weight.grad)
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.interpreter
+def test_autocast() -> None:
+    """Under autocast: products in float32, a loss in bfloat16, or a float32 weight whose gradient is not float32."""
+    x, weight, targets = arguments(30, 16, 65)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = on_triton(x, weight, targets)
+    half = [leaf.detach().bfloat16().requires_grad_() for leaf in (x, weight)]
+    expected = on_triton(*half, targets)
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, expected)
+    for gradient, true in zip(torch.autograd.grad(loss, (x, weight)), torch.autograd.grad(expected, half), strict=True):
+        assert gradient.dtype == torch.float32
+        assert torch.equal(gradient, true.float())
+
+
+@pytest.mark.interpreter
+def test_logits_past_two_to_the_31() -> None:
+    """N V in 32 bits: rows of logits 2**30 elements apart."""
+    pytest.importorskip("triton")
+    from kernels.loss.softmax import launch_cross_entropy
+
+    near, targets = torch.randn(5, 320).bfloat16(), torch.randint(300, (5,))
+    stride = 2**30 + 64
+    far = sparse(5 * stride, torch.bfloat16).as_strided((5, 320), (stride, 1))
+    far.copy_(near)
+    losses = [torch.empty(5), torch.empty(5)]
+    for logits, loss in zip((near[:, :300], far[:, :300]), losses, strict=True):
+        launch_cross_entropy(logits, targets, None, None, loss, -100, 0.0, 0.0, True).run()
+    assert torch.equal(*losses)
+    assert torch.equal(near[:, :300], far[:, :300])
+
+
+@pytest.mark.interpreter
+def test_gradients_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
+    """V C in 32 bits, where finished gradients are scaled."""
+    pytest.importorskip("triton")
+    from kernels.loss.softmax import launch_scale
+
+    size = 2**31 + 3 * 4096 + 5
+    source, out = sparse(size, torch.bfloat16), sparse(size, torch.bfloat16)
+    source[-5:] = torch.arange(1.0, 6.0)
+    launch = launch_scale(source, torch.tensor(3.0), out)
+    start_at_program(monkeypatch, launch.grid[0] - 1)
+    launch._replace(grid=(1,)).run()
+    assert out[-5:].tolist() == [3.0, 6.0, 9.0, 12.0, 15.0]
+
+
+MEMORY = """
+import resource, sys, torch, kernels
+backend, dtype, n = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3])
+if backend == "triton":
+    import tests.interpreter, kernels.launch
+    tests.interpreter.mend()
+    kernels.launch.Launch.run = lambda self: None  # the interpreter would take hours; what a launcher allocates is what counts
+x = torch.randn(n, 768).to(dtype).requires_grad_()
+weight = torch.randn(50257, 768).to(dtype).requires_grad_()
+targets = torch.randint(1000, (n,))
+with kernels.use_backend(backend):
+    kernels.linear_cross_entropy(x[:16], weight.detach()[:1000], targets[:16]).backward()  # libraries are loaded, threads started
+    x.grad = None
+    pages = int(open("/proc/self/statm").read().split()[1])
+    before = pages * resource.getpagesize()
+    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    loss = kernels.linear_cross_entropy(x, weight, targets)
+    forward = peak()
+    loss.backward()
+    print(forward, max(forward, peak() - x.grad.nbytes - weight.grad.nbytes))
+"""
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize(
+    ("backend", "dtype", "n"),
+    [
+        ("reference", "float32", 700),
+        ("triton", "bfloat16", 700),
+        *(
+            pytest.param(backend, dtype, 8192, marks=pytest.mark.slow)
+            for backend in ("reference", "triton")
+            for dtype in ("float32", "bfloat16")
+        ),
+    ],
+)
+def test_memory_is_bounded(backend: str, dtype: str, n: int) -> None:
+    """Logits of the whole batch, or a copy of a chunk too many: at most 450 MB above inputs, output and gradients."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", MEMORY, backend, dtype, str(n)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    forward, both = map(int, done.stdout.split())
+    assert 100e6 < forward <= both <= 450e6
