@@ -7,12 +7,14 @@ import os
 import shlex
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+import kernels
 from gpt import checkpoint
 from gpt.config import GPTConfig, TrainConfig, override
 from gpt.convert import load_pretrained, load_pretrained_tokenizer
@@ -48,6 +50,7 @@ class RunConfig:
         f"then {FINE_TUNING['learning_rate']}",
     )
     use_triton: str = use_triton_option()
+    strict: bool = option(False, "end with exit code 3 where a kernel fails its check before the first step")
     deterministic: bool = option(False, "refuse operations whose result is not the same each time")
 
 
@@ -99,6 +102,8 @@ def _train(argv: Sequence[str]) -> int:
     out = Path(run.out) if run.out else _next_folder(Path("runs"))
     trainer = Trainer(model, data, start.train, out=out, resume=run.resume, options={"data": dataclasses.asdict(start.data)})
     _introduce(trainer, start.data, out)
+    if not _preflight(trainer, strict=run.strict):
+        return 3
     try:
         result = trainer.run()
     except NonFiniteError as error:
@@ -181,6 +186,26 @@ def _introduce(trainer: Trainer, data: DataConfig, out: Path) -> None:
         f"out: {out}",
         flush=True,
     )
+
+
+def _preflight(trainer: Trainer, *, strict: bool) -> bool:
+    """Checks the kernels that would run, and leaves those that fail to their references; False where that is not wanted."""
+    if trainer.model.use_triton is False:
+        return True
+    report = trainer.preflight()
+    if not report.checked:
+        print(f"kernels: none, the references run ({'; '.join(report.skipped)})", flush=True)
+        return True
+    print(report, flush=True)
+    if report.ok:
+        return True
+    failed = "; ".join(f"{op}: {problem}" for op, problem in report.failed.items())
+    if strict:
+        print(f"gpt.train: --strict: preflight failed, nothing was trained: {failed}", file=sys.stderr)
+        return False
+    report.enforce()
+    warnings.warn(f"PREFLIGHT FAILED, the references run instead: {failed}", kernels.FallbackWarning, stacklevel=2)
+    return True
 
 
 def _conclude(result: TrainResult, targets: int, out: Path, prompt: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+import kernels
 from gpt import checkpoint
 from gpt.cache import replacing
 from gpt.config import TrainConfig
@@ -100,6 +101,10 @@ class Trainer:
     def precision(self) -> str:
         """The dtype of forward and backward, as in "bfloat16"."""
         return str(self._step.dtype).removeprefix("torch.")
+
+    def preflight(self) -> kernels.Report:
+        """Each fused op against its reference, at the shapes, dtype and strides of a micro-batch: see `GPT.preflight`."""
+        return self.model.preflight(self.config.batch_size, self.block_size, self._step.dtype)
 
     def run(self) -> TrainResult:
         """Trains until max_steps, until patience is spent, or until Ctrl-C or SIGTERM, which finish the step, save and return.

@@ -119,6 +119,16 @@ class Report:
     def ok(self) -> bool:
         return not self.failed
 
+    @property
+    def checked(self) -> list[str]:
+        """The ops whose kernels were run."""
+        return [row.op for row in self.rows if not row.skipped]
+
+    @property
+    def skipped(self) -> list[str]:
+        """Why the references of the others run, each reason once."""
+        return list(dict.fromkeys(row.skipped for row in self.rows if row.skipped))
+
     def enforce(self) -> None:
         """From now on the reference runs for each op that failed, in this process; `explain` says so."""
         for op, problem in self.failed.items():

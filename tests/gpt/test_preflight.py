@@ -1,0 +1,122 @@
+"""Preflight from a model and from a training run: the shapes are the run's own, and a failing kernel does what was promised."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gpt.trainer
+import kernels
+from gpt import GPT, GPTConfig
+from gpt.preflight import cases
+from gpt.train import main
+from kernels import dispatch
+
+preflight = sys.modules["kernels.preflight"]
+MODEL = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16}
+
+pytestmark = pytest.mark.interpreter
+
+
+@pytest.fixture(autouse=True)
+def a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(dispatch, "_distrusted", {})
+    monkeypatch.setattr(gpt.trainer, "SAMPLE_TOKENS", 5)
+
+
+def without_mask(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+@pytest.fixture
+def lost_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = dataclasses.replace(preflight.SPECS["causal_attention"], function=without_mask)
+    monkeypatch.setitem(preflight.SPECS, "causal_attention", broken)
+
+
+def train(tmp_path: Path, *flags: str) -> int:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 40, encoding="utf-8")
+    model = [f"--{name}={value}" for name, value in MODEL.items()]
+    steps = ["--max_steps=2", "--batch_size=2", "--warmup_steps=0", "--eval_batches=1"]
+    return main([f"--data={text}", f"--out={tmp_path / 'run'}", "--device=cpu", *model, *steps, *flags])
+
+
+def test_every_op_of_a_model_is_checked_at_its_own_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An op that the model calls with other sizes, options, dtypes or strides than preflight, or that preflight leaves out."""
+    config = GPTConfig(vocab_size=37, block_size=12, n_layer=2, n_head=2, n_embd=16, dropout=0.1, bias=False, activation="gelu")
+    expected = dict(cases(config, 3, 12, torch.float32))
+    seen: dict[str, dict[str, Any]] = {}
+    for op in expected:
+        original = getattr(kernels, op)
+
+        def spy(*args: Any, _op: str = op, _original: Any = original, **kwargs: Any) -> Any:
+            names = list(preflight.SPECS[_op].arguments)
+            seen.setdefault(_op, dict(zip(names, args, strict=False)) | kwargs)
+            return _original(*args, **kwargs)
+
+        monkeypatch.setattr(kernels, op, spy)
+    model = GPT(config, use_triton=False)
+    idx = torch.randint(37, (3, 12))
+    model(idx, idx)
+    model.generate(idx[:, :4], 2)
+    assert seen.keys() == expected.keys()
+    for op, case in expected.items():
+        inputs = preflight.SPECS[op].make_inputs(case, torch.float32, torch.device("cpu"), torch.Generator())
+        for name, value in inputs.items():
+            if isinstance(value, torch.Tensor) and op != "decode_attention" and value.ndim > 0:
+                called = seen[op][name]
+                assert (called.numel(), called.dtype) == (value.numel(), value.dtype), (op, name)
+                if value.ndim == 4:
+                    assert called.stride() == value.stride(), (op, name)
+            if value is None:
+                assert seen[op].get(name) is None, (op, name)
+        if "dropout_p" in inputs:
+            assert inputs["dropout_p"] == seen[op]["dropout_p"]
+
+
+def test_a_model_checks_itself() -> None:
+    """A report that leaves out an op, or that fails on right kernels."""
+    report = GPT(vocab_size=33, **MODEL).preflight(2, 16)
+    assert report.checked == []  # "auto" runs the references on a CPU
+    model = GPT(vocab_size=33, **MODEL, use_triton=True)
+    report = model.preflight(2, 16)
+    assert report.ok, str(report)
+    assert sorted(report.checked) == sorted(preflight.SPECS)
+
+
+def test_a_failing_kernel_falls_back_loudly(tmp_path: Path, lost_mask: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that goes on with the wrong kernel, that stops although it need not, or that says nothing."""
+    assert train(tmp_path, "--use_triton=true") == 0
+    printed = capsys.readouterr()
+    assert "PREFLIGHT FAILED, the references run instead: causal_attention: out: FAILED" in printed.err
+    assert "causal_attention" in printed.out
+    assert dispatch._distrusted.keys() == {"causal_attention"}
+    last = json.loads((tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    assert last["final"] is True
+
+
+def test_strict_ends_the_run(tmp_path: Path, lost_mask: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """--strict that trains all the same, with another exit code, or that leaves a folder behind."""
+    assert train(tmp_path, "--use_triton=true", "--strict") == 3
+    assert "--strict: preflight failed, nothing was trained: causal_attention" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_right_kernels_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--strict that ends a run whose kernels are right."""
+    assert train(tmp_path, "--use_triton=true", "--strict") == 0
+    assert "FAILED" not in capsys.readouterr().out
+
+
+def test_references_need_no_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run on references that says nothing of it, or that spends time on checking them."""
+    assert train(tmp_path) == 0
+    assert "kernels: none, the references run (auto: on a CPU the interpreter only serves tests)" in capsys.readouterr().out
