@@ -55,9 +55,11 @@ def _add_dq(
     k = load_rows(k_ptr, offs_n, stride_kt, Tk, D, BLOCK_D, MASKED)  # (BLOCK_N, BLOCK_D)
     v = load_rows(v_ptr, offs_n, stride_vt, Tk, D, BLOCK_D, MASKED)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
-    p = tl.exp2(s * scale2 - lse2[:, None])
+    s = s * scale2 - lse2[:, None]
     if MASKED:
-        p = tl.where(is_visible(offs_m[:, None], offs_n[None, :], start[:, None], Tq, Tk, HAS_START), p, 0.0)
+        visible = is_visible(offs_m[:, None], offs_n[None, :], start[:, None], Tq, Tk, HAS_START)
+        s = tl.where(visible, s, float("-inf"))
+    p = tl.exp2(s)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     if HAS_DROPOUT:
         keep = keep_tile(seed, pid_bh * Tq + offs_m, begin, Tk, threshold, QUADS, BLOCK_N)
@@ -201,12 +203,14 @@ def _add_dkdv(
         lse2 = tl.load(lse2_ptr + offs_m)
         delta = tl.load(delta_ptr + offs_m)
     st = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
-    pt = tl.exp2(st * scale2 - lse2[None, :])
+    st = st * scale2 - lse2[None, :]
     if MASKED:
         start = offs_m
         if HAS_START:
             start = load_start(start_ptr, offs_m, stride_st, Tq, Tk)
-        pt = tl.where(is_visible(offs_m[None, :], offs_n[:, None], start[None, :], Tq, Tk, HAS_START), pt, 0.0)
+        visible = is_visible(offs_m[None, :], offs_n[:, None], start[None, :], Tq, Tk, HAS_START)
+        st = tl.where(visible, st, float("-inf"))
+    pt = tl.exp2(st)
     dpt = tl.dot(v, tl.trans(do), input_precision=PRECISION)
     dropped = pt
     if HAS_DROPOUT:

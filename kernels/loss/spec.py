@@ -84,6 +84,8 @@ LINEAR_CROSS_ENTROPY = OpSpec(
         _case(3, 17, 50257, "edge", reduction="none", bias=True, label_smoothing=0.1, z_loss=1e-3),
         _case(7, 64, 1000, "edge", peak=12.0, label_smoothing=0.05),
         _case(21, 64, 65, "edge", confident=True),
+        _case(9, 32, 100, "edge", peak=200.0),
+        _case(5, 16, 130, "edge", bias=True),
         _case(4, 16, 33, "edge", ignored="all", reduction="none"),
         *(
             _case(67, c, v, "slow", reduction=reduction, bias=bias, label_smoothing=smoothing, z_loss=z, ignored="some")

@@ -22,6 +22,7 @@ from kernels.spec import Case
 
 CPU = torch.device("cpu")
 NORM = SPECS["layer_norm"]
+EPS = torch.finfo(torch.float32).eps
 RACE = Race(NORM, Case({"N": 6, "C": 40}))
 
 
@@ -64,7 +65,9 @@ def rows_of(name: str, *peers: Contestant) -> list[Row]:
     return [row for row in runner(*peers).run(RACE) if row.contestant == name]
 
 
-@pytest.mark.parametrize("function", [planted(forward=1.001), planted(gradient=1.001), planted(forward=float("nan"))])
+@pytest.mark.parametrize(
+    "function", [planted(forward=1 + 12 * EPS), planted(forward=1.001), planted(gradient=1.001), planted(forward=float("nan"))]
+)
 def test_a_wrong_kernel_gets_no_time(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The speed of a kernel whose output, or only whose gradient, is wrong."""
     shared = [Contestant(OURS, function, peer=False), Contestant("eager", NORM.reference, peer=False)]
@@ -79,8 +82,7 @@ def test_a_wrong_kernel_gets_no_time(function: Any, monkeypatch: pytest.MonkeyPa
 
 def test_a_peer_is_shown_with_its_error() -> None:
     """A peer that rounds otherwise disappears, or one that is plainly wrong is timed."""
-    eps = torch.finfo(torch.float32).eps
-    close, far = Contestant("close", planted(forward=1 + 12 * eps)), Contestant("far", planted(forward=1.01))
+    close, far = Contestant("close", planted(forward=1 + 12 * EPS)), Contestant("far", planted(forward=1.01))
     found = rows_of("close", close)
     assert [row.direction for row in found] == ["both", "forward", "backward"]
     assert all(row.status == "measured" and row.error is not None and row.error > 1 for row in found)

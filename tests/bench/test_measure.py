@@ -63,6 +63,15 @@ def test_drift_meets_all_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     assert twins["first"].high > 1.1 * twins["first"].low
 
 
+def test_a_rhythm_meets_all_alike(virtual: Time) -> None:
+    """Contestants that take turns in a fixed order while something else on the machine keeps the same beat."""
+    beat = iter([1.0, 2.0] * 1000)
+    call = Lane([lambda: virtual.sleep(next(beat))])
+    twins = interleave({"first": call, "second": call}, Clock(CPU), 1e9)
+    assert {timing.low for timing in twins.values()} == {1.0}
+    assert {timing.high for timing in twins.values()} == {2.0}
+
+
 def test_preparation_and_context_are_not_timed(virtual: Time) -> None:
     """A forward pass, or the entering of a context, that is charged to backward; preparation that is left out of a sample."""
     prepared = []

@@ -6,10 +6,8 @@ import hashlib
 import json
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -266,34 +264,44 @@ def test_no_pickle() -> None:
 
 
 SAVER = """
-import sys
+import os, random, signal, sys, time
 from pathlib import Path
 import torch
 from gpt import GPT, CharTokenizer
 from gpt.checkpoint import save_checkpoint
-torch.manual_seed(0)
+
+torch.set_num_threads(1)
+rng = random.Random(1)
 model = GPT(vocab_size=9, block_size=8, n_layer=2, n_head=2, n_embd=64)
 state = {"wte.weight/exp_avg": torch.zeros(300_000)}
-print("ready", flush=True)
-for step in range(1, 10**6):
-    with torch.no_grad():
-        model.wpe.weight.fill_(step)
-    save_checkpoint(Path(sys.argv[1]), step, model, CharTokenizer("abcdefghi"), state, {"step": step})
-    print(step, flush=True)
+
+
+def save_for_ever(out):
+    out.mkdir()
+    committed = os.open(out / "committed", os.O_WRONLY | os.O_CREAT)
+    for step in range(1, 10**6):
+        with torch.no_grad():
+            model.wpe.weight.fill_(step)
+        save_checkpoint(out, step, model, CharTokenizer("abcdefghi"), state, {"step": step})
+        os.write(committed, f"{step} ".encode())
+
+
+for number in range(int(sys.argv[2])):
+    child = os.fork()
+    if child == 0:
+        save_for_ever(Path(sys.argv[1]) / str(number))
+    time.sleep(0.1 + rng.random() * 0.2)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
 """
 
 
 def kill_saves(tmp_path: Path, kills: int) -> None:
-    rng = random.Random(1)
+    """Processes that save one checkpoint after another, killed at any moment."""
+    subprocess.run([sys.executable, "-c", SAVER, tmp_path, str(kills)], cwd=ROOT, check=True, capture_output=True)
     for number in range(kills):
         out = tmp_path / str(number)
-        command = [sys.executable, "-c", SAVER, out]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
-            time.sleep(0.05 + rng.random() * 0.2)
-            process.send_signal(signal.SIGKILL)
-            committed = [int(line) for line in process.stdout.read().split("\n")[:-1]]
+        committed = [int(step) for step in (out / "committed").read_text().split()]
         found = checkpoint.list_checkpoints(out)
         steps = [int(path.name[5:]) for path in found]
         for path, step in zip(found, steps, strict=True):
@@ -306,7 +314,7 @@ def kill_saves(tmp_path: Path, kills: int) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX's")
 def test_killed_saves(tmp_path: Path) -> None:
     """A committed checkpoint lost, or half of one found, when the machine goes down in a save."""
-    kill_saves(tmp_path, 2)
+    kill_saves(tmp_path, 3)
 
 
 @pytest.mark.slow

@@ -86,12 +86,8 @@ MUTANTS: dict[str, Mutation] = {
     ),
     "delta is written past the end": ("backward", "Tq + offs_m, delta, mask=offs_m < Tq)", "Tq + offs_m, delta)"),
     "key_start is read past the end": ("forward", "tl.minimum(rows, Tq - 1)", "rows"),
-    "dP is not masked by p": (
-        "backward",
-        "p = tl.where(is_visible(offs_m[:, None], offs_n[None, :]",
-        "_ = tl.where(is_visible(offs_m[:, None], offs_n[None, :]",
-    ),
-    "dK sees the future": ("backward", "pt = tl.where(is_visible(", "_ = tl.where(is_visible("),
+    "dQ sees the future": ("backward", "s = tl.where(visible, s,", "_ = tl.where(visible, s,"),
+    "dK sees the future": ("backward", "st = tl.where(visible, st,", "_ = tl.where(visible, st,"),
     # ranges
     "a masked tile counts as full": ("forward", "(first + 1) // BLOCK_N", "(first + BLOCK_N) // BLOCK_N"),
     "the last tile of keys is skipped": (
@@ -134,7 +130,8 @@ MUTANTS: dict[str, Mutation] = {
     "dQ is scaled in base 2": ("backward", "dq * scale, offs_m", "dq * scale2, offs_m"),
     "dK is not scaled": ("backward", "dk * scale, offs_n", "dk, offs_n"),
     "dV is scaled": ("backward", "dv, offs_n, stride_dvt", "dv * scale, offs_n, stride_dvt"),
-    "the logits of backward are not scaled": ("backward", "tl.exp2(s * scale2 -", "tl.exp2(s -"),
+    "the logits of dQ are not scaled": ("backward", "s = s * scale2 -", "s = s -"),
+    "the logits of dK are not scaled": ("backward", "st = st * scale2 -", "st = st -"),
     "only one query head adds to dK": ("backward", "for group in tl.range(GROUPS):", "for group in tl.range(1):"),
     "query heads read the wrong key head": ("forward", "pid_h // GROUPS * stride_kh", "pid_h % GROUPS * stride_kh"),
     "values of the wrong head in backward": ("backward", "pid_h // GROUPS * stride_vh", "pid_h * stride_vh"),

@@ -1,0 +1,47 @@
+"""Kernels compiled ahead of time for GPUs that are not here, in a process without the interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kernels.registry import SPECS
+from kernels.tuning import SHARED_MEMORY
+
+pytest.importorskip("triton", reason="triton is not installed")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
+ROOT = Path(__file__).parents[2]
+ROOMS = sorted({spec.room for spec in SPECS.values()})
+
+
+def report(folder: Path, *arguments: str) -> list[dict[str, Any]]:
+    """The rows of `python -m bench.aot`, which must find nothing broken."""
+    path = folder / "report.json"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_DEFAULT_FP_FUSION": "1"}
+    command = [sys.executable, "-m", "bench.aot", *arguments, "--json", str(path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, "\n".join(line for line in done.stdout.splitlines() if "BROKEN" in line) + done.stderr
+    return json.loads(path.read_text(encoding="utf-8"))["builds"]
+
+
+def test_attention_in_bfloat16(tmp_path: Path) -> None:
+    """A kernel of attention at D = 64 that spills, takes too much shared memory, or has no warp-group product on sm_90."""
+    rows = report(tmp_path, "--op", "attention", "--arch", "80", "90", "--gated", "--match", "bf16-D64")
+    assert {row["kernel"] for row in rows} >= {f"_attention_{name}_kernel" for name in ("fwd", "bwd_dq", "bwd_dkdv")}
+    for row in rows:
+        assert row["hmma" if row["architecture"] == 80 else "hgmma"] > 0
+        assert row["stack"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", SHARED_MEMORY)
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_kernel_fits(room: str, architecture: int, tmp_path: Path) -> None:
+    """A tile that does not compile, or that an architecture's shared memory does not hold."""
+    assert report(tmp_path, "--op", room, "--arch", str(architecture))

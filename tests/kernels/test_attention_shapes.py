@@ -1,0 +1,79 @@
+"""Attention at shapes and options drawn at random, the same ones every time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.preflight import check
+from kernels.registry import SPECS
+from kernels.spec import Case
+
+pytest.importorskip("triton", reason="triton is not installed")
+pytestmark = pytest.mark.interpreter
+
+CPU = torch.device("cpu")
+DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
+
+
+@st.composite
+def causal_cases(draw: st.DrawFn) -> Case:
+    tq = draw(st.integers(1, 80))
+    hkv = draw(st.integers(1, 2))
+    sizes = {"B": draw(st.integers(1, 2)), "H": hkv * draw(st.integers(1, 2)), "Hkv": hkv, "Tq": tq}
+    sizes |= {"Tk": tq + draw(st.integers(0, 50)), "D": draw(st.integers(1, 80))}
+    options: dict[str, Any] = {"layout": draw(st.sampled_from(["plain", "padded"]))}
+    if kind := draw(st.sampled_from([None, "padding", "documents", "window", "empty"])):
+        options["key_start"] = kind
+    if draw(st.booleans()):
+        options |= {"dropout_p": draw(st.floats(0.05, 0.9)), "seed": draw(st.integers(-(2**63), 2**63 - 1))}
+    return Case(sizes, options)
+
+
+@st.composite
+def decode_cases(draw: st.DrawFn) -> Case:
+    hkv, tq = draw(st.integers(1, 3)), draw(st.integers(1, 20))
+    sizes = {"B": draw(st.integers(1, 3)), "H": hkv * draw(st.integers(1, 4)), "Hkv": hkv, "Tq": tq}
+    sizes |= {"Tmax": tq + draw(st.integers(0, 150)), "D": draw(st.integers(1, 80))}
+    return Case(
+        sizes, {"key_start": draw(st.sampled_from([None, "padding"])), "cache_len": draw(st.sampled_from(["full", "short"]))}
+    )
+
+
+def assert_right(op: str, case: Case, dtype: torch.dtype) -> None:
+    wrong = [str(verdict) for verdict in check(SPECS[op], case, dtype, CPU) if not verdict.ok]
+    assert not wrong, wrong
+
+
+@settings(max_examples=8)
+@given(causal_cases(), DTYPES)
+def test_causal_attention_at_random_shapes(case: Case, dtype: torch.dtype) -> None:
+    """A combination of sizes and options that no hand-made case has."""
+    assert_right("causal_attention", case, dtype)
+
+
+@settings(max_examples=12)
+@given(decode_cases(), DTYPES)
+def test_decode_attention_at_random_shapes(case: Case, dtype: torch.dtype) -> None:
+    """A combination of sizes and options that no hand-made case has."""
+    assert_right("decode_attention", case, dtype)
+
+
+@pytest.mark.slow
+@settings(max_examples=200)
+@given(causal_cases(), DTYPES)
+def test_causal_attention_at_many_random_shapes(case: Case, dtype: torch.dtype) -> None:
+    """As above, for longer."""
+    assert_right("causal_attention", case, dtype)
+
+
+@pytest.mark.slow
+@settings(max_examples=200)
+@given(decode_cases(), DTYPES)
+def test_decode_attention_at_many_random_shapes(case: Case, dtype: torch.dtype) -> None:
+    """As above, for longer."""
+    assert_right("decode_attention", case, dtype)
