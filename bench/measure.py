@@ -30,6 +30,7 @@ SLEEP_TOLERANCE = 0.02
 MIN_SAMPLES, MAX_SAMPLES = 5, 100
 MAX_CALLS = 10_000  # in one sample
 MAX_SETS = 64
+PROCESSOR_SETS = 4  # a call on a processor takes so long that more of them would make a sample of minutes
 PROCESSOR_CACHE = 2**25  # what a processor's last cache is taken to be, at most: a core's share of a larger one is no more
 
 
@@ -154,11 +155,11 @@ def capture(lane: Lane, clock: Clock) -> Lane:
 def input_sets(nbytes: int, device: torch.device) -> int:
     """How many sets of inputs of `nbytes` each it takes that a set has left the cache when its turn comes again."""
     if device.type == "cuda":
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        cache, most = torch.cuda.get_device_properties(device).L2_cache_size, MAX_SETS
     else:
         known = os.sysconf("SC_LEVEL3_CACHE_SIZE") if "SC_LEVEL3_CACHE_SIZE" in getattr(os, "sysconf_names", ()) else 0
-        cache = min(known, PROCESSOR_CACHE) if known > 0 else PROCESSOR_CACHE
-    return max(1, min(MAX_SETS, math.ceil(3 * cache / max(1, nbytes))))
+        cache, most = min(known, PROCESSOR_CACHE) if known > 0 else PROCESSOR_CACHE, min(MAX_SETS, PROCESSOR_SETS)
+    return max(1, min(most, math.ceil(3 * cache / max(1, nbytes))))
 
 
 def peak_memory(call: Call, clock: Clock) -> int | None:

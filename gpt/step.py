@@ -72,10 +72,11 @@ class TrainStep:
             self._zero_gradients()
             name, value = ("gradient norm", result.gradient_norm) if math.isfinite(result.loss) else ("loss", result.loss)
             raise NonFiniteError(f"the {name} is {value}")
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            self.scaler.step(optimizer)
+        if math.isfinite(result.gradient_norm):
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                self.scaler.step(optimizer)
         self.scaler.update()
         self._norm = result.gradient_norm
         return result

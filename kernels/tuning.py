@@ -1,13 +1,14 @@
 """The table of tiles, and of where the reference is the faster choice.
 
-A tile is looked up by (architecture, op, shape class, dtype). Rows come from measurements on the named GPU; an architecture
-without rows takes conservative tiles that fit the smallest shared memory of the supported GPUs (99 KB).
+A tile is looked up by (architecture, op, shape class, dtype). Until a GPU has measured a row, it holds what compiles ahead of
+time without spilling (`python -m bench.aot`); an architecture without rows takes tiles that fit the smallest shared memory of
+the supported GPUs (99 KB).
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -34,6 +35,9 @@ def architecture(device: torch.device) -> int:
     return major * 10 + minor
 
 
+Row = TypeVar("Row")
+
+
 class AttentionTiles(NamedTuple):
     """Causal attention's tiles at one head dimension: of the forward pass, of dQ, of dK with dV, and of the smaller passes."""
 
@@ -47,12 +51,12 @@ class AttentionTiles(NamedTuple):
 _GENERATION = {80: 80, 86: 86, 89: 86, 90: 90, 100: 100, 120: 86}  # a GPU that is not here takes 86's tiles
 _ATTENTION = {  # generation -> largest head dimension -> tiles, for 16-bit inputs
     80: {
-        64: AttentionTiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
-        128: AttentionTiles(Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
+        64: AttentionTiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 3)),
+        128: AttentionTiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2)),
         256: AttentionTiles(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 4, 1)),
     },
     86: {
-        64: AttentionTiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+        64: AttentionTiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 3)),
         128: AttentionTiles(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2)),
         256: AttentionTiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 32, 4, 1)),
     },
@@ -68,11 +72,12 @@ _ATTENTION = {  # generation -> largest head dimension -> tiles, for 16-bit inpu
     },
 }
 _ATTENTION_INTERPRETED = AttentionTiles(Tile(32, 16), Tile(32, 16), Tile(16, 32), Tile(16, 16))
-_ATTENTION_LEAN = {  # every generation, where registers run short: all kernels with dropout, dK and dV of grouped heads
+_ATTENTION_DROPOUT = {  # every generation: the mask takes registers
     64: AttentionTiles(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(32, 128, 8, 2)),
-    128: AttentionTiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
+    128: AttentionTiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 64, 8, 2)),
     256: AttentionTiles(Tile(64, 32, 8, 2), Tile(32, 32, 4, 1), Tile(16, 32, 4, 1)),
 }
+_ATTENTION_GROUPED = {64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 32, 4, 1)}  # dK with dV, over query heads
 _ATTENTION_FLOAT32 = {
     32: AttentionTiles(Tile(64, 32), Tile(32, 32), Tile(32, 32)),
     64: AttentionTiles(Tile(32, 32), Tile(32, 32), Tile(32, 32)),
@@ -87,14 +92,14 @@ def attention_tiles(architecture: int, itemsize: int, d: int, *, dropout: bool, 
         return _ATTENTION_INTERPRETED
     if itemsize == 4:
         return _narrowest(_ATTENTION_FLOAT32, d)
-    tiles, lean = _narrowest(_ATTENTION[_GENERATION.get(architecture, 86)], d), _narrowest(_ATTENTION_LEAN, d)
     if dropout:
-        return lean
-    return tiles._replace(dkdv=lean.dkdv, five=None) if grouped else tiles
+        return _narrowest(_ATTENTION_DROPOUT, d)
+    tiles = _narrowest(_ATTENTION[_GENERATION.get(architecture, 86)], d)
+    return tiles._replace(dkdv=_narrowest(_ATTENTION_GROUPED, d), five=None) if grouped else tiles
 
 
-def _narrowest(rows: dict[int, AttentionTiles], d: int) -> AttentionTiles:
-    return next(tiles for width, tiles in rows.items() if d <= width)
+def _narrowest(rows: dict[int, Row], d: int) -> Row:
+    return next(row for width, row in rows.items() if d <= width)
 
 
 def attention_decode_tile(architecture: int, itemsize: int, d: int) -> Tile:

@@ -48,7 +48,8 @@ def causal_attention(
 
     Numerics:
         Logits, softmax and sums are float32, in base 2; one rounding at the store. Saved for backward: q, k, v, out and 4 BHTq
-        bytes of log-sum-exp.
+        bytes of log-sum-exp. No sum is taken in a varying order, unless the tuning table holds a faster backward that does so;
+        `deterministic` forbids it.
 
     Backend:
         The reference runs for float64, for D > 256, and wherever `kernels.explain` says that Triton cannot run.
