@@ -215,6 +215,7 @@ def test_ctrl_c(text: str, tmp_path: Path) -> None:
     """A run that is stopped and has nothing to go on from."""
     out = tmp_path / "run"
     command = [sys.executable, "-m", "gpt.train", *TINY, "--max_steps", "1000000", "--data", text, "--out", str(out)]
+    command += ["--eval_interval", "10"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
