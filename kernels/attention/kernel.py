@@ -157,6 +157,7 @@ def _decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_len: Tensor, key_
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, key_start, seed, *ctx.options = inputs
     out, lse2 = output
+    ctx.set_materialize_grads(False)  # no zeros for lse2
     ctx.mark_non_differentiable(lse2)
     ctx.save_for_backward(q, k, v, out, lse2, key_start, seed)
 

@@ -120,6 +120,7 @@ def _backward_fake(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, w_up, b_up, w_down, _, ctx.tanh, _ = inputs
+    ctx.set_materialize_grads(False)  # no zeros for h
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, output[1], w_up, b_up, w_down)
 

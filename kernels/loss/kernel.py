@@ -193,6 +193,7 @@ def _differentiate_losses(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, *rest = output
+    ctx.set_materialize_grads(False)  # no zeros for the gradients
     ctx.mark_non_differentiable(*rest)
     ctx.save_for_backward(*rest)
     ctx.dtype, ctx.needs = inputs[1].dtype, inputs[-3:]

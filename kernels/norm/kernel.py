@@ -164,6 +164,7 @@ def _backward_fake(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, bias, _, _ = inputs
+    ctx.set_materialize_grads(False)  # no zeros for the statistics
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, weight, output[1])
     ctx.bias_dtype = None if bias is None else bias.dtype
