@@ -46,7 +46,7 @@ def save_model(model: GPT, directory: str | os.PathLike[str], tokenizer: Tokeniz
     target = Path(directory)
     if target.is_dir() and any(target.iterdir()) and not (target / SUMS).exists():
         raise InputError(f"checkpoint: {target} holds other files, expected a new or empty folder, or a checkpoint")
-    _commit(target, lambda folder: _write_model(folder, model, tokenizer))
+    commit(target, lambda folder: _write_model(folder, model, tokenizer))
 
 
 def save_checkpoint(
@@ -64,7 +64,7 @@ def save_checkpoint(
         write_tensors(folder / OPTIMIZER, optimizer)
         _write_json(folder / STATE, state)
 
-    _commit(target, write)
+    commit(target, write)
     for old in [path for path in list_checkpoints(out) if path != target][: -(KEPT - 1)]:
         with suppress(OSError):
             _discard(old)
@@ -199,7 +199,7 @@ def clean(out: Path, step: int) -> None:
             path.rename(path.with_name(f"{path.name}.damaged"))
 
 
-def _commit(target: Path, write: Callable[[Path], None]) -> None:
+def commit(target: Path, write: Callable[[Path], None]) -> None:
     """Makes the folder `target` whole or not at all: written beside it, hashed, flushed to disk and renamed."""
     unfinished = target.parent / f"{_UNFINISHED}{target.name}-{os.getpid()}"
     try:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gpt.cache import replacing
-from gpt.checkpoint import CONFIG, MODEL, SUMS, _commit, find_checkpoint, load_checkpoint_tokenizer, load_model, read_json
+from gpt.checkpoint import CONFIG, MODEL, SUMS, commit, find_checkpoint, load_checkpoint_tokenizer, load_model, read_json
 from gpt.config import GPTConfig
 from gpt.data import Split, TokenData
 from gpt.errors import InputError
@@ -128,7 +128,7 @@ def save_huggingface(model: GPT, directory: str | os.PathLike[str], tokenizer: T
             settings |= {"bos_token": mark, "eos_token": mark, "clean_up_tokenization_spaces": False}
             _write_json(folder / "tokenizer_config.json", settings)
 
-    _commit(target, write)
+    commit(target, write)
 
 
 def save_bin(data: TokenData, directory: str | os.PathLike[str]) -> None:

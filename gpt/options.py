@@ -202,8 +202,10 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], exp
         kind = {"nargs": "?", "const": "true"}
     elif get_origin(expected) is tuple:
         kind, expected = {"nargs": "+"}, get_args(expected)[0]
-    help_text = f"{field.metadata['help']} (default: {show(default)})".replace("%", "%%")
-    group.add_argument(f"--{field.name}", metavar=describe(expected), help=help_text, **kind)
+    text = field.metadata["help"]
+    if default is not None or "(default: " not in text:
+        text += f" (default: {show(default)})"
+    group.add_argument(f"--{field.name}", metavar=describe(expected), help=text.replace("%", "%%"), **kind)
 
 
 def _with_underscores(argument: str) -> str:

@@ -169,13 +169,16 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def autocast_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that `name` means on `device`; "auto" is bfloat16 on a GPU that has it, else float32.
+    """The dtype that `name` means on `device`; "auto" is bfloat16 where the device multiplies it in hardware, else float32.
 
     Raises:
         InputError: float16 on a CPU, where its products are many times slower than float32's.
     """
+    if name == "auto" and device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else torch.float32
+        able = device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") and torch.cpu.get_capabilities()
+        return torch.bfloat16 if able and (able.get("avx512_bf16") or able.get("amx_bf16")) else torch.float32
     if name == "float16" and device.type == "cpu":
         raise InputError("TrainConfig: dtype is 'float16' on a CPU, expected float32 or bfloat16 there")
     return _DTYPES[name]

@@ -43,12 +43,13 @@ def causal_attention(
 
     Raises:
         TypeError: A tensor of another dtype, or something that is no tensor or number.
-        ValueError: Ranks, sizes, devices or strides that do not fit; dropout_p outside [0, 1); a scale that is not finite.
+        ValueError: Ranks, sizes, devices or strides that do not fit; dropout_p outside [0, 1); a scale that is not positive and finite.
         RuntimeError: ``use_backend("triton")`` cannot be honoured.
 
     Numerics:
         Logits, softmax and sums are float32, in base 2; one rounding at the store. Saved for backward: q, k, v, out and 4 BHTq
-        bytes of log-sum-exp. No sum is taken in a varying order, unless the tuning table holds a faster backward that does so;
+        bytes of log-sum-exp. Backward starts from out as it was rounded, so a gradient that is truly zero may carry that
+        rounding. No sum is taken in a varying order, unless the tuning table holds a faster backward that does so;
         `deterministic` forbids it.
 
     Backend:

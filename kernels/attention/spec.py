@@ -123,7 +123,8 @@ _EDGES = (
 _LONG_GRID = (
     *(_causal_case(1, 1, t, d, "slow") for t in _LENGTHS for d in _HEAD_DIMENSIONS),
     *(_causal_case(2, 2, t, 16, "slow", tk=t + 33, hkv=1, key_start=kind) for t in _LENGTHS for kind in _KEY_STARTS),
-    *(_causal_case(1, 2, t, 24, "slow", tk=t + more, dropout_p=0.2, seed=t) for t in _LENGTHS for more in (0, 3)),
+    # Not with a single key: dQ and dK are then zero but for the rounding of the output, from which backward starts.
+    *(_causal_case(1, 2, t, 24, "slow", tk=t + more, dropout_p=0.2, seed=t) for t in _LENGTHS for more in (0, 3) if t + more > 1),
     *(_causal_case(2, 2, t, 40, "slow", layout=layout) for t in _LENGTHS for layout in ("qkv", "padded")),
 )
 _FULL_SIZE = (

@@ -332,7 +332,7 @@ def write_bins(folder: Path, tokenizer: bool = True, **texts: str) -> Path:
     return folder
 
 
-def test_bins(tmp_path: Path) -> None:
+def test_bins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """nanoGPT's data split anew, read in another byte order, or without the tokenizer that made it."""
     data = load(write_bins(tmp_path, train=TEXT[:200], val=TEXT[300:350]))
     assert BINS.decode(data.tokens("train").tolist()) == TEXT[:200]
@@ -341,8 +341,11 @@ def test_bins(tmp_path: Path) -> None:
     one = load(tmp_path / "train.bin")
     assert [len(one.tokens("train")), len(one.tokens("validation"))] == [180, 20]
     assert data.identity != one.identity
-    write_bins(tmp_path, val=TEXT[300:349] + "X")
-    assert load(tmp_path).identity != data.identity
+    monkeypatch.setattr("gpt.shards.CHUNK", 16)
+    for val in ("X" + TEXT[301:350], TEXT[300:349] + "X", TEXT[300:351]):
+        before = load(tmp_path).identity
+        write_bins(tmp_path, val=val)
+        assert load(tmp_path).identity != before
 
 
 def test_packed_bins(tmp_path: Path) -> None:

@@ -14,6 +14,12 @@ from gpt.fit import EarlyStopping
 from gpt.step import NonFiniteError
 
 
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The losses are compared with float32's, so a processor with bfloat16 must not take it."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {}, raising=False)
+
+
 def documented() -> GPT:
     """The class as simple-llm documents it."""
     return GPT(vocab_size=11, max_seq_len=8, emb_size=16, num_heads=2, head_size=8, num_layers=1, dropout=0.0, device="cpu")
@@ -42,6 +48,15 @@ def test_losses_fall_and_are_kept() -> None:
     model.fit(loader(), num_epoch=2)
     assert len(model.train_loss) == 2
     assert model.validation_loss == []
+
+
+def test_dropout_is_for_training() -> None:
+    """A validation with dropout, or an epoch after it without."""
+    modes: list[tuple[bool, bool]] = []
+    model = documented()
+    model.register_forward_pre_hook(lambda module, inputs: modes.append((module.training, torch.is_grad_enabled())))
+    model.fit(loader(8), loader(8), num_epoch=2)
+    assert modes == [(True, True), (False, False)] * 2
 
 
 def test_uneven_batches_weigh_by_tokens() -> None:

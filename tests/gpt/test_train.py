@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from gpt import GPT, GPTConfig, InputError, TrainConfig, Trainer, checkpoint
 from gpt.data import IGNORED, Batch, TokenData
 from gpt.muon import orthogonalize
-from gpt.step import NonFiniteError, TrainStep, learning_rate
+from gpt.step import NonFiniteError, TrainStep, autocast_dtype, learning_rate
 from gpt.trainer import TrainResult
 from tests.gpt.text import TEXT
 
@@ -34,6 +34,7 @@ CONFIG = TrainConfig(
     eval_batches=2,
     checkpoint_interval=2,
     log_interval=1,
+    dtype="float32",
     device="cpu",
 )
 TIMES = ("seconds", "tokens_per_second", "mfu")
@@ -396,6 +397,13 @@ def test_non_finite(what: str, data: TokenData, tmp_path: Path) -> None:
         assert torch.equal(kept[f"{i}/inputs"], expected.inputs)
         assert torch.equal(kept[f"{i}/targets"], expected.targets)
     assert checkpoint.find_checkpoint(tmp_path).name == "step-2"
+
+
+@pytest.mark.parametrize(("capabilities", "dtype"), [({}, torch.float32), ({"avx512_bf16": True}, torch.bfloat16)])
+def test_auto_dtype(capabilities: dict[str, bool], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that emulates bfloat16, slower than float32."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert autocast_dtype("auto", torch.device("cpu")) == dtype
 
 
 def test_bfloat16(data: TokenData, tmp_path: Path) -> None:

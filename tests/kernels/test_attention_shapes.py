@@ -29,7 +29,7 @@ def causal_cases(draw: st.DrawFn) -> Case:
     options: dict[str, Any] = {"layout": draw(st.sampled_from(["plain", "padded"]))}
     if kind := draw(st.sampled_from([None, "padding", "documents", "window", "empty"])):
         options["key_start"] = kind
-    if draw(st.booleans()):
+    if sizes["Tk"] >= 8 and draw(st.booleans()):  # a row with a single key has no gradient but the rounding of its output
         options |= {"dropout_p": draw(st.floats(0.05, 0.9)), "seed": draw(st.integers(-(2**63), 2**63 - 1))}
     return Case(sizes, options)
 
