@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import os
 import re
 import sys
 import tomllib
@@ -129,6 +130,9 @@ def run_command(name: str, command: Callable[[Sequence[str]], int], argv: Sequen
             return 2
         except KeyboardInterrupt:
             return 130
+        except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
 
 
 def field_types(cls: type) -> dict[str, Any]:

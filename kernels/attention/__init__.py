@@ -43,7 +43,8 @@ def causal_attention(
 
     Raises:
         TypeError: A tensor of another dtype, or something that is no tensor or number.
-        ValueError: Ranks, sizes, devices or strides that do not fit; dropout_p outside [0, 1); a scale that is not positive and finite.
+        ValueError: Ranks, sizes, devices or strides that do not fit; dropout_p outside [0, 1); a scale that is not positive and
+            finite.
         RuntimeError: ``use_backend("triton")`` cannot be honoured.
 
     Numerics:

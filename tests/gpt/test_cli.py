@@ -264,6 +264,14 @@ def test_sample(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert run_sample(capsys, newest, *flags) == first
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="the shell is POSIX's")
+def test_a_reader_that_goes_away(trained: Path) -> None:
+    """A traceback behind `| head`."""
+    command = f"{sys.executable} -m gpt.sample --checkpoint {trained} --prompt the --num_samples 9 --device cpu | head -n 1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
 def test_several_samples(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same sample several times."""
     printed = run_sample(capsys, trained, "--num_samples", "3", "--prompt", "a dog", "--max_new_tokens", "20")
