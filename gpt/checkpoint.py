@@ -82,6 +82,7 @@ def load_model(directory: str | os.PathLike[str], device: torch.device | str | N
     folder = find_checkpoint(directory)
     config = GPTConfig.from_dict(read_json(folder / CONFIG))
     tensors = read_tensors(folder / MODEL)
+    check_tensors(dict(GPT(config, device="meta").named_parameters()), tensors, folder / MODEL)  # before anything is allocated
     model = GPT(config, use_triton=use_triton, device=device, dtype=next(iter(tensors.values())).dtype if tensors else None)
     copy_tensors(dict(model.named_parameters()), tensors, folder / MODEL)
     return model
@@ -171,11 +172,15 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def copy_tensors(targets: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], source: Path) -> None:
-    """Copies `tensors` into `targets` of the same names and shapes.
+    """Copies `tensors` into `targets`, which `check_tensors` compares first; where it raises, nothing is copied."""
+    check_tensors(targets, tensors, source)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            targets[name].copy_(tensor)
 
-    Raises:
-        InputError: A name is missing or unknown, or a shape differs; nothing is copied then.
-    """
+
+def check_tensors(targets: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], source: Path) -> None:
+    """Raises InputError where `tensors` have other names or shapes than `targets`."""
     for name in targets:
         if name not in tensors:
             raise InputError(f"checkpoint: {source} lacks {name}")
@@ -185,9 +190,6 @@ def copy_tensors(targets: Mapping[str, torch.Tensor], tensors: Mapping[str, torc
         if tensor.shape != targets[name].shape:
             shape, expected = tuple(tensor.shape), tuple(targets[name].shape)
             raise InputError(f"checkpoint: {source}: {name} has shape {shape}, expected {expected} (from {CONFIG})")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            targets[name].copy_(tensor)
 
 
 def clean(out: Path, step: int) -> None:

@@ -338,3 +338,13 @@ def test_hashes_are_sha256(saved: Path) -> None:
     for line in (saved / "SHA256SUMS").read_text().splitlines():
         digest, name = line.split("  ")
         assert digest == hashlib.sha256((saved / name).read_bytes()).hexdigest()
+
+
+def test_a_huge_claim_allocates_nothing(tmp_path: Path) -> None:
+    """A config of a trillion parameters, hashed as it should be, that takes the machine's memory before it is refused."""
+    GPT(vocab_size=17, block_size=8, n_layer=1, n_head=1, n_embd=8).save_pretrained(tmp_path / "model")
+    config = tmp_path / "model" / checkpoint.CONFIG
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"n_embd": 200_000}))
+    (tmp_path / "model" / checkpoint.SUMS).write_bytes(checkpoint._sums(tmp_path / "model"))
+    with pytest.raises(InputError, match=r"attn.proj.bias has shape \(8,\), expected \(200000,\)"):
+        checkpoint.load_model(tmp_path / "model")
