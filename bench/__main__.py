@@ -8,6 +8,7 @@ in the middle leaves all that it had.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -170,7 +171,7 @@ def main(argv: Sequence[str]) -> int:
         (folder / "parts").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out: cannot write to {options.out}: {error.strerror}") from error
-    run = Run(Report("fused-gpt bench", describe(device)), folder)
+    run = Run(Report(shlex.join(["python", "-m", "bench", *argv]), describe(device)), folder)
     print(table.machine(run.report.machine))
     todo = stages(given.ops, options, folder, on_gpu=device.type == "cuda")
     signal.signal(signal.SIGTERM, _interrupt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -71,7 +72,7 @@ def _main(bench: Bench, argv: Sequence[str]) -> int:
     )
     _check_contestants(runner, specs)
     out = _folder(options.out) if options.plot or options.profile else Path(options.out)
-    report = start_report(f"bench.{bench.room}", clock, quick=options.quick)
+    report = start_report(f"bench.{bench.room}", argv, clock, quick=options.quick)
     races = plan(specs, targets.load(), on_gpu=clock.on_gpu, quick=options.quick)
     if not clock.on_gpu:
         report.notes.append("cases are cut to a processor's size")
@@ -86,9 +87,9 @@ def _main(bench: Bench, argv: Sequence[str]) -> int:
     return 1 if any(row.status == "wrong" and row.contestant == OURS for row in report.rows) else 0
 
 
-def start_report(title: str, clock: Clock, *, quick: bool) -> Report:
-    """An empty report that knows its machine and whether its clock can be believed, both said aloud."""
-    report = Report(title, describe(clock.device))
+def start_report(module: str, argv: Sequence[str], clock: Clock, *, quick: bool) -> Report:
+    """An empty report that knows its command, its machine and whether its clock can be believed, the last two said aloud."""
+    report = Report(shlex.join(["python", "-m", module, *argv]), describe(clock.device))
     print(table.machine(report.machine))
     if not clock.on_gpu:
         say(report, "no GPU was found: these are times of a processor, and of the references that are the product there")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,10 +16,9 @@ from bench.cases import Race
 from bench.contestants import Contestant, first_line, shared
 from bench.measure import Ceilings, Clock, Lane, Timing, capture, input_sets, interleave, peak_memory, release, total_bytes
 from bench.record import Row
-from kernels.preflight import run_case
+from kernels.preflight import Truth, run_case
 from kernels.registry import SPECS
 from kernels.spec import SHORT_DTYPE, Case, OpSpec
-from kernels.tolerance import Verdict, compare
 
 PEER_LIMIT = 8.0  # a peer whose error is more than so many times what our own may have is refused its timing too
 PARTS = {"forward": ("forward",), "backward": ("backward",), "both": ("forward", "backward")}
@@ -55,26 +54,6 @@ def find_bench(room: str) -> Bench:
     return bench
 
 
-class Truth:
-    """What every contestant of a race is held to: the reference in the race's dtype, and in a higher precision."""
-
-    def __init__(self, spec: OpSpec, inputs: Inputs, dtype: torch.dtype) -> None:
-        wide = torch.float64 if dtype == torch.float32 else torch.float32
-        exact = {n: v.to(wide) if _is_float(v) else v for n, v in inputs.items()}
-        self.dtype = dtype
-        self.plain = run_case(spec.reference, inputs, spec.gradients)
-        self.exact = run_case(spec.reference, exact, spec.gradients)
-        tensors = [v for v in (*inputs.values(), *self.exact.values()) if _is_float(v)]
-        self.scale = max((t.detach().abs().max().item() for t in tensors if t.numel()), default=1.0)
-
-    def judge(self, results: Mapping[str, torch.Tensor | None]) -> list[Verdict]:
-        """A verdict for each output and gradient, by the rule of `kernels.tolerance`."""
-        return [
-            compare(name, results.get(name), self.plain[name], exact, dtype=self.dtype, scale=self.scale)
-            for name, exact in self.exact.items()
-        ]
-
-
 class Admission(NamedTuple):
     """What the gate said: a status of `record.STATUSES`, why, and the worst error as a share of what is allowed."""
 
@@ -107,7 +86,7 @@ class Runner:
         sets = self.input_sets(spec, case)
         directions = ("both", "forward", "backward") if spec.gradients else ("forward",)
         template = Row(spec.name, case.id, SHORT_DTYPE[self.dtype], directions[0], "", "absent")
-        truth = Truth(spec, sets[0], self.dtype)
+        truth = self.truth(spec, sets[0])
         admitted: dict[str, Contestant] = {}
         errors: dict[str, float] = {}
         for contestant in self.contestants(spec):
@@ -122,6 +101,10 @@ class Runner:
             for row in self._race(spec, admitted, sets, template):
                 yield replace(row, error=errors[row.contestant])
             release(self.clock)
+
+    def truth(self, spec: OpSpec, inputs: Inputs) -> Truth:
+        """What every contestant is held to."""
+        return Truth(spec, inputs, self.dtype, oracle_dtype=torch.float64 if self.dtype == torch.float32 else torch.float32)
 
     def input_sets(self, spec: OpSpec, case: Case) -> list[Inputs]:
         """Fresh random inputs, in as many sets as it takes to leave the cache."""
@@ -285,7 +268,3 @@ class _Run:
 
 def _as_tuple(result: Any) -> tuple[torch.Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
-
-
-def _is_float(value: object) -> TypeGuard[torch.Tensor]:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()

@@ -27,6 +27,7 @@ from gpt.options import OptionParser, run_command
 from kernels.spec import SHORT_DTYPE
 
 PLAIN = "plain PyTorch"
+NO_CACHE = f"{OURS}, no cache"
 AGREE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # relative RMS between the logits of kernels and references
 Generate = Callable[[torch.Tensor, int], Any]
 
@@ -37,6 +38,9 @@ class Options:
 
     quick: bool = field(default=False, metadata={"help": "batch 1 alone, for a short time"})
     preset: str | None = field(default=None, metadata={"help": "of the model (default: gpt2 on a GPU, char-cpu on a CPU)"})
+    prompt_tokens: int | None = field(default=None, metadata={"help": "in the prompt (default: 128, or a quarter of the block)"})
+    new_tokens: int | None = field(default=None, metadata={"help": "after the first one (default: 128, or half of the block)"})
+    no_cache: bool = field(default=False, metadata={"help": "this package without its KV cache takes part too"})
     batch_size: tuple[str, ...] = field(default=("1", "8", "64"), metadata={"help": "sequences, the most important first"})
     device: str | None = field(default=None, metadata={"help": "cpu or cuda (default: a GPU if there is one)"})
     budget: str | None = field(default=None, metadata={"help": "as in 90s or 8m: leave out the last batch sizes beyond it"})
@@ -53,9 +57,10 @@ def main(argv: Sequence[str]) -> int:
     clock = Clock(pick_device(options.device))
     config = GPTConfig.preset(options.preset or ("gpt2" if clock.on_gpu else "char-cpu"))
     dtype = torch.bfloat16 if clock.on_gpu else torch.float32
-    report = start_report("bench.generate", clock, quick=options.quick)
+    lengths = _lengths(options, config)
+    report = start_report("bench.generate", argv, clock, quick=options.quick)
     ceilings = Ceilings(clock, 0.1)
-    contestants = entrants(config, dtype, clock)
+    contestants = entrants(config, dtype, clock, no_cache=options.no_cache)
     sizes = [int(text) for text in options.batch_size][: 1 if options.quick else None]
     longest = 0.0
     for number, batch in enumerate(sizes):
@@ -63,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
         if budget is not None and number > 0 and begin + longest > began + budget:
             say(report, f"left out for the budget: batch sizes {', '.join(map(str, sizes[number:]))}")
             break
-        rows = race(config, dtype, batch, contestants, clock, ceilings, seconds=0.3 if options.quick else 2.0)
+        rows = race(config, dtype, batch, lengths, contestants, clock, ceilings, seconds=0.3 if options.quick else 2.0)
         report.rows += rows
         report.ceilings = ceilings.measured()
         print("\n" + table.race(rows), flush=True)
@@ -76,7 +81,20 @@ def main(argv: Sequence[str]) -> int:
     return 1 if any(row.status == "wrong" for row in report.rows) else 0
 
 
-def entrants(config: GPTConfig, dtype: torch.dtype, clock: Clock) -> list[Contestant]:
+def _lengths(options: Options, config: GPTConfig) -> tuple[int, int]:
+    """Tokens of the prompt, and after the first one."""
+    block = config.block_size
+    prompt = min(128, block // 4) if options.prompt_tokens is None else options.prompt_tokens
+    new = min(128, block // 2) if options.new_tokens is None else options.new_tokens
+    if prompt < 1 or new < 1 or prompt + 1 + new > block:
+        raise InputError(
+            f"--prompt_tokens {prompt}, the first token and --new_tokens {new} are {prompt + 1 + new} tokens, "
+            f"expected at least one of each and at most {block} together (block_size)"
+        )
+    return prompt, new
+
+
+def entrants(config: GPTConfig, dtype: torch.dtype, clock: Clock, *, no_cache: bool = False) -> list[Contestant]:
     """Models with random weights; ours are wrong, and refused, where kernels and references disagree."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
@@ -86,15 +104,17 @@ def entrants(config: GPTConfig, dtype: torch.dtype, clock: Clock) -> list[Contes
     problem = _disagreement(model, dtype)
     if problem:
         found = [Contestant(OURS, None, absent=problem, peer=False)]
+    elif no_cache:
+        found.append(Contestant(NO_CACHE, _ours(model, model.use_triton, use_cache=False), peer=False))
     if clock.on_gpu:
         found.append(Contestant(PLAIN, _ours(model, False), peer=False))
     return [*found, optional("transformers", lambda: _transformers(config, dtype, clock.device))]
 
 
-def _ours(model: GPT, use_triton: bool | str) -> Generate:
+def _ours(model: GPT, use_triton: bool | str, *, use_cache: bool = True) -> Generate:
     def generate(ids: torch.Tensor, count: int) -> Any:
         model.use_triton = use_triton
-        return model.generate(ids, count, do_sample=False)
+        return model.generate(ids, count, do_sample=False, use_cache=use_cache)
 
     return generate
 
@@ -140,14 +160,14 @@ def race(
     config: GPTConfig,
     dtype: torch.dtype,
     batch: int,
+    lengths: tuple[int, int],
     contestants: Sequence[Contestant],
     clock: Clock,
     ceilings: Ceilings,
     seconds: float,
 ) -> list[Row]:
-    """The rows of one batch size: the first token, and each one after it."""
-    prompt = min(128, config.block_size // 4)
-    new = min(128, config.block_size // 2)
+    """The rows of one batch size: the first token, and each one after it, for `lengths` tokens of prompt and of these."""
+    prompt, new = lengths
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(config.vocab_size, (batch, prompt), generator=generator).to(clock.device)
     case = f"{config.n_layer}x{config.n_embd}-V{config.vocab_size}-B{batch}-T{prompt}-new{new}"

@@ -23,6 +23,7 @@ RESULTS = ROOT / "bench" / "results"
 FILES = (ROOT / "README.md", ROOT / "bench" / "README.md")
 BLOCK = re.compile(r"<!-- bench:(?P<name>[\w-]+) -->\n.*?<!-- /bench:(?P=name) -->", re.DOTALL)
 NOTHING = "Not measured on a GPU yet: `python -m bench` measures on the one at hand."
+HEADLINES = ("both", "forward", "step", "decode")
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def results() -> dict[Path, Report]:
-    """The kept reports, by their folders."""
-    return {path.parent: load(path) for path in sorted(RESULTS.glob("*/report.json"))}
+    """The kept reports, by their files."""
+    return {path: load(path) for path in sorted(RESULTS.glob("*/*.json"))}
 
 
 def rewritten(text: str, folder: Path, reports: dict[Path, Report]) -> str:
@@ -63,8 +64,9 @@ def rewritten(text: str, folder: Path, reports: dict[Path, Report]) -> str:
         name = match["name"]
         if name not in BLOCKS:
             raise unknown("block", f"bench:{name}", [f"bench:{known}" for known in BLOCKS])
-        parts = [BLOCKS[name](report, at, folder) for at, report in reports.items()]
-        return f"<!-- bench:{name} -->\n" + "\n\n".join(parts or [NOTHING]) + f"\n<!-- /bench:{name} -->"
+        parts = [NOTHING] if all(report.machine.kind != "cuda" for report in reports.values()) else []
+        parts += filter(None, (BLOCKS[name](report, path.parent, folder) for path, report in reports.items()))
+        return f"<!-- bench:{name} -->\n" + "\n\n".join(parts) + f"\n<!-- /bench:{name} -->"
 
     if len(BLOCK.findall(text)) != text.count("<!-- bench:"):
         raise InputError("a <!-- bench:… --> block has no end of the same name")
@@ -72,23 +74,22 @@ def rewritten(text: str, folder: Path, reports: dict[Path, Report]) -> str:
 
 
 def speed(report: Report, at: Path, folder: Path) -> str:
-    """Each op's headline at every case, against the fastest of the others."""
-    lines = [f"{table.machine(report.machine)}.", "", f"| op | case | {OURS} | next best | × |", "|---|---|---|---|---|"]
-    for rows in table.races(report.rows):
-        directions = {row.direction for row in rows if row.status == "measured"}
-        for direction in [d for d in ("both", "forward", "step", "decode") if d in directions][:1]:
-            lines.append(_line([row for row in rows if row.direction == direction and row.status == "measured"]))
+    """Each op's headline at every case, and how many times as long everybody else took."""
+    lines = [f"`{report.title}`: {table.machine(report.machine)}.", "", f"| op | case | {OURS} | the others' time over ours |"]
+    lines.append("|---|---|---|---|")
+    for rows in table.races(row for row in report.rows if row.status == "measured"):
+        direction = next((d for d in HEADLINES if any(row.direction == d for row in rows)), None)
+        if direction is not None:
+            lines.append(_line([row for row in rows if row.direction == direction]))
     return "\n".join(lines)
 
 
 def _line(rows: Sequence[Row]) -> str:
     ours = next((row for row in rows if row.contestant == OURS), None)
-    others = [row for row in rows if row.contestant != OURS]
-    best = min(others, key=lambda row: row.seconds or 0, default=None)
-    ratio = best.seconds / ours.seconds if ours and best and ours.seconds and best.seconds else None
-    cells = [rows[0].op, f"{rows[0].case} {rows[0].dtype}", _figure(ours)]
-    cells += [f"{_figure(best)} {best.contestant if best else ''}".strip(), table.figure(ratio, ".2f")]
-    return "| " + " | ".join(cells) + " |"
+    others = sorted((row for row in rows if row is not ours), key=lambda row: row.seconds or 0)
+    base = ours.seconds if ours is not None else None
+    cells = [f"{row.contestant} {row.seconds / base:.2f}" for row in others if row.seconds and base]
+    return f"| {rows[0].op} | {rows[0].case} {rows[0].dtype} | {_figure(ours)} | {' · '.join(cells) or '-'} |"
 
 
 def _figure(row: Row | None) -> str:
@@ -106,8 +107,10 @@ def pictures(report: Report, at: Path, folder: Path) -> str:
 
 
 def met(report: Report, at: Path, folder: Path) -> str:
-    """Every target with its outcome."""
-    outcomes = [targets.judge(target, report) for target in targets.load()]
+    """The targets for such a machine with their outcomes, where any was measured."""
+    outcomes = [targets.judge(target, report) for target in targets.load() if target.kind == report.machine.kind]
+    if all(outcome.status == "not measured" for outcome in outcomes):
+        return ""
     return f"{report.machine.device}, {report.machine.date[:10]}:\n\n```\n{table.outcomes(outcomes)}\n```"
 
 

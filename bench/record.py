@@ -106,7 +106,7 @@ class Row:
 class Report:
     """All that one run measured, and what it left out."""
 
-    title: str
+    title: str  # the command
     machine: Machine
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # noise, what was left out and why, results of tests

@@ -1,7 +1,8 @@
 """`python -m bench.train`: training steps of a whole GPT, this package against the same model on plain PyTorch, in one run.
 
 Plain PyTorch is its strong form: SDPA, F.layer_norm and F.linear under torch.compile, fused AdamW, the same autocast, and a
-vocabulary padded to a multiple of 64. A step is `gpt.step.TrainStep`: forward, backward, clipping, AdamW.
+vocabulary padded to a multiple of 64. A step is `gpt.step.TrainStep`: forward, backward, clipping, AdamW. nanoGPT takes its own
+step, where --nanogpt names a checkout of it.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from types import ModuleType
 
 import torch
 
@@ -19,15 +20,16 @@ from bench import table
 from bench.command import parse_budget, say, start_report
 from bench.contestants import OURS, first_line
 from bench.machine import pick_device, stated_peak
-from bench.measure import Ceilings, Clock, Lane, interleave, release
+from bench.measure import Call, Ceilings, Clock, Lane, interleave, release
+from bench.nanogpt import load_nanogpt, nanogpt_step
 from bench.record import Report, Row
 from gpt.config import GPTConfig, TrainConfig
+from gpt.costs import flops_per_token
 from gpt.data import Batch
 from gpt.errors import InputError
-from gpt.info import flops_per_token
 from gpt.model import GPT
 from gpt.options import OptionParser, run_command
-from gpt.step import TrainStep
+from gpt.step import TrainStep, autocast_dtype
 from kernels.spec import SHORT_DTYPE
 
 PLAIN = "plain PyTorch"
@@ -44,17 +46,22 @@ class Options:
     preset: str | None = field(default=None, metadata={"help": "of the model (default: gpt2 on a GPU, char-cpu on a CPU)"})
     batch_size: int | None = field(default=None, metadata={"help": "sequences of a step (default: what the GPU's memory holds)"})
     device: str | None = field(default=None, metadata={"help": "cpu or cuda (default: a GPU if there is one)"})
+    nanogpt: str | None = field(default=None, metadata={"help": "a checkout of nanoGPT, which then takes part"})
     budget: str | None = field(default=None, metadata={"help": "as in 90s or 8m: bounds the time of the samples"})
     json: str | None = field(default=None, metadata={"help": "write every figure to this file"})
 
 
-@dataclass
-class Entrant:
-    """A model ready to be stepped, and what it took to have it so; `problem` says why it is not."""
+class Disagreement(RuntimeError):
+    """The loss with kernels is not that of the references."""
 
-    name: str
-    step: TrainStep | None = None
+
+@dataclass(frozen=True)
+class Entrant:
+    """A step ready to be timed and the bytes that it took; without one, `status` and `problem` say why."""
+
+    step: Call | None = None
     memory: int | None = None
+    status: str = "failed"
     problem: str = ""
 
 
@@ -66,11 +73,13 @@ def main(argv: Sequence[str]) -> int:
     config = GPTConfig.preset(options.preset or ("gpt2" if clock.on_gpu else "char-cpu"))
     if options.batch_size is not None and options.batch_size <= 0:
         raise InputError(f"--batch_size is {options.batch_size}, expected > 0")
-    report = start_report("bench.train", clock, quick=options.quick)
+    nanogpt = None if options.nanogpt is None else load_nanogpt(options.nanogpt)
+    report = start_report("bench.train", argv, clock, quick=options.quick)
     batch_size = options.batch_size or _batch_size(report, clock)
     train = TrainConfig(batch_size=batch_size, device=str(clock.device))
     seconds = min(5.0 if clock.on_gpu else 2.0, (budget or math.inf) / 8)
-    report.rows = run(config, train, clock, report, seconds=0.5 if options.quick else seconds, quick=options.quick)
+    seconds = 0.5 if options.quick else seconds
+    report.rows = run(config, train, clock, report, seconds=seconds, quick=options.quick, nanogpt=nanogpt)
     report.complete = True
     print("\n" + table.race(report.rows))
     if options.json is not None:
@@ -78,7 +87,16 @@ def main(argv: Sequence[str]) -> int:
     return 1 if any(row.status in ("wrong", "failed") and row.contestant == OURS for row in report.rows) else 0
 
 
-def run(config: GPTConfig, train: TrainConfig, clock: Clock, report: Report, *, seconds: float, quick: bool) -> list[Row]:
+def run(
+    config: GPTConfig,
+    train: TrainConfig,
+    clock: Clock,
+    report: Report,
+    *,
+    seconds: float,
+    quick: bool,
+    nanogpt: ModuleType | None = None,
+) -> list[Row]:
     """A row for each contestant."""
     tokens = train.batch_size * config.block_size
     generator = torch.Generator().manual_seed(0)
@@ -87,68 +105,80 @@ def run(config: GPTConfig, train: TrainConfig, clock: Clock, report: Report, *, 
     compiled = clock.on_gpu or not quick
     if not compiled:
         say(report, f"{PLAIN}: without torch.compile, which --quick leaves out on a CPU")
-    entrants = [_enter(OURS, config, train, batch, clock, compiled=False)]
     padded = replace(config, vocab_size=-(-config.vocab_size // WIDTH) * WIDTH)
-    entrants.append(_enter(PLAIN, padded, train, batch, clock, compiled=compiled))
-    lanes = {e.name: Lane([_call(e.step, batch, train)]) for e in entrants if e.step is not None}
+    builds: dict[str, Callable[[], Call]] = {
+        OURS: lambda: _step(config, train, batch, clock, use_triton=True if clock.on_gpu else "auto"),
+        PLAIN: lambda: _step(padded, train, batch, clock, use_triton=False, compiled=compiled),
+    }
+    if nanogpt is not None:
+        builds["nanoGPT"] = lambda: nanogpt_step(nanogpt, config, train, batch, clock.device)
+        if not clock.on_gpu:
+            say(report, "nanoGPT: in float32, as it trains on a CPU")
+    entrants = {name: _enter(build, clock) for name, build in builds.items()}
+    lanes = {name: Lane([entrant.step]) for name, entrant in entrants.items() if entrant.step is not None}
     timings = interleave(lanes, clock, seconds) if lanes else {}
-    dtype = next((e.step.dtype for e in entrants if e.step is not None), torch.float32)
+    dtype = autocast_dtype(train.dtype, clock.device)
     peak = _peak(clock, report, dtype)
     flops = flops_per_token(config) * tokens
     case = f"{config.n_layer}x{config.n_embd}-V{config.vocab_size}-B{train.batch_size}-T{config.block_size}"
     rows = []
-    for entrant in entrants:
-        row = Row("train", case, SHORT_DTYPE[dtype], "step", entrant.name, "failed", entrant.problem, flops=flops, tokens=tokens)
-        timing = timings.get(entrant.name)
-        if timing is None:
-            wrong = entrant.problem.startswith("the loss")
-            rows.append(replace(row, status="wrong" if wrong else "failed"))
-            continue
-        rows.append(row.measured(timing, limit=flops / peak, memory=entrant.memory))
+    for name, entrant in entrants.items():
+        row = Row("train", case, SHORT_DTYPE[dtype], "step", name, entrant.status, entrant.problem, flops=flops, tokens=tokens)
+        rows.append(row.measured(timings[name], limit=flops / peak, memory=entrant.memory) if name in timings else row)
     return rows
 
 
-def _enter(name: str, config: GPTConfig, train: TrainConfig, batch: Batch, clock: Clock, *, compiled: bool) -> Entrant:
-    """Builds a model, checks its loss, and takes its first two steps."""
+def _enter(build: Callable[[], Call], clock: Clock) -> Entrant:
+    """Builds a contestant and takes its first two steps."""
     before = torch.cuda.memory_allocated(clock.device) if clock.on_gpu else 0
     if clock.on_gpu:
         torch.cuda.reset_peak_memory_stats(clock.device)
-    torch.manual_seed(0)
-    use_triton: Any = (True if clock.on_gpu else "auto") if name == OURS else False
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what cannot run Triton here is said by its own bench
-            model = GPT(config, use_triton=use_triton, device=clock.device)
-            step = TrainStep(model, train, torch.compile(model) if compiled else None)
-            problem = _disagreement(model, step, batch) if name == OURS else ""
-            clock.wait()
-            with clock.active():
-                for _ in range(2):
-                    step([batch], train.learning_rate)
-            clock.wait()
+        step = build()
+        clock.wait()
+        with clock.active():
+            for _ in range(2):
+                step()
+        clock.wait()
     except torch.OutOfMemoryError:
         release(clock)
-        return Entrant(name, problem="out of memory; --batch_size takes a smaller one")
+        return Entrant(problem="out of memory; --batch_size takes a smaller one")
+    except Disagreement as error:
+        return Entrant(status="wrong", problem=str(error))
     except RuntimeError as error:
         clock.wait()
-        return Entrant(name, problem=first_line(error))
-    memory = torch.cuda.max_memory_allocated(clock.device) - before if clock.on_gpu else None
-    return Entrant(name, problem=problem) if problem else Entrant(name, step, memory)
+        return Entrant(problem=first_line(error))
+    return Entrant(step, torch.cuda.max_memory_allocated(clock.device) - before if clock.on_gpu else None)
 
 
-def _disagreement(model: GPT, step: TrainStep, batch: Batch) -> str:
-    """How the loss with kernels differs from that of the references with the same parameters; "" where it does not."""
+def _step(
+    config: GPTConfig, train: TrainConfig, batch: Batch, clock: Clock, *, use_triton: bool | str, compiled: bool = False
+) -> Call:
+    """A step of this package's model.
+
+    Raises:
+        Disagreement: Where kernels run, the loss with them is another than the references'.
+    """
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what cannot run Triton here is said by its own bench
+        model = GPT(config, use_triton=use_triton, device=clock.device)
+    step = TrainStep(model, train, torch.compile(model) if compiled else None)
+    if use_triton is not False:
+        _compare(model, step, batch)
+    return lambda: step([batch], train.learning_rate)
+
+
+def _compare(model: GPT, step: TrainStep, batch: Batch) -> None:
+    """Holds the loss with kernels to that of the references with the same parameters."""
     chosen = model.use_triton
     with torch.no_grad():
         loss = step.loss(batch).item()
         model.use_triton = False
         plain = step.loss(batch).item()
     model.use_triton = chosen
-    return "" if abs(loss - plain) <= AGREE * plain else f"the loss is {loss:.4f}, with the references {plain:.4f}"
-
-
-def _call(step: TrainStep, batch: Batch, train: TrainConfig) -> Any:
-    return lambda: step([batch], train.learning_rate)
+    if not abs(loss - plain) <= AGREE * plain:
+        raise Disagreement(f"the loss is {loss:.4f}, with the references {plain:.4f}")
 
 
 def _peak(clock: Clock, report: Report, dtype: torch.dtype) -> float:

@@ -25,7 +25,7 @@ from bench import targets
 from bench.cases import Race, plan
 from bench.command import parse_budget, start_report
 from bench.contestants import EAGER, OURS, Contestant, shared
-from bench.engine import Inputs, Runner, Truth, find_bench, lane
+from bench.engine import Inputs, Runner, find_bench, lane
 from bench.machine import pick_device
 from bench.measure import Ceilings, Clock, interleave, release
 from bench.record import write_json
@@ -33,6 +33,7 @@ from bench.table import duration
 from gpt.errors import InputError, unknown
 from gpt.options import OptionParser, run_command
 from kernels import tuning
+from kernels.preflight import Truth
 from kernels.registry import SPECS
 from kernels.spec import SHORT_DTYPE
 from kernels.tuning import Tile
@@ -69,13 +70,14 @@ class Finding:
     seconds_reference: float
     tried: int
     rejected: int
+    slower: str  # the row of `tuning.SLOWER` that has the reference run here
 
     def __str__(self) -> str:
         gain = self.seconds_before / self.seconds_after
         text = f"{self.query} -> {self.after}  # {self.op} {self.case} {self.dtype}: {duration(self.seconds_after)}, "
         text += f"{gain:.2f}x of {self.before} ({self.tried} tried, {self.rejected} out)"
         if self.seconds_reference < self.seconds_after:
-            text += f"; the REFERENCE is faster: {duration(self.seconds_reference)}"
+            text += f"; the REFERENCE is faster, {duration(self.seconds_reference)}: {self.slower}"
         return text
 
 
@@ -103,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
     if not clock.on_gpu:
         print("no GPU was found: there is nothing to tune, because a processor runs the references")
         return 0
-    start_report("bench.tune", clock, quick=options.quick)
+    start_report("bench.tune", argv, clock, quick=options.quick)
     findings: list[Finding] = []
     races = plan([SPECS[name] for name in options.op], targets.load(), on_gpu=True, quick=options.quick)
     for number, race in enumerate(races):
@@ -123,7 +125,7 @@ def search(runner: Runner, race: Race, deadline: float) -> Iterator[Finding]:
     """Turns every knob that the op asks at this case, one after the other."""
     contestants = {c.name: c for c in shared(race.spec, compiled=False)}
     sets = runner.input_sets(race.spec, race.case)
-    truth = Truth(race.spec, sets[0], runner.dtype)
+    truth = runner.truth(race.spec, sets[0])
     admitted = runner.admit(race.spec, contestants[OURS], sets[0], truth)
     if admitted.status != "measured":
         print(f"{race.spec.name} {race.case.id}: {admitted.reason}")
@@ -169,7 +171,8 @@ def _climb(
             after, fastest = (winner, fastest) if fastest <= here * (1 - GAIN) else (best, here)
             dtype = SHORT_DTYPE[runner.dtype]
             numbers = (first, fastest, reference, len(entered), rejected)
-            return Finding(spec.name, race.case.id, dtype, str(query), _show(start), _show(after), *numbers)
+            row = _slower(race, runner)
+            return Finding(spec.name, race.case.id, dtype, str(query), _show(start), _show(after), *numbers, row)
         best = winner
 
 
@@ -266,6 +269,12 @@ def _show(answer: Any) -> str:
     if answer is None:
         return "None"
     return f"{type(answer).__name__}({', '.join(f'{n}={_show(v)}' for n, v in answer._asdict().items())})"
+
+
+def _slower(race: Race, runner: Runner) -> str:
+    """A row of `tuning.SLOWER` for this very case, as it would be written there: a person widens its sizes."""
+    sizes = {name: (size, size) for name, size in race.case.sizes.items()}
+    return f"Slower({tuning.architecture(runner.clock.device)}, {race.spec.name!r}, {runner.dtype}, {sizes})"
 
 
 def _write(folder: Path, findings: Sequence[Finding]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,6 +50,23 @@ def sample(logits: Tensor, generator: torch.Generator | None) -> Tensor:
     probabilities = logits.softmax(-1)
     noise = torch.empty_like(probabilities).exponential_(1, generator=generator)
     return (probabilities / noise.clamp_(min=torch.finfo(noise.dtype).tiny)).argmax(-1)
+
+
+@contextmanager
+def known_ids(model: GPT, vocab_size: int) -> Iterator[None]:
+    """Within it no id from `vocab_size` up is generated: a vocabulary padded for speed has rows that mean nothing."""
+    head = model.head
+
+    def limited(x: Tensor) -> Tensor:
+        logits = head(x)
+        logits[..., vocab_size:] = -math.inf
+        return logits
+
+    model.head = limited  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del model.head
 
 
 @torch.no_grad()

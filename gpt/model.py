@@ -39,6 +39,13 @@ class Pass(NamedTuple):
     cache: KVCache | None
 
 
+class Linear(nn.Linear):
+    """`kernels.linear` with its parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.linear(x, self.weight, self.bias)
+
+
 class Norm(nn.Module):
     """LayerNorm, alone or fused with the addition before it."""
 
@@ -63,8 +70,8 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.n_head, self.head_size = layer, config.n_head, config.head_size
         width = config.n_head * config.head_size
-        self.qkv = nn.Linear(config.n_embd, 3 * width, bias=config.has_qkv_bias)
-        self.proj = nn.Linear(width, config.n_embd, bias=config.bias)
+        self.qkv = Linear(config.n_embd, 3 * width, bias=config.has_qkv_bias)
+        self.proj = Linear(width, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor, run: Pass) -> Tensor:
         B, T, _ = x.shape
@@ -84,8 +91,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.activation = config.activation
-        self.up = nn.Linear(config.n_embd, config.inner_size, bias=config.bias)
-        self.down = nn.Linear(config.inner_size, config.n_embd, bias=config.bias)
+        self.up = Linear(config.n_embd, config.inner_size, bias=config.bias)
+        self.down = Linear(config.inner_size, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activation == "relu":
@@ -261,7 +268,7 @@ class GPT(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., C)."""
-        return F.linear(x, self.head_weight, self.lm_head.bias)
+        return kernels.linear(x, self.head_weight, self.lm_head.bias)
 
     @property
     def head_weight(self) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from gpt.convert import load_pretrained, load_pretrained_tokenizer
 from gpt.corpus import read_text
 from gpt.errors import InputError
 from gpt.foreign import is_own, locate
+from gpt.generate import known_ids
 from gpt.model import GPT
 from gpt.options import USE_TRITON, OptionParser, device_option, option, run_command, use_triton_option
 from gpt.step import pick_device
@@ -103,26 +103,13 @@ def _sample(argv: Sequence[str]) -> int:
     tokenizer = load_pretrained_tokenizer(source)
     ids = tokenizer.encode(prompt) if prompt else first_ids(tokenizer)
     model = load_pretrained(source, device=device, use_triton=USE_TRITON[config.use_triton]).eval()
-    hide_padded_ids(model, tokenizer.vocab_size)
     generator = torch.Generator(device).manual_seed(config.seed)
-    for number in range(config.num_samples):
-        if config.num_samples > 1:
-            print(f"{'' if number == 0 else chr(10)}--- {number + 1} ---")
-        _continue(model, tokenizer, prompt, ids, config, generator)
+    with known_ids(model, tokenizer.vocab_size):
+        for number in range(config.num_samples):
+            if config.num_samples > 1:
+                print(f"{'' if number == 0 else chr(10)}--- {number + 1} ---")
+            _continue(model, tokenizer, prompt, ids, config, generator)
     return 0
-
-
-def hide_padded_ids(model: GPT, vocab_size: int) -> None:
-    """Makes ids from `vocab_size` up impossible: a vocabulary padded for speed has rows that mean nothing."""
-    if model.config.vocab_size > vocab_size:
-        head = model.head
-
-        def limited(x: Tensor) -> Tensor:
-            logits = head(x)
-            logits[..., vocab_size:] = -math.inf
-            return logits
-
-        model.head = limited  # type: ignore[method-assign]
 
 
 def _prompt(config: SampleConfig) -> str:

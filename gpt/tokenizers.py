@@ -247,7 +247,11 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 
 def _write_json(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> None:
     text = json.dumps(tokenizer.to_json(), ensure_ascii=False, indent=1)
-    (Path(path) / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        (Path(path) / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"tokenizer: cannot write {Path(path) / FILE_NAME}: {error.strerror}") from error
 
 
 def _check_ids(ids: Sequence[int], vocab_size: int, name: str) -> None:

@@ -19,9 +19,9 @@ from gpt import checkpoint
 from gpt.config import GPTConfig, TrainConfig, override
 from gpt.convert import load_pretrained, load_pretrained_tokenizer
 from gpt.corpus import STDLIB
+from gpt.costs import check_memory
 from gpt.data import DataConfig, TokenData
 from gpt.errors import InputError
-from gpt.info import check_memory
 from gpt.model import GPT
 from gpt.options import USE_TRITON, OptionParser, Values, option, run_command, use_triton_option
 from gpt.step import NonFiniteError, pick_device
@@ -84,6 +84,8 @@ def _train(argv: Sequence[str]) -> int:
     )
     _, flags = parser.parse_tables(argv)
     run = RunConfig(**flags.pop("run"))
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise InputError(f"WORLD_SIZE is {processes}, expected 1 (a run is one process, on one device)")
     file = parser.read_file(run.config, TABLES) if run.config else {table: {} for table in TABLES}
     given = {table: {**file[table], **flags[table]} for table in TABLES}
     if run.deterministic:

@@ -22,9 +22,10 @@ import kernels
 from gpt import checkpoint
 from gpt.cache import replacing
 from gpt.config import TrainConfig
+from gpt.costs import flops_per_token, peak_flops
 from gpt.data import IGNORED, Batch, Split, Stream, TokenData
 from gpt.errors import InputError
-from gpt.info import flops_per_token, peak_flops
+from gpt.generate import known_ids
 from gpt.model import GPT
 from gpt.plot import plot_log
 from gpt.step import NonFiniteError, TrainStep, learning_rate, pick_device
@@ -303,7 +304,8 @@ class Trainer:
         prompt = first_ids(tokenizer)
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
         idx = torch.tensor([prompt], device=self.device)
-        ids = self.model.generate(idx, SAMPLE_TOKENS, temperature=0.8, generator=generator)
+        with known_ids(self.model, tokenizer.vocab_size):
+            ids = self.model.generate(idx, SAMPLE_TOKENS, temperature=0.8, generator=generator)
         sample = tokenizer.decode(ids[0, len(prompt) :].tolist())
         if self.out is not None:
             with _writing(self.out):

@@ -11,6 +11,7 @@ from kernels.ffn import gelu_ffn
 from kernels.loss import linear_cross_entropy
 from kernels.norm import add_layer_norm, layer_norm
 from kernels.preflight import Report, preflight
+from kernels.rows import linear
 from kernels.spec import Case
 from kernels.version import __version__
 
@@ -26,6 +27,7 @@ __all__ = [
     "explain",
     "gelu_ffn",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "model_backend",
     "preflight",

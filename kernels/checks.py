@@ -21,7 +21,7 @@ def shapes(op: str, optional: Dims = (), /, **arguments: tuple[torch.Tensor | No
         op: The op's name, for messages.
         optional: Names of the arguments that may be None; they are skipped then.
         **arguments: name=(tensor, dimension names). The first use of a dimension fixes its size; a leading "..." stands for any
-            leading dimensions, the same for all that have it.
+            leading dimensions, the same for all that have it, whose product is the size "N".
 
     Raises:
         TypeError: An argument is no tensor.
@@ -45,6 +45,7 @@ def shapes(op: str, optional: Dims = (), /, **arguments: tuple[torch.Tensor | No
             split = len(shape) - len(named)
             if leading is None:
                 leading, owner["..."] = shape[:split], name
+                sizes["N"] = math.prod(leading)
             elif shape[:split] != leading:
                 wanted = (*leading, *(sizes.get(d, d) for d in named))
                 raise ValueError(f"{op}: {name} has shape {shape}, expected {wanted} ({owner['...']}'s)")

@@ -9,11 +9,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -47,22 +47,43 @@ def run_case(
     return results
 
 
-def judge(
-    spec: OpSpec,
-    inputs: dict[str, Any],
-    results: dict[str, torch.Tensor | None],
-    dtype: torch.dtype,
-    gradients: tuple[str, ...] | None = None,
-    oracle_dtype: torch.dtype = torch.float64,
-) -> list[Verdict]:
-    """Holds `results`, as `run_case` gives them for `inputs`, to the reference in `dtype` and in `oracle_dtype`."""
-    wanted = spec.gradients if gradients is None else gradients
-    plain = run_case(spec.reference, inputs, wanted)
-    exact = {n: v.to(oracle_dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for n, v in inputs.items()}
-    oracle = run_case(spec.reference, exact, wanted)
-    tensors = [v for v in (*inputs.values(), *oracle.values()) if isinstance(v, torch.Tensor) and v.is_floating_point()]
-    scale = max((t.detach().abs().max().item() for t in tensors if t.numel()), default=1.0)
-    return [compare(n, results.get(n), plain[n], oracle[n], dtype=dtype, scale=scale) for n in oracle]
+class Truth:
+    """What the results of a call are held to: the reference in the call's dtype, and in a wider one.
+
+    Args:
+        spec: The op.
+        inputs: The call's arguments.
+        dtype: In which the op computes.
+        gradients: The inputs whose gradients count; None: the spec's.
+        oracle_dtype: The wider one.
+    """
+
+    def __init__(
+        self,
+        spec: OpSpec,
+        inputs: dict[str, Any],
+        dtype: torch.dtype,
+        gradients: tuple[str, ...] | None = None,
+        oracle_dtype: torch.dtype = torch.float64,
+    ) -> None:
+        wanted = spec.gradients if gradients is None else gradients
+        self.dtype = dtype
+        self.plain = run_case(spec.reference, inputs, wanted)
+        exact = {n: v.to(oracle_dtype) if _is_float(v) else v for n, v in inputs.items()}
+        self.oracle = run_case(spec.reference, exact, wanted)
+        tensors = [v for v in (*inputs.values(), *self.oracle.values()) if _is_float(v)]
+        self.scale = max((t.detach().abs().max().item() for t in tensors if t.numel()), default=1.0)
+
+    def judge(self, results: Mapping[str, torch.Tensor | None]) -> list[Verdict]:
+        """A verdict for each output and gradient of `results`, as `run_case` gives them, by the rule of `kernels.tolerance`."""
+        return [
+            compare(name, results.get(name), self.plain[name], oracle, dtype=self.dtype, scale=self.scale)
+            for name, oracle in self.oracle.items()
+        ]
+
+
+def _is_float(value: object) -> TypeGuard[torch.Tensor]:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def check(
@@ -79,7 +100,7 @@ def check(
     inputs = spec.make_inputs(case, dtype, device, torch.Generator().manual_seed(seed))
     with dispatch.use_backend(**{spec.name: backend}):
         results = run_case(spec.function, inputs, spec.gradients)
-    return judge(spec, inputs, results, dtype, oracle_dtype=oracle_dtype)
+    return Truth(spec, inputs, dtype, oracle_dtype=oracle_dtype).judge(results)
 
 
 @dataclass(frozen=True)

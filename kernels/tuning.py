@@ -35,6 +35,29 @@ def architecture(device: torch.device) -> int:
     return major * 10 + minor
 
 
+class Slower(NamedTuple):
+    """A row: where a GPU has shown an op's reference to be faster than its kernel."""
+
+    architecture: int
+    op: str
+    dtype: torch.dtype
+    sizes: dict[str, tuple[int, int]]  # the least and the most of each
+
+
+SLOWER: tuple[Slower, ...] = ()
+
+
+def slower(op: str, tensor: torch.Tensor, **sizes: int) -> str | None:
+    """Why "auto" takes the reference for a call of `op` with `sizes` in `tensor`'s dtype and on its device, if it does."""
+    if not SLOWER or tensor.device.type != "cuda":
+        return None
+    major, minor = capability_of(tensor.device)
+    call = (major * 10 + minor, op, tensor.dtype)
+    if any(row[:3] == call and all(low <= sizes[n] <= high for n, (low, high) in row.sizes.items()) for row in SLOWER):
+        return f"the tuning table has the reference faster on sm_{call[0]}"
+    return None
+
+
 Row = TypeVar("Row")
 
 

@@ -14,7 +14,7 @@ import kernels
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("attention", "norm", "ffn", "loss")
-LEAVES = {"checks", "dispatch", "philox", "tolerance", "tuning", "version"}
+LEAVES = {"checks", "dispatch", "philox", "rows", "tolerance", "tuning", "version"}
 
 
 def sources(*folders: str) -> list[Path]:
@@ -60,6 +60,14 @@ def test_gpt_uses_public_kernels_only(path: Path) -> None:
     assert {name for name in imports(path) if name.split(".")[0] == "kernels"} <= public
 
 
+@pytest.mark.parametrize("path", sources("gpt"), ids=names)
+def test_nothing_imports_a_command(path: Path) -> None:
+    """`python -m gpt.…` that warns, because the package has loaded the command before it runs."""
+    commands = {f"gpt.{other.stem}" for other in sources("gpt") if "__main__" in other.read_text(encoding="utf-8")}
+    assert commands == {"gpt.train", "gpt.sample", "gpt.info", "gpt.eval"}
+    assert not commands & imports(path)
+
+
 def reaches_triton(path: Path) -> bool:
     return any(name.split(".")[0] == "triton" for name in imports(path))
 
@@ -78,7 +86,7 @@ def test_a_reference_is_plain_torch(room: str) -> None:
     """A reference that shares code with the kernel that it must judge."""
     allowed = {"torch", "__future__", "typing", "math", "collections"}
     for name in imports(ROOT / "kernels" / room / "reference.py"):
-        assert name.split(".")[0] in allowed or name.startswith("kernels.philox"), name
+        assert name.split(".")[0] in allowed or name.startswith(("kernels.philox", "kernels.rows")), name
 
 
 @pytest.mark.parametrize("room", ROOMS)

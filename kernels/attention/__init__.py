@@ -7,6 +7,7 @@ import torch
 from kernels import checks
 from kernels.attention import reference
 from kernels.dispatch import Op, autocast
+from kernels.tuning import slower
 
 _CAUSAL = Op("causal_attention", room="attention")
 _DECODE = Op("decode_attention", room="attention")
@@ -72,7 +73,7 @@ def causal_attention(
     checks.number(op, "dropout_p", dropout_p, 0, 1, open_high=True)
     checks.seed(op, seed, q.device)
     checks.boolean(op, "deterministic", deterministic)
-    choice = _CAUSAL.choose(q, limit=_limit(sizes["D"]))
+    choice = _CAUSAL.choose(q, limit=_limit(sizes["D"]), slower=slower(op, q, **sizes))
     if choice.backend == "reference":
         return reference.causal_attention(
             q, k, v, key_start=key_start, scale=scale, dropout_p=dropout_p, seed=seed, deterministic=deterministic
@@ -137,7 +138,7 @@ def decode_attention(
     _check_scale(op, scale)
     if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad):
         raise RuntimeError(f"{op}: an input requires a gradient, expected inference (torch.no_grad) or causal_attention")
-    choice = _DECODE.choose(q, limit=_limit(sizes["D"]))
+    choice = _DECODE.choose(q, limit=_limit(sizes["D"]), slower=slower(op, q, **sizes))
     if choice.backend == "reference":
         return reference.decode_attention(q, k_cache, v_cache, cache_len, key_start=key_start, scale=scale)
     from kernels.attention import kernel

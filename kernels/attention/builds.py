@@ -30,9 +30,8 @@ def _causal(
     architecture: int, dtype: torch.dtype, d: int, *, key_start: bool = False, dropout_p: float = 0.0, hkv: int = 4
 ) -> Iterator[Build]:
     b, h, t = 2, 4, 1024
-    label = "-".join(
-        [SHORT_DTYPE[dtype], f"D{d}", *(["start"] * key_start), *(["dropout"] * (dropout_p > 0)), *(["gqa"] * (hkv < h))]
-    )
+    options = {"start": key_start, "dropout": dropout_p > 0, "grouped": hkv < h}
+    label = "-".join([SHORT_DTYPE[dtype], f"D{d}", *(name for name, used in options.items() if used)])
     meta: dict[str, Any] = {"device": "meta", "dtype": dtype}
     q, out, grad, dq = (torch.empty(b, h, t, d, **meta) for _ in range(4))
     k, v, dk, dv = (torch.empty(b, hkv, t, d, **meta) for _ in range(4))

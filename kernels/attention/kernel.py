@@ -11,6 +11,7 @@ from torch import Tensor
 from kernels.attention.backward import launch_backward
 from kernels.attention.decode import launch_decode
 from kernels.attention.forward import launch_forward
+from kernels.library import dropout_seed, refuse, register
 from kernels.tuning import (
     AttentionTiles,
     architecture,
@@ -18,8 +19,6 @@ from kernels.tuning import (
     attention_decode_tile,
     attention_tiles,
 )
-
-_LIBRARY = torch.library.Library("fused_gpt", "FRAGMENT")
 
 
 def causal_attention(
@@ -34,12 +33,7 @@ def causal_attention(
 ) -> Tensor:
     """`kernels.causal_attention` for arguments that were checked."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    if dropout_p == 0:
-        seed = None
-    elif seed is None:
-        seed = torch.randint(2**62, (), device=q.device)
-    elif not isinstance(seed, Tensor):
-        seed = torch.full((), seed, dtype=torch.int64, device=q.device)
+    seed = dropout_seed(dropout_p, seed, q.device)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     out, _ = torch.ops.fused_gpt.attention_forward(q, k, v, key_start, seed, scale, float(dropout_p), deterministic)
@@ -52,22 +46,6 @@ def decode_attention(
     """`kernels.decode_attention` for arguments that were checked."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     return torch.ops.fused_gpt.attention_decode(q, k_cache, v_cache, cache_len, key_start, scale)
-
-
-_LIBRARY.define(
-    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? key_start, Tensor? seed, float scale, float dropout_p,"
-    " bool deterministic) -> (Tensor out, Tensor lse2)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_LIBRARY.define(
-    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse2, Tensor? key_start, Tensor? seed,"
-    " float scale, float dropout_p, bool deterministic, bool need_dq, bool need_dkdv) -> (Tensor dq, Tensor dk, Tensor dv)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_LIBRARY.define(
-    "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_len, Tensor? key_start, float scale) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
 
 
 def _dense_like(x: Tensor) -> Tensor:
@@ -168,17 +146,23 @@ def _differentiate(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]
     return dq if need_q else None, dk if need_k else None, dv if need_v else None, None, None, None, None, None
 
 
-def _refuse(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("causal_attention: a gradient of its gradient is asked for, expected one derivative (use the reference)")
-
-
-for _name, _kernel, _fake in (
-    ("attention_forward", _forward, _forward_outputs),
-    ("attention_backward", _backward, _backward_fake),
-    ("attention_decode", _decode, _decode_output),
-):
-    _LIBRARY.impl(_name, _kernel, "CUDA")
-    _LIBRARY.impl(_name, _kernel, "CPU")
-    torch.library.register_fake(f"fused_gpt::{_name}", _fake, lib=_LIBRARY)
-torch.library.register_autograd("fused_gpt::attention_forward", _differentiate, setup_context=_save, lib=_LIBRARY)
-torch.library.register_autograd("fused_gpt::attention_backward", _refuse, lib=_LIBRARY)
+register(
+    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? key_start, Tensor? seed, float scale, float dropout_p,"
+    " bool deterministic) -> (Tensor out, Tensor lse2)",
+    _forward,
+    _forward_outputs,
+    _differentiate,
+    _save,
+)
+register(
+    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse2, Tensor? key_start, Tensor? seed,"
+    " float scale, float dropout_p, bool deterministic, bool need_dq, bool need_dkdv) -> (Tensor dq, Tensor dk, Tensor dv)",
+    _backward,
+    _backward_fake,
+    refuse("causal_attention"),
+)
+register(
+    "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_len, Tensor? key_start, float scale) -> Tensor",
+    _decode,
+    _decode_output,
+)

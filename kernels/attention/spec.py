@@ -165,7 +165,7 @@ CAUSAL = OpSpec(
         *_LONG_GRID,
         *_FULL_SIZE,
         _causal_case(64, 12, 1024, 64, "bench"),
-        *(_causal_case(max(1, 16384 // t), 16, t, d, "bench") for d in (64, 128) for t in (512, 1024, 2048, 4096, 8192, 16384)),
+        *(_causal_case(max(1, 16384 // t), 16, t, d, "bench") for t in (1024, 2048, 4096, 512, 8192, 16384) for d in (64, 128)),
     ),
     flops=_causal_flops,
     builds=_causal_builds,

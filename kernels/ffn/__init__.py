@@ -7,6 +7,7 @@ import torch
 from kernels import checks
 from kernels.dispatch import Op, autocast
 from kernels.ffn import reference
+from kernels.tuning import slower
 
 _GELU_FFN = Op("gelu_ffn", room="ffn")
 
@@ -50,7 +51,7 @@ def gelu_ffn(
     """
     op = "gelu_ffn"
     x, w_up, b_up, w_down, b_down = autocast(x, w_up, b_up, w_down, b_down)
-    checks.shapes(
+    sizes = checks.shapes(
         op,
         ("b_up", "b_down"),
         x=(x, ("...", "C")),
@@ -62,7 +63,7 @@ def gelu_ffn(
     checks.same_dtype(op, x=x, w_up=w_up, b_up=b_up, w_down=w_down, b_down=b_down)
     checks.one_of(op, "approximate", approximate, ("tanh", "none"))
     limit = "the kernel takes no empty dimension" if 0 in (*w_up.shape, *w_down.shape) else None
-    choice = _GELU_FFN.choose(x, limit=limit)
+    choice = _GELU_FFN.choose(x, limit=limit, slower=slower(op, x, **sizes))
     if choice.backend == "triton":
         from kernels.ffn import kernel
 

@@ -9,20 +9,8 @@ from torch import Tensor
 
 from kernels.ffn.gelu import launch_backward, launch_forward
 from kernels.ffn.gemm import launch_gelu_gemm
+from kernels.library import refuse, register
 from kernels.tuning import architecture, gelu_gemm_tile, gelu_programs
-
-_LIBRARY = torch.library.Library("fused_gpt", "FRAGMENT")
-_LIBRARY.define(
-    "gelu_ffn_forward(Tensor x, Tensor w_up, Tensor? b_up, Tensor w_down, Tensor? b_down, bool tanh, bool save)"
-    " -> (Tensor y, Tensor h)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_LIBRARY.define(
-    "gelu_ffn_backward(Tensor dy, Tensor x, Tensor h, Tensor w_up, Tensor? b_up, Tensor w_down, bool tanh, bool need_dx,"
-    " bool need_dw_up, bool need_db_up, bool need_dw_down, bool need_db_down)"
-    " -> (Tensor dx, Tensor dw_up, Tensor db_up, Tensor dw_down, Tensor db_down)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -131,16 +119,19 @@ def _differentiate(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
     return *(gradient if need else None for gradient, need in zip(found, needs, strict=True)), None, None
 
 
-def _refuse(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("gelu_ffn: a gradient of its gradient is asked for, expected one derivative (use the reference)")
-
-
-for _name, _kernel, _fake in (
-    ("gelu_ffn_forward", _forward, _forward_fake),
-    ("gelu_ffn_backward", _backward, _backward_fake),
-):
-    _LIBRARY.impl(_name, _kernel, "CUDA")
-    _LIBRARY.impl(_name, _kernel, "CPU")
-    torch.library.register_fake(f"fused_gpt::{_name}", _fake, lib=_LIBRARY)
-torch.library.register_autograd("fused_gpt::gelu_ffn_forward", _differentiate, setup_context=_save, lib=_LIBRARY)
-torch.library.register_autograd("fused_gpt::gelu_ffn_backward", _refuse, lib=_LIBRARY)
+register(
+    "gelu_ffn_forward(Tensor x, Tensor w_up, Tensor? b_up, Tensor w_down, Tensor? b_down, bool tanh, bool save)"
+    " -> (Tensor y, Tensor h)",
+    _forward,
+    _forward_fake,
+    _differentiate,
+    _save,
+)
+register(
+    "gelu_ffn_backward(Tensor dy, Tensor x, Tensor h, Tensor w_up, Tensor? b_up, Tensor w_down, bool tanh, bool need_dx,"
+    " bool need_dw_up, bool need_db_up, bool need_dw_down, bool need_db_down)"
+    " -> (Tensor dx, Tensor dw_up, Tensor db_up, Tensor dw_down, Tensor db_down)",
+    _backward,
+    _backward_fake,
+    refuse("gelu_ffn"),
+)

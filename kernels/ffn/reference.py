@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from kernels.rows import linear
+
 
 def gelu_ffn(
     x: torch.Tensor,
@@ -16,4 +18,4 @@ def gelu_ffn(
     approximate: str = "tanh",
 ) -> torch.Tensor:
     """gelu(x w_upᵀ + b_up) w_downᵀ + b_down; see `kernels.gelu_ffn`."""
-    return F.linear(F.gelu(F.linear(x, w_up, b_up), approximate=approximate), w_down, b_down)
+    return linear(F.gelu(linear(x, w_up, b_up), approximate=approximate), w_down, b_down)

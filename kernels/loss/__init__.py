@@ -9,6 +9,7 @@ import torch
 from kernels import checks
 from kernels.dispatch import Op, autocast
 from kernels.loss import reference
+from kernels.tuning import slower
 
 _LINEAR_CROSS_ENTROPY = Op("linear_cross_entropy", room="loss")
 
@@ -72,7 +73,7 @@ def linear_cross_entropy(
     if targets.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_targets(op, targets, ignore_index, sizes["V"])
     limit = "the kernel takes no empty dimension" if 0 in weight.shape else None
-    choice = _LINEAR_CROSS_ENTROPY.choose(x, limit=limit)
+    choice = _LINEAR_CROSS_ENTROPY.choose(x, limit=limit, slower=slower(op, x, **sizes))
     if choice.backend == "triton":
         from kernels.loss import kernel
 

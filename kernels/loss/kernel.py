@@ -12,10 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.library import refuse, register
 from kernels.loss.softmax import launch_cross_entropy, launch_scale
 from kernels.tuning import loss_chunk_rows
-
-_LIBRARY = torch.library.Library("fused_gpt", "FRAGMENT")
 
 
 def linear_cross_entropy(
@@ -41,18 +40,6 @@ def linear_cross_entropy(
     if reduction == "none":
         return losses.reshape(targets.shape)
     return losses.sum() * _reduction_scale(flat, ignore_index, reduction == "mean")
-
-
-_INPUTS = "Tensor x, Tensor weight, Tensor targets, Tensor? bias, int ignore_index, float label_smoothing, float z_loss"
-_NEEDS = "bool need_dx, bool need_dweight, bool need_dbias"
-_GRADIENTS = "Tensor dx, Tensor dweight, Tensor dbias"
-for _schema in (
-    f"linear_cross_entropy_losses({_INPUTS}) -> Tensor",
-    f"linear_cross_entropy_backward(Tensor grad, {_INPUTS}, {_NEEDS}) -> ({_GRADIENTS})",
-    f"linear_cross_entropy_gradients({_INPUTS}, bool mean, {_NEEDS}) -> (Tensor loss, Tensor scale, {_GRADIENTS})",
-    f"linear_cross_entropy_scale(Tensor grad, Tensor scale, {_GRADIENTS}, ScalarType dtype) -> ({_GRADIENTS})",
-):
-    _LIBRARY.define(_schema, tags=torch.Tag.pt2_compliant_tag)
 
 
 def _reduction_scale(targets: Tensor, ignore_index: int, mean: bool) -> Tensor:
@@ -205,25 +192,34 @@ def _differentiate_gradients(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor |
     return dx, dweight, None, dbias, *(None,) * 7
 
 
-def _refuse(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "linear_cross_entropy: a gradient of its gradient is asked for, expected one derivative (use the reference)"
-    )
+_INPUTS = "Tensor x, Tensor weight, Tensor targets, Tensor? bias, int ignore_index, float label_smoothing, float z_loss"
+_NEEDS = "bool need_dx, bool need_dweight, bool need_dbias"
+_GRADIENTS = "Tensor dx, Tensor dweight, Tensor dbias"
+_refuse = refuse("linear_cross_entropy")
 
-
-for _name, _kernel, _fake in (
-    ("linear_cross_entropy_losses", _losses, _losses_fake),
-    ("linear_cross_entropy_backward", _backward, _backward_fake),
-    ("linear_cross_entropy_gradients", _gradients, _gradients_fake),
-    ("linear_cross_entropy_scale", _scale, _scale_fake),
-):
-    _LIBRARY.impl(_name, _kernel, "CUDA")
-    _LIBRARY.impl(_name, _kernel, "CPU")
-    torch.library.register_fake(f"fused_gpt::{_name}", _fake, lib=_LIBRARY)
-for _name, _differentiate, _save in (
-    ("linear_cross_entropy_losses", _differentiate_losses, _save_losses),
-    ("linear_cross_entropy_gradients", _differentiate_gradients, _save_gradients),
-    ("linear_cross_entropy_backward", _refuse, None),
-    ("linear_cross_entropy_scale", _refuse, None),
-):
-    torch.library.register_autograd(f"fused_gpt::{_name}", _differentiate, setup_context=_save, lib=_LIBRARY)
+register(
+    f"linear_cross_entropy_losses({_INPUTS}) -> Tensor",
+    _losses,
+    _losses_fake,
+    _differentiate_losses,
+    _save_losses,
+)
+register(
+    f"linear_cross_entropy_backward(Tensor grad, {_INPUTS}, {_NEEDS}) -> ({_GRADIENTS})",
+    _backward,
+    _backward_fake,
+    _refuse,
+)
+register(
+    f"linear_cross_entropy_gradients({_INPUTS}, bool mean, {_NEEDS}) -> (Tensor loss, Tensor scale, {_GRADIENTS})",
+    _gradients,
+    _gradients_fake,
+    _differentiate_gradients,
+    _save_gradients,
+)
+register(
+    f"linear_cross_entropy_scale(Tensor grad, Tensor scale, {_GRADIENTS}, ScalarType dtype) -> ({_GRADIENTS})",
+    _scale,
+    _scale_fake,
+    _refuse,
+)

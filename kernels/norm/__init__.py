@@ -7,7 +7,7 @@ import torch
 from kernels import checks
 from kernels.dispatch import Op, autocast_dtype
 from kernels.norm import reference
-from kernels.tuning import NORM_COLUMNS
+from kernels.tuning import NORM_COLUMNS, slower
 
 _LAYER_NORM = Op("layer_norm", room="norm")
 _ADD_LAYER_NORM = Op("add_layer_norm", room="norm")
@@ -41,11 +41,11 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
         Ba, Kiros, Hinton, "Layer Normalization" (2016), section 3.
     """
     op = "layer_norm"
-    checks.shapes(op, ("bias",), x=(x, ("...", "C")), weight=(weight, ("C",)), bias=(bias, ("C",)))
+    sizes = checks.shapes(op, ("bias",), x=(x, ("...", "C")), weight=(weight, ("C",)), bias=(bias, ("C",)))
     checks.floating(op, x=x, weight=weight, bias=bias)
     checks.number(op, "eps", eps, 0, torch.finfo(torch.float32).max)
     dtype = None if x.dtype == torch.float64 else autocast_dtype(x.device)
-    choice = _LAYER_NORM.choose(x, limit=_limit(weight, bias))
+    choice = _LAYER_NORM.choose(x, limit=_limit(weight, bias), slower=slower(op, x, **sizes))
     if choice.backend == "triton":
         from kernels.norm import kernel
 
@@ -93,13 +93,13 @@ def add_layer_norm(
     """
     op = "add_layer_norm"
     dims = ("...", "C")
-    checks.shapes(op, ("bias",), x=(x, dims), residual=(residual, dims), weight=(weight, ("C",)), bias=(bias, ("C",)))
+    sizes = checks.shapes(op, ("bias",), x=(x, dims), residual=(residual, dims), weight=(weight, ("C",)), bias=(bias, ("C",)))
     checks.floating(op, x=x, residual=residual, weight=weight, bias=bias)
     checks.number(op, "eps", eps, 0, torch.finfo(torch.float32).max)
     checks.number(op, "dropout_p", dropout_p, 0, 1, open_high=True)
     checks.seed(op, seed, x.device)
     dtype = None if x.dtype == torch.float64 else autocast_dtype(x.device)
-    choice = _ADD_LAYER_NORM.choose(x, limit=_limit(weight, bias, residual))
+    choice = _ADD_LAYER_NORM.choose(x, limit=_limit(weight, bias, residual), slower=slower(op, x, **sizes))
     if choice.backend == "triton":
         from kernels.norm import kernel
 

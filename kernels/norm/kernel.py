@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.library import dropout_seed, refuse, register
 from kernels.norm.backward import launch_backward, launch_sum
 from kernels.norm.forward import launch_forward
 from kernels.tuning import norm_programs
-
-_LIBRARY = torch.library.Library("fused_gpt", "FRAGMENT")
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
@@ -31,33 +30,11 @@ def add_layer_norm(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """`kernels.add_layer_norm` with y in `dtype`, for arguments that were checked."""
-    if dropout_p == 0:
-        seed = None
-    elif seed is None:
-        seed = torch.randint(2**62, (), device=x.device)
-    elif not isinstance(seed, Tensor):
-        seed = torch.full((), seed, dtype=torch.int64, device=x.device)
+    seed = dropout_seed(dropout_p, seed, x.device)
     y, new_residual, _ = torch.ops.fused_gpt.add_layer_norm_forward(
         x, residual, weight, bias, seed, float(eps), float(dropout_p), dtype
     )
     return y, new_residual
-
-
-_LIBRARY.define(
-    "layer_norm_forward(Tensor x, Tensor weight, Tensor? bias, float eps, ScalarType dtype) -> (Tensor y, Tensor stats)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_LIBRARY.define(
-    "add_layer_norm_forward(Tensor x, Tensor residual, Tensor weight, Tensor? bias, Tensor? seed, float eps, float dropout_p,"
-    " ScalarType dtype) -> (Tensor y, Tensor new_residual, Tensor stats)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_LIBRARY.define(
-    "layer_norm_backward(Tensor dy, Tensor? dnew_residual, Tensor h, Tensor weight, Tensor? seed, Tensor stats, float dropout_p,"
-    " ScalarType? dx_dtype, ScalarType? dresidual_dtype, bool need_dweight, ScalarType? dbias_dtype)"
-    " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -224,18 +201,26 @@ def _add_differentiate(ctx: Any, dy: Tensor | None, dnew_residual: Tensor | None
     return *(grad if need else None for grad, need in needed), None, None, None, None
 
 
-def _refuse(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError("layer_norm: a gradient of its gradient is asked for, expected one derivative (use the reference)")
-
-
-for _name, _kernel, _fake in (
-    ("layer_norm_forward", _forward, _forward_outputs),
-    ("add_layer_norm_forward", _add_forward, _add_forward_outputs),
-    ("layer_norm_backward", _backward, _backward_fake),
-):
-    _LIBRARY.impl(_name, _kernel, "CUDA")
-    _LIBRARY.impl(_name, _kernel, "CPU")
-    torch.library.register_fake(f"fused_gpt::{_name}", _fake, lib=_LIBRARY)
-torch.library.register_autograd("fused_gpt::layer_norm_forward", _differentiate, setup_context=_save, lib=_LIBRARY)
-torch.library.register_autograd("fused_gpt::add_layer_norm_forward", _add_differentiate, setup_context=_add_save, lib=_LIBRARY)
-torch.library.register_autograd("fused_gpt::layer_norm_backward", _refuse, lib=_LIBRARY)
+register(
+    "layer_norm_forward(Tensor x, Tensor weight, Tensor? bias, float eps, ScalarType dtype) -> (Tensor y, Tensor stats)",
+    _forward,
+    _forward_outputs,
+    _differentiate,
+    _save,
+)
+register(
+    "add_layer_norm_forward(Tensor x, Tensor residual, Tensor weight, Tensor? bias, Tensor? seed, float eps, float dropout_p,"
+    " ScalarType dtype) -> (Tensor y, Tensor new_residual, Tensor stats)",
+    _add_forward,
+    _add_forward_outputs,
+    _add_differentiate,
+    _add_save,
+)
+register(
+    "layer_norm_backward(Tensor dy, Tensor? dnew_residual, Tensor h, Tensor weight, Tensor? seed, Tensor stats, float dropout_p,"
+    " ScalarType? dx_dtype, ScalarType? dresidual_dtype, bool need_dweight, ScalarType? dbias_dtype)"
+    " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+    _backward,
+    _backward_fake,
+    refuse("layer_norm"),
+)

@@ -101,10 +101,74 @@ def test_whole_models_run_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFi
     assert "B1" in decode.case.split("-")
 
 
+NANOGPT = """
+from dataclasses import dataclass
+import torch
+from torch import nn
+
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        assert config.bias is True and config.n_head == 2
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        print("counting aloud")
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), learning_rate, betas, weight_decay=weight_decay)
+
+    def forward(self, idx, targets):
+        logits = self.wte(idx) @ self.wte.weight.T
+        return logits, nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+"""
+
+
+@pytest.mark.usefixtures("small")
+def test_nanogpt_takes_part_from_a_checkout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A comparison with nanoGPT that is not of the same run, or a folder that is none and is not said to be."""
+    (tmp_path / "model.py").write_text(NANOGPT, encoding="utf-8")
+    path = tmp_path / "train.json"
+    flags = ["--quick", "--device", "cpu", "--json", str(path), "--nanogpt"]
+    assert run_command("bench.train", bench.train.main, [*flags, str(tmp_path)]) == 0
+    assert [row.contestant for row in load(path).rows if row.status == "measured"] == [OURS, bench.train.PLAIN, "nanoGPT"]
+    assert "counting aloud" not in capsys.readouterr().out
+    assert run_command("bench.train", bench.train.main, [*flags, str(tmp_path / "none")]) == 2
+    assert "has no model.py, expected a checkout of https://github.com/karpathy/nanoGPT" in capsys.readouterr().err
+    (tmp_path / "model.py").write_text("", encoding="utf-8")
+    assert run_command("bench.train", bench.train.main, [*flags, str(tmp_path)]) == 2
+    assert "has no GPT and GPTConfig" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("small")
+def test_generation_of_other_lengths_and_without_the_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lengths that are not what is timed, or that silently outgrow the model's block; a cache that cannot be compared."""
+    path = tmp_path / "generate.json"
+    flags = ["--quick", "--device", "cpu", "--json", str(path), "--prompt_tokens", "5", "--no_cache", "--new_tokens"]
+    assert run_command("bench.generate", bench.generate.main, [*flags, "10"]) == 0
+    rows = load(path).find(status="measured")
+    assert {"T5", "new10"} <= set(rows[0].case.split("-"))
+    assert {OURS, bench.generate.NO_CACHE} <= {row.contestant for row in rows}
+    assert run_command("bench.generate", bench.generate.main, [*flags, "11"]) == 2
+    assert "are 17 tokens, expected at least one of each and at most 16 together" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("small")
 def test_a_wrong_model_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens per second of a model whose kernels compute something else."""
-    monkeypatch.setattr(bench.train, "_disagreement", lambda *_: "the loss is 3.0, with the references 2.0")
+
+    def differ(*_: object) -> None:
+        raise bench.train.Disagreement("the loss is 3.0, with the references 2.0")
+
+    monkeypatch.setattr(bench.train, "_compare", differ)
     path = tmp_path / "train.json"
     assert run_command("bench.train", bench.train.main, ["--quick", "--device", "cpu", "--json", str(path)]) == 1
     assert [(row.status, row.seconds is None) for row in load(path).rows] == [("wrong", True), ("measured", False)]

@@ -13,7 +13,7 @@ import pytest
 from bench import readme, table, targets
 from bench.attention import PINNED
 from bench.contestants import COMPILED, EAGER, OURS
-from bench.generate import PLAIN
+from bench.generate import NO_CACHE, PLAIN
 from bench.plot import draw
 from bench.record import FORMULAS, Report, Row, load
 from bench.targets import Target, judge
@@ -88,7 +88,18 @@ def test_the_table_shows_everybody() -> None:
 
 def test_targets_speak_of_what_there_is() -> None:
     """A target for an op, a contestant or a metric that no bench has, which would never be measured."""
-    known = {EAGER, COMPILED, PLAIN, "transformers", "liger-kernel", "whole logits", "whole logits, compiled", *PINNED}
+    known = {
+        EAGER,
+        COMPILED,
+        PLAIN,
+        NO_CACHE,
+        "nanoGPT",
+        "transformers",
+        "liger-kernel",
+        "whole logits",
+        "whole logits, compiled",
+        *PINNED,
+    }
     for target in targets.load():
         assert target.metric in ("speedup", "share", "memory", "tokens_per_second")
         assert (target.at_least is None) != (target.at_most is None)
@@ -169,15 +180,20 @@ def test_blocks_are_rewritten(tmp_path: Path) -> None:
     at.mkdir(parents=True)
     (at / "attention.png").touch()
     text = "a\n<!-- bench:NAME -->\nold 9.99\n<!-- /bench:NAME -->\nb"
-    fresh = {name: readme.rewritten(text.replace("NAME", name), tmp_path, {at: REPORT}) for name in readme.BLOCKS}
+    fresh = {name: readme.rewritten(text.replace("NAME", name), tmp_path, {at / "report.json": REPORT}) for name in readme.BLOCKS}
     for name, found in fresh.items():
         assert found.startswith(f"a\n<!-- bench:{name} -->\n")
         assert found.endswith(f"\n<!-- /bench:{name} -->\nb")
         assert "9.99" not in found
-        assert readme.rewritten(found, tmp_path, {at: REPORT}) == found
+        assert readme.rewritten(found, tmp_path, {at / "report.json": REPORT}) == found
     assert "(bench/results/gpu/attention.png)" in fresh["pictures"]
     assert "| causal_attention | B64-H12-Tq1024-Tk1024-D64 bf16 |" in fresh["speed"]
-    assert "SDPA cudnn | 1.10 |" in fresh["speed"]
+    assert "| SDPA cudnn 1.10 · torch.compile 1.15 · " in fresh["speed"]
+    assert readme.NOTHING not in fresh["speed"]
+    on_cpu = {at / "train.json": invented("causal_attention", kind="cpu")}
+    found = readme.rewritten(text.replace("NAME", "speed"), tmp_path, on_cpu)
+    assert readme.NOTHING in found
+    assert "`invented`: Invented GPU" in found
     assert readme.NOTHING in readme.rewritten(text.replace("NAME", "speed"), tmp_path, {})
     with pytest.raises(InputError, match="nearest valid one is 'bench:speed'"):
         readme.rewritten(text.replace("NAME", "sped"), tmp_path, {})

@@ -12,11 +12,12 @@ import torch
 import bench.tune
 from bench.cases import Race
 from bench.contestants import OURS, Contestant
-from bench.engine import Admission, Bench, Runner, Truth
+from bench.engine import Admission, Bench, Runner
 from bench.measure import Ceilings, Clock, Timing
 from bench.tune import Query, knobs, neighbours, queries, search, substituted, with_answer
 from gpt.options import run_command
 from kernels import tuning
+from kernels.preflight import Truth
 from kernels.registry import SPECS
 from kernels.tuning import Tile
 
@@ -102,7 +103,10 @@ def test_a_wrong_tile_is_never_taken(landscape: dict[str, Any]) -> None:
 def test_where_the_reference_wins_is_said(landscape: dict[str, Any]) -> None:
     """A row that "auto" would follow to the slower of the two."""
     landscape["reference"] = 1e-4
-    assert "the REFERENCE is faster: 100 µs" in str(climb())
+    found = climb()
+    assert f"the REFERENCE is faster, 100 µs: {found.slower}" in str(found)
+    row = eval(found.slower, {"Slower": tuning.Slower, "torch": torch})
+    assert row == tuning.Slower(0, "layer_norm", torch.float32, {n: (size, size) for n, size in RACE.case.sizes.items()})
 
 
 def test_time_is_kept(landscape: dict[str, Any]) -> None:

@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from gpt import GPT, CharTokenizer, GPTConfig, info, sample, train
+from gpt import GPT, CharTokenizer, GPTConfig, TrainConfig, cache, info, sample, train
 from gpt.checkpoint import load_model, save_model
 from gpt.data import TokenData
-from gpt.sample import Stopped, TextStream, hide_padded_ids
+from gpt.generate import known_ids
+from gpt.sample import Stopped, TextStream
 from tests.gpt.text import TEXT
 
 ROOT = Path(__file__).parents[2]
@@ -56,8 +57,10 @@ def test_train_ends_with_what_to_do_next(text: str, tmp_path: Path, capsys: pyte
         (out / "sample.txt").read_text().strip(),
     ):
         assert part in printed
+    assert f"model: {load_model(out).num_parameters() / 1e6:.2f} M parameters" in printed
     for part in ("4/4", "loss ", "tokens/s", "step/s"):
         assert part in shown
+    assert re.search(r"\[\d\d:\d\d<\d\d:\d\d", shown)  # time taken and left
     following = printed.splitlines()[-1].removeprefix("next: ")
     assert re.search(r"-m gpt\.sample --checkpoint '.*my run'$", following)
     done = subprocess.run(f"{following} --max_new_tokens 5", shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -79,7 +82,29 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(text: str, tmp_pat
     assert [taken[name] for name in ("n_layer", "n_embd", "max_steps", "seed", "data")] == [1, 16, 2, 5, [text]]
     preset = GPTConfig.preset("char-cpu")
     assert (taken["bias"], taken["tie_weights"]) == (preset.bias, preset.tie_weights)
+    assert [taken[name] for name in ("optimizer", "learning_rate")] == ["muon", TrainConfig.preset("char-cpu").learning_rate]
     assert taken["vocab_size"] == len(set(TEXT))
+
+
+def test_a_gpt2_preset_takes_gpt2s_tokens(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """GPT-2 trained on characters because nobody named its tokenizer."""
+
+    def refuse(url: str) -> bytes:
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(cache, "_fetch", refuse)
+    flags = [*TINY, "--max_steps", "1", "--data", text, "--out", str(tmp_path / "run")]
+    assert train.main(["--preset", "gpt2", *flags]) == 2
+    assert re.fullmatch(r"gpt\.train: gpt2 tokenizer: cannot download .*\n", capsys.readouterr().err)
+
+
+def test_several_processes_are_refused(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """The same run several times over in one folder, where torchrun promised the work to be shared."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train.main([*TINY, "--data", text, "--out", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err == "gpt.train: WORLD_SIZE is 2, expected 1 (a run is one process, on one device)\n"
+    assert not (tmp_path / "run").exists()
 
 
 def test_resume_takes_the_settings_of_the_run(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -345,8 +370,10 @@ def test_padded_ids_are_never_drawn(tmp_path: Path, capsys: pytest.CaptureFixtur
     for flags in (["--greedy"], ["--temperature", "9"], ["--repetition_penalty", "2", "--top_p", "1", "--top_k", "9"]):
         printed = run_sample(capsys, tmp_path / "m", "--prompt", "ab", "--max_new_tokens", "30", *flags)
         assert set(printed) <= set("abc\n")
-    hide_padded_ids(model, 3)
-    assert int(model.generate(torch.zeros(4, 1, dtype=torch.long), 20, temperature=50.0).max()) <= 2
+    idx = torch.zeros(4, 1, dtype=torch.long)
+    with known_ids(model, 3):
+        assert int(model.generate(idx, 20, temperature=50.0).max()) <= 2
+    assert int(model.generate(idx, 20, temperature=50.0).max()) > 2
 
 
 WRONG_SAMPLES = {
@@ -380,7 +407,7 @@ def test_info(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Counts that are not the model's, or costs by another formula than stated."""
     assert info.main(["gpt2", "--tie_weights", "false", "--qkv-bias", "false"]) == 0
     printed = capsys.readouterr().out
-    for part in ("38,597,376", "786,432", "7,085,568", "1,536", "163,009,536", "621.83"):
+    for part in ("39,383,808", "38,597,376", "786,432", "7,085,568", "1,536", "163,009,536", "621.83"):
         assert part in printed
     assert info.main(["gpt2"]) == 0
     assert "855.2 MFLOP per token" in capsys.readouterr().out

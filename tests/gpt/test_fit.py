@@ -50,6 +50,15 @@ def test_losses_fall_and_are_kept() -> None:
     assert model.validation_loss == []
 
 
+def test_the_device_is_picked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that stays on the CPU beside a GPU."""
+    model, picked, moved = documented(), torch.device("cpu", 0), []
+    monkeypatch.setattr("gpt.fit.pick_device", lambda name: picked if name is None else None)
+    monkeypatch.setattr(GPT, "to", lambda self, device: moved.append(device))
+    model.fit(loader())
+    assert moved == [picked]
+
+
 def test_dropout_is_for_training() -> None:
     """A validation with dropout, or an epoch after it without."""
     modes: list[tuple[bool, bool]] = []

@@ -96,6 +96,15 @@ def test_save_and_load(kind: str, bpe: BPETokenizer, tmp_path: Path) -> None:
         assert loaded.encode(UNICODE) == tokenizer.encode(UNICODE)
 
 
+def test_save_makes_its_folder(bpe: BPETokenizer, tmp_path: Path) -> None:
+    """A traceback for a folder that is not there yet, or that cannot be."""
+    bpe.save(tmp_path / "new" / "folder")
+    assert load_tokenizer(tmp_path / "new" / "folder").vocab_size == bpe.vocab_size
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match=r"tokenizer: cannot write .*file.tokenizer\.json: "):
+        bpe.save(tmp_path / "file")
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -143,6 +152,47 @@ def test_merges_file(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tmp_path / "vocab.bpe")
     assert tokenizer.encode("!~ \n the he") == [0, 93, 220, 198, 258, 220, 257]
     assert tokenizer.vocab_size == 260
+
+
+# Lines of GPT-2's vocab.bpe, counted from its first merge: all that make the tokens of the two phrases below.
+GPT2_LINES = {
+    1: "\u0120 a",
+    7: "e r",
+    17: "o r",
+    18: "e s",
+    24: "o u",
+    29: "\u0120 m",
+    41: "l l",
+    48: "\u0120 e",
+    58: "\u0120 I",
+    75: "\u0120 y",
+    76: "v er",
+    89: "\u0120y ou",
+    163: "or t",
+    231: "f f",
+    292: "ver y",
+    439: "e ll",
+    453: "o v",
+    460: "\u0120a m",
+    658: "\u0120e ff",
+    1153: "\u0120m ov",
+    3370: "\u0120eff ort",
+    5844: "\u0120mov es",
+    5853: "E very",
+    10853: "ell o",
+    15240: "H ello",
+}
+
+
+def test_gpt2_ids_without_network(tmp_path: Path) -> None:
+    """Another numbering, split or order of merging than GPT-2's. Lines that make other tokens are replaced by control bytes."""
+    lines = [GPT2_LINES.get(i, f"\u0100 {i:05}") for i in range(50_000)]
+    (tmp_path / "vocab.bpe").write_text("\n".join(["#version: 0.2", *lines, ""]), encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path / "vocab.bpe")
+    assert tokenizer.vocab_size == 50257
+    assert tokenizer.encode("Every effort moves you") == [6109, 3626, 6100, 345]
+    assert tokenizer.encode("Hello, I am") == [15496, 11, 314, 716]
+    assert tokenizer.encode(END_OF_TEXT, special=True) == [50256]
 
 
 def test_gpt2_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import kernels
-from kernels.preflight import check, judge, run_case
+from kernels.preflight import Truth, check, run_case
 from kernels.registry import SPECS
 from kernels.spec import Case
 from kernels.tuning import attention_decode_tile, attention_tiles
@@ -107,7 +107,7 @@ def _skips_empty_tiles(launchers: Any) -> None:
     inputs = {"q": q, "k": k, "v": v, "key_start": start}
     with kernels.use_backend("triton"):
         results = run_case(kernels.causal_attention, inputs, ("q", "k", "v"))
-    wrong = [str(verdict) for verdict in judge(CAUSAL, inputs, results, torch.float32) if not verdict.ok]
+    wrong = [str(verdict) for verdict in Truth(CAUSAL, inputs, torch.float32).judge(results) if not verdict.ok]
     assert not wrong, wrong
 
 

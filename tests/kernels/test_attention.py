@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kernels
-from kernels.preflight import judge, run_case
+from kernels.preflight import Truth, run_case
 from kernels.registry import SPECS
 from kernels.spec import Case, randn
 from kernels.tuning import AttentionTiles, Tile
@@ -42,7 +42,7 @@ def assert_right(
     inputs: dict[str, Any], dtype: torch.dtype = torch.float32, gradients: tuple[str, ...] = ("q", "k", "v")
 ) -> None:
     results = run_case(CAUSAL.function, inputs, gradients)
-    wrong = [str(verdict) for verdict in judge(CAUSAL, inputs, results, dtype, gradients) if not verdict.ok]
+    wrong = [str(verdict) for verdict in Truth(CAUSAL, inputs, dtype, gradients).judge(results) if not verdict.ok]
     assert not wrong, wrong
 
 
@@ -362,3 +362,34 @@ def test_strided_lengths_of_a_cache() -> None:
     found = kernels.decode_attention(q, k, v, lengths[:, 0], key_start=starts[:, 0])
     expected = kernels.reference.decode_attention(q, k, v, lengths[:, 0], key_start=starts[:, 0])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def decoding(**changes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """decode_attention at an odd scale, and its reference."""
+    q, k, v = torch.randn(3, 3, 2, 40, 16)
+    inputs = {"q": q[:, :, :2], "k_cache": k, "v_cache": v, "cache_len": torch.tensor([40, 7, 23], dtype=torch.int32)} | changes
+    return kernels.decode_attention(**inputs, scale=0.7), kernels.reference.decode_attention(**inputs, scale=0.7)
+
+
+def test_the_scale_of_decoding() -> None:
+    """A scale that is ignored, or shares of a split that underflow where every logit is far below zero."""
+    torch.testing.assert_close(*decoding(), rtol=1e-4, atol=1e-5)
+    q, k = torch.randn(3, 2, 2, 16) + 6, torch.randn(3, 2, 40, 16) - 6
+    torch.testing.assert_close(*decoding(q=q, k_cache=k), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("extreme", [-(2**31), -7, 2**31 - 1])
+def test_extreme_key_starts_of_decoding(extreme: int) -> None:
+    """Keys before the cache that are read, or a key_start that overflows when it is rounded to tiles."""
+    torch.testing.assert_close(*decoding(key_start=torch.tensor([extreme, 3, extreme], dtype=torch.int32)), rtol=1e-4, atol=1e-5)
+
+
+def test_what_lies_past_a_cache_is_not_read() -> None:
+    """Slots of a cache that were allocated and not yet written, here NaN, in the sums of a split."""
+    k, v = torch.randn(2, 3, 2, 40, 16)
+    lengths = torch.tensor([39, 7, 23], dtype=torch.int32)
+    q = torch.randn(3, 2, 2, 16)
+    clean = kernels.decode_attention(q, k, v, lengths)
+    for row, length in enumerate(lengths):
+        k[row, :, length:], v[row, :, length:] = float("nan"), float("nan")
+    assert torch.equal(kernels.decode_attention(q, k, v, lengths), clean)

@@ -27,9 +27,12 @@ def causal_cases(draw: st.DrawFn) -> Case:
     sizes = {"B": draw(st.integers(1, 2)), "H": hkv * draw(st.integers(1, 2)), "Hkv": hkv, "Tq": tq}
     sizes |= {"Tk": tq + draw(st.integers(0, 50)), "D": draw(st.integers(1, 80))}
     options: dict[str, Any] = {"layout": draw(st.sampled_from(["plain", "padded"]))}
-    if kind := draw(st.sampled_from([None, "padding", "documents", "window", "empty"])):
+    kind = draw(st.sampled_from([None, "padding", "documents", "window", "empty"]))
+    if kind is not None:
         options["key_start"] = kind
-    if sizes["Tk"] >= 8 and draw(st.booleans()):  # a row with a single key has no gradient but the rounding of its output
+    # With dropout the reference is float32 up to its last rounding: twice that is met on average, not by a handful of numbers,
+    # nor by rows of hardly a key, whose gradient is little more than the rounding of their output.
+    elif tq >= 16 and sizes["D"] >= 16 and draw(st.booleans()):
         options |= {"dropout_p": draw(st.floats(0.05, 0.9)), "seed": draw(st.integers(-(2**63), 2**63 - 1))}
     return Case(sizes, options)
 

@@ -6,12 +6,15 @@ import subprocess
 import sys
 import warnings
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import kernels
-from kernels import dispatch
+from kernels import dispatch, tuning
+from kernels.registry import SPECS
+from kernels.spec import OpSpec
 
 OP = dispatch._ops["layer_norm"]
 X, W = torch.randn(3, 8), torch.ones(8)
@@ -120,6 +123,40 @@ def test_limits_and_the_table_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert OP.choose(tensor, slower="cuDNN wins").backend == "triton"  # type: ignore[arg-type]
         with pytest.raises(RuntimeError, match="D=512 is above 256"):
             OP.choose(tensor, limit="D=512 is above 256")  # type: ignore[arg-type]
+
+
+def test_a_row_of_the_table_holds_for_its_gpu_dtype_and_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that binds other GPUs, ops, dtypes or sizes than those that were measured."""
+    row = tuning.Slower(90, "layer_norm", torch.bfloat16, {"C": (16, 64)})
+    monkeypatch.setattr(tuning, "SLOWER", (row,))
+    tensor: Any = a_gpu(monkeypatch, 9, 0)
+    for c, expected in ((15, False), (16, True), (64, True), (65, False)):
+        assert (tuning.slower("layer_norm", tensor, N=7, C=c) is not None) == expected
+    assert tuning.slower("layer_norm", tensor, N=7, C=32) == "the tuning table has the reference faster on sm_90"
+    assert tuning.slower("add_layer_norm", tensor, N=7, C=32) is None
+    assert tuning.slower("layer_norm", torch.empty(7, 32), N=7, C=32) is None
+    for other in ({"architecture": 80}, {"dtype": torch.float32}):
+        monkeypatch.setattr(tuning, "SLOWER", (row._replace(**other),))
+        assert tuning.slower("layer_norm", tensor, N=7, C=32) is None
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=lambda spec: spec.name)
+def test_every_op_asks_the_table(spec: OpSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An op that runs its kernel in "auto" although the table has the reference faster, or asks with other sizes."""
+    case = spec.tagged("small")[0]
+    asked: dict[str, dict[str, int]] = {}
+
+    def slower(op: str, tensor: torch.Tensor, **sizes: int) -> str:
+        asked[op] = sizes
+        return "so says the table"
+
+    monkeypatch.setattr(f"kernels.{spec.room}.slower", slower)
+    monkeypatch.setattr(dispatch.Op, "obstacle", lambda *_: None)
+    inputs = spec.make_inputs(case, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0))
+    inputs = {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    with torch.no_grad():
+        assert kernels.explain(spec.name, **inputs) == ("reference", "auto: so says the table")
+    assert case.sizes.items() <= asked[spec.name].items()
 
 
 def test_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
