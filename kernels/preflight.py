@@ -30,7 +30,8 @@ def run_case(
 ) -> dict[str, torch.Tensor | None]:
     """Outputs and gradients of one call: ``{"out": …, "dq": …}``, several outputs as ``out0``, ``out1``.
 
-    The gradients are those of the outputs' product with fixed standard normal numbers, drawn from `seed`.
+    The gradients are those of the outputs' product with fixed standard normal numbers, drawn from `seed`. A scalar, which is a
+    mean over rows, is multiplied by their number: else many rows make its gradients vanish beneath any rounding floor.
     """
     leaves = {n: v.detach().requires_grad_(n in gradients) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
     result = function(**leaves)
@@ -41,7 +42,9 @@ def run_case(
     wanted = [n for n in gradients if leaves.get(n) is not None]
     if wanted:
         generator = torch.Generator().manual_seed(seed)
-        weights = [torch.randn(o.shape, generator=generator).to(o.device, o.dtype) for o in outputs]
+        first = next(iter(leaves.values()))
+        rows = first.numel() // max(1, first.shape[-1])
+        weights = [torch.randn(o.shape, generator=generator).mul_(1 if o.ndim else rows).to(o.device, o.dtype) for o in outputs]
         found = torch.autograd.grad(outputs, [leaves[n] for n in wanted], weights, allow_unused=True)
         results |= {f"d{n}": g for n, g in zip(wanted, found, strict=True)}
     return results
@@ -158,11 +161,12 @@ class Report:
     def __str__(self) -> str:
         source = "from the cache" if self.cached else f"{self.seconds:.1f} s"
         lines = [f"preflight on {self.device} in {self.dtype}, {source}; errors as shares of what is allowed"]
-        lines.append(f"{'op':<22} {'case':<34} {'forward':>8} {'backward':>8} {'speed-up':>8}  verdict")
+        width = max([4, *(len(row.case) for row in self.rows)])
+        lines.append(f"{'op':<22} {'case':<{width}} {'forward':>8} {'backward':>8} {'speed-up':>8}  verdict")
         for row in self.rows:
             numbers = "".join(f" {_number(value):>8}" for value in (row.forward, row.backward, row.speedup))
             verdict = f"FAILED: {row.problem}" if row.problem else f"reference: {row.skipped}" if row.skipped else "ok"
-            lines.append(f"{row.op:<22} {row.case:<34}{numbers}  {verdict}")
+            lines.append(f"{row.op:<22} {row.case:<{width}}{numbers}  {verdict}")
         return "\n".join(lines)
 
 
@@ -318,8 +322,8 @@ def _cache_path(cases: Sequence[tuple[str, Case]], device: torch.device, dtype: 
     versions = torch.__version__, dispatch.triton_version, dispatch.interpreting, driver
     choice = prefer, dispatch.environment
     key = repr((_device_name(device), versions, choice, _sources(), _name(dtype), [(n, c.id) for n, c in cases]))
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "fused-gpt" / "preflight" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    root = os.environ.get("FUSED_GPT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused-gpt"
+    return Path(root) / "preflight" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 
 @cache

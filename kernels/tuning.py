@@ -101,6 +101,7 @@ _ATTENTION_DROPOUT = {  # every generation: the mask takes registers
     256: AttentionTiles(Tile(64, 32, 8, 2), Tile(32, 32, 4, 1), Tile(16, 32, 4, 1)),
 }
 _ATTENTION_GROUPED = {64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 32, 4, 1)}  # dK with dV, over query heads
+ATTENTION_FIVE = {64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2)}  # fits every generation: compiled, chosen by none
 _ATTENTION_FLOAT32 = {
     32: AttentionTiles(Tile(64, 32), Tile(32, 32), Tile(32, 32)),
     64: AttentionTiles(Tile(32, 32), Tile(32, 32), Tile(32, 32)),

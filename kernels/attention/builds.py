@@ -46,7 +46,7 @@ def _causal(
     for launch in launch_backward(*inputs, dq, dk, dv, 0.125, dropout_p, tiles._replace(five=None)):
         yield launch.build(label, gated=gated)
     if d in _GATED and dtype != torch.float32:
-        five = tiles._replace(five=tiles.five or tiles.dkdv)
+        five = tiles._replace(five=tiles.five or tuning.ATTENTION_FIVE[d])
         for launch in launch_backward(*inputs, dq, dk, dv, 0.125, dropout_p, five):
             yield launch.build(f"{label}-five", gated=gated and tiles.five is not None)
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.interpreter
 
 @pytest.fixture(autouse=True)
 def a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("FUSED_GPT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(dispatch, "_distrusted", {})
     monkeypatch.setattr(gpt.trainer, "SAMPLE_TOKENS", 5)
 
