@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from torch import nn
 
 from gpt.config import TrainConfig
 from gpt.data import IGNORED, Batch
+from gpt.distributed import ALONE, Ranks
 from gpt.errors import InputError
 from gpt.muon import Muon
 
@@ -25,48 +26,64 @@ class NonFiniteError(RuntimeError):
 
 
 class StepResult(NamedTuple):
-    """The mean loss over a step's targets, before the update, and the norm of its gradient before clipping."""
+    """The mean loss over a step's targets, before the update, and the norm of its gradient before clipping.
+
+    `stop` is whether any rank asked for it.
+    """
 
     loss: float
     gradient_norm: float
+    stop: bool = False
 
 
 class TrainStep:
     """Steps `model` as `config` says.
 
-    The gradient is that of the mean loss over all targets of a step, whatever share of them each micro-batch has.
+    The gradient is that of the mean loss over all targets of a step, whatever share of them each micro-batch, or rank, has.
 
     Args:
         model: On its device, with float32 parameters.
         forward: What computes the loss, if not the model itself (its compiled form).
+        ranks: The processes that take each step together, each with micro-batches of its own.
 
     Raises:
         InputError: A dtype that the device has not.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig, forward: Callable[..., torch.Tensor] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, config: TrainConfig, forward: Callable[..., torch.Tensor] | None = None, ranks: Ranks = ALONE
+    ) -> None:
         self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         self.device = next(iter(self.names)).device
         self.dtype = autocast_dtype(config.dtype, self.device)
         self.optimizers = make_optimizers(self.names, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self._model, self._forward = model, model if forward is None else forward
+        self._ranks = ranks
         self._clip = config.grad_clip or math.inf
         self._norm = 0.0
 
-    def __call__(self, batches: Sequence[Batch], rate: float) -> StepResult:
+    def __call__(self, batches: Sequence[Batch], rate: float, stop: Collection[object] = ()) -> StepResult:
         """One step at learning rate `rate`.
+
+        Args:
+            batches: This rank's micro-batches.
+            rate: Of all parameters.
+            stop: Not empty, at the latest behind the backward pass, where this rank wants all to stop after the step.
 
         Raises:
             NonFiniteError: Before the parameters or the optimizer change. In float16 a gradient that overflows is no error while
                 the scaler can lower its scale: the step is left out.
         """
         self._zero_gradients()
-        loss = self._accumulate(batches)
+        loss, count = self._accumulate(batches)
+        stopping: torch.Tensor | bool = bool(stop)
+        if self._ranks.size > 1:
+            loss, stopping = self._combine(loss, count, bool(stop))
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(self.names, self._clip)
-        result = StepResult(*torch.stack((loss, norm)).tolist())
+        result = StepResult(*torch.stack((loss, norm)).tolist(), stop=bool(stopping))
         overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
         if not math.isfinite(result.loss) or not (math.isfinite(result.gradient_norm) or overflow):
             self._zero_gradients()
@@ -137,14 +154,25 @@ class TrainStep:
         for p in self.names:
             p.grad = None
 
-    def _accumulate(self, batches: Sequence[Batch]) -> torch.Tensor:
+    def _accumulate(self, batches: Sequence[Batch]) -> tuple[torch.Tensor, int]:
+        """The mean loss over the batches' targets, whose gradient is left in the parameters, and how many targets there are."""
         counts = [int((batch.targets != IGNORED).sum()) for batch in batches]
         total = torch.zeros((), device=self.device)
         for batch, count in zip(batches, counts, strict=True):
             loss = self.loss(batch, self._forward) * (count / max(1, sum(counts)))
             self.scaler.scale(loss).backward()
             total += loss.detach()
-        return total
+        return total, sum(counts)
+
+    def _combine(self, loss: torch.Tensor, count: int, stop: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean over the targets of all ranks, of losses and of gradients, and how many ranks want to stop: one sum."""
+        gradients = [p.grad for p in self.names if p.grad is not None]
+        torch._foreach_mul_(gradients, float(count))
+        sums = torch.cat(((loss * count)[None], torch.tensor((count, stop), dtype=loss.dtype, device=self.device)))
+        self._ranks.sum_([*gradients, sums])
+        total, targets, stopping = sums.unbind()
+        torch._foreach_div_(gradients, targets.clamp_(min=1))
+        return total / targets, stopping
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.device.type == "cuda":

@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 
 import kernels
-from gpt import checkpoint
+from gpt import checkpoint, distributed
 from gpt.config import GPTConfig, TrainConfig, override
 from gpt.convert import load_pretrained, load_pretrained_tokenizer
 from gpt.corpus import STDLIB
 from gpt.costs import check_memory
 from gpt.data import DataConfig, TokenData
+from gpt.distributed import Ranks
 from gpt.errors import InputError
 from gpt.model import GPT
 from gpt.options import USE_TRITON, OptionParser, Values, option, run_command, use_triton_option
@@ -71,6 +72,45 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(argv: Sequence[str]) -> int:
+    with distributed.join() as ranks:
+        return _run(argv, ranks)
+
+
+def _run(argv: Sequence[str], ranks: Ranks) -> int:
+    with ranks.agreement(), ranks.in_turn():
+        run, start = _settings(argv)
+        device = pick_device(start.train.device)
+        ranks.check(start.train)
+        data = TokenData.load(start.data, start.tokenizer)
+    with ranks.agreement():
+        vocab_size = data.tokenizer.vocab_size if start.weights is None else start.model.vocab_size
+        config = override(start.model, {"vocab_size": vocab_size})
+        check_memory(config, start.train, device)
+        torch.manual_seed(start.train.seed)
+        model = GPT(config, use_triton=USE_TRITON[run.use_triton], device=device)
+        if start.weights is not None:
+            _copy_weights(start.weights, model)
+    out = Path(run.out) if run.out else _next_folder(Path("runs"))
+    options = {"data": dataclasses.asdict(start.data)}
+    trainer = Trainer(model, data, start.train, out=out, resume=run.resume, options=options, ranks=ranks)
+    _introduce(trainer, start.data, out)
+    if not _preflight(trainer, strict=run.strict):
+        return 3
+    try:
+        result = trainer.run()
+    except NonFiniteError as error:
+        print(f"gpt.train: {error}", file=sys.stderr)
+        return 4
+    if result.signal is not None:
+        launch = f"-m torch.distributed.run --nproc_per_node {ranks.local_size} " if ranks.size > 1 else ""
+        resume = f"{_python()} {launch}-m gpt.train --out {shlex.quote(str(out))} --resume"
+        print(f"stopped at step {result.step}, saved in {result.checkpoint}\ngo on with: {resume}")
+        return 128 + result.signal
+    _conclude(result, len(data.tokens("validation")) - 1, out, "def " if start.data.data == (STDLIB,) else "")
+    return 0
+
+
+def _settings(argv: Sequence[str]) -> tuple[RunConfig, Start]:
     preset = "char-gpu" if torch.cuda.is_available() else "char-cpu"
     parser = OptionParser(
         "python -m gpt.train",
@@ -84,39 +124,12 @@ def _train(argv: Sequence[str]) -> int:
     )
     _, flags = parser.parse_tables(argv)
     run = RunConfig(**flags.pop("run"))
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise InputError(f"WORLD_SIZE is {processes}, expected 1 (a run is one process, on one device)")
     file = parser.read_file(run.config, TABLES) if run.config else {table: {} for table in TABLES}
     given = {table: {**file[table], **flags[table]} for table in TABLES}
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    start = _saved(run, given) if run.resume else _initial(run, given) if run.init else _preset(run, given)
-    device = pick_device(start.train.device)
-    data = TokenData.load(start.data, start.tokenizer)
-    vocab_size = data.tokenizer.vocab_size if start.weights is None else start.model.vocab_size
-    config = override(start.model, {"vocab_size": vocab_size})
-    check_memory(config, start.train, device)
-    torch.manual_seed(start.train.seed)
-    model = GPT(config, use_triton=USE_TRITON[run.use_triton], device=device)
-    if start.weights is not None:
-        _copy_weights(start.weights, model)
-    out = Path(run.out) if run.out else _next_folder(Path("runs"))
-    trainer = Trainer(model, data, start.train, out=out, resume=run.resume, options={"data": dataclasses.asdict(start.data)})
-    _introduce(trainer, start.data, out)
-    if not _preflight(trainer, strict=run.strict):
-        return 3
-    try:
-        result = trainer.run()
-    except NonFiniteError as error:
-        print(f"gpt.train: {error}", file=sys.stderr)
-        return 4
-    if result.signal is not None:
-        resume = f"{_python()} -m gpt.train --out {shlex.quote(str(out))} --resume"
-        print(f"stopped at step {result.step}, saved in {result.checkpoint}\ngo on with: {resume}")
-        return 128 + result.signal
-    _conclude(result, len(data.tokens("validation")) - 1, out, "def " if start.data.data == (STDLIB,) else "")
-    return 0
+    return run, _saved(run, given) if run.resume else _initial(run, given) if run.init else _preset(run, given)
 
 
 def _preset(run: RunConfig, given: Values) -> Start:
@@ -180,9 +193,10 @@ def _next_folder(parent: Path) -> Path:
 
 def _introduce(trainer: Trainer, data: DataConfig, out: Path) -> None:
     config, tokens = trainer.model.config, trainer.data
+    processes = f", {trainer.ranks.size} processes" if trainer.ranks.size > 1 else ""
     print(
         f"model: {trainer.model.num_parameters() / 1e6:.2f} M parameters, {config.n_layer} layers, {config.n_head} heads, "
-        f"{config.n_embd} wide, context {config.block_size}; {trainer.precision} on {trainer.device}\n"
+        f"{config.n_embd} wide, context {config.block_size}; {trainer.precision} on {trainer.device}{processes}\n"
         f"data: {' '.join(data.data)}, {len(tokens.tokens('train')):,} tokens to train on and "
         f"{len(tokens.tokens('validation')):,} to validate, of {tokens.tokenizer.vocab_size:,} kinds\n"
         f"out: {out}",
@@ -194,7 +208,7 @@ def _preflight(trainer: Trainer, *, strict: bool) -> bool:
     """Checks the kernels that would run, and leaves those that fail to their references; False where that is not wanted."""
     if trainer.model.use_triton is False:
         return True
-    report = trainer.preflight()
+    report = trainer.ranks.on_first(trainer.preflight)
     if not report.checked:
         print(f"kernels: none, the references run ({'; '.join(report.skipped)})", flush=True)
         return True

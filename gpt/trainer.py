@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -10,20 +11,23 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import kernels
-from gpt import checkpoint
+from gpt import checkpoint, rng
 from gpt.cache import replacing
 from gpt.config import TrainConfig
 from gpt.costs import flops_per_token, peak_flops
 from gpt.data import IGNORED, Batch, Split, Stream, TokenData
+from gpt.distributed import ALONE, Ranks
 from gpt.errors import InputError
 from gpt.generate import known_ids
 from gpt.model import GPT
@@ -54,9 +58,11 @@ class Trainer:
         model: Moved to `config.device`.
         data: The tokens; batches are functions of (config.seed, step).
         config: How long and how.
-        out: The run's folder, for log, checkpoints, plot and sample; None writes nothing.
+        out: The run's folder, for log, checkpoints, plot and sample, which all ranks can read; None writes nothing.
         resume: Go on from the newest valid checkpoint in `out`.
         options: What else a checkpoint should tell about the run; ready for JSON.
+        ranks: The processes that train together, as `gpt.distributed.join` gives them: they share each step's micro-batches and
+            each evaluation, and rank 0 writes. Another number of them may go on with a run, though bit by bit only the same.
 
     Raises:
         InputError: Model, data, config and folder do not fit one another.
@@ -71,27 +77,34 @@ class Trainer:
         out: str | os.PathLike[str] | None = None,
         resume: bool = False,
         options: Mapping[str, Any] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.config = config = config or TrainConfig()
         self.data = data
         self.out = None if out is None else Path(out)
         self.block_size = model.config.block_size
         self.options = dict(options or {})
-        data.check(self.block_size)
-        if data.tokenizer.vocab_size > model.config.vocab_size:
-            vocab_size, needed = model.config.vocab_size, data.tokenizer.vocab_size
-            raise InputError(f"Trainer: the model's vocab_size is {vocab_size}, expected at least the tokenizer's {needed}")
-        self.model = model.to(pick_device(config.device))
-        self._step = TrainStep(model, config, torch.compile(model) if config.compile else None)
-        self._peak = peak_flops(self.device)
+        self.ranks = ranks
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self._best, self._worse = math.inf, 0
         self._logged = (0, 0.0)
         self._saved: Path | None = None
-        if self.out is not None:
-            self._check_folder(self.out, resume)
-            if resume:
-                self._restore(self.out)
+        with ranks.agreement():
+            ranks.check(config)
+            data.check(self.block_size)
+            if data.tokenizer.vocab_size > model.config.vocab_size:
+                vocab_size, needed = model.config.vocab_size, data.tokenizer.vocab_size
+                raise InputError(f"Trainer: the model's vocab_size is {vocab_size}, expected at least the tokenizer's {needed}")
+            self.model = model.to(pick_device(config.device))
+            self._step = TrainStep(model, config, torch.compile(model) if config.compile else None, ranks)
+            self._peak = peak_flops(self.device)
+            if ranks.size > 1:
+                rng.seed(config.seed, self.step, ranks.rank)
+            if self.out is not None:
+                self._check_folder(self.out, resume)
+                if resume:
+                    self._restore(self.out)
+        ranks.broadcast_(self.model.parameters())
 
     @property
     def device(self) -> torch.device:
@@ -118,16 +131,17 @@ class Trainer:
 
         done = self.step >= self.config.max_steps
         if self.out is not None:
-            self._prepare(self.out, keep_final=done)
+            self.ranks.on_first(partial(self._prepare, self.out, keep_final=done))
         losses: dict[str, float] = {}
+        stop = False
         wait = 0.1 if sys.stderr.isatty() else 10.0
         self.model.train()
         with (
             _stop_signals() as received,
             tqdm(total=self.config.max_steps, initial=self.step, unit="step", mininterval=wait, dynamic_ncols=True) as bar,
         ):
-            while not done and not received:
-                record = self._train_step()
+            while not done and not stop:
+                record, stop = self._train_step(received)
                 done = self.step >= self.config.max_steps
                 if self._due(self.config.eval_interval):
                     record |= {"train_estimate": self.estimate("train"), "validation_loss": self.estimate("validation")}
@@ -140,12 +154,14 @@ class Trainer:
                 bar.update()
                 if self.step == 1 or self._due(self.config.log_interval) or "validation_loss" in record:
                     self._write_log(record | {"gradient_norms": self._step.gradient_norms()})
-                if done or received or self._due(self.config.checkpoint_interval or self.config.eval_interval):
+                if done or stop or self._due(self.config.checkpoint_interval or self.config.eval_interval):
                     self._save()
         if not done:
-            return TrainResult(self.step, checkpoint=self._saved, signal=received[0])
+            number = max(self.ranks.gather(received[0] if received else 0))
+            return TrainResult(self.step, checkpoint=self._saved, signal=number)
         losses = losses or self._final_losses()
-        return TrainResult(self.step, losses["validation_loss"], losses["bigram_loss"], self._finish(), self._saved)
+        sample = self.ranks.on_first(self._finish)
+        return TrainResult(self.step, losses["validation_loss"], losses["bigram_loss"], sample, self._saved)
 
     def evaluate(self, split: Split) -> float:
         """The mean loss over the whole split, in windows of block_size."""
@@ -156,22 +172,22 @@ class Trainer:
         stream: Stream = "estimate" if split == "train" else "validation"
         return self._mean_loss(self._draw(stream, i) for i in range(self.config.eval_batches))
 
-    def _train_step(self) -> dict[str, Any]:
-        """One step, counted and timed; returns its line for the log."""
+    def _train_step(self, received: Sequence[int]) -> tuple[dict[str, Any], bool]:
+        """One step, counted and timed; returns its line for the log, and whether a rank has received a signal."""
         rate = learning_rate(self.step, self.config)
         started = time.perf_counter()
-        batches = [self._draw("train", self.step, i) for i in range(self.config.grad_accum)]
+        batches = [self._draw("train", self.step, i) for i in self.ranks.share(range(self.config.grad_accum))]
         try:
-            loss, norm = self._step(batches, rate)
+            loss, norm, stop = self._step(batches, rate, received)
         except NonFiniteError as error:
-            raise NonFiniteError(
-                f"step {self.step + 1}: {error}; stopped before it changed anything{self._keep(batches)}"
-            ) from error
+            kept = self.ranks.on_first(self._keep)
+            raise NonFiniteError(f"step {self.step + 1}: {error}; stopped before it changed anything{kept}") from error
         self.step += 1
-        self.tokens += sum(batch.inputs.numel() for batch in batches)
+        self.tokens += self.ranks.size * sum(batch.inputs.numel() for batch in batches)
         self.seconds += time.perf_counter() - started
         speed = (self.tokens - self._logged[0]) / (self.seconds - self._logged[1])
-        return {
+        use = None if self._peak is None else flops_per_token(self.model.config) * speed / (self._peak * self.ranks.size)
+        record = {
             "step": self.step,
             "seconds": self.seconds,
             "tokens": self.tokens,
@@ -179,8 +195,9 @@ class Trainer:
             "learning_rate": rate,
             "gradient_norm": norm,
             "tokens_per_second": speed,
-            "mfu": None if self._peak is None else flops_per_token(self.model.config) * speed / self._peak,
+            "mfu": use,
         }
+        return record, stop
 
     def _draw(self, stream: Stream, step: int, micro_step: int = 0) -> Batch:
         config = self.config
@@ -190,18 +207,19 @@ class Trainer:
         return self.step % interval == 0
 
     def _mean_loss(self, batches: Iterable[Batch]) -> float:
-        total, count = 0.0, 0
+        totals, count = [], 0
         self.model.eval()
-        with torch.no_grad():
-            for batch in batches:
+        with torch.no_grad(), self.ranks.agreement():
+            for batch in self.ranks.share(batches):
                 targets = int((batch.targets != IGNORED).sum())
-                total += self._step.loss(batch).item() * targets
+                totals.append(self._step.loss(batch).item() * targets)
                 count += targets
         self.model.train()
-        return total / max(1, count)
+        shares, counts = zip(*self.ranks.gather((totals, count)), strict=True)
+        return math.fsum(itertools.chain(*shares)) / max(1, sum(counts))  # exact, so that the order does not matter
 
     def _final_losses(self) -> dict[str, float]:
-        return {"validation_loss": self.evaluate("validation"), "bigram_loss": self.data.bigram_loss()}
+        return {"validation_loss": self.evaluate("validation"), "bigram_loss": self.ranks.on_first(self.data.bigram_loss)}
 
     def _patience_spent(self, loss: float) -> bool:
         self._worse = 0 if loss < self._best else self._worse + 1
@@ -235,13 +253,17 @@ class Trainer:
     def _write_log(self, record: dict[str, Any]) -> None:
         self._logged = (self.tokens, self.seconds)
         if self.out is not None:
-            with _writing(self.out), (self.out / LOG).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_finite(record)) + "\n")
+            self.ranks.on_first(partial(self._append, self.out / LOG, json.dumps(_finite(record)) + "\n"))
 
-    def _keep(self, batches: Sequence[Batch]) -> str:
+    def _append(self, path: Path, text: str) -> None:
+        with _writing(path.parent), path.open("a", encoding="utf-8") as file:
+            file.write(text)
+
+    def _keep(self) -> str:
         """Saves the batches of a step that failed; returns where, as the end of a sentence."""
         if self.out is None:
             return ""
+        batches = [self._draw("train", self.step, i) for i in range(self.config.grad_accum)]
         path = self.out / f"non-finite-step-{self.step + 1}.safetensors"
         named = {f"{i}/{name}": t for i, batch in enumerate(batches) for name, t in batch._asdict().items() if t is not None}
         with _writing(self.out):
@@ -257,18 +279,14 @@ class Trainer:
             "seconds": self.seconds,
             "best": self._best if math.isfinite(self._best) else None,
             "worse": self._worse,
-            "rng": {
-                "cpu": _to_hex(torch.get_rng_state()),
-                "cuda": _to_hex(torch.cuda.get_rng_state(self.device)) if self.device.type == "cuda" else None,
-            },
+            "rng": self.ranks.gather(rng.get_state(self.device)),
             "scaler": self._step.scaler.state_dict(),
             "data_identity": self.data.identity,
             "train": self.config.to_dict(),
             **self.options,
         }
-        self._saved = checkpoint.save_checkpoint(
-            self.out, self.step, self.model, self.data.tokenizer, self._step.tensors(), state
-        )
+        run = self.out, self.step, self.model, self.data.tokenizer, self._step.tensors(), state
+        self._saved = self.ranks.on_first(partial(checkpoint.save_checkpoint, *run))
 
     def _restore(self, out: Path) -> None:
         folder = checkpoint.find_checkpoint(out)
@@ -290,12 +308,21 @@ class Trainer:
             self._step.load_tensors(checkpoint.read_tensors(optimizer), optimizer)
             if state["scaler"]:
                 self._step.scaler.load_state_dict(state["scaler"])
-            torch.set_rng_state(_from_hex(state["rng"]["cpu"]))
-            if self.device.type == "cuda" and state["rng"]["cuda"]:
-                torch.cuda.set_rng_state(_from_hex(state["rng"]["cuda"]), self.device)
+            self._restore_random_state(state["rng"])
         except KeyError as error:
             raise InputError(f"resume: {folder} lacks {error}, expected a run of this version") from error
         self._logged, self._saved = (self.tokens, self.seconds), folder
+
+    def _restore_random_state(self, states: Sequence[rng.State]) -> None:
+        if len(states) == self.ranks.size:
+            rng.set_state(states[self.ranks.rank], self.device)
+            return
+        warnings.warn(
+            f"resume: the run was saved by {len(states)} process(es) and goes on with {self.ranks.size}: near what it would "
+            "have been, not bit by bit, and with other random numbers",
+            stacklevel=2,
+        )
+        rng.seed(self.config.seed, self.step, self.ranks.rank)
 
     def _finish(self) -> str:
         """Draws the loss curve and writes a sample, which it returns."""
@@ -363,11 +390,3 @@ def _stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _to_hex(state: torch.Tensor) -> str:
-    return bytes(state.tolist()).hex()
-
-
-def _from_hex(text: str) -> torch.Tensor:
-    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)

@@ -99,11 +99,11 @@ def test_a_gpt2_preset_takes_gpt2s_tokens(text: str, tmp_path: Path, monkeypatch
     assert re.fullmatch(r"gpt\.train: gpt2 tokenizer: cannot download .*\n", capsys.readouterr().err)
 
 
-def test_several_processes_are_refused(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """The same run several times over in one folder, where torchrun promised the work to be shared."""
+def test_a_process_that_has_no_others(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """The same run several times over in one folder, where a launcher promised the work to be shared."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert train.main([*TINY, "--data", text, "--out", str(tmp_path / "run")]) == 2
-    assert capsys.readouterr().err == "gpt.train: WORLD_SIZE is 2, expected 1 (a run is one process, on one device)\n"
+    assert capsys.readouterr().err == "gpt.train: WORLD_SIZE is 2 without RANK, expected both, as torchrun sets them\n"
     assert not (tmp_path / "run").exists()
 
 
