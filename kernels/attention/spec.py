@@ -113,8 +113,9 @@ _HEAD_DIMENSIONS = (8, 16, 32, 40, 64, 72, 80, 96, 128, 256)
 _EDGES = (
     *(_causal_case(1, 1, t, d, "edge") for t, d in zip(_LENGTHS, (256, 72, 128, 8, 64, 96, 40, 80, 32, 16), strict=True)),
     _causal_case(1, 1, 1, 16, "edge", tk=129),
+    *(_causal_case(1, 1, 33, 16, "edge", tk=33 + more) for more in (1, 14)),  # the diagonal just inside, just outside a tile
     _causal_case(1, 2, 17, 24, "edge", tk=63, key_start="empty"),
-    _causal_case(2, 2, 70, 16, "edge", hkv=1, key_start="documents", layout="padded"),
+    _causal_case(2, 2, 70, 24, "edge", hkv=1, key_start="padding", layout="padded"),
     _causal_case(1, 2, 35, 16, "edge", tk=70, dropout_p=0.5, seed=-1, key_start="window"),
     _causal_case(2, 2, 40, 16, "edge", hkv=1, tk=44, dropout_p=0.1, seed=2**40),
     _causal_case(2, 4, 33, 16, "edge", scale=8.0),  # heads enough that the reference's own worst error is no accident

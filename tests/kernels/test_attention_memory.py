@@ -1,8 +1,9 @@
-"""Attention at the edges of memory: nothing past a tensor's end is touched, offsets beyond 2**31 are right, no order matters."""
+"""Attention at the edges of memory: nothing past a tensor's end is touched, offsets beyond 2**31 are right."""
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import sys
 
 import pytest
@@ -14,15 +15,15 @@ from kernels.preflight import run_case
 from tests.kernels.attention_suite import reaches_far_along, stays_inside
 from tests.kernels.memory import guarded, in_a_fork, sparse
 
-triton, tl, forward, kernel = (
+triton, tl, forward, backward, kernel = (
     pytest.importorskip(name, reason="triton is not installed")
-    for name in ("triton", "triton.language", "kernels.attention.forward", "kernels.attention.kernel")
+    for name in ("triton", "triton.language", *(f"kernels.attention.{file}" for file in ("forward", "backward", "kernel")))
 )
 pytestmark = [
     pytest.mark.interpreter,
     pytest.mark.skipif(sys.platform != "linux", reason="guard pages and sparse memory are made with Linux's mmap"),
 ]
-keep_tile = forward.keep_tile
+keep_tile, query_range = forward.keep_tile, backward._query_range
 
 
 @triton.jit
@@ -30,6 +31,41 @@ def _keep_kernel(rows_ptr, out_ptr, Tk, QUADS: tl.constexpr):
     rows, offs = tl.load(rows_ptr + tl.arange(0, 16)), tl.arange(0, 16)
     keep = keep_tile(9, rows, 32, Tk, 2**31, QUADS, 16)
     tl.store(out_ptr + offs[:, None] * 16 + offs[None, :], keep.to(tl.int32))
+
+
+@triton.jit
+def _range_kernel(first_ptr, last_ptr, out_ptr, key, num_rows, Tq, Tk, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    lo, full_lo, full_hi, hi = query_range(key, first_ptr, last_ptr, num_rows, Tq, Tk, True, BLOCK_M, BLOCK_N, 32)
+    tl.store(out_ptr, lo)
+    tl.store(out_ptr + 1, full_lo)
+    tl.store(out_ptr + 2, full_hi)
+    tl.store(out_ptr + 3, hi)
+
+
+@pytest.mark.parametrize("kind", ["documents", "window", "one late query", "one early query"])
+def test_queries_of_a_tile_of_keys_in_a_long_text(kind: str) -> None:
+    """Queries past the first 8,192 that add nothing to dK, or that are taken to see all of a tile."""
+    tq, tk = 10_000, 10_040
+    position = torch.arange(tk - tq, tk)
+    start = {
+        "documents": position - position % 700,
+        "window": (position - 900).clamp(min=0),
+        "one late query": torch.where(position == 9_000, 8_990, 0),
+        "one early query": torch.where(position == 9_001, 0, position),
+    }[kind]
+    padded = torch.nn.functional.pad(start, (0, 320 * 32 - tq), value=int(start[-1])).reshape(320, 32)[: -(-tq // 32)]
+    first, last = (x.to(torch.int32) for x in (padded.amin(1), padded.amax(1)))
+    out = torch.zeros(4, dtype=torch.int32)
+    for key, block in itertools.product((0, 32, 700, 5_000, 8_160, 8_960, 9_984), (16, 64)):
+        _range_kernel[(1,)](first, last, out, key // 32 * 32, len(first), tq, tk, BLOCK_M=block, BLOCK_N=32)
+        lo, full_lo, full_hi, hi = out.tolist()
+        tile = key // 32 * 32 + torch.arange(32)
+        seen = (tile <= position[:, None]) & (tile >= start[:, None]) & (tile < tk)
+        rows = torch.arange(tq)
+        assert not seen[(rows < lo) | (rows >= hi)].any(), key
+        assert seen[full_lo:full_hi, : tk - key].all(), key
+        assert lo % block == full_lo % block == full_hi % block == 0
+        assert lo <= full_lo <= full_hi
 
 
 def test_a_guard_page_is_deadly() -> None:
@@ -50,6 +86,19 @@ def test_offsets_beyond_2_to_the_31(dim: int) -> None:
     assert in_a_fork(lambda: reaches_far_along(dim)(kernel)) == ""
 
 
+def test_key_starts_beyond_2_to_the_31() -> None:
+    """The offset of a query's key_start in 32 bits."""
+    stride = 2**30 + 16
+    start = sparse(4 * stride, torch.int32).as_strided((1, 4), (4 * stride, stride))
+    start.copy_(torch.tensor([[0, 1, 0, 3]]))
+    inputs = {"q": torch.randn(1, 1, 4, 16), "k": torch.randn(1, 1, 4, 16), "v": torch.randn(1, 1, 4, 16)}
+    with kernels.use_backend("triton"):
+        near, far = (
+            run_case(kernels.causal_attention, inputs | {"key_start": x}, ("q", "k", "v")) for x in (start.contiguous(), start)
+        )
+    assert all(torch.equal(near[name], far[name]) for name in near)
+
+
 def test_dropout_index_beyond_2_to_the_31() -> None:
     """A mask that repeats because the index of an element was cut to 32 bits."""
     rows = torch.arange(16) * 10**9
@@ -60,18 +109,6 @@ def test_dropout_index_beyond_2_to_the_31() -> None:
         words = torch.stack(philox(9, index // 4), -1)
         expected = words.gather(-1, (index % 4)[..., None])[..., 0] >= 2**31
         assert torch.equal(out.bool(), expected)
-
-
-def test_no_program_depends_on_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A race: programs that add to the same memory give other bits when they run in another order."""
-    builder = triton.runtime.interpreter.InterpreterBuilder
-    inputs = {"q": torch.randn(2, 4, 70, 16), "k": torch.randn(2, 2, 70, 16), "v": torch.randn(2, 2, 70, 16)}
-    with kernels.use_backend("triton"):
-        forwards = run_case(kernels.causal_attention, inputs, ("q", "k", "v"))
-        place = builder.set_grid_idx
-        monkeypatch.setattr(builder, "set_grid_idx", lambda self, x, y, z: place(self, self.grid_dim[0] - 1 - x, y, z))
-        backwards = run_case(kernels.causal_attention, inputs, ("q", "k", "v"))
-    assert all(torch.equal(forwards[name], backwards[name]) for name in forwards)
 
 
 def test_sparse_memory_is_sparse() -> None:

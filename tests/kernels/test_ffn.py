@@ -110,6 +110,22 @@ def test_many_programs_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(gradient.double(), true, rtol=1e-4, atol=1e-4)
 
 
+def test_partial_sums_keep_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Partial sums of db_up that are rounded to 16 bits: two programs' sums nearly cancel here."""
+    from kernels.ffn import kernel
+
+    monkeypatch.setattr(kernel, "gelu_programs", lambda *args: 2)
+    leaves = arguments(63, 8, 40, torch.bfloat16)
+    dy = torch.randn(8).expand(63, 8).clone()
+    dy[gelu_tile(40).block_m :] *= -1
+    with torch.no_grad():
+        leaves[0].zero_()
+    (found,) = torch.autograd.grad(kernels.gelu_ffn(*leaves), leaves[2], dy.bfloat16())
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    (true,) = torch.autograd.grad(kernels.reference.gelu_ffn(*exact), exact[2], dy.bfloat16().double())
+    assert (found.double() - true).norm() / true.norm() < 2 * torch.finfo(torch.bfloat16).eps
+
+
 def test_autocast() -> None:
     """Under autocast: products in float32, or gradients of float32 parameters that are not."""
     leaves = arguments(6, 8, 40)
@@ -146,3 +162,35 @@ def test_activations_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None
     leaf = near.bfloat16().float().requires_grad_()
     (slope,) = torch.autograd.grad(F.gelu(leaf, approximate="tanh"), leaf, near.bfloat16().float())
     torch.testing.assert_close(dh[-rows:, -columns:].float(), slope, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("far", ["rows of x", "columns of x", "rows of w", "columns of w"])
+def test_the_product_past_two_to_the_31(far: str) -> None:
+    """M K or N K in 32 bits, in the Triton product that the table may choose."""
+    from kernels.ffn.gemm import launch_gelu_gemm
+
+    x, w = torch.randn(4, 20), torch.randn(5, 20)
+    stride = {"rows": 2**30 + 64, "columns": 2**27 + 64}[far.split()[0]]
+    shape = (4, 20) if far.endswith("x") else (5, 20)
+    spread = sparse(2**33, torch.float32).as_strided(shape, (stride, 1) if stride > 2**30 else (1, stride))
+    products = []
+    for left, right in ((x, w), (spread.copy_(x), w) if far.endswith("x") else (x, spread.copy_(w))):
+        h, a = torch.empty(2, 4, 5)
+        launch_gelu_gemm(left, right, None, h, a, True, Tile(16, 16)).run()
+        products += [h]
+    assert torch.equal(*products)
+
+
+def test_products_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
+    """M N in 32 bits: the last rows of a product with more than 2**31 elements."""
+    from kernels.ffn.gemm import launch_gelu_gemm
+
+    m, n = 2**17 + 16, 2**14
+    x, w = sparse(m * 8, torch.float32).view(m, 8), torch.zeros(n, 8)
+    x[-16:], w[-16:] = torch.randn(16, 8), torch.randn(16, 8)
+    h, a = (sparse(m * n, torch.float32).view(m, n) for _ in range(2))
+    launch = launch_gelu_gemm(x, w, None, h, a, True, Tile(16, 16))
+    start_at_program(monkeypatch, launch.grid[0] - 1)
+    launch._replace(grid=(1,)).run()
+    torch.testing.assert_close(h[-16:, -16:], x[-16:] @ w[-16:].mT)
+    torch.testing.assert_close(a[-16:, -16:], F.gelu(h[-16:, -16:], approximate="tanh"))

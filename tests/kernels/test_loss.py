@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import kernels
 from kernels.loss import reference
-from tests.memory import sparse, start_at_program
+from tests.memory import exit_status, guarded, sparse, start_at_program
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,6 +66,20 @@ def test_chunks_change_nothing(dtype: torch.dtype, reduction: str, small_chunks:
 
 
 @pytest.mark.interpreter
+def test_products_of_chunks_keep_float32(small_chunks: None) -> None:
+    """A chunk's share of dweight or dbias that is rounded to 16 bits: those of two chunks nearly cancel here."""
+    x, weight, _ = arguments(1, 24, 65, torch.bfloat16)
+    leaves = x, weight, torch.randn(65).bfloat16().requires_grad_()
+    targets, grad = torch.zeros(31, dtype=torch.int64), torch.where(torch.arange(31) < 16, 1.0, -1.0)
+    loss = on_triton(x.expand(31, 24), weight, targets, leaves[2], reduction="none")
+    found = torch.autograd.grad(loss, leaves[1:], grad)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    wide = torch.autograd.grad(reference.linear_cross_entropy(*exact[:2], targets[:1], exact[2]), exact[1:])
+    for gradient, true in zip(found, wide, strict=True):
+        assert (gradient.double() / true - 1).abs().max() < 2 * torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_loss_scale_reaches_half_precision_in_time(dtype: torch.dtype) -> None:
     """Gradients that were divided by the token count in half precision, before the scaler's factor could save them."""
@@ -79,17 +93,32 @@ def test_a_loss_scale_reaches_half_precision_in_time(dtype: torch.dtype) -> None
 
 
 @pytest.mark.interpreter
-def test_the_kernel_computes_cross_entropy() -> None:
+@pytest.mark.parametrize("ignore_index", [-100, 0, 3])
+def test_the_kernel_computes_cross_entropy(ignore_index: int) -> None:
     """A definition that is not torch's: mean over the tokens that count, smoothing, the weight of the log-normaliser."""
     x, weight, targets = arguments(40, 16, 33)
+    targets[::5] = ignore_index
     logits = x.detach() @ weight.detach().mT
-    expected = F.cross_entropy(logits, targets, label_smoothing=0.2)
-    counted = targets != -100
+    expected = F.cross_entropy(logits, targets, label_smoothing=0.2, ignore_index=ignore_index)
+    counted = targets != ignore_index
     expected = expected + 0.3 * logits.logsumexp(-1).square()[counted].mean()
     for backend in ("triton", "reference"):
         with kernels.use_backend(loss=backend):
-            loss = kernels.linear_cross_entropy(x, weight, targets, label_smoothing=0.2, z_loss=0.3)
+            loss = kernels.linear_cross_entropy(x, weight, targets, ignore_index=ignore_index, label_smoothing=0.2, z_loss=0.3)
         torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("shift", [-500.0, 500.0])
+def test_the_level_of_the_logits_changes_nothing(shift: float) -> None:
+    """A maximum that starts from a number that is not far below every logit: sums that underflow, or that overflow."""
+    x, weight, targets = arguments(20, 16, 33)
+    found = []
+    for bias in (torch.zeros(33), torch.full((33,), shift)):
+        loss = on_triton(x, weight, targets, bias, label_smoothing=0.1)
+        found.append((loss, *torch.autograd.grad(loss, (x, weight))))
+    for level, shifted in zip(*found, strict=True):
+        torch.testing.assert_close(level, shifted, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.interpreter
@@ -112,6 +141,18 @@ def test_a_target_outside_the_vocabulary_is_not_a_number() -> None:
     targets, losses = torch.tensor([2, 10, -5, -100, 2**40]), torch.empty(5)
     launch_cross_entropy(torch.randn(5, 64)[:, :10], targets, None, None, losses, -100, 0.1, 0.0, True).run()
     assert losses.isnan().tolist() == [False, True, True, False, True]
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(sys.platform != "linux", reason="guard pages are made with Linux's mmap")
+def test_nothing_past_the_bias_is_read() -> None:
+    """A tile wider than the padded vocabulary that reads past the end of the bias."""
+    from kernels.loss.softmax import launch_cross_entropy
+
+    logits, bias, losses = torch.randn(3, 192), guarded(torch.randn(192)), torch.empty(3)
+    launch = launch_cross_entropy(logits[:, :130], torch.tensor([0, 129, 64]), bias, None, losses, -100, 0.1, 0.0, True)
+    assert launch.tile.block_n > 192
+    assert exit_status(launch.run) == 0
 
 
 @pytest.mark.interpreter

@@ -94,16 +94,41 @@ def test_many_programs_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(gradient.double(), true, rtol=1e-4, atol=1e-4)
 
 
-def test_long_rows() -> None:
-    """Rows of sixteen thousand elements, which take sixteen warps."""
-    x, _, weight, bias = arguments(3, 16384)
-    leaves = [tensor.requires_grad_() for tensor in (x, weight, bias)]
-    y = kernels.layer_norm(*leaves)
-    expected = torch.nn.functional.layer_norm(x, (16384,), weight, bias)
-    torch.testing.assert_close(y, expected)
-    dy = torch.randn_like(y)
-    for found, true in zip(torch.autograd.grad(y, leaves, dy), torch.autograd.grad(expected, leaves, dy), strict=True):
-        torch.testing.assert_close(found, true, rtol=1e-4, atol=1e-4)
+def test_sums_of_more_programs_than_one_tile_holds() -> None:
+    """Partial sums of dweight and dbias that are left out past the first tile of programs, or past its ragged end."""
+    from kernels.norm.backward import launch_sum
+
+    partials = torch.randn(2, 150, 40)
+    sums = torch.empty(2, 40)
+    launch_sum(*partials, *sums).run()
+    torch.testing.assert_close(sums, partials.sum(1), rtol=1e-4, atol=1e-4)
+
+
+def test_partial_sums_keep_float32() -> None:
+    """Partial sums of dweight and dbias that are rounded to 16 bits: two programs' sums nearly cancel here."""
+    rows = norm_tile(24).block_m
+    x, _, weight, bias = (tensor.bfloat16() for tensor in arguments(1, 24))
+    leaves = [weight.requires_grad_(), bias.requires_grad_()]
+    dy = torch.randn(24).bfloat16().expand(2 * rows - 1, 24).clone()
+    dy[rows:] *= -1
+    found = torch.autograd.grad(kernels.layer_norm(x.expand(2 * rows - 1, 24), *leaves), leaves, dy)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    true = torch.autograd.grad(kernels.reference.layer_norm(x.double(), *exact), exact, dy[:1].double())
+    for gradient, expected in zip(found, true, strict=True):
+        torch.testing.assert_close(gradient.double(), expected, rtol=2 * torch.finfo(torch.bfloat16).eps, atol=1e-4)
+
+
+def test_eps_is_added_to_the_variance() -> None:
+    """An eps that is ignored, or added to the standard deviation."""
+    eps = 0.3
+    leaves = [tensor.requires_grad_() for tensor in arguments(5, 24)]
+    results = []
+    for backend in ("triton", "reference"):
+        with kernels.use_backend(norm=backend):
+            outputs = (kernels.layer_norm(leaves[0], *leaves[2:], eps=eps), *kernels.add_layer_norm(*leaves, eps=eps))
+        results.append((*outputs, *torch.autograd.grad(outputs, leaves, [torch.ones_like(output) for output in outputs])))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -123,7 +148,7 @@ def test_autocast_rounds_once(dtype: torch.dtype) -> None:
 
 
 def test_gradients_take_their_inputs_dtypes() -> None:
-    """Mixed dtypes: a gradient in another dtype than its input's."""
+    """Mixed dtypes: a gradient in another dtype than its input's, or rounded to another on the way."""
     for dtype, residual_dtype, parameter_dtype in (
         (torch.bfloat16, torch.float32, torch.float32),
         (torch.float16, torch.float16, torch.bfloat16),
@@ -134,8 +159,10 @@ def test_gradients_take_their_inputs_dtypes() -> None:
         leaves = [tensor.to(d).requires_grad_() for tensor, d in zip((x, residual, weight, bias), dtypes, strict=True)]
         y, new_residual = kernels.add_layer_norm(*leaves)
         assert (y.dtype, new_residual.dtype) == (dtype, residual_dtype)
-        gradients = torch.autograd.grad((y, new_residual), leaves, (torch.ones_like(y), torch.ones_like(new_residual)))
+        dy = torch.randn_like(y)
+        gradients = torch.autograd.grad((y, new_residual), leaves, (dy, torch.ones_like(new_residual)))
         assert tuple(gradient.dtype for gradient in gradients) == dtypes
+        torch.testing.assert_close(gradients[3], dy.float().sum(0))
 
 
 def test_rows_far_apart() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+import kernels
 from kernels.philox import keep_mask, philox, random_words
 
+CPU = torch.device("cpu")
 KNOWN = (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)  # the authors' test vector for counter 0 and key 0
 
 
@@ -36,7 +38,7 @@ def test_same_bits_as_python_integers(seed: int, counter: int) -> None:
 
 def test_word_of_an_element() -> None:
     """Another assignment of words to elements than counter = index // 4, word = index % 4."""
-    words = random_words(9, (3, 5), torch.device("cpu"))
+    words = random_words(9, (3, 5), CPU)
     assert words.shape == (3, 5)
     for index, word in enumerate(words.flatten().tolist()):
         assert word == python_philox(index // 4, 9)[index % 4]
@@ -45,6 +47,28 @@ def test_word_of_an_element() -> None:
 def test_keep_mask_keeps_its_share() -> None:
     """A threshold that is inverted, or off by more than chance allows (5 standard deviations)."""
     for p in (0.0, 0.1, 0.5, 0.9):
-        kept = keep_mask(3, (1000, 100), p, torch.device("cpu")).double().mean().item()
+        kept = keep_mask(3, (1000, 100), p, CPU).double().mean().item()
         assert abs(kept - (1 - p)) <= 5 * (p * (1 - p) / 1e5) ** 0.5
-    assert keep_mask(3, (0, 4), 0.5, torch.device("cpu")).shape == (0, 4)
+    assert keep_mask(3, (0, 4), 0.5, CPU).shape == (0, 4)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("size", [12, 14], ids=["by fours", "one by one"])
+@pytest.mark.parametrize("op", ["attention", "norm"])
+def test_an_element_at_the_threshold_is_kept(op: str, size: int) -> None:
+    """A kernel that compares the other way at the threshold itself, rounds it, or compares signed words."""
+    shape, row = ((1, 1, size, size), (0, 0, size - 1)) if op == "attention" else ((3, size), (1,))
+    words = random_words(5, shape, CPU)
+    for word in sorted(words[row].tolist())[1::3]:
+        for share, threshold in ((word, word), (word + 0.5, word), (word + 1, word + 1)):
+            p = share / 2**32
+            with kernels.use_backend("triton"):
+                if op == "attention":  # with v the identity and all logits equal, the output is the mask
+                    q, v = torch.zeros(1, 1, size, 16), torch.eye(size, 16)[None, None]
+                    found = kernels.causal_attention(q, q, v, dropout_p=p, seed=5)[..., :size]
+                else:
+                    x = torch.ones(3, size)
+                    _, found = kernels.add_layer_norm(x, torch.zeros_like(x), torch.ones(size), dropout_p=p, seed=5)
+            expected = words >= threshold
+            assert torch.equal(found[row] != 0, expected[row])
+            assert torch.equal(keep_mask(5, words.shape, p, CPU), expected)

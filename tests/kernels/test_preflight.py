@@ -15,6 +15,7 @@ import torch
 import kernels
 from kernels import Case, dispatch
 from kernels import preflight as run_preflight
+from kernels.spec import SHORT_DTYPE
 
 preflight = sys.modules["kernels.preflight"]
 CPU = torch.device("cpu")
@@ -24,7 +25,7 @@ NORM = ("layer_norm", Case({"N": 7, "C": 48}))
 
 @pytest.fixture(autouse=True)
 def a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("FUSED_GPT_CACHE", str(tmp_path))
     monkeypatch.setattr(dispatch, "_distrusted", {})
 
 
@@ -33,8 +34,8 @@ def plant(monkeypatch: pytest.MonkeyPatch, op: str, fault: Callable[..., Any]) -
     monkeypatch.setitem(preflight.SPECS, op, dataclasses.replace(preflight.SPECS[op], function=fault))
 
 
-def failed(*cases: tuple[str, Case]) -> dict[str, str]:
-    return run_preflight(cases, CPU, torch.float32, use_cache=False).failed
+def failed(*cases: tuple[str, Case], dtype: torch.dtype) -> dict[str, str]:
+    return run_preflight(cases, CPU, dtype, use_cache=False).failed
 
 
 class StaleMask(torch.autograd.Function):
@@ -75,28 +76,51 @@ def one_bad_row(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: An
     return out
 
 
+class Larger(torch.autograd.Function):
+    """The identity, with a tenth too much of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad * 1.1
+
+
+def a_tenth_too_much(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, **options: Any) -> torch.Tensor:
+    return kernels.reference.linear_cross_entropy(Larger.apply(x), weight, targets, **options)
+
+
 @pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=SHORT_DTYPE.get)
 @pytest.mark.parametrize(
-    ("fault", "op", "case"),
+    ("fault", "wrong", "op", "case"),
     [
-        (wrong_scale, *ATTENTION),
-        (lost_mask, *ATTENTION),
-        (zero_weight_gradient, *NORM),
-        (stale_mask, "add_layer_norm", Case({"N": 7, "C": 48}, {"dropout_p": 0.3, "seed": 2})),
-        (one_bad_row, "causal_attention", Case({"B": 1, "H": 1, "Tq": 1025, "Tk": 1025, "D": 16})),
+        (wrong_scale, "out", *ATTENTION),
+        (lost_mask, "out", *ATTENTION),
+        (zero_weight_gradient, "dweight", *NORM),
+        (stale_mask, "dx", "add_layer_norm", Case({"N": 7, "C": 48}, {"dropout_p": 0.3, "seed": 2})),
+        (a_tenth_too_much, "dx", "linear_cross_entropy", Case({"N": 12288, "C": 16, "V": 65})),
+        (one_bad_row, "out", "causal_attention", Case({"B": 1, "H": 1, "Tq": 1025, "Tk": 1025, "D": 16})),
     ],
     ids=lambda value: value.__name__ if callable(value) else None,
 )
-def test_planted_faults_are_caught(fault: Callable[..., Any], op: str, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrong kernel that preflight lets through."""
+def test_planted_faults_are_caught(
+    fault: Callable[..., Any], wrong: str, op: str, case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong kernel that preflight lets through, or that it refuses for another reason than what is wrong."""
     plant(monkeypatch, op, fault)
-    assert list(failed((op, case))) == [op]
+    problems = failed((op, case), dtype=dtype)
+    assert list(problems) == [op]
+    assert problems[op].startswith(f"{wrong}: FAILED max ")
 
 
 @pytest.mark.interpreter
-def test_right_kernels_pass_and_the_report_says_so() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=SHORT_DTYPE.get)
+def test_right_kernels_pass_and_the_report_says_so(dtype: torch.dtype) -> None:
     """A right kernel that is refused, or a report without its numbers."""
-    report = run_preflight([ATTENTION, NORM], CPU, torch.float32, use_cache=False)
+    report = run_preflight([ATTENTION, NORM], CPU, dtype, use_cache=False)
     assert report.ok, str(report)
     for row in report.rows:
         assert row.forward is not None

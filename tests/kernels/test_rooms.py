@@ -22,6 +22,12 @@ pytestmark = pytest.mark.interpreter
 CPU = torch.device("cpu")
 OPS = [spec for spec in SPECS.values() if spec.room in ("norm", "ffn", "loss")]
 SMALL = [pytest.param(spec, case, id=f"{spec.name}-{case.id}") for spec in OPS for case in spec.tagged("small")]
+CHECKED = [
+    pytest.param(spec, case, dtype, id=f"{spec.name}-{case.id}-{SHORT_DTYPE[dtype]}")
+    for spec in OPS
+    for dtype, cases in ((torch.float32, spec.tagged("small")), (torch.bfloat16, spec.tagged("small")[:3]))
+    for case in cases
+]
 Results = dict[str, torch.Tensor | None]
 
 
@@ -126,6 +132,26 @@ def test_leading_dimensions(spec: OpSpec, case: Case) -> None:
         assert torch.equal(deep[name], expected), name
 
 
+class Recorder(TorchDispatchMode):
+    """Keeps the calls of this package's ops, and what they returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "fused_gpt":
+            self.calls.append((func, args, result))
+        return result
+
+    def gradients(self) -> set[str]:
+        """The names of the gradients that were computed."""
+        returned = [(op._schema.returns, result) for op, _, result in self.calls if isinstance(result, tuple)]
+        pairs = [pair for names, values in returned for pair in zip(names, values, strict=True)]
+        return {name.name for name, value in pairs if name.name.startswith("d") and value.numel() > 0}
+
+
 @pytest.mark.parametrize(("spec", "case"), SMALL)
 def test_any_subset_of_gradients(spec: OpSpec, case: Case) -> None:
     """A backward that computes, or crashes on, a gradient that nobody wants; or that is wrong when it is alone."""
@@ -134,7 +160,9 @@ def test_any_subset_of_gradients(spec: OpSpec, case: Case) -> None:
     full = triton(spec, inputs, spec.gradients)
     for count in range(len(names)):
         for subset in itertools.combinations(names, count):
-            found = triton(spec, inputs, subset)
+            with Recorder() as recorder:
+                found = triton(spec, inputs, subset)
+            assert recorder.gradients() <= {f"d{n}" for n in subset}
             assert set(found) == {n for n in full if n.startswith("out")} | {f"d{n}" for n in subset}
             for name, value in found.items():
                 torch.testing.assert_close(value, full[name], rtol=1e-6, atol=1e-6)
@@ -198,26 +226,13 @@ def test_nothing_past_the_end_is_touched(spec: OpSpec, monkeypatch: pytest.Monke
     assert exit_status(everything) == 0
 
 
-class Recorder(TorchDispatchMode):
-    """Keeps the calls of this package's ops."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "fused_gpt":
-            self.calls.append((func, args))
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize(("spec", "case"), SMALL)
-def test_opcheck(spec: OpSpec, case: Case) -> None:
+@pytest.mark.parametrize(("spec", "case", "dtype"), CHECKED)
+def test_opcheck(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
     """A registration with a wrong fake, an undeclared mutation or alias, or an autograd formula that tracing cannot follow."""
     with Recorder() as recorder:
-        triton(spec, inputs_of(spec, case), spec.gradients)
+        triton(spec, inputs_of(spec, case, dtype), spec.gradients)
     assert len(recorder.calls) >= 2
-    for op, args in recorder.calls:
+    for op, args, _ in recorder.calls:
         backward = op.__name__.split(".")[0].endswith(("backward", "scale"))
         leaves = tuple(
             a.detach().clone().requires_grad_(a.is_floating_point() and not backward) if isinstance(a, torch.Tensor) else a

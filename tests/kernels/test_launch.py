@@ -1,0 +1,122 @@
+"""Every launch of every op, without naming one: its device, the order of its programs, how precise its products are."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kernels
+from kernels.preflight import run_case
+from kernels.registry import SPECS
+from kernels.spec import Case, OpSpec
+from kernels.tuning import Tile
+
+triton, launch = (pytest.importorskip(name, reason="triton is not installed") for name in ("triton", "kernels.launch"))
+pytestmark = pytest.mark.interpreter
+
+CPU = torch.device("cpu")
+OPS = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+
+
+def results_of(spec: OpSpec, **sizes: int) -> dict[str, torch.Tensor]:
+    """Outputs and gradients of the op's first case on Triton, with other sizes."""
+    case = spec.tagged("small")[0]
+    case = Case({name: sizes.get(name, size) for name, size in case.sizes.items()}, case.options)
+    inputs = spec.make_inputs(case, torch.float32, CPU, torch.Generator().manual_seed(0))
+    with kernels.use_backend(**{spec.name: "triton"}):
+        results = run_case(spec.function, inputs, spec.gradients)
+    return {name: value for name, value in results.items() if value is not None}
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is launched from now on."""
+    found: list[Any] = []
+    run = launch.Launch.run
+
+    def recorded(self: Any) -> None:
+        found.append(self)
+        run(self)
+
+    monkeypatch.setattr(launch.Launch, "run", recorded)
+    return found
+
+
+@OPS
+def test_launches_run_on_the_tensors_device(spec: OpSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel launched on the current device while its tensors are on another."""
+    devices: list[torch.device] = []
+    launched: list[str] = []
+    run = launch.Launch.run
+
+    @contextlib.contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        devices.append(tensor.device)
+        yield
+        devices.pop()
+
+    def checked(self: Any) -> None:
+        assert devices == [CPU], self.kernel.__name__
+        launched.append(self.kernel.__name__)
+        run(self)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(launch.Launch, "run", checked)
+    results_of(spec)
+    assert len(set(launched)) >= 2
+
+
+@OPS
+def test_no_program_depends_on_another(spec: OpSpec, launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A race: programs that add to the same memory give other bits when they run in another order."""
+    sizes = {"N": 70, "C": 48, "I": 600, "V": 300, "Tq": 40, "Tk": 40, "Tmax": 70}
+    forwards = results_of(spec, **sizes)
+    builder = triton.runtime.interpreter.InterpreterBuilder
+    place = builder.set_grid_idx
+    monkeypatch.setattr(
+        builder,
+        "set_grid_idx",
+        lambda self, *ids: place(self, *(count - 1 - i for count, i in zip(self.grid_dim, ids, strict=True))),
+    )
+    backwards = results_of(spec, **sizes)
+    for name, value in forwards.items():
+        assert torch.equal(value, backwards[name]), name
+    programs: dict[str, int] = {}
+    for one in launches:
+        programs[one.kernel.__name__] = max(programs.get(one.kernel.__name__, 0), *one.grid)
+    assert min(programs.values()) > 1, programs
+
+
+@OPS
+def test_float32_products_stay_float32(spec: OpSpec, launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher that lets float32 lose 13 bits where torch does not allow it, or keeps them where it does."""
+    monkeypatch.setattr("kernels.ffn.kernel.gelu_gemm_tile", lambda *args: Tile(16, 16))
+    for setting in ("none", "tf32"):
+        torch.backends.cuda.matmul.fp32_precision = setting
+        try:
+            results_of(spec)
+            assert launch.precision(torch.bfloat16) == "ieee"
+        finally:
+            torch.backends.cuda.matmul.fp32_precision = "none"
+        precisions = {one.arguments.get("PRECISION") for one in launches} - {None}
+        expected = {"tf32" if setting == "tf32" else "ieee"} if spec.room in ("attention", "ffn") else set()
+        assert precisions == expected
+        launches.clear()
+
+
+def test_every_product_names_its_precision() -> None:
+    """A `tl.dot` that takes Triton's default for float32, which is tf32."""
+    products = 0
+    for path in Path(kernels.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.dot":
+                products += 1
+                given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                assert given.get("input_precision") == "PRECISION", f"{path.name}:{node.lineno}"
+    assert products > 0
