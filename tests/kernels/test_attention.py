@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import kernels
+from kernels.attention import SHORT
 from kernels.preflight import Truth, run_case
 from kernels.registry import SPECS
 from kernels.spec import Case, randn
@@ -375,3 +376,15 @@ def test_what_lies_past_a_cache_is_not_read() -> None:
     for row, length in enumerate(lengths):
         k[row, :, length:], v[row, :, length:] = float("nan"), float("nan")
     assert torch.equal(kernels.decode_attention(q, k, v, lengths), clean)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_cpu_takes_few_keys_of_bfloat16_in_float32(autocast: bool) -> None:
+    """Torch's own bfloat16 backward, which takes a CPU ten times as long; or autocast, which undoes the cast to float32."""
+    for keys, exact in ((SHORT, True), (SHORT + 1, False)):
+        q, k, v = (torch.randn(1, 2, keys, 16).bfloat16() for _ in range(3))
+        with kernels.use_backend("reference"), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = kernels.causal_attention(*((q.float(), k.float(), v.float()) if autocast else (q, k, v)))
+        expected = kernels.reference.causal_attention(q.float(), k.float(), v.float())
+        assert out.dtype == torch.bfloat16
+        assert torch.equal(out, expected.bfloat16()) == exact
