@@ -72,7 +72,7 @@ def _main(bench: Bench, argv: Sequence[str]) -> int:
     )
     _check_contestants(runner, specs)
     out = _folder(options.out) if options.plot or options.profile else Path(options.out)
-    report = start_report(f"bench.{bench.room}", argv, clock, quick=options.quick)
+    report = start_report(f"bench.{bench.room}", argv, clock)
     races = plan(specs, targets.load(), on_gpu=clock.on_gpu, quick=options.quick)
     if not clock.on_gpu:
         report.notes.append("cases are cut to a processor's size")
@@ -87,13 +87,13 @@ def _main(bench: Bench, argv: Sequence[str]) -> int:
     return 1 if any(row.status == "wrong" and row.contestant == OURS for row in report.rows) else 0
 
 
-def start_report(module: str, argv: Sequence[str], clock: Clock, *, quick: bool) -> Report:
+def start_report(module: str, argv: Sequence[str], clock: Clock) -> Report:
     """An empty report that knows its command, its machine and whether its clock can be believed, the last two said aloud."""
     report = Report(shlex.join(["python", "-m", module, *argv]), describe(clock.device))
     print(table.machine(report.machine))
     if not clock.on_gpu:
         say(report, "no GPU was found: these are times of a processor, and of the references that are the product there")
-    check = self_check(clock, 0.1 if quick else 0.3)
+    check = self_check(clock)
     print(f"clock: a known sleep reads {check.sleep:.3f} of its length, one contestant against itself {check.noise:.3f}")
     for problem in check.problems:
         say(report, problem)

@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     config = GPTConfig.preset(options.preset or ("gpt2" if clock.on_gpu else "char-cpu"))
     dtype = torch.bfloat16 if clock.on_gpu else torch.float32
     lengths = _lengths(options, config)
-    report = start_report("bench.generate", argv, clock, quick=options.quick)
+    report = start_report("bench.generate", argv, clock)
     ceilings = Ceilings(clock, 0.1)
     contestants = entrants(config, dtype, clock, no_cache=options.no_cache)
     sizes = [int(text) for text in options.batch_size][: 1 if options.quick else None]

@@ -237,7 +237,7 @@ class SelfCheck(NamedTuple):
         return found
 
 
-def self_check(clock: Clock, seconds: float = 0.2) -> SelfCheck:
+def self_check(clock: Clock, seconds: float = 0.3) -> SelfCheck:
     """Times a sleep of known length, and a matrix product against itself."""
     length = 0.02
     nap = Lane([lambda: time.sleep(length)])

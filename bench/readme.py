@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bench import table, targets
@@ -49,8 +49,15 @@ def main(argv: Sequence[str]) -> int:
 
 
 def results() -> dict[Path, Report]:
-    """The kept reports, by their files."""
-    return {path: load(path) for path in sorted(RESULTS.glob("*/*.json"))}
+    """The kept reports, by their folders; several in one folder, of one machine, count as one."""
+    found: dict[Path, Report] = {}
+    for path in sorted(RESULTS.glob("*/*.json")):
+        report = load(path)
+        if path.parent in found:
+            first = found[path.parent]
+            report = replace(first, title=f"{first.title}\n{report.title}", rows=first.rows + report.rows)
+        found[path.parent] = report
+    return found
 
 
 def rewritten(text: str, folder: Path, reports: dict[Path, Report]) -> str:
@@ -65,7 +72,7 @@ def rewritten(text: str, folder: Path, reports: dict[Path, Report]) -> str:
         if name not in BLOCKS:
             raise unknown("block", f"bench:{name}", [f"bench:{known}" for known in BLOCKS])
         parts = [NOTHING] if all(report.machine.kind != "cuda" for report in reports.values()) else []
-        parts += filter(None, (BLOCKS[name](report, path.parent, folder) for path, report in reports.items()))
+        parts += filter(None, (BLOCKS[name](report, at, folder) for at, report in reports.items()))
         return f"<!-- bench:{name} -->\n" + "\n\n".join(parts) + f"\n<!-- /bench:{name} -->"
 
     if len(BLOCK.findall(text)) != text.count("<!-- bench:"):
@@ -75,8 +82,9 @@ def rewritten(text: str, folder: Path, reports: dict[Path, Report]) -> str:
 
 def speed(report: Report, at: Path, folder: Path) -> str:
     """Each op's headline at every case, and how many times as long everybody else took."""
-    lines = [f"`{report.title}`: {table.machine(report.machine)}.", "", f"| op | case | {OURS} | the others' time over ours |"]
-    lines.append("|---|---|---|---|")
+    commands = re.sub(r" --json \S+", "", report.title)
+    lines = ["```sh", commands, "```", "", f"{table.machine(report.machine)}:", ""]
+    lines += [f"| op | case | {OURS} | the others' time over ours |", "|---|---|---|---|"]
     for rows in table.races(row for row in report.rows if row.status == "measured"):
         direction = next((d for d in HEADLINES if any(row.direction == d for row in rows)), None)
         if direction is not None:

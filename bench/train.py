@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
     if options.batch_size is not None and options.batch_size <= 0:
         raise InputError(f"--batch_size is {options.batch_size}, expected > 0")
     nanogpt = None if options.nanogpt is None else load_nanogpt(options.nanogpt)
-    report = start_report("bench.train", argv, clock, quick=options.quick)
+    report = start_report("bench.train", argv, clock)
     batch_size = options.batch_size or _batch_size(report, clock)
     train = TrainConfig(batch_size=batch_size, device=str(clock.device))
     seconds = min(5.0 if clock.on_gpu else 2.0, (budget or math.inf) / 8)

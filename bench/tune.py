@@ -105,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
     if not clock.on_gpu:
         print("no GPU was found: there is nothing to tune, because a processor runs the references")
         return 0
-    start_report("bench.tune", argv, clock, quick=options.quick)
+    start_report("bench.tune", argv, clock)
     findings: list[Finding] = []
     races = plan([SPECS[name] for name in options.op], targets.load(), on_gpu=True, quick=options.quick)
     for number, race in enumerate(races):

@@ -225,7 +225,7 @@ _TRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-medium": {**_GPT2_RECIPE, "learning_rate": 3e-4, "min_lr": 3e-5},
     "gpt2-large": {**_GPT2_RECIPE, "learning_rate": 2.5e-4, "min_lr": 2.5e-5},
     "gpt2-xl": {**_GPT2_RECIPE, "learning_rate": 2e-4, "min_lr": 2e-5},
-    "char-cpu": {"max_steps": 4000, "optimizer": "muon", "learning_rate": 1e-2, "min_lr": 1e-4, "eval_interval": 500},
+    "char-cpu": {"max_steps": 5000, "optimizer": "muon", "learning_rate": 1e-2, "min_lr": 1e-4, "eval_interval": 500},
     "char-gpu": {"max_steps": 5000, "batch_size": 64, "eval_batches": 200},
 }
 

@@ -180,22 +180,32 @@ def test_blocks_are_rewritten(tmp_path: Path) -> None:
     at.mkdir(parents=True)
     (at / "attention.png").touch()
     text = "a\n<!-- bench:NAME -->\nold 9.99\n<!-- /bench:NAME -->\nb"
-    fresh = {name: readme.rewritten(text.replace("NAME", name), tmp_path, {at / "report.json": REPORT}) for name in readme.BLOCKS}
+    fresh = {name: readme.rewritten(text.replace("NAME", name), tmp_path, {at: REPORT}) for name in readme.BLOCKS}
     for name, found in fresh.items():
         assert found.startswith(f"a\n<!-- bench:{name} -->\n")
         assert found.endswith(f"\n<!-- /bench:{name} -->\nb")
         assert "9.99" not in found
-        assert readme.rewritten(found, tmp_path, {at / "report.json": REPORT}) == found
+        assert readme.rewritten(found, tmp_path, {at: REPORT}) == found
     assert "(bench/results/gpu/attention.png)" in fresh["pictures"]
     assert "| causal_attention | B64-H12-Tq1024-Tk1024-D64 bf16 |" in fresh["speed"]
     assert "| SDPA cudnn 1.10 · torch.compile 1.15 · " in fresh["speed"]
     assert readme.NOTHING not in fresh["speed"]
-    on_cpu = {at / "train.json": invented("causal_attention", kind="cpu")}
-    found = readme.rewritten(text.replace("NAME", "speed"), tmp_path, on_cpu)
-    assert readme.NOTHING in found
-    assert "`invented`: Invented GPU" in found
     assert readme.NOTHING in readme.rewritten(text.replace("NAME", "speed"), tmp_path, {})
     with pytest.raises(InputError, match="nearest valid one is 'bench:speed'"):
         readme.rewritten(text.replace("NAME", "sped"), tmp_path, {})
     with pytest.raises(InputError, match="has no end"):
         readme.rewritten("<!-- bench:speed -->\n", tmp_path, {})
+
+
+def test_reports_of_one_machine_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kept report that the READMEs leave out, or one of a processor that is taken for a GPU's."""
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    for op in ("causal_attention", "layer_norm"):
+        report = invented(op, kind="cpu")
+        report.title = f"bench {op} --json {op}.json"
+        report.save(tmp_path / "cpu" / f"{op}.json")
+    (report,) = readme.results().values()
+    assert {row.op for row in report.rows} == {"causal_attention", "layer_norm"}
+    found = readme.rewritten("<!-- bench:speed -->\n<!-- /bench:speed -->", tmp_path, readme.results())
+    assert readme.NOTHING in found
+    assert "```sh\nbench causal_attention\nbench layer_norm\n```\n\nInvented GPU" in found
