@@ -23,7 +23,7 @@ from kernels.attention.forward import (
     store_rows,
     strides,
 )
-from kernels.launch import Launch
+from kernels.launch import Launch, cdiv
 from kernels.tuning import AttentionTiles
 
 
@@ -307,7 +307,7 @@ def launch_backward(
     five = tiles.five if dq is not None and dk is not None else None
     dq_alone = dq is not None and five is None
     rows = tiles.dq if dq_alone else tiles.delta  # of the kernel that computes delta
-    num_rows = triton.cdiv(tq, rows.block_m)
+    num_rows = cdiv(tq, rows.block_m)
     available = common_arguments(q, k, key_start, seed, scale, dropout_p) | {"scale": scale}
     tensors = {"q": q, "k": k, "v": v, "o": out, "do": grad, "dq": dq, "dk": dk, "dv": dv}
     for name, tensor in tensors.items():
@@ -327,7 +327,7 @@ def launch_backward(
     launches = [Launch.of(first, by_query, available, rows)]
     if dk is not None:
         keys = five or tiles.dkdv
-        by_key = (triton.cdiv(k.shape[2], keys.block_n) * b * k.shape[1],)
+        by_key = (cdiv(k.shape[2], keys.block_n) * b * k.shape[1],)
         launches.append(Launch.of(_attention_bwd_dkdv_kernel, by_key, available, keys))
     if five is not None:
         launches.append(Launch.of(_attention_bwd_convert_kernel, by_query, available, rows))

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention.forward import block_d, load_rows, strides
-from kernels.launch import Launch, precision
+from kernels.launch import Launch, cdiv, precision
 from kernels.tl_math import LOG2E
 from kernels.tuning import Tile
 
@@ -138,7 +138,7 @@ def launch_decode(
         "PRECISION": precision(q.dtype),
         "BLOCK_D": block_d(d),
     }
-    grid = (splits * triton.cdiv(groups * tq, tile.block_m) * b * kv_heads,)
+    grid = (splits * cdiv(groups * tq, tile.block_m) * b * kv_heads,)
     return [
         Launch.of(_attention_decode_kernel, grid, arguments, tile),
         Launch.of(_attention_join_kernel, (b * h * tq,), arguments, Tile(1, 1, 1, 1)),

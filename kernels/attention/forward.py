@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Launch, precision
+from kernels.launch import Launch, cdiv, precision
 from kernels.tl_math import LOG2E, dropout_keep, dropout_keep_quads
-from kernels.tuning import Tile
+from kernels.tuning import Tile, next_power_of_2
 
 
 @triton.jit
@@ -195,7 +195,7 @@ def launch_forward(
         **strides("o", out),
         **common_arguments(q, k, key_start, seed, scale, dropout_p),
     }
-    return Launch.of(_attention_fwd_kernel, (triton.cdiv(tq, tile.block_m) * b * h,), arguments, tile)
+    return Launch.of(_attention_fwd_kernel, (cdiv(tq, tile.block_m) * b * h,), arguments, tile)
 
 
 def strides(name: str, x: Tensor) -> dict[str, int]:
@@ -231,4 +231,4 @@ def common_arguments(
 
 def block_d(d: int) -> int:
     """A tile's width for head dimension `d`: what `tl.arange` and `tl.dot` allow."""
-    return max(16, triton.next_power_of_2(d))
+    return max(16, next_power_of_2(d))

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Launch
+from kernels.launch import Launch, cdiv
 from kernels.tl_math import gelu, gelu_derivative
 from kernels.tuning import gelu_tile
 
@@ -66,7 +66,7 @@ def launch_forward(h: Tensor, bias: Tensor | None, a: Tensor, tanh: bool) -> Lau
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
     }
-    return Launch(_bias_gelu_kernel, (triton.cdiv(n, tile.block_m) * triton.cdiv(f, tile.block_n),), arguments, tile)
+    return Launch(_bias_gelu_kernel, (cdiv(n, tile.block_m) * cdiv(f, tile.block_n),), arguments, tile)
 
 
 def launch_backward(
@@ -88,4 +88,4 @@ def launch_backward(
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
     }
-    return Launch(_bias_gelu_bwd_kernel, (triton.cdiv(f, tile.block_n), programs), arguments, tile)
+    return Launch(_bias_gelu_bwd_kernel, (cdiv(f, tile.block_n), programs), arguments, tile)

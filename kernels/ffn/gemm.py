@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Launch, precision
+from kernels.launch import Launch, cdiv, precision
 from kernels.tl_math import gelu
 from kernels.tuning import Tile
 
@@ -72,4 +72,4 @@ def launch_gelu_gemm(x: Tensor, w: Tensor, bias: Tensor | None, h: Tensor, a: Te
         "BLOCK_N": tile.block_n,
         "BLOCK_K": 128 // x.element_size(),
     }
-    return Launch(_gelu_gemm_kernel, (triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),), arguments, tile)
+    return Launch(_gelu_gemm_kernel, (cdiv(m, tile.block_m) * cdiv(n, tile.block_n),), arguments, tile)

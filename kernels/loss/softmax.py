@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Launch
+from kernels.launch import Launch, cdiv
 from kernels.tl_math import LOG2E
 from kernels.tuning import Tile, loss_tile
 
@@ -111,7 +111,7 @@ def launch_cross_entropy(
         "BLOCK_M": tile.block_m,
         "BLOCK_V": tile.block_n,
     }
-    return Launch(_cross_entropy_kernel, (triton.cdiv(n, tile.block_m),), arguments, tile)
+    return Launch(_cross_entropy_kernel, (cdiv(n, tile.block_m),), arguments, tile)
 
 
 @triton.jit
@@ -125,4 +125,4 @@ def launch_scale(x: Tensor, scale: Tensor, out: Tensor) -> Launch:
     """out = x * scale, in float32 and rounded once, for contiguous tensors and a float32 scale () on their device."""
     tile = Tile(1, 4096, num_warps=8, num_stages=1)
     arguments = {"in_ptr": x, "scale_ptr": scale, "out_ptr": out, "N": x.numel(), "BLOCK_N": tile.block_n}
-    return Launch(_scale_kernel, (triton.cdiv(x.numel(), tile.block_n),), arguments, tile)
+    return Launch(_scale_kernel, (cdiv(x.numel(), tile.block_n),), arguments, tile)

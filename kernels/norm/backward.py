@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Launch
+from kernels.launch import Launch, cdiv
 from kernels.norm.forward import dropout_arguments, keep_tile, tile_arguments
 from kernels.tuning import Tile, norm_tile
 
@@ -153,4 +153,4 @@ def launch_sum(
         "BLOCK_P": tile.block_m,
         "BLOCK_C": tile.block_n,
     }
-    return Launch(_layer_norm_bwd_sum_kernel, (triton.cdiv(c, tile.block_n),), arguments, tile)
+    return Launch(_layer_norm_bwd_sum_kernel, (cdiv(c, tile.block_n),), arguments, tile)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Launch
+from kernels.launch import Launch, cdiv
 from kernels.tl_math import dropout_keep, dropout_keep_quads
 from kernels.tuning import norm_tile
 
@@ -103,7 +103,7 @@ def launch_forward(
         **dropout_arguments(dropout_p),
         **tile_arguments(c),
     }
-    return Launch(_layer_norm_fwd_kernel, (triton.cdiv(n, tile.block_m),), arguments, tile)
+    return Launch(_layer_norm_fwd_kernel, (cdiv(n, tile.block_m),), arguments, tile)
 
 
 def dropout_arguments(dropout_p: float) -> dict[str, Any]:
@@ -112,4 +112,4 @@ def dropout_arguments(dropout_p: float) -> dict[str, Any]:
 
 def tile_arguments(c: int) -> dict[str, Any]:
     tile = norm_tile(c)
-    return {"C": c, "BLOCK_M": tile.block_m, "BLOCK_C": tile.block_n, "TILES": triton.cdiv(c, tile.block_n)}
+    return {"C": c, "BLOCK_M": tile.block_m, "BLOCK_C": tile.block_n, "TILES": cdiv(c, tile.block_n)}
