@@ -13,7 +13,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x weightᵀ + bias, as `torch.nn.functional.linear`.
 
     Without gradients, up to 8 rows of float32 on a CPU are multiplied as weight · xᵀ. BLAS shares the rows of its left operand
-    among cores: a large weight, which is read once for each decoded token, is then read two to four times as fast.
+    among cores, so that all of them read the weight, which decoding does once for each token.
 
     Args:
         x: (..., C).

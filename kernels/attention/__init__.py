@@ -13,7 +13,7 @@ from kernels.tuning import slower
 
 _CAUSAL = Op("causal_attention", room="attention")
 _DECODE = Op("decode_attention", room="attention")
-SHORT = 128  # keys up to which a CPU's bfloat16 attention takes longer than float32, backward up to ten times as long
+SHORT = 128  # keys up to which a CPU's bfloat16 attention takes longer than float32 with its casts: bench/README.md
 
 
 def causal_attention(

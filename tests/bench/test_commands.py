@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from bench.contestants import EAGER, OURS
 from bench.engine import find_bench
 from bench.record import load
 from gpt.config import GPTConfig
+from gpt.model import GPT
 from gpt.options import run_command
 from kernels import dispatch
 from tests.bench.reports import invented
@@ -149,14 +151,24 @@ def test_nanogpt_takes_part_from_a_checkout(tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.usefixtures("small")
-def test_generation_of_other_lengths_and_without_the_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generation_of_other_lengths_and_without_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Lengths that are not what is timed, or that silently outgrow the model's block; a cache that cannot be compared."""
     path = tmp_path / "generate.json"
     flags = ["--quick", "--device", "cpu", "--json", str(path), "--prompt_tokens", "5", "--no_cache", "--new_tokens"]
+    generate, cached = GPT.generate, []
+
+    def recorded(self: GPT, *args: Any, use_cache: bool, **options: Any) -> torch.Tensor:
+        cached.append(use_cache)
+        return generate(self, *args, use_cache=use_cache, **options)
+
+    monkeypatch.setattr(GPT, "generate", recorded)
     assert run_command("bench.generate", bench.generate.main, [*flags, "10"]) == 0
     rows = load(path).find(status="measured")
     assert {"T5", "new10"} <= set(rows[0].case.split("-"))
     assert {OURS, bench.generate.NO_CACHE} <= {row.contestant for row in rows}
+    assert set(cached) == {True, False}
     assert run_command("bench.generate", bench.generate.main, [*flags, "11"]) == 2
     assert "are 17 tokens, expected at least one of each and at most 16 together" in capsys.readouterr().err
 
@@ -165,10 +177,12 @@ def test_generation_of_other_lengths_and_without_the_cache(tmp_path: Path, capsy
 def test_a_wrong_model_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens per second of a model whose kernels compute something else."""
 
-    def differ(*_: object) -> None:
-        raise bench.train.Disagreement("the loss is 3.0, with the references 2.0")
+    loss = bench.train.TrainStep.loss
 
-    monkeypatch.setattr(bench.train, "_compare", differ)
+    def differing(self: bench.train.TrainStep, batch: Any, forward: Any = None) -> torch.Tensor:
+        return loss(self, batch, forward) * (1.0 if self._model.use_triton is False else 1.5)
+
+    monkeypatch.setattr(bench.train.TrainStep, "loss", differing)
     path = tmp_path / "train.json"
     assert run_command("bench.train", bench.train.main, ["--quick", "--device", "cpu", "--json", str(path)]) == 1
     assert [(row.status, row.seconds is None) for row in load(path).rows] == [("wrong", True), ("measured", False)]

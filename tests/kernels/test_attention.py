@@ -380,7 +380,7 @@ def test_what_lies_past_a_cache_is_not_read() -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_cpu_takes_few_keys_of_bfloat16_in_float32(autocast: bool) -> None:
-    """Torch's own bfloat16 backward, which takes a CPU ten times as long; or autocast, which undoes the cast to float32."""
+    """Torch's own bfloat16 backward, which is slow on a CPU; or autocast, which undoes the cast to float32."""
     for keys, exact in ((SHORT, True), (SHORT + 1, False)):
         q, k, v = (torch.randn(1, 2, keys, 16).bfloat16() for _ in range(3))
         with kernels.use_backend("reference"), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
