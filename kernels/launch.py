@@ -40,7 +40,8 @@ class Launch(NamedTuple):
     def run(self) -> None:
         """Launches on the current device; an empty grid launches nothing."""
         if self.grid[0] > 0:
-            self.kernel[self.grid](**self.arguments, num_warps=self.tile.num_warps, num_stages=self.tile.num_stages)
+            options = {"num_warps": self.tile.num_warps, "num_stages": self.tile.num_stages, "enable_fp_fusion": True}
+            self.kernel[self.grid](**self.arguments, **options)
 
     def build(self, label: str, *, gated: bool = False) -> Build:
         """What Triton would compile for this launch; its tensors may be on the meta device."""

@@ -30,8 +30,9 @@ def run_case(
 ) -> dict[str, torch.Tensor | None]:
     """Outputs and gradients of one call: ``{"out": …, "dq": …}``, several outputs as ``out0``, ``out1``.
 
-    The gradients are those of the outputs' product with fixed standard normal numbers, drawn from `seed`. A scalar, which is a
-    mean over rows, is multiplied by their number: else many rows make its gradients vanish beneath any rounding floor.
+    The gradients are those of the outputs' product with fixed standard normal numbers, drawn from `seed` on their device. A
+    scalar, which is a mean over rows, is multiplied by their number: else many rows make its gradients vanish beneath any
+    rounding floor.
     """
     leaves = {n: v.detach().requires_grad_(n in gradients) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
     result = function(**leaves)
@@ -41,10 +42,12 @@ def run_case(
     }
     wanted = [n for n in gradients if leaves.get(n) is not None]
     if wanted:
-        generator = torch.Generator().manual_seed(seed)
+        device = outputs[0].device
+        generator = torch.Generator(device).manual_seed(seed)
         first = next(iter(leaves.values()))
         rows = first.numel() // max(1, first.shape[-1])
-        weights = [torch.randn(o.shape, generator=generator).mul_(1 if o.ndim else rows).to(o.device, o.dtype) for o in outputs]
+        drawn = [torch.randn(o.shape, device=device, generator=generator).mul_(1 if o.ndim else rows) for o in outputs]
+        weights = [weight.to(o.dtype) for weight, o in zip(drawn, outputs, strict=True)]
         found = torch.autograd.grad(outputs, [leaves[n] for n in wanted], weights, allow_unused=True)
         results |= {f"d{n}": g for n, g in zip(wanted, found, strict=True)}
     return results
@@ -100,7 +103,7 @@ def check(
     oracle_dtype: torch.dtype = torch.float64,
 ) -> list[Verdict]:
     """One case of one op on `backend`, forward and every gradient, against the reference: a verdict per tensor."""
-    inputs = spec.make_inputs(case, dtype, device, torch.Generator().manual_seed(seed))
+    inputs = spec.make_inputs(case, dtype, device, torch.Generator(device).manual_seed(seed))
     with dispatch.use_backend(**{spec.name: backend}):
         results = run_case(spec.function, inputs, spec.gradients)
     return Truth(spec, inputs, dtype, oracle_dtype=oracle_dtype).judge(results)
@@ -221,7 +224,7 @@ def preflight(
 
 def _examine(spec: OpSpec, case: Case, device: torch.device, dtype: torch.dtype, prefer: str) -> Row:
     with dispatch.model_backend(prefer):
-        inputs = spec.make_inputs(case, dtype, device, torch.Generator().manual_seed(0))
+        inputs = spec.make_inputs(case, dtype, device, torch.Generator(device).manual_seed(0))
         choice = dispatch.explain(spec.name, **inputs)
     if choice.backend == "reference":
         return Row(spec.name, case.id, skipped=choice.reason)
@@ -259,11 +262,12 @@ def _wait(device: torch.device) -> None:
 def _run_isolated(cases: Sequence[tuple[str, Case]], device: torch.device, dtype: torch.dtype, prefer: str) -> list[Row]:
     """Runs the cases in a child process, and the rest in another one whenever a child dies."""
     rows: list[Row] = []
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the same packages, wherever they were found
     while len(rows) < len(cases):
         rest = cases[len(rows) :]
         encoded = [(name, _encode(case)) for name, case in rest]
         order = {"device": str(device), "dtype": _name(dtype), "prefer": prefer, "cases": encoded}
-        child = subprocess.run(CHILD, input=json.dumps(order), capture_output=True, text=True, check=False)
+        child = subprocess.run(CHILD, input=json.dumps(order), capture_output=True, text=True, check=False, env=environment)
         found = [Row(**json.loads(line)) for line in child.stdout.splitlines() if line.startswith("{")]
         rows += found
         if len(rows) < len(cases) and (child.returncode != 0 or not found):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
+import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -21,6 +23,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
+    else:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a run that is stopped still says what failed so far
     hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
     hypothesis.settings.load_profile("repeatable")
     if HAS_TRITON and interpreting():
@@ -36,6 +40,7 @@ def interpreting() -> bool:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)  # a GPU's time is short: what matters most first
     for item in items:
         if item.get_closest_marker("gpu"):
             if not torch.cuda.is_available():
@@ -57,3 +62,13 @@ def seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def shared_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Workers share one GPU: what a test had of its memory is given back."""
+    yield
+    if request.node.get_closest_marker("gpu"):
+        import torch
+
+        torch.cuda.empty_cache()

@@ -23,6 +23,7 @@ def causal_attention(
 ) -> torch.Tensor:
     """softmax(scale q kᵀ + causal mask) v; see `kernels.causal_attention`."""
     del deterministic  # torch's own kernels follow torch's own flag
+    q, k, v = (_aligned(x) for x in (q, k, v))
     tq, tk = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
     if seed is not None and dropout_p > 0:
@@ -35,6 +36,13 @@ def causal_attention(
     # A row without keys would be NaN in some of torch's kernels: let it see everything, then zero it.
     out = F.scaled_dot_product_attention(q, k, v, allowed | empty, dropout_p, scale=scale, enable_gqa=grouped)
     return out.masked_fill(empty, 0)
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """`x`, or on a GPU a copy of it where a row does not begin at 16 bytes: torch's fused kernels load so many at once."""
+    if x.device.type != "cuda" or all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1]):
+        return x
+    return x.contiguous()
 
 
 def _mask(tq: int, tk: int, key_start: torch.Tensor | None, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,6 +89,7 @@ def decode_attention(
     scale: float | None = None,
 ) -> torch.Tensor:
     """Attention of the newest queries against a cache; see `kernels.decode_attention`."""
+    q, k_cache, v_cache = (_aligned(x) for x in (q, k_cache, v_cache))
     tq, tmax = q.shape[2], k_cache.shape[2]
     grouped = q.shape[1] != k_cache.shape[1]
     if q.device.type == "cpu" and q.shape[0] > 0 and not torch.compiler.is_compiling():  # a CPU may look at the lengths

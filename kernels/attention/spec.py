@@ -129,7 +129,7 @@ _LONG_GRID = (
     *(_causal_case(2, 2, t, 40, "slow", layout=layout) for t in _LENGTHS for layout in ("qkv", "padded")),
 )
 _FULL_SIZE = (
-    *(_causal_case(1, 2, t, d, "gpu") for t in (1024, 4096, 16384) for d in (64, 128)),
+    *(_causal_case(1, 2, t, d, "gpu") for t in (1024, 4096, 8192) for d in (64, 128)),
     *(_causal_case(2, 4, 2048, d, "gpu", hkv=2, key_start=kind) for d in (64, 128) for kind in _KEY_STARTS),
     *(_causal_case(2, 4, 2048, d, "gpu", dropout_p=0.1, seed=3) for d in (64, 128)),
     _causal_case(4, 12, 1024, 64, "gpu", layout="qkv"),

@@ -18,7 +18,7 @@ def _case(n: int, c: int, v: int, *tags: str, **options: Any) -> Case:
 
 def _inputs(case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> dict[str, Any]:
     n, c, v = case["N"], case["C"], case["V"]
-    targets = torch.randint(v, (n,), generator=generator).to(device)
+    targets = torch.randint(v, (n,), generator=generator, device=generator.device).to(device)
     ignored = case.options.get("ignored")
     if ignored == "some":
         targets[::3] = -100

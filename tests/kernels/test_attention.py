@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import kernels
 from kernels.attention import SHORT
@@ -388,3 +389,19 @@ def test_a_cpu_takes_few_keys_of_bfloat16_in_float32(autocast: bool) -> None:
         expected = kernels.reference.causal_attention(q.float(), k.float(), v.float())
         assert out.dtype == torch.bfloat16
         assert torch.equal(out, expected.bfloat16()) == exact
+
+
+@pytest.mark.parametrize(("width", "copied"), [(43, True), (48, False)])
+def test_rows_begin_aligned_for_a_gpus_own_kernels(width: int, copied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strides at which torch's fused kernels fault on a GPU, and take every later call with them; or a needless copy."""
+    seen: list[torch.Tensor] = []
+    q = torch.randn(1, 2, 8, width, dtype=torch.bfloat16)[..., :40]
+    with monkeypatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, *args, **options: seen.extend((q, k, v)))
+        patch.setattr(torch.Tensor, "device", property(lambda self: torch.device("cuda")))
+        kernels.reference.causal_attention(q, q, q)
+    assert len(seen) == 3
+    for x in seen:
+        assert torch.equal(x, q)
+        assert (x is not q) == copied
+        assert all(stride % 8 == 0 for stride in x.stride()[:-1])

@@ -195,6 +195,13 @@ def test_a_dying_process_is_named_and_the_rest_is_checked(monkeypatch: pytest.Mo
     assert report.failed == {"causal_attention": "its process died with exit code -11: no message"}
 
 
+def test_the_process_finds_the_package_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that cannot import the package, which was found through sys.path: every op would be said to have died."""
+    monkeypatch.chdir(tmp_path)
+    report = run_preflight([NORM], CPU, torch.float32, isolate=True, use_cache=False)
+    assert report.ok, str(report)
+
+
 def test_cases_survive_the_way_to_the_child() -> None:
     """An option that arrives as another type in the process that checks it."""
     case = Case({"N": 3, "C": 8}, {"parameters": torch.float32, "dropout_p": 0.5, "bias": False, "layout": "qkv"})
