@@ -120,3 +120,15 @@ def test_every_product_names_its_precision() -> None:
                 given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                 assert given.get("input_precision") == "PRECISION", f"{path.name}:{node.lineno}"
     assert products > 0
+
+
+def test_nothing_is_left_to_tritons_defaults() -> None:
+    """Fused multiply-adds that 3.9 warns about where nobody asked for them, and that 3.10 takes away."""
+    seen: dict[str, Any] = {}
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda **arguments: seen.update(arguments)
+
+    launch.Launch(Kernel(), (1,), {"n": 7}, Tile(16, 16, 8, 3)).run()
+    assert seen == {"n": 7, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
