@@ -294,7 +294,8 @@ class Trainer:
         saved, own = checkpoint.read_json(folder / checkpoint.CONFIG), self.model.config.to_dict()
         try:
             if not isinstance(state["rng"], list):
-                raise InputError(f"resume: {source} has rng {type(state['rng']).__name__}, expected a list, one state for each process")
+                kind = type(state["rng"]).__name__
+                raise InputError(f"resume: {source} has as rng a {kind}, expected a list, one state for each process")
             if state["data_identity"] != self.data.identity:
                 raise InputError(f"resume: the text or the tokenizer is not the one that {folder} was trained on")
             for name in own:
