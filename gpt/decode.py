@@ -7,6 +7,7 @@ replayed, and nothing waits for it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,7 +33,7 @@ class KVCache:
         batch, tokens = idx.shape
         self.size, self.key_start = size, key_start
         self.lengths = torch.full((batch,), tokens, dtype=torch.int32, device=idx.device)
-        self.index = torch.tensor([tokens], device=idx.device)  # where the next token goes
+        self.index = torch.full((1,), tokens, device=idx.device)  # where the next token goes
         self._layers: list[tuple[Tensor, Tensor]] = []
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -65,9 +66,7 @@ class Decoder:
         self.token = idx[:, -1:].clone()
         position = positions(idx.shape[1] + 1, key_start, idx.device)
         self._prompt_position, self.position = position[..., :-1], position[..., -1:].clone()
-        autocast = torch.amp.is_autocast_available(idx.device.type) and torch.is_autocast_enabled(idx.device.type)
-        self._capturable = idx.device.type == "cuda" and not autocast  # autocast keeps casts that a graph would not refresh
-        self._warm = False
+        self._captures, self._warm = captures(idx.device), False
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def start(self) -> Tensor:
@@ -79,21 +78,40 @@ class Decoder:
     def step(self, token: Tensor) -> Tensor:
         """(B, C) after one more `token` (B,). On a GPU the result is overwritten by the next step."""
         self.token.copy_(token[:, None])
-        if not self._capturable or not self._warm:  # the first step compiles kernels and fills the allocator's pools
+        if not self._captures or not self._warm:  # the first step compiles kernels and fills the allocator's pools
             self._warm = True
             return self._run()
         if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._hidden = self._run()
+            self._graph = self._capture()
         self._graph.replay()
         return self._hidden
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        """A step as a graph, which leaves its result in `_hidden`. Other threads may use the GPU meanwhile."""
+        graph, device = torch.cuda.CUDAGraph(), self.token.device
+        with (
+            torch.cuda.device(device),
+            torch.cuda.graph(graph, stream=_capture_stream(device), capture_error_mode="thread_local"),
+        ):
+            self._hidden = self._run()
+        return graph
 
     def _run(self) -> Tensor:
         hidden = self.model.hidden(self.token, self.position, None, cache=self.cache)[:, -1]
         for counter in (self.position, self.cache.index, self.cache.lengths):
             counter.add_(1)
         return hidden
+
+
+def captures(device: torch.device) -> bool:
+    """Whether steps on `device` are captured: on a GPU, but for autocast, which keeps casts that a graph would not refresh."""
+    return device.type == "cuda" and not torch.is_autocast_enabled("cuda")
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one for all captures on `device`: torch's own is on the device of the first capture, whichever that was."""
+    return torch.cuda.Stream(device)
 
 
 class Stops:
@@ -116,7 +134,7 @@ class Stops:
     def update(self, token: Tensor) -> None:
         """Takes in a step's (B,) tokens."""
         self._steps += ~self.stopped.all()
-        self.stopped |= torch.isin(token, self.ids)
+        self.stopped |= (token[:, None] == self.ids).any(1)  # torch.isin sorts many ids, and waits
         self._all.copy_(self.stopped.all(), non_blocking=not self._waits)  # only ever becomes True: a late read is a safe one
 
     def all(self) -> bool:

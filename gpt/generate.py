@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,23 +51,6 @@ def sample(logits: Tensor, generator: torch.Generator | None) -> Tensor:
     return (probabilities / noise.clamp_(min=torch.finfo(noise.dtype).tiny)).argmax(-1)
 
 
-@contextmanager
-def known_ids(model: GPT, vocab_size: int) -> Iterator[None]:
-    """Within it no id from `vocab_size` up is generated: a vocabulary padded for speed has rows that mean nothing."""
-    head = model.head
-
-    def limited(x: Tensor) -> Tensor:
-        logits = head(x)
-        logits[..., vocab_size:] = -math.inf
-        return logits
-
-    model.head = limited  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del model.head
-
-
 @torch.no_grad()
 def generate(
     model: GPT,
@@ -81,6 +63,7 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
+    vocab_size: int | None = None,
     stop_tokens: int | Sequence[int] | None = None,
     attention_mask: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -98,6 +81,7 @@ def generate(
         top_p: In (0, 1]: keeps the likeliest tokens up to and including the one at which their probabilities reach p.
         min_p: In [0, 1]: keeps the tokens at least p times as likely as the likeliest.
         repetition_penalty: > 0; above 1 makes tokens that a row already has less likely. Padding does not count.
+        vocab_size: > 0: no id from it up is generated, as where a vocabulary is padded for speed and a tokenizer has fewer ids.
         stop_tokens: Ids that end a row, which is filled with the one it met; when all rows have ended, so does generation.
         attention_mask: (B, T), 0 for padding on the left, 1 for tokens.
         generator: On the model's device; None is torch's own.
@@ -111,14 +95,14 @@ def generate(
         InputError: A setting outside its range, or an input that the model would refuse.
     """
     check_ids(idx, model.config.vocab_size, model.wte.weight.device)
-    stops = _check_settings(model, max_new_tokens, repetition_penalty, stop_tokens, generator)
+    stops = _check_settings(model, max_new_tokens, repetition_penalty, vocab_size, stop_tokens, generator)
     if do_sample:
         _check_sampling(temperature, top_k, top_p, min_p)
     key_start = None if attention_mask is None else padding(attention_mask, idx)
     B, T = idx.shape
     ids = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], 1)
     seen = _seen(idx, key_start, model.config.vocab_size) if repetition_penalty != 1 else None
-    waits = idx.device.type == "cpu" or on_token is not None
+    waits = idx.device.type != "cuda" or on_token is not None
     stop = Stops(stops, B, idx.device, waits=waits) if stops else None
     states = _hidden_states(model, ids, T, key_start, use_cache)
     length = T
@@ -126,6 +110,8 @@ def generate(
         while length < T + max_new_tokens:
             logits = model.head(next(states))  # (B, V)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            if vocab_size is not None:
+                logits[:, vocab_size:] = -math.inf
             if seen is not None:
                 logits = penalize_repetition(logits, seen, repetition_penalty)
             if do_sample:
@@ -182,6 +168,7 @@ def _check_settings(
     model: GPT,
     max_new_tokens: int,
     repetition_penalty: float,
+    vocab_size: int | None,
     stop_tokens: int | Sequence[int] | None,
     generator: torch.Generator | None,
 ) -> list[int]:
@@ -190,6 +177,8 @@ def _check_settings(
         raise InputError(f"generate: max_new_tokens is {max_new_tokens!r}, expected an integer >= 0")
     if not _is_number(repetition_penalty) or repetition_penalty <= 0:
         raise InputError(f"generate: repetition_penalty is {repetition_penalty!r}, expected a number > 0")
+    if vocab_size is not None and (not _is_int(vocab_size) or vocab_size <= 0):
+        raise InputError(f"generate: vocab_size is {vocab_size!r}, expected an integer > 0 or None")
     stops = [] if stop_tokens is None else [stop_tokens] if isinstance(stop_tokens, int) else list(stop_tokens)
     for stop in stops:
         if not _is_int(stop) or not 0 <= stop < model.config.vocab_size:

@@ -16,7 +16,6 @@ from gpt.convert import load_pretrained, load_pretrained_tokenizer
 from gpt.corpus import read_text
 from gpt.errors import InputError
 from gpt.foreign import is_own, locate
-from gpt.generate import known_ids
 from gpt.model import GPT
 from gpt.options import USE_TRITON, OptionParser, device_option, option, run_command, use_triton_option
 from gpt.step import pick_device
@@ -104,11 +103,10 @@ def _sample(argv: Sequence[str]) -> int:
     ids = tokenizer.encode(prompt) if prompt else first_ids(tokenizer)
     model = load_pretrained(source, device=device, use_triton=USE_TRITON[config.use_triton]).eval()
     generator = torch.Generator(device).manual_seed(config.seed)
-    with known_ids(model, tokenizer.vocab_size):
-        for number in range(config.num_samples):
-            if config.num_samples > 1:
-                print(f"{'' if number == 0 else chr(10)}--- {number + 1} ---")
-            _continue(model, tokenizer, prompt, ids, config, generator)
+    for number in range(config.num_samples):
+        if config.num_samples > 1:
+            print(f"{'' if number == 0 else chr(10)}--- {number + 1} ---")
+        _continue(model, tokenizer, prompt, ids, config, generator)
     return 0
 
 
@@ -143,6 +141,7 @@ def _continue(
             top_p=config.top_p,
             min_p=config.min_p,
             repetition_penalty=config.repetition_penalty,
+            vocab_size=tokenizer.vocab_size,
             generator=generator,
             on_token=stream.token,
         )

@@ -29,7 +29,6 @@ from gpt.costs import flops_per_token, peak_flops
 from gpt.data import IGNORED, Batch, Split, Stream, TokenData
 from gpt.distributed import ALONE, Ranks
 from gpt.errors import InputError
-from gpt.generate import known_ids
 from gpt.model import GPT
 from gpt.plot import plot_log
 from gpt.step import NonFiniteError, TrainStep, learning_rate, pick_device
@@ -294,6 +293,9 @@ class Trainer:
         state = checkpoint.read_json(source)
         saved, own = checkpoint.read_json(folder / checkpoint.CONFIG), self.model.config.to_dict()
         try:
+            if not isinstance(state["rng"], list):
+                kind = type(state["rng"]).__name__
+                raise InputError(f"resume: {source} has as rng a {kind}, expected a list, one state for each process")
             if state["data_identity"] != self.data.identity:
                 raise InputError(f"resume: the text or the tokenizer is not the one that {folder} was trained on")
             for name in own:
@@ -331,8 +333,8 @@ class Trainer:
         prompt = first_ids(tokenizer)
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
         idx = torch.tensor([prompt], device=self.device)
-        with known_ids(self.model, tokenizer.vocab_size):
-            ids = self.model.generate(idx, SAMPLE_TOKENS, temperature=0.8, generator=generator)
+        vocab_size = tokenizer.vocab_size  # the model's may be padded
+        ids = self.model.generate(idx, SAMPLE_TOKENS, temperature=0.8, vocab_size=vocab_size, generator=generator)
         sample = tokenizer.decode(ids[0, len(prompt) :].tolist())
         if self.out is not None:
             with _writing(self.out):

@@ -13,6 +13,7 @@ from torch import Tensor
 from gpt import GPT, InputError
 from gpt.decode import KVCache
 from gpt.generate import keep_top_p, sample
+from tests.gpt.graphs import fake
 from tests.gpt.models import CONFIGS, SMALL, lively, padded, tokens
 
 V = SMALL.vocab_size
@@ -138,6 +139,16 @@ def test_uneven_prompts_decode_as_alone(fields: dict[str, Any], use_cache: bool)
                 assert row[idx.shape[1] :].tolist() == by_hand(model, prompt, 20, **settings)[0, prompt.shape[1] :].tolist()
 
 
+def test_ids_of_no_token_are_barred() -> None:
+    """A padded vocabulary whose meaningless ids are likely, reached because a penalty or a filter puts them back (bug 26)."""
+    model, idx = lively(head_bias=True), tokens(4, 5) % 9
+    with torch.no_grad():
+        model.lm_head.bias[9:] = 50
+    for settings in ({"do_sample": False}, *SETTINGS.values()):
+        assert int(model.generate(idx, 20, vocab_size=9, **settings).max()) < 9
+        assert int(model.generate(idx, 20, vocab_size=V + 5, **settings).max()) >= 9
+
+
 def test_drawing_is_multinomial() -> None:
     """Tokens drawn from another distribution, or ones that were filtered out."""
     logits = torch.randn(3, 50).masked_fill(torch.rand(3, 50) < 0.5, -math.inf)
@@ -223,6 +234,20 @@ def test_the_cache_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert passes == [*within, *past, (4, None), (5, None)]
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("name", ["gpt2", "post-bare"])
+def test_a_captured_step_serves_every_token(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A length, position, place or token that the host knows and a graph would repeat, or a capture that counts as a step."""
+    model, (idx, mask) = lively(**CONFIGS[name], use_triton=True), padded([tokens(1, 4), tokens(1, 2)])
+    settings = {"do_sample": False, "repetition_penalty": 1.5, "attention_mask": mask}
+    plain = model.generate(idx, 7, use_cache=False, **settings)
+    graphs = fake(monkeypatch)
+    monkeypatch.setattr("gpt.decode.captures", lambda device: True)
+    assert torch.equal(model.generate(idx, 7, **settings), plain)
+    assert [graph.replays for graph in graphs] == [5]  # the prompt gives a token, and the first step is not captured
+    assert len(plain[:, 4:].unique()) > 3
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     """A cache of another dtype than the model's, or processors that overflow in half precision."""
@@ -247,6 +272,7 @@ IDX = torch.zeros(2, 4, dtype=torch.int64)
         *[({"min_p": p}, "min_p is ") for p in (-0.1, 1.1, math.nan)],
         *[({"repetition_penalty": r}, "repetition_penalty is ") for r in (0, -1, math.inf)],
         *[({"repetition_penalty": r, "do_sample": False}, "repetition_penalty is ") for r in (0, math.nan)],
+        *[({"vocab_size": v}, "vocab_size is ") for v in (0, -1, 3.0, True)],
         ({"stop_tokens": [1, 37]}, "stop_tokens has 37, expected ids in [0, 37)"),
         ({"stop_tokens": -1}, "stop_tokens has -1"),
         ({"stop_tokens": ["a"]}, "stop_tokens has 'a'"),

@@ -113,6 +113,17 @@ def test_resume_beyond_the_end(data: TokenData, tmp_path: Path) -> None:
     assert [record["step"] for record in log(tmp_path) if record.get("final")] == [10]
 
 
+def test_resume_with_a_random_state_of_another_form(data: TokenData, tmp_path: Path) -> None:
+    """A state that is taken for those of as many processes as it has entries."""
+    run(data, tmp_path, replace(CONFIG, max_steps=1))
+    folder = tmp_path / "checkpoints/step-1"
+    state = checkpoint.read_json(folder / checkpoint.STATE)
+    (folder / checkpoint.STATE).write_text(json.dumps(state | {"rng": state["rng"][0]}))
+    (folder / checkpoint.SUMS).write_bytes(checkpoint._sums(folder))
+    with pytest.raises(InputError, match=r"state\.json has as rng a dict, expected a list"):
+        Trainer(make_model(data), data, CONFIG, out=tmp_path, resume=True)
+
+
 @pytest.mark.parametrize("change", ["text", "model", "no checkpoint"])
 def test_resume_of_something_else(change: str, data: TokenData, tmp_path: Path) -> None:
     """A run that goes on with other text or another model than it began with."""

@@ -1,0 +1,71 @@
+"""CUDA graphs on a CPU: what is captured leaves no trace, and a replay does the same operations on the same memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Recording(TorchDispatchMode):
+    """Stands for torch.cuda.CUDAGraph. Whatever the host decided while it was captured stays decided."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._operations: list[tuple[Any, Any, Any, Any]] = []
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}  # of what was there before, and is written: the tensor and its values
+        self._own: dict[int, Tensor] = {}  # memory of the graph, kept as its pool would be
+        self.replays = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for argument, value in zip(function._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write and _memory(value) not in self._own:
+                self._before.setdefault(_memory(value), (value, value.clone()))
+        given = {_memory(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        result = function(*args, **kwargs)
+        self._own |= {_memory(t): t for t in tree_leaves(result) if isinstance(t, Tensor) and _memory(t) not in given}
+        self._operations.append((function, args, kwargs, result))
+        return result
+
+    def undo(self) -> None:
+        for tensor, values in self._before.values():
+            tensor.copy_(values)
+
+    def replay(self) -> None:
+        self.replays += 1
+        for function, args, kwargs, result in self._operations:
+            for kept, new in zip(tree_leaves(result), tree_leaves(function(*args, **kwargs)), strict=True):
+                if isinstance(kept, Tensor) and _memory(kept) != _memory(new):
+                    kept.copy_(new)
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def fake(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
+    """Puts recordings in the place of CUDA graphs; returns those that are made from now on."""
+    made: list[Recording] = []
+
+    def create() -> Recording:
+        made.append(Recording())
+        return made[-1]
+
+    @contextmanager
+    def capture(graph: Recording, stream: object, capture_error_mode: str) -> Iterator[None]:
+        with graph:
+            yield
+        graph.undo()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", create)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    return made
