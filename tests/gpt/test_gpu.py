@@ -124,14 +124,14 @@ def gap(a: list[float], b: list[float], window: int = 20) -> float:
 
 def test_training_stays_within_the_noise_of_seeds() -> None:
     """A kernel whose error biases training, at a real size in bfloat16."""
-    data = batches(120)
+    data = batches(200)
     triton, reference, other = curve(True, 0, data), curve(False, 0, data), curve(False, 1, data)
     assert reference[-1] < 0.6 * reference[0]
     assert gap(triton, reference) <= gap(other, reference)
 
 
 def test_preflight_is_quick() -> None:
-    """A preflight that delays the first step by more than thirty seconds, compiling included, or that fails on this GPU."""
+    """A preflight that delays the first step by more than fifteen seconds, or that fails on this GPU."""
     report = preflight(GPTConfig.preset("gpt2"), DEVICE, 8, 1024, torch.bfloat16, torch.float32, use_cache=False)
     assert report.ok, str(report)
-    assert report.seconds < 30
+    assert report.seconds < 15
