@@ -41,10 +41,12 @@ def run_case(
     }
     wanted = [n for n in gradients if leaves.get(n) is not None]
     if wanted:
-        generator = torch.Generator().manual_seed(seed)
+        device = outputs[0].device
+        generator = torch.Generator(device).manual_seed(seed)
         first = next(iter(leaves.values()))
         rows = first.numel() // max(1, first.shape[-1])
-        weights = [torch.randn(o.shape, generator=generator).mul_(1 if o.ndim else rows).to(o.device, o.dtype) for o in outputs]
+        drawn = [torch.randn(o.shape, device=device, generator=generator).mul_(1 if o.ndim else rows) for o in outputs]
+        weights = [weight.to(o.dtype) for weight, o in zip(drawn, outputs, strict=True)]
         found = torch.autograd.grad(outputs, [leaves[n] for n in wanted], weights, allow_unused=True)
         results |= {f"d{n}": g for n, g in zip(wanted, found, strict=True)}
     return results

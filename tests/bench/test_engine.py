@@ -256,7 +256,13 @@ def test_the_gpu_path(monkeypatch: pytest.MonkeyPatch) -> None:
     allocated = iter(range(0, 10**6, 1000))
     fakes = {
         "CUDAGraph": FakeGraph,
-        "graph": lambda graph, stream: nullcontext(),
+        "graph": lambda graph, pool, stream: nullcontext(),
+        "graph_pool_handle": lambda: (0, 1),
+        "get_sync_debug_mode": lambda: 0,
+        "set_sync_debug_mode": lambda mode: None,
+        "set_stream": lambda stream: None,
+        "default_stream": lambda device: None,
+        "current_device": lambda: 0,
         "stream": lambda stream: nullcontext(),
         "synchronize": lambda device: None,
         "empty_cache": lambda: None,
@@ -266,6 +272,7 @@ def test_the_gpu_path(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda device, pool: None, raising=False)
     captured: list[int] = []
 
     def waits(**inputs: Any) -> torch.Tensor:
