@@ -61,8 +61,10 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, time: Time, launch: float = 0.0) 
     def capture(graph: Graph, pool: Any, stream: Any) -> Any:
         assert stream == "the stream"
         Graph.capturing = graph
-        yield
-        Graph.capturing = None
+        try:
+            yield
+        finally:
+            Graph.capturing = None
 
     modes = ["default"]
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])

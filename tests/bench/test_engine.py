@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 
 import bench.engine
 from bench.cases import Race, fit, plan
-from bench.contestants import OURS, Contestant, Unsupported, only, optional
+from bench.contestants import COMPILED, OURS, Contestant, Unsupported, only, optional
 from bench.engine import Bench, Runner, find_bench, lane
 from bench.measure import Ceilings, Clock, Lane, capture
 from bench.record import Row
@@ -155,6 +154,28 @@ def test_backward_builds_a_graph_for_each_sample() -> None:
         [call() for call in backward.calls for _ in range(2)][-1]
 
 
+def test_a_graph_that_memory_left_behind_is_freed() -> None:
+    """Out of memory in the middle of a sample: the graphs it had built stay, and every later sample has less memory."""
+    inputs = runner().input_sets(NORM, RACE.case)
+    backward = lane(NORM, Contestant("eager", NORM.reference), inputs, "backward")
+    assert backward.prepare is not None
+    backward.prepare()
+    backward.prepare()
+    backward.calls[0]()
+    with pytest.raises(IndexError):
+        backward.calls[0]()
+
+
+def test_the_loss_is_compiled_in_one_piece() -> None:
+    """A loop over a hundred chunks that torch.compile draws out for minutes, in the place of every other figure."""
+    clock = Clock(CPU)
+    here = Runner(find_bench("loss"), clock, Ceilings(clock), torch.float32, 0.0, True)
+    found = {c.name: c for c in here.contestants(SPECS["linear_cross_entropy"])}
+    assert found[COMPILED].function is None
+    assert "whole logits are compiled instead" in found[COMPILED].absent
+    assert found["whole logits, compiled"].function is not None
+
+
 def test_sets_of_inputs_differ_and_none_is_zero() -> None:
     """The same numbers in every set, or zeros, which multiply faster."""
     first, second = runner().input_sets(NORM, RACE.case)
@@ -224,24 +245,6 @@ def test_the_targeted_cases_come_first() -> None:
     ]
     everything = plan(SPECS.values(), [], on_gpu=False, quick=False)
     assert len({(race.spec.name, race.case.id) for race in everything}) == len(everything)
-
-
-def test_bits_that_change_are_seen() -> None:
-    """A race: another gradient the next time, or a NaN that is taken for a difference."""
-    from bench.safety import unsteady
-
-    def restless(**inputs: Any) -> torch.Tensor:
-        return Wrong.apply(NORM.reference(**inputs), 1 + 1e-6 * torch.rand(()).item())
-
-    def steady(**inputs: Any) -> torch.Tensor:
-        return NORM.reference(**inputs) * float("nan")
-
-    case = NORM.tagged("small")[0]
-    where = (case, torch.float32, CPU)
-    assert unsteady(replace(NORM, function=restless), *where, 3, "reference") == ["dbias", "dweight", "dx"]
-    assert unsteady(replace(NORM, function=steady), *where, 3, "reference") == []
-    loss = SPECS["linear_cross_entropy"]
-    assert unsteady(loss, loss.tagged("small")[0], torch.float32, CPU, 2, "reference") == []
 
 
 class FakeGraph:
