@@ -159,7 +159,7 @@ def _enter(build: Callable[[], Call], clock: Clock) -> Entrant:
         return Entrant(problem="out of memory; --batch_size takes a smaller one")
     except Disagreement as error:
         return Entrant(status="wrong", problem=str(error))
-    except RuntimeError as error:
+    except Exception as error:  # torch.compile fails in many ways
         clock.wait()
         return Entrant(problem=first_line(error))
     return Entrant(step, torch.cuda.max_memory_allocated(clock.device) - before if clock.on_gpu else None)

@@ -12,6 +12,7 @@ import bench.engine
 from bench.cases import Race, fit, plan
 from bench.contestants import COMPILED, OURS, Contestant, Unsupported, only, optional
 from bench.engine import Bench, Runner, find_bench, lane
+from bench.machine import stated_peak
 from bench.measure import Ceilings, Clock, Lane, capture
 from bench.record import Row
 from bench.targets import Target
@@ -164,6 +165,23 @@ def test_a_graph_that_memory_left_behind_is_freed() -> None:
     backward.calls[0]()
     with pytest.raises(IndexError):
         backward.calls[0]()
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA H20", None),
+    ],
+)
+def test_peaks_are_those_of_the_very_gpu(name: str, peak: float | None) -> None:
+    """MFU over the peak of a GPU whose name only begins alike."""
+    assert stated_peak(name) == peak
 
 
 def test_the_loss_is_compiled_in_one_piece() -> None:
