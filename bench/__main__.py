@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from xml.etree import ElementTree
 
 from bench import sanitizer, table, targets
 from bench.command import parse_budget
@@ -59,11 +60,16 @@ class Stage:
 
     name: str
     command: Callable[[float], list[str]]
-    result: Path | None = None  # the report that it writes; without one, it does not keep its time by itself
+    result: Path | None = None  # the report that it writes, or pytest's results as XML
 
     @property
     def weight(self) -> float:
         return WEIGHTS.get(self.name, 1.5)
+
+    @property
+    def grace(self) -> float:
+        """Seconds beyond its share: what writes a report keeps its time, but for what it began."""
+        return 0.0 if self.result is None or self.result.suffix == ".xml" else GRACE
 
 
 @dataclass
@@ -73,34 +79,45 @@ class Run:
     report: Report
     folder: Path
     failed: bool = False
+    drawn: int = 0  # rows in the picture
 
     def stage(self, stage: Stage, seconds: float) -> None:
         """Runs a stage within its share of the time, and keeps what it found."""
         print(f"\n=== {stage.name} (up to {seconds:.0f} s)", flush=True)
         began = time.monotonic()
-        code = run_process(stage.command(seconds), seconds + GRACE if stage.result else seconds)
+        code = run_process(stage.command(seconds), seconds + stage.grace)
         took = time.monotonic() - began
-        if stage.result is not None and stage.result.exists():
-            self.merge(load(stage.result), stage.name)
+        self.keep(stage)
         outcome = {None: f"stopped after {took:.0f} s, unfinished", 0: f"passed in {took:.0f} s"}.get(
             code, f"FAILED with exit code {code}"
         )
-        if stage.result is None or code != 0:
+        if not stage.grace or code != 0:
             self.report.notes.append(f"{stage.name}: {outcome}")
             print(f"{stage.name}: {outcome}", flush=True)
         self.failed = self.failed or code not in (0, None)
         self.save()
 
-    def merge(self, part: Report, name: str) -> None:
+    def keep(self, stage: Stage) -> None:
+        """Takes over what a stage has written so far."""
+        if stage.result is None or not stage.result.exists():
+            return
+        if stage.result.suffix == ".xml":
+            count, bad = tally(stage.result)
+            self.failed = self.failed or bool(bad)
+            self.report.notes.append(f"{stage.name}: {count} run, {len(bad)} failed{': ' if bad else ''}{', '.join(bad[:20])}")
+            return
+        part = load(stage.result)
         self.report.rows += part.rows
         self.report.ceilings |= part.ceilings
-        self.report.notes += [f"{name}: {note}" for note in part.notes]
+        self.report.notes += [f"{stage.name}: {note}" for note in part.notes]
 
     def save(self) -> list[targets.Outcome]:
         """Writes report.json, report.md and report.png."""
         self.report.save(self.folder / "report.json")
         outcomes = [targets.judge(target, self.report) for target in targets.load()]
-        pictures = ["report.png"] if draw(self.report, self.folder / "report.png") else []
+        if len(self.report.rows) != self.drawn and draw(self.report, self.folder / "report.png"):
+            self.drawn = len(self.report.rows)
+        pictures = ["report.png"] if self.drawn else []
         (self.folder / "report.md").write_text(table.markdown(self.report, outcomes, pictures), encoding="utf-8")
         return outcomes
 
@@ -147,8 +164,10 @@ def _checks(ops: Sequence[str], folder: Path, *, whole: bool) -> list[Stage]:
     if (ROOT / "tests").is_dir():
         parallel = ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"] if find_spec("xdist") else []
         chosen = [] if whole else ["-k", " or ".join(ops)]
-        tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--maxfail=20", *parallel, "tests", *chosen]
-        found.append(Stage("gpu tests", lambda seconds: tests))
+        result = folder / "parts" / "gpu-tests.xml"
+        flags = ["-m", "gpu", "-q", "--maxfail=20", f"--junitxml={result}", *parallel]
+        tests = [sys.executable, "-m", "pytest", *flags, "tests", *chosen]
+        found.append(Stage("gpu tests", lambda seconds: tests, result))
     programs = {"same bits": ["bench.safety"]}
     if sanitizer.find() is not None:
         programs |= {tool: ["bench.sanitizer", tool] for tool in sanitizer.TOOLS}
@@ -157,6 +176,13 @@ def _checks(ops: Sequence[str], folder: Path, *, whole: bool) -> list[Stage]:
         line = [sys.executable, "-m", *program, "--op", *ops, "--json", str(result)]
         found.append(Stage(name, lambda seconds, line=line: [*line, *_budget(seconds)], result))  # type: ignore[misc]
     return found
+
+
+def tally(path: Path) -> tuple[int, list[str]]:
+    """How many of pytest's tests were run (skipped ones were not), and which failed."""
+    cases = [case for case in ElementTree.parse(path).getroot().iter("testcase") if case.find("skipped") is None]
+    bad = [case.get("name", "") for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    return len(cases), bad
 
 
 def run_process(command: Sequence[str], limit: float) -> int | None:
@@ -169,11 +195,11 @@ def run_process(command: Sequence[str], limit: float) -> int | None:
     except subprocess.TimeoutExpired:
         return None
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):  # at the first, pytest says what had failed
+        for number, patience in ((signal.SIGINT, 15), (signal.SIGTERM, 5), (signal.SIGKILL, 5)):
             if process.poll() is None:
-                os.killpg(process.pid, number)
+                os.killpg(process.pid, number)  # at the first, pytest still says what had failed
                 with suppress(subprocess.TimeoutExpired):
-                    process.wait(5)
+                    process.wait(patience)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -213,9 +239,7 @@ def _run_all(run: Run, todo: list[Stage], deadline: float) -> int:
             run.stage(todo[0], left * todo[0].weight / sum(stage.weight for stage in todo))
             todo.pop(0)
     except KeyboardInterrupt:
-        part = todo[0].result
-        if part is not None and part.exists():
-            run.merge(load(part), todo[0].name)
+        run.keep(todo[0])
         run.report.notes.append("stopped: " + ", ".join(stage.name for stage in todo) + " unfinished")
         return 130
     run.report.complete = True

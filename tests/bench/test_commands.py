@@ -362,6 +362,15 @@ def test_the_stages_are_those_asked_for(tmp_path: Path, monkeypatch: pytest.Monk
     assert [stage.name for stage in whole.stages(["norm"], options, tmp_path, on_gpu=True)] == ["gpu tests", "same bits", "norm"]
 
 
+JUNIT = """<testsuites><testsuite name="pytest">
+<testcase classname="tests.t" name="a"/>
+<testcase classname="tests.t" name="b[bf16]"><failure message="wrong">at</failure></testcase>
+<testcase classname="tests.t" name="c"><error message="broken">at</error></testcase>
+<testcase classname="tests.t" name="d"><skipped message="no GPU"/></testcase>
+</testsuite></testsuites>
+"""
+
+
 def test_a_whole_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stage of a GPU whose findings are lost, whose failure passes for a success, or that is called with flags it has not."""
     monkeypatch.setattr(sanitizer, "find", lambda: "/usr/bin/compute-sanitizer")
@@ -376,7 +385,9 @@ def test_a_whole_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         module = line[2] if line[1] == "-m" else line[3]
         ran.append(f"{module} {line[3]}" if module == "bench.sanitizer" else module)
         if module == "pytest":
-            return 1
+            (xml,) = [flag.removeprefix("--junitxml=") for flag in line if flag.startswith("--junitxml=")]
+            Path(xml).write_text(JUNIT, encoding="utf-8")
+            return None
         known = {f.name for f in fields(parsers.get(module, bench.command.Options))}
         assert {flag.removeprefix("--") for flag in line if flag.startswith("--")} <= known
         report = Report(module, MACHINE, notes=["a note"], complete=True)
@@ -396,7 +407,7 @@ def test_a_whole_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert report.complete
     assert report.rows == [*invented(*SPECS).rows, *models()]
     for note in (
-        "gpu tests: FAILED with exit code 1",
+        "gpu tests: 3 run, 2 failed: b[bf16], c",
         "same bits: a note",
         "racecheck: a note",
         "racecheck: FAILED with exit code 1",
