@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import bench.engine
+import bench.machine
 from bench.cases import Race, fit, plan
 from bench.contestants import COMPILED, OURS, Contestant, Unsupported, only, optional
 from bench.engine import Bench, Runner, find_bench, lane
@@ -182,6 +184,15 @@ def test_a_graph_that_memory_left_behind_is_freed() -> None:
 def test_peaks_are_those_of_the_very_gpu(name: str, peak: float | None) -> None:
     """MFU over the peak of a GPU whose name only begins alike."""
     assert stated_peak(name) == peak
+
+
+def test_a_copy_of_the_sources_knows_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Results of a GPU to which the sources travelled without their repository, and that nobody can lay to a commit."""
+    monkeypatch.setattr(bench.machine, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert bench.machine.commit() == "unknown"
+    monkeypatch.setenv("FUSED_GPT_COMMIT", "0123456789ab")
+    assert bench.machine.commit() == "0123456789ab"
 
 
 def test_the_loss_is_compiled_in_one_piece() -> None:
