@@ -417,6 +417,8 @@ def test_a_whole_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     text = (tmp_path / "report.md").read_text("utf-8")
     assert re.search(r"training GPT-2 124M, tokens/s +≥ 600,000 +655,360 +met", text)
     assert (tmp_path / "report.png").stat().st_size > 10_000
+    monkeypatch.setattr(sanitizer, "find", lambda: None)  # now nothing but tests fails, and they were stopped besides
+    assert run_command("bench", whole.main, ["norm", "--device", "cuda", "--out", str(tmp_path / "norm")]) == 1
 
 
 def test_a_stage_that_is_stopped_may_say_what_it_had(tmp_path: Path) -> None:
