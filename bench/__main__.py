@@ -1,8 +1,8 @@
 """`python -m bench`: everything, in one report.
 
-On a GPU first what must be right (the `gpu` tests, the same bits every time, compute-sanitizer where it is installed), then every
-bench, each in a process of its own, then one table against targets.toml. Results are written as they come: a run that is stopped
-in the middle leaves all that it had.
+On a GPU first what must be right (the `gpu` tests, the same bits every time), then every bench, then compute-sanitizer's tools
+where it is installed, each in a process of its own, then one table against targets.toml. Results are written as they come: a run
+that is stopped in the middle leaves all that it had.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
+from xml.etree import ElementTree
 
-from bench import table, targets
+from bench import sanitizer, table, targets
 from bench.command import parse_budget
 from bench.machine import ROOT, describe, pick_device
 from bench.plot import draw
@@ -28,8 +31,10 @@ from gpt.options import OptionParser, run_command
 from kernels.registry import SPECS
 
 MODELS = ("train", "generate")
-WEIGHTS = {"gpu tests": 5.0, "same bits": 0.7, "compute-sanitizer": 1.5, "attention": 5.0, "train": 2.0}  # others: 1.5
+WEIGHTS = {"gpu tests": 4.0, "attention": 5.0, "train": 3.5, "generate": 2.5} | dict.fromkeys(sanitizer.TOOLS, 0.8)  # others: 1.5
 GRACE = 45.0  # seconds that a stage may take beyond its share before it is stopped
+CHECKS = ("yes", "no", "only")
+WORKERS = 8  # processes of the tests: what they wait for is the compiler
 ENGINE = (
     "import sys; from bench.command import command; from bench.engine import find_bench; "
     "sys.exit(command(find_bench(sys.argv.pop(1))))"
@@ -42,6 +47,9 @@ class Options:
 
     quick: bool = field(default=False, metadata={"help": "the most important case of each bench, for a short time"})
     budget: str = field(default="9m", metadata={"help": "time for everything; the least important cases beyond it are left out"})
+    checks: str = field(
+        default="yes", metadata={"help": "what must be right on a GPU: with the benches, not at all, or alone", "choices": CHECKS}
+    )
     device: str | None = field(default=None, metadata={"help": "cpu or cuda (default: a GPU if there is one)"})
     out: str = field(default="out/bench", metadata={"help": "the folder of the report"})
 
@@ -52,11 +60,16 @@ class Stage:
 
     name: str
     command: Callable[[float], list[str]]
-    result: Path | None = None  # the report that it writes
+    result: Path | None = None  # the report that it writes, or pytest's results as XML
 
     @property
     def weight(self) -> float:
         return WEIGHTS.get(self.name, 1.5)
+
+    @property
+    def grace(self) -> float:
+        """Seconds beyond its share: what writes a report keeps its time, but for what it began."""
+        return 0.0 if self.result is None or self.result.suffix == ".xml" else GRACE
 
 
 @dataclass
@@ -66,34 +79,45 @@ class Run:
     report: Report
     folder: Path
     failed: bool = False
+    drawn: int = 0  # rows in the picture
 
     def stage(self, stage: Stage, seconds: float) -> None:
         """Runs a stage within its share of the time, and keeps what it found."""
         print(f"\n=== {stage.name} (up to {seconds:.0f} s)", flush=True)
         began = time.monotonic()
-        code = run_process(stage.command(seconds), seconds + GRACE if stage.result else seconds)
+        code = run_process(stage.command(seconds), seconds + stage.grace)
         took = time.monotonic() - began
-        if stage.result is not None and stage.result.exists():
-            self.merge(load(stage.result), stage.name)
+        self.keep(stage)
         outcome = {None: f"stopped after {took:.0f} s, unfinished", 0: f"passed in {took:.0f} s"}.get(
             code, f"FAILED with exit code {code}"
         )
-        if stage.result is None or code != 0:
+        if not stage.grace or code != 0:
             self.report.notes.append(f"{stage.name}: {outcome}")
             print(f"{stage.name}: {outcome}", flush=True)
         self.failed = self.failed or code not in (0, None)
         self.save()
 
-    def merge(self, part: Report, name: str) -> None:
+    def keep(self, stage: Stage) -> None:
+        """Takes over what a stage has written so far."""
+        if stage.result is None or not stage.result.exists():
+            return
+        if stage.result.suffix == ".xml":
+            count, bad = tally(stage.result)
+            self.failed = self.failed or bool(bad)
+            self.report.notes.append(f"{stage.name}: {count} run, {len(bad)} failed{': ' if bad else ''}{', '.join(bad[:20])}")
+            return
+        part = load(stage.result)
         self.report.rows += part.rows
         self.report.ceilings |= part.ceilings
-        self.report.notes += [f"{name}: {note}" for note in part.notes]
+        self.report.notes += [f"{stage.name}: {note}" for note in part.notes]
 
     def save(self) -> list[targets.Outcome]:
         """Writes report.json, report.md and report.png."""
         self.report.save(self.folder / "report.json")
         outcomes = [targets.judge(target, self.report) for target in targets.load()]
-        pictures = ["report.png"] if draw(self.report, self.folder / "report.png") else []
+        if len(self.report.rows) != self.drawn and draw(self.report, self.folder / "report.png"):
+            self.drawn = len(self.report.rows)
+        pictures = ["report.png"] if self.drawn else []
         (self.folder / "report.md").write_text(table.markdown(self.report, outcomes, pictures), encoding="utf-8")
         return outcomes
 
@@ -102,12 +126,19 @@ def stages(names: Sequence[str], options: Options, folder: Path, *, on_gpu: bool
     """What is run, in order."""
     rooms = list(dict.fromkeys(spec.room for spec in SPECS.values()))
     chosen = [name for name in (*rooms, *MODELS) if not names or name in names or any(op in names for op in _ops(name))]
-    found = _checks([op for room in chosen for op in _ops(room)], whole=not names) if on_gpu else []
-    for name in chosen:
-        result = folder / "parts" / f"{name}.json"
+    checks = _checks([op for room in chosen for op in _ops(room)], folder, whole=not names)
+    checks = checks if on_gpu and options.checks != "no" else []
+    benches = []
+    for name in chosen if options.checks != "only" else ():
+        result = _result(folder, name)
         picked = [op for op in _ops(name) if op in names] if name not in names else []
-        found.append(Stage(name, _bench(name, options, result, picked), result))
-    return found
+        benches.append(Stage(name, _bench(name, options, result, picked), result))
+    slow = [stage for stage in checks if stage.name in sanitizer.TOOLS]
+    return [*(stage for stage in checks if stage not in slow), *benches, *slow]
+
+
+def _result(folder: Path, name: str) -> Path:
+    return folder / "parts" / f"{name.replace(' ', '-')}.json"
 
 
 def _ops(room: str) -> list[str]:
@@ -118,22 +149,40 @@ def _bench(name: str, options: Options, result: Path, picked: Sequence[str]) -> 
     program = ["-m", f"bench.{name}"] if name in MODELS else ["-c", ENGINE, name]
     flags = ["--json", str(result)] + (["--quick"] if options.quick else []) + (["--op", *picked] if picked else [])
     device = ["--device", options.device] if options.device is not None else []
-    return lambda seconds: [sys.executable, *program, *flags, *device, "--budget", f"{max(1, int(seconds))}s"]
+    return lambda seconds: [sys.executable, *program, *flags, *device, *_budget(seconds)]
 
 
-def _checks(ops: Sequence[str], *, whole: bool) -> list[Stage]:
-    """What must be right on a GPU before anything is timed."""
-    chosen = [] if whole else ["-k", " or ".join(ops)]
-    safety = [sys.executable, "-m", "bench.safety", *(["--op", *ops] if ops else [])]
-    found = [Stage("same bits", lambda seconds: safety)]
+def _budget(seconds: float) -> list[str]:
+    return ["--budget", f"{max(1, int(seconds))}s"]
+
+
+def _checks(ops: Sequence[str], folder: Path, *, whole: bool) -> list[Stage]:
+    """What must be right on a GPU."""
+    found: list[Stage] = []
+    if not ops:
+        return found
     if (ROOT / "tests").is_dir():
-        tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "--maxfail=20", "tests", *chosen]
-        found.insert(0, Stage("gpu tests", lambda seconds: tests))
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    if sanitizer is not None:
-        command = [sanitizer, "--error-exitcode", "9", "--print-limit", "5", *safety, "--repeats", "0"]
-        found.append(Stage("compute-sanitizer", lambda seconds: command))
+        parallel = ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"] if find_spec("xdist") else []
+        chosen = [] if whole else ["-k", " or ".join(ops)]
+        result = folder / "parts" / "gpu-tests.xml"
+        flags = ["-m", "gpu and not slow", "-q", "--maxfail=20", f"--junitxml={result}", *parallel]
+        tests = [sys.executable, "-m", "pytest", *flags, "tests", *chosen]
+        found.append(Stage("gpu tests", lambda seconds: tests, result))
+    programs = {"same bits": ["bench.safety"]}
+    if sanitizer.find() is not None:
+        programs |= {tool: ["bench.sanitizer", tool] for tool in sanitizer.TOOLS}
+    for name, program in programs.items():
+        result = _result(folder, name)
+        line = [sys.executable, "-m", *program, "--op", *ops, "--json", str(result)]
+        found.append(Stage(name, lambda seconds, line=line: [*line, *_budget(seconds)], result))  # type: ignore[misc]
     return found
+
+
+def tally(path: Path) -> tuple[int, list[str]]:
+    """How many of pytest's tests were run (skipped ones were not), and which failed."""
+    cases = [case for case in ElementTree.parse(path).getroot().iter("testcase") if case.find("skipped") is None]
+    bad = [case.get("name", "") for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    return len(cases), bad
 
 
 def run_process(command: Sequence[str], limit: float) -> int | None:
@@ -146,13 +195,11 @@ def run_process(command: Sequence[str], limit: float) -> int | None:
     except subprocess.TimeoutExpired:
         return None
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(5)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        for number, patience in ((signal.SIGINT, 15), (signal.SIGTERM, 5), (signal.SIGKILL, 5)):
+            if process.poll() is None:
+                os.killpg(process.pid, number)  # at the first, pytest still says what had failed
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(patience)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -192,9 +239,7 @@ def _run_all(run: Run, todo: list[Stage], deadline: float) -> int:
             run.stage(todo[0], left * todo[0].weight / sum(stage.weight for stage in todo))
             todo.pop(0)
     except KeyboardInterrupt:
-        part = todo[0].result
-        if part is not None and part.exists():
-            run.merge(load(part), todo[0].name)
+        run.keep(todo[0])
         run.report.notes.append("stopped: " + ", ".join(stage.name for stage in todo) + " unfinished")
         return 130
     run.report.complete = True

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from bench.record import read_json, write_json
 from gpt.errors import InputError, unknown
 from gpt.options import OptionParser, run_command
+from kernels import launch
 from kernels.registry import SPECS
 from kernels.spec import Build
 from kernels.tuning import SHARED_MEMORY
@@ -96,8 +97,7 @@ def compile_build(build: Build, architecture: int) -> Any:
     signature = {n: "constexpr" if n in build.constants else build.signature[n] for n in names}
     aligned: dict[Any, Any] = {(names.index(n),): [["tt.divisibility", 16]] for n in build.divisible}
     source = ASTSource(build.kernel, signature, constexprs=dict(build.constants), attrs=aligned)
-    options = {"num_warps": build.tile.num_warps, "num_stages": build.tile.num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch.options(build.tile))
 
 
 def _unread(op: str, build: Build, architecture: int) -> Compiled:

@@ -66,7 +66,7 @@ def _main(bench: Bench, argv: Sequence[str]) -> int:
         clock,
         Ceilings(clock, 0.05 if options.quick else 0.2),
         DTYPES.get(options.dtype, automatic),
-        seconds=(0.05 if options.quick else 0.2) if clock.on_gpu else (0.1 if options.quick else 0.5),
+        seconds=(0.05 if options.quick else 0.1) if clock.on_gpu else (0.1 if options.quick else 0.5),
         compiled=clock.on_gpu or not options.quick,
         names=options.contestants,
     )

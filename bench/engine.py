@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.cases import Race
-from bench.contestants import Contestant, first_line, shared
+from bench.contestants import COMPILED, Contestant, first_line, shared
 from bench.measure import Ceilings, Clock, Lane, Timing, capture, input_sets, interleave, peak_memory, release, total_bytes
 from bench.record import Row
 from kernels.preflight import Truth, run_case
@@ -35,11 +35,13 @@ class Bench:
         peers: (op, compiled) -> the contestants beside the package, its reference, and its reference compiled.
         product: (op, case) -> (m, n, k) of the matrix product whose measured rate is the op's ceiling; None where the bytes count
             alone.
+        uncompiled: Why the reference under torch.compile takes no part; "" where it does.
     """
 
     room: str
     peers: Callable[[OpSpec, bool], list[Contestant]] = lambda spec, compiled: []
     product: Callable[[OpSpec, Case], tuple[int, int, int] | None] = lambda spec, case: None
+    uncompiled: str = ""
 
     @property
     def specs(self) -> list[OpSpec]:
@@ -75,7 +77,10 @@ class Runner:
     names: tuple[str, ...] = ()  # of the contestants; none: all
 
     def contestants(self, spec: OpSpec) -> list[Contestant]:
-        found = [*shared(spec, compiled=self.compiled), *self.bench.peers(spec, self.compiled)]
+        mine = shared(spec, compiled=self.compiled)
+        if self.bench.uncompiled:
+            mine = [c if c.name != COMPILED else Contestant(COMPILED, None, absent=self.bench.uncompiled) for c in mine]
+        found = [*mine, *self.bench.peers(spec, self.compiled)]
         return [c for c in found if not self.names or c.name in self.names]
 
     def run(self, race: Race) -> Iterator[Row]:
@@ -181,7 +186,7 @@ class Runner:
         for name, contestant in admitted.items():
             try:
                 captured[name] = capture(graph_lane(spec, contestant, sets, direction, self.clock), self.clock)
-            except RuntimeError:  # what waits for the GPU, or frees its own graph, has no figure without launch gaps
+            except Exception:  # what waits for the GPU, or frees its own graph, has no figure without launch gaps
                 self.clock.wait()
         return self._time(captured)
 
@@ -246,6 +251,7 @@ class _Run:
             return self.function(**self.leaves)
 
     def keep(self) -> None:
+        self.kept.clear()  # what a sample that ran out of memory left
         self.kept.append(_as_tuple(self.forward()))
         self._weights(self.kept[-1])
 

@@ -1,4 +1,4 @@
-"""`python -m bench.generate`: the first token and the ones after it, at batch 1, 8 and 64.
+"""`python -m bench.generate`: the first token and the ones after it, at batch 1, 64 and 8.
 
 Decoding must read every weight, and the cache, once for each step: % limit is the share of that time at the measured copy rate.
 """
@@ -41,7 +41,7 @@ class Options:
     prompt_tokens: int | None = field(default=None, metadata={"help": "in the prompt (default: 128, or a quarter of the block)"})
     new_tokens: int | None = field(default=None, metadata={"help": "after the first one (default: 128, or half of the block)"})
     no_cache: bool = field(default=False, metadata={"help": "this package without its KV cache takes part too"})
-    batch_size: tuple[str, ...] = field(default=("1", "8", "64"), metadata={"help": "sequences, the most important first"})
+    batch_size: tuple[str, ...] = field(default=("1", "64", "8"), metadata={"help": "sequences, the most important first"})
     device: str | None = field(default=None, metadata={"help": "cpu or cuda (default: a GPU if there is one)"})
     budget: str | None = field(default=None, metadata={"help": "as in 90s or 8m: leave out the last batch sizes beyond it"})
     json: str | None = field(default=None, metadata={"help": "write every figure to this file, as they come"})

@@ -48,7 +48,7 @@ def product(spec: OpSpec, case: Case) -> tuple[int, int, int]:
     return min(case["N"], LARGEST_CHUNK), -(-case["V"] // 64) * 64, case["C"]
 
 
-BENCH = Bench("loss", peers, product)
+BENCH = Bench("loss", peers, product, uncompiled="it would draw out the loop over chunks; whole logits are compiled instead")
 
 if __name__ == "__main__":
     sys.exit(command(BENCH))

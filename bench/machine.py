@@ -20,6 +20,7 @@ STATED_PEAKS = {
     "H100 PCIe": 756e12,
     "H100 NVL": 835e12,
     "H100": 989e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "GH200": 989e12,
     "B200": 2250e12,
@@ -89,9 +90,11 @@ def stated_peak(name: str) -> float | None:
 
 
 def commit() -> str:
-    """The commit of the sources, with "+changes" where files differ from it; "unknown" outside a repository."""
+    """The commit of the sources, with "+changes" where files differ from it; outside a repository what FUSED_GPT_COMMIT says."""
     hashed = _git("rev-parse", "--short=12", "HEAD")
-    return "unknown" if hashed is None else hashed + ("+changes" if _git("status", "--porcelain") else "")
+    if hashed is None:
+        return os.environ.get("FUSED_GPT_COMMIT", "unknown")
+    return hashed + ("+changes" if _git("status", "--porcelain") else "")
 
 
 def _git(*arguments: str) -> str | None:

@@ -16,10 +16,11 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,6 +33,7 @@ MAX_CALLS = 10_000  # in one sample
 MAX_SETS = 64
 PROCESSOR_SETS = 4  # a call on a processor takes so long that more of them would make a sample of minutes
 PROCESSOR_CACHE = 2**25  # what a processor's last cache is taken to be, at most: a core's share of a larger one is no more
+_abandoned: list[object] = []  # graphs whose capture failed: torch's allocator may still look at them
 
 
 class Timing(NamedTuple):
@@ -139,17 +141,42 @@ def capture(lane: Lane, clock: Clock) -> Lane:
     """The lane's calls as one CUDA graph, which is replayed without launch gaps.
 
     Raises:
-        RuntimeError: The calls cannot be captured (they wait for the GPU, say).
+        Exception: The calls cannot be captured (they wait for the GPU, say).
     """
-    graph = torch.cuda.CUDAGraph()
-    with clock.active(), lane.context():
+    with clock.active(), lane.context(), never_waiting():
         for call in lane.calls:
             call()
     clock.wait()
-    with lane.context(), torch.cuda.graph(graph, stream=clock.stream):
-        for call in lane.calls:
-            call()
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    try:
+        with lane.context(), torch.cuda.graph(graph, pool=pool, stream=clock.stream):
+            for call in lane.calls:
+                call()
+    except Exception:
+        _abandon(graph, pool, clock)
+        raise
     return Lane([graph.replay], units=len(lane.calls))
+
+
+@contextmanager
+def never_waiting() -> Iterator[None]:
+    """What waits for the GPU fails here, in a call that can still be given up: a capture that fails harms the whole process."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls the mode a prototype, once
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def _abandon(graph: object, pool: Any, clock: Clock) -> None:
+    """Cleans up behind a failed capture: torch before 2.12 leaves its stream current, and its allocator frees nothing more."""
+    _abandoned.append(graph)
+    torch.cuda.set_stream(torch.cuda.default_stream(clock.device))
+    with suppress(RuntimeError):  # there is nothing left to end
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
 
 
 def input_sets(nbytes: int, device: torch.device) -> int:

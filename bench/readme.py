@@ -1,6 +1,6 @@
 """`python -m bench.readme`: writes the figures and pictures of bench/results/ into README.md and bench/README.md.
 
-Each `<!-- bench:NAME -->` … `<!-- /bench:NAME -->` is rewritten; NAME is `speed`, `pictures` or `targets`.
+Each `<!-- bench:NAME -->` … `<!-- /bench:NAME -->` is rewritten; NAME is `summary`, `speed`, `pictures` or `targets`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ FILES = (ROOT / "README.md", ROOT / "bench" / "README.md")
 BLOCK = re.compile(r"<!-- bench:(?P<name>[\w-]+) -->\n.*?<!-- /bench:(?P=name) -->", re.DOTALL)
 NOTHING = "Not measured on a GPU yet: `python -m bench` measures on the one at hand."
 HEADLINES = ("both", "forward", "step", "decode")
+COLUMNS = f"| op | case | {OURS} | the others' time over ours |"
+RULE = "|---|---|---|---|"
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,25 @@ def main(argv: Sequence[str]) -> int:
 
 
 def results() -> dict[Path, Report]:
-    """The kept reports, by their folders; several in one folder, of one machine, count as one."""
+    """The kept reports, by their folders; several in one folder, of one machine, count as one.
+
+    Of two that timed the same op at the same case the later one counts: contestants are compared within one run alone.
+    """
     found: dict[Path, Report] = {}
     for path in sorted(RESULTS.glob("*/*.json")):
         report = load(path)
         if path.parent in found:
-            first = found[path.parent]
-            report = replace(first, title=f"{first.title}\n{report.title}", rows=first.rows + report.rows)
+            older, newer = sorted((found[path.parent], report), key=lambda one: one.machine.date)
+            again = {_race(row) for row in newer.rows}
+            first, rows = found[path.parent], [row for row in older.rows if _race(row) not in again]
+            rows = rows + newer.rows if older is first else newer.rows + rows
+            report = replace(first, title=f"{first.title}\n{report.title}", rows=rows)
         found[path.parent] = report
     return found
+
+
+def _race(row: Row) -> tuple[str, str, str]:
+    return row.op, row.case, row.dtype
 
 
 def rewritten(text: str, folder: Path, reports: dict[Path, Report]) -> str:
@@ -72,7 +84,7 @@ def rewritten(text: str, folder: Path, reports: dict[Path, Report]) -> str:
         if name not in BLOCKS:
             raise unknown("block", f"bench:{name}", [f"bench:{known}" for known in BLOCKS])
         parts = [NOTHING] if all(report.machine.kind != "cuda" for report in reports.values()) else []
-        parts += filter(None, (BLOCKS[name](report, at, folder) for at, report in reports.items()))
+        parts += filter(None, BLOCKS[name](reports, folder))
         return f"<!-- bench:{name} -->\n" + "\n\n".join(parts) + f"\n<!-- /bench:{name} -->"
 
     if len(BLOCK.findall(text)) != text.count("<!-- bench:"):
@@ -80,16 +92,41 @@ def rewritten(text: str, folder: Path, reports: dict[Path, Report]) -> str:
     return BLOCK.sub(block, text)
 
 
+def summary(reports: dict[Path, Report], folder: Path) -> list[str]:
+    """One table, which is to stay short: of the GPU measured last a line for each op, at the case that came first; of processors
+    every case."""
+    gpus = sorted(
+        (at for at, report in reports.items() if report.machine.kind == "cuda"), key=lambda at: reports[at].machine.date
+    )
+    told = {at: report for at, report in reports.items() if at not in gpus[:-1]}
+    lines: dict[object, str] = {}
+    for at, report in sorted(told.items(), key=lambda entry: entry[0] not in gpus):
+        for rows in table.races(row for row in report.rows if row.status == "measured"):
+            line = _headline(rows)
+            if line is not None:
+                lines.setdefault((at, rows[0].op if at in gpus else _race(rows[0])), f"| {report.machine.device} {line}")
+    about = [f"{table.machine(report.machine)}." for report in told.values()]
+    drawn = [
+        f"![{told[at].machine.device}]({_seen_from(at / 'report.png', folder)})" for at in told if (at / "report.png").exists()
+    ]
+    return ["\n".join([f"| machine {COLUMNS}", f"|---{RULE}", *lines.values()]), "\n".join([*drawn, *about])] if lines else []
+
+
+def _each(tell: Callable[[Report, Path, Path], str]) -> Callable[[dict[Path, Report], Path], list[str]]:
+    return lambda reports, folder: [tell(report, at, folder) for at, report in reports.items()]
+
+
 def speed(report: Report, at: Path, folder: Path) -> str:
     """Each op's headline at every case, and how many times as long everybody else took."""
     commands = re.sub(r" --json \S+", "", report.title)
-    lines = ["```sh", commands, "```", "", f"{table.machine(report.machine)}:", ""]
-    lines += [f"| op | case | {OURS} | the others' time over ours |", "|---|---|---|---|"]
-    for rows in table.races(row for row in report.rows if row.status == "measured"):
-        direction = next((d for d in HEADLINES if any(row.direction == d for row in rows)), None)
-        if direction is not None:
-            lines.append(_line([row for row in rows if row.direction == direction]))
-    return "\n".join(lines)
+    lines = [_headline(rows) for rows in table.races(row for row in report.rows if row.status == "measured")]
+    return "\n".join(["```sh", commands, "```", "", f"{table.machine(report.machine)}:", "", COLUMNS, RULE, *filter(None, lines)])
+
+
+def _headline(rows: Sequence[Row]) -> str | None:
+    """The line of one op at one case."""
+    direction = next((d for d in HEADLINES if any(row.direction == d for row in rows)), None)
+    return None if direction is None else _line([row for row in rows if row.direction == direction])
 
 
 def _line(rows: Sequence[Row]) -> str:
@@ -110,8 +147,12 @@ def _figure(row: Row | None) -> str:
 
 def pictures(report: Report, at: Path, folder: Path) -> str:
     """Every PNG beside the report."""
-    names = sorted(path.name for path in at.glob("*.png"))
-    return "\n".join(f"![{report.machine.device}: {n}]({Path(os.path.relpath(at / n, folder)).as_posix()})" for n in names)
+    paths = sorted(at.glob("*.png"))
+    return "\n".join(f"![{report.machine.device}: {path.name}]({_seen_from(path, folder)})" for path in paths)
+
+
+def _seen_from(path: Path, folder: Path) -> str:
+    return Path(os.path.relpath(path, folder)).as_posix()
 
 
 def met(report: Report, at: Path, folder: Path) -> str:
@@ -122,7 +163,12 @@ def met(report: Report, at: Path, folder: Path) -> str:
     return f"{report.machine.device}, {report.machine.date[:10]}:\n\n```\n{table.outcomes(outcomes)}\n```"
 
 
-BLOCKS: dict[str, Callable[[Report, Path, Path], str]] = {"speed": speed, "pictures": pictures, "targets": met}
+BLOCKS: dict[str, Callable[[dict[Path, Report], Path], list[str]]] = {
+    "summary": summary,
+    "speed": _each(speed),
+    "pictures": _each(pictures),
+    "targets": _each(met),
+}
 
 if __name__ == "__main__":
     sys.exit(run_command("bench.readme", main))

@@ -1,22 +1,33 @@
 """`python -m bench.safety`: the compiled kernels on a GPU, at small shapes: the same bits every time, and nothing else.
 
-`python -m bench` runs it as it is, and once more under compute-sanitizer where that is installed.
+The first case of each op, in each dtype, is repeated most often. `python -m bench.sanitizer` runs the same calls, once each.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import NamedTuple
 
 import torch
 
 import kernels
+from bench.command import parse_budget, say
+from bench.machine import describe
+from bench.record import Report
 from gpt.errors import InputError, unknown
 from gpt.options import OptionParser, run_command
 from kernels.preflight import run_case
 from kernels.registry import SPECS
 from kernels.spec import SHORT_DTYPE, Case, OpSpec
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # the most used first
+FEW = 10  # repeats of all calls but an op's first in a dtype
+DISTURBANCES = (0, 64, 512, 1536)  # sides of the products that run beside a call, by turns
 
 
 @dataclass(frozen=True)
@@ -24,27 +35,82 @@ class Options:
     """Flags."""
 
     op: tuple[str, ...] = field(default=tuple(SPECS), metadata={"help": "ops"})
-    repeats: int = field(default=10, metadata={"help": "how often each call is made again; 0 makes it once, for a sanitizer"})
+    repeats: int = field(
+        default=1000, metadata={"help": f"of each op's first case in each dtype; of others {FEW} at most; 0: each call once"}
+    )
+    budget: str | None = field(default=None, metadata={"help": "as in 90s or 8m: leave out the least important calls beyond it"})
+    json: str | None = field(default=None, metadata={"help": "write what was found to this file"})
+
+
+class Call(NamedTuple):
+    """An op at a case in a dtype; `first` of its op in this dtype."""
+
+    spec: OpSpec
+    case: Case
+    dtype: torch.dtype
+    first: bool
+
+    def __str__(self) -> str:
+        return f"{self.spec.name} {self.case.id} {SHORT_DTYPE[self.dtype]}"
 
 
 def main(argv: Sequence[str]) -> int:
     _, values = OptionParser("python -m bench.safety", __doc__ or "", options=Options()).parse_tables(argv)
     options = Options(**values["options"])
-    for name in options.op:
-        if name not in SPECS:
-            raise unknown("--op", name, SPECS)
+    check_ops(options.op)
+    budget, began = parse_budget(options.budget), time.monotonic()
     if not torch.cuda.is_available():
         raise InputError("no GPU was found, expected one: kernels run compiled here")
-    bad = 0
-    for spec in (SPECS[name] for name in options.op):
-        for case in spec.tagged("small", "edge"):
-            for dtype in spec.dtypes:
-                changed = unsteady(spec, case, dtype, torch.device("cuda"), options.repeats)
-                bad += bool(changed)
-                if changed:
-                    print(f"{spec.name} {case.id} {SHORT_DTYPE[dtype]}: other bits the next time: {', '.join(changed)}")
+    device = torch.device("cuda")
+    report = Report("python -m bench.safety", describe(device))
+    code = run(calls(options.op), device, options.repeats, None if budget is None else began + budget, report)
     torch.cuda.synchronize()
-    print(f"{bad} of the calls gave other bits" if options.repeats else "every call was made once")
+    if options.json is not None:
+        report.save(options.json)
+    return code
+
+
+def check_ops(names: Sequence[str]) -> None:
+    for name in names:
+        if name not in SPECS:
+            raise unknown("--op", name, SPECS)
+
+
+def calls(names: Sequence[str]) -> list[Call]:
+    """The small and edge cases of the ops, the most important first: by dtype, by turns over the ops, in their own order."""
+    found = []
+    for dtype in DTYPES:
+        lists = [
+            [Call(spec, case, dtype, case is spec.tagged("small")[0]) for case in spec.tagged("small", "edge")]
+            for spec in (SPECS[name] for name in names)
+            if dtype in spec.dtypes
+        ]
+        found += [call for group in zip_longest(*lists) for call in group if call is not None]
+    return sorted(found, key=lambda call: not call.first)
+
+
+def run(
+    todo: Sequence[Call], device: torch.device, repeats: int, deadline: float | None, report: Report, backend: str = "triton"
+) -> int:
+    """Makes the calls, notes what was found, and gives the exit code."""
+    bad = done = 0
+    for call in todo:
+        if done and deadline is not None and time.monotonic() > deadline:
+            say(report, f"left out for the budget: {len(todo) - done} of {len(todo)} calls, from {call} on")
+            break
+        times = repeats if call.first else min(repeats, FEW)
+        changed = unsteady(call.spec, call.case, call.dtype, device, times, backend)
+        if changed:
+            bad += 1
+            say(report, f"{call}: other bits the next time: {', '.join(changed)}")
+        done += 1
+    firsts = sum(call.first for call in todo[:done])
+    if repeats:
+        result = f"{bad} of {done} calls gave other bits" if bad else f"{done} calls gave the same bits every time"
+        say(report, f"{result}: {firsts} repeated {repeats:,} times, {done - firsts} {min(repeats, FEW)} times")
+    else:
+        say(report, f"{done} calls were made once")
+    report.complete = done == len(todo)
     return 1 if bad else 0
 
 
@@ -53,18 +119,44 @@ def unsteady(
 ) -> list[str]:
     """The outputs and gradients that differ in any bit between calls with the same inputs."""
     inputs = spec.make_inputs(case, dtype, device, torch.Generator().manual_seed(0))
-    changed: set[str] = set()
+    changed: dict[str, torch.Tensor] = {}
     with kernels.use_backend(**{spec.name: backend}):
         first = run_case(spec.function, inputs, spec.gradients)
+        if not repeats:
+            return []
+        disturb = Disturbance(device)
         for _ in range(repeats):
+            disturb()
             again = run_case(spec.function, inputs, spec.gradients)
-            changed |= {name for name, value in first.items() if value is not None and not _same(value, again[name])}
-    return sorted(changed)
+            for name, value in first.items():
+                if value is not None:
+                    differs = _differs(value, again[name])
+                    changed[name] = changed[name] | differs if name in changed else differs
+    return sorted(name for name, differs in changed.items() if differs)
 
 
-def _same(a: torch.Tensor, b: torch.Tensor | None) -> bool:
-    """Bit for bit, so that NaN is like NaN."""
-    return b is not None and torch.equal(_bits(a), _bits(b))
+class Disturbance:
+    """Other work beside the calls, more or less of it each time, so that a race has a chance to show."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.factors = [torch.randn(side, side, device=device) for side in DISTURBANCES]
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(device))
+        self.turn = 0
+
+    def __call__(self) -> None:
+        factor = self.factors[self.turn % len(self.factors)]
+        self.turn += 1
+        with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
+            torch.mm(factor, factor)
+
+
+def _differs(a: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
+    """Whether any bit does, so that NaN is like NaN; left on the device, so that nothing waits."""
+    if b is None or a.shape != b.shape:
+        return torch.ones((), dtype=torch.bool, device=a.device)
+    return (_bits(a) != _bits(b)).any()
 
 
 def _bits(x: torch.Tensor) -> torch.Tensor:

@@ -98,8 +98,9 @@ def outcomes(results: Sequence[Outcome]) -> str:
     lines = []
     for outcome in results:
         target = outcome.target
-        goal = f"≥ {target.at_least:g}" if target.at_most is None else f"≤ {target.at_most:g}"
-        lines.append((target.name, goal, figure(outcome.value, ".3g"), outcome.status, outcome.case or "-"))
+        goal = f"≥ {target.at_least:,g}" if target.at_most is None else f"≤ {target.at_most:g}"
+        found = figure(outcome.value, ".3g" if (outcome.value or 0) < 1000 else ",.0f")
+        lines.append((target.name, goal, found, outcome.status, outcome.case or "-"))
     return grid(("target", "goal", "found", "outcome", "worst case"), lines)
 
 

@@ -1,8 +1,8 @@
 """`python -m bench.train`: training steps of a whole GPT, this package against the same model on plain PyTorch, in one run.
 
-Plain PyTorch is its strong form: SDPA, F.layer_norm and F.linear under torch.compile, fused AdamW, the same autocast, and a
-vocabulary padded to a multiple of 64. A step is `gpt.step.TrainStep`: forward, backward, clipping, AdamW. nanoGPT takes its own
-step, where --nanogpt names a checkout of it.
+Plain PyTorch is its strong form: SDPA, F.layer_norm, F.linear and the loss of whole logits under torch.compile, fused AdamW, the
+same autocast, and a vocabulary padded to a multiple of 64. A step is `gpt.step.TrainStep`: forward, backward, clipping, AdamW.
+nanoGPT takes its own step, where --nanogpt names a checkout of it.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 
 from bench import table
 from bench.command import parse_budget, say, start_report
@@ -79,7 +81,10 @@ def main(argv: Sequence[str]) -> int:
     train = TrainConfig(batch_size=batch_size, device=str(clock.device))
     seconds = min(5.0 if clock.on_gpu else 2.0, (budget or math.inf) / 8)
     seconds = 0.5 if options.quick else seconds
-    report.rows = run(config, train, clock, report, seconds=seconds, quick=options.quick, nanogpt=nanogpt)
+    for rows in run(config, train, clock, report, seconds=seconds, quick=options.quick, nanogpt=nanogpt):
+        report.rows = rows
+        if options.json is not None:
+            report.save(options.json)
     report.complete = True
     print("\n" + table.race(report.rows))
     if options.json is not None:
@@ -96,8 +101,8 @@ def run(
     seconds: float,
     quick: bool,
     nanogpt: ModuleType | None = None,
-) -> list[Row]:
-    """A row for each contestant."""
+) -> Iterator[list[Row]]:
+    """The rows of those that are ready, as they come, because compiling the next takes a minute; at last those of all."""
     tokens = train.batch_size * config.block_size
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (train.batch_size, config.block_size + 1), generator=generator)
@@ -108,23 +113,32 @@ def run(
     padded = replace(config, vocab_size=-(-config.vocab_size // WIDTH) * WIDTH)
     builds: dict[str, Callable[[], Call]] = {
         OURS: lambda: _step(config, train, batch, clock, use_triton=True if clock.on_gpu else "auto"),
-        PLAIN: lambda: _step(padded, train, batch, clock, use_triton=False, compiled=compiled),
+        PLAIN: lambda: _step(padded, train, batch, clock, use_triton=False, forward=_whole_logits, compiled=compiled),
     }
     if nanogpt is not None:
         builds["nanoGPT"] = lambda: nanogpt_step(nanogpt, config, train, batch, clock.device)
         if not clock.on_gpu:
             say(report, "nanoGPT: in float32, as it trains on a CPU")
-    entrants = {name: _enter(build, clock) for name, build in builds.items()}
-    lanes = {name: Lane([entrant.step]) for name, entrant in entrants.items() if entrant.step is not None}
-    timings = interleave(lanes, clock, seconds) if lanes else {}
     dtype = autocast_dtype(train.dtype, clock.device)
     peak = _peak(clock, report, dtype)
     flops = flops_per_token(config) * tokens
     case = f"{config.n_layer}x{config.n_embd}-V{config.vocab_size}-B{train.batch_size}-T{config.block_size}"
+    template = Row("train", case, SHORT_DTYPE[dtype], "step", "", "failed", limit=flops / peak, flops=flops, tokens=tokens)
+    entrants: dict[str, Entrant] = {}
+    for name, build in builds.items():
+        entrants[name] = _enter(build, clock)
+        if clock.on_gpu:
+            yield _rows(entrants, clock, template, 0.0)
+    yield _rows(entrants, clock, template, seconds)
+
+
+def _rows(entrants: Mapping[str, Entrant], clock: Clock, template: Row, seconds: float) -> list[Row]:
+    lanes = {name: Lane([entrant.step]) for name, entrant in entrants.items() if entrant.step is not None}
+    timings = interleave(lanes, clock, seconds) if lanes else {}
     rows = []
     for name, entrant in entrants.items():
-        row = Row("train", case, SHORT_DTYPE[dtype], "step", name, entrant.status, entrant.problem, flops=flops, tokens=tokens)
-        rows.append(row.measured(timings[name], limit=flops / peak, memory=entrant.memory) if name in timings else row)
+        row = replace(template, contestant=name, status=entrant.status, reason=entrant.problem)
+        rows.append(row.measured(timings[name], memory=entrant.memory) if name in timings else replace(row, limit=None))
     return rows
 
 
@@ -145,16 +159,23 @@ def _enter(build: Callable[[], Call], clock: Clock) -> Entrant:
         return Entrant(problem="out of memory; --batch_size takes a smaller one")
     except Disagreement as error:
         return Entrant(status="wrong", problem=str(error))
-    except RuntimeError as error:
+    except Exception as error:  # torch.compile fails in many ways
         clock.wait()
         return Entrant(problem=first_line(error))
     return Entrant(step, torch.cuda.max_memory_allocated(clock.device) - before if clock.on_gpu else None)
 
 
 def _step(
-    config: GPTConfig, train: TrainConfig, batch: Batch, clock: Clock, *, use_triton: bool | str, compiled: bool = False
+    config: GPTConfig,
+    train: TrainConfig,
+    batch: Batch,
+    clock: Clock,
+    *,
+    use_triton: bool | str,
+    forward: Callable[..., torch.Tensor] | None = None,
+    compiled: bool = False,
 ) -> Call:
-    """A step of this package's model.
+    """A step of this package's model, whose loss `forward` computes, if not the model itself.
 
     Raises:
         Disagreement: Where kernels run, the loss with them is another than the references'.
@@ -163,10 +184,19 @@ def _step(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what cannot run Triton here is said by its own bench
         model = GPT(config, use_triton=use_triton, device=clock.device)
-    step = TrainStep(model, train, torch.compile(model) if compiled else None)
+    loss = None if forward is None else partial(torch.compile(forward) if compiled else forward, model)
+    step = TrainStep(model, train, loss)
     if use_triton is not False:
         _compare(model, step, batch)
     return lambda: step([batch], train.learning_rate)
+
+
+def _whole_logits(
+    model: GPT, inputs: torch.Tensor, targets: torch.Tensor, document_start: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The loss as one writes it first: torch.compile makes one pass of it, and would draw out a loop over chunks for minutes."""
+    logits = model(inputs, document_start=document_start)
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
 def _compare(model: GPT, step: TrainStep, batch: Batch) -> None:

@@ -23,6 +23,11 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def options(tile: Tile) -> dict[str, Any]:
+    """What Triton is told beside a kernel's arguments; fused multiply-adds are named since their default is to change."""
+    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
+
+
 class Launch(NamedTuple):
     """A kernel, its grid, its arguments by name, and the tile that gives warps and stages."""
 
@@ -40,8 +45,7 @@ class Launch(NamedTuple):
     def run(self) -> None:
         """Launches on the current device; an empty grid launches nothing."""
         if self.grid[0] > 0:
-            options = {"num_warps": self.tile.num_warps, "num_stages": self.tile.num_stages, "enable_fp_fusion": True}
-            self.kernel[self.grid](**self.arguments, **options)
+            self.kernel[self.grid](**self.arguments, **options(self.tile))
 
     def build(self, label: str, *, gated: bool = False) -> Build:
         """What Triton would compile for this launch; its tensors may be on the meta device."""

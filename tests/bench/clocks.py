@@ -58,12 +58,18 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, time: Time, launch: float = 0.0) 
             return (other.at - self.at) * 1000
 
     @contextmanager
-    def capture(graph: Graph, stream: Any) -> Any:
+    def capture(graph: Graph, pool: Any, stream: Any) -> Any:
         assert stream == "the stream"
         Graph.capturing = graph
-        yield
-        Graph.capturing = None
+        try:
+            yield
+        finally:
+            Graph.capturing = None
 
+    modes = ["default"]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: "the stream")
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)

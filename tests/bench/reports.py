@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from bench.contestants import OURS
 from bench.record import Machine, Report, Row
 from kernels.registry import SPECS
@@ -22,6 +24,18 @@ MACHINE = Machine(
     "2000-01-01T00:00:00+00:00",
 )
 RIVALS = {"eager": 1.3, "torch.compile": 1.15, "SDPA flash": 1.25, "SDPA cudnn": 1.1, "SDPA math": 9.0, "FlexAttention": 1.4}
+
+
+def models() -> list[Row]:
+    """Invented rows of whole models on a GPU: a training step, and decoding at two batch sizes."""
+    training = Row("train", "12x768-V50257-B64-T1024", "bf16", "step", "", "measured", tokens=65536, limit=0.05, samples=9)
+    rows = [replace(training, contestant=name, seconds=s) for name, s in ((OURS, 0.1), ("plain PyTorch", 0.12))]
+    for batch in (1, 64):
+        decoding = Row(
+            "generate", f"12x768-V50257-B{batch}-T128-new128", "bf16", "decode", "", "measured", tokens=batch, samples=9
+        )
+        rows += [replace(decoding, contestant=name, seconds=s) for name, s in ((OURS, 2e-4), ("transformers", 9e-3))]
+    return rows
 
 
 def invented(*ops: str, kind: str = "cuda") -> Report:

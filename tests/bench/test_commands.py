@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +22,19 @@ import bench.generate
 import bench.measure
 import bench.safety
 import bench.train
-from bench import cases
+from bench import cases, sanitizer
 from bench.attention import BENCH
 from bench.command import command
 from bench.contestants import EAGER, OURS
 from bench.engine import find_bench
-from bench.record import load
+from bench.measure import Timing
+from bench.record import Report, load
 from gpt.config import GPTConfig
 from gpt.model import GPT
 from gpt.options import run_command
 from kernels import dispatch
-from tests.bench.reports import invented
+from kernels.registry import SPECS
+from tests.bench.reports import MACHINE, invented, models
 
 ROOT = Path(__file__).parents[2]
 TINY = GPTConfig(vocab_size=50, block_size=16, n_layer=1, n_head=2, n_embd=16)
@@ -334,8 +338,9 @@ sys.exit(code)
     assert "stopped: second, third unfinished" in report.notes
 
 
-def test_the_stages_are_those_asked_for(tmp_path: Path) -> None:
-    """A bench that is missing from the whole run, an op's flag that is lost, or tests left out on a GPU."""
+def test_the_stages_are_those_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bench that is missing from the whole run, an op's flag that is lost, or checks left out on a GPU."""
+    monkeypatch.setattr(sanitizer, "find", lambda: "/usr/bin/compute-sanitizer")
     options = whole.Options(quick=True)
     everything = whole.stages([], options, tmp_path, on_gpu=False)
     assert [stage.name for stage in everything] == ["attention", "norm", "ffn", "loss", "train", "generate"]
@@ -343,8 +348,107 @@ def test_the_stages_are_those_asked_for(tmp_path: Path) -> None:
     assert line[-3:] == ["--quick", "--budget", "61s"]
     (norm,) = whole.stages(["add_layer_norm"], options, tmp_path, on_gpu=False)
     assert norm.command(5)[-5:-2] == ["--quick", "--op", "add_layer_norm"]
-    names = [stage.name for stage in whole.stages(["norm", "train"], options, tmp_path, on_gpu=True)]
-    assert names[:2] == ["gpu tests", "same bits"]
-    assert names[-2:] == ["norm", "train"]
-    tests = whole.stages(["norm"], options, tmp_path, on_gpu=True)[0].command(9)
-    assert tests[-2:] == ["-k", "layer_norm or add_layer_norm"]
+    found = whole.stages(["norm", "train"], options, tmp_path, on_gpu=True)
+    assert [stage.name for stage in found] == ["gpu tests", "same bits", "norm", "train", *sanitizer.TOOLS]
+    assert found[0].command(9)[-2:] == ["-k", "layer_norm or add_layer_norm"]
+    names = ["--op", "layer_norm", "add_layer_norm"]
+    assert found[1].command(9)[1:] == ["-m", "bench.safety", *names, "--json", str(found[1].result), "--budget", "9s"]
+    assert found[-1].command(9)[1:7] == ["-m", "bench.sanitizer", "synccheck", *names]
+    for checks, expected in (("only", ["gpu tests", "same bits", *sanitizer.TOOLS]), ("no", ["norm"])):
+        chosen = whole.stages(["norm"], whole.Options(checks=checks), tmp_path, on_gpu=True)
+        assert [stage.name for stage in chosen] == expected
+    assert [stage.name for stage in whole.stages(["train"], options, tmp_path, on_gpu=True)] == ["train"]
+    monkeypatch.setattr(sanitizer, "find", lambda: None)
+    assert [stage.name for stage in whole.stages(["norm"], options, tmp_path, on_gpu=True)] == ["gpu tests", "same bits", "norm"]
+
+
+JUNIT = """<testsuites><testsuite name="pytest">
+<testcase classname="tests.t" name="a"/>
+<testcase classname="tests.t" name="b[bf16]"><failure message="wrong">at</failure></testcase>
+<testcase classname="tests.t" name="c"><error message="broken">at</error></testcase>
+<testcase classname="tests.t" name="d"><skipped message="no GPU"/></testcase>
+</testsuite></testsuites>
+"""
+
+
+def test_a_whole_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage of a GPU whose findings are lost, whose failure passes for a success, or that is called with flags it has not."""
+    monkeypatch.setattr(sanitizer, "find", lambda: "/usr/bin/compute-sanitizer")
+    monkeypatch.setattr(whole, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(whole, "describe", lambda device: MACHINE)
+    parsers = {"bench.safety": bench.safety.Options, "bench.sanitizer": sanitizer.Options}
+    parsers |= {"bench.train": bench.train.Options, "bench.generate": bench.generate.Options}
+    ran: list[str] = []
+
+    def stand_in(line: list[str], limit: float) -> int | None:
+        assert line[0] == sys.executable
+        module = line[2] if line[1] == "-m" else line[3]
+        ran.append(f"{module} {line[3]}" if module == "bench.sanitizer" else module)
+        if module == "pytest":
+            (xml,) = [flag.removeprefix("--junitxml=") for flag in line if flag.startswith("--junitxml=")]
+            Path(xml).write_text(JUNIT, encoding="utf-8")
+            return None
+        known = {f.name for f in fields(parsers.get(module, bench.command.Options))}
+        assert {flag.removeprefix("--") for flag in line if flag.startswith("--")} <= known
+        report = Report(module, MACHINE, notes=["a note"], complete=True)
+        if module in ("attention", "norm", "ffn", "loss"):
+            report = invented(*(spec.name for spec in find_bench(module).specs))
+        elif module in ("bench.train", "bench.generate"):
+            report.rows = [row for row in models() if row.op == module.removeprefix("bench.")]
+        report.save(line[line.index("--json") + 1])
+        return {"bench.sanitizer": 1, "ffn": None}.get(module, 0)
+
+    monkeypatch.setattr(whole, "run_process", stand_in)
+    assert run_command("bench", whole.main, ["--device", "cuda", "--out", str(tmp_path)]) == 1
+    tools = [f"bench.sanitizer {tool}" for tool in sanitizer.TOOLS]
+    rooms = ["attention", "norm", "ffn", "loss"]
+    assert ran == ["pytest", "bench.safety", *rooms, "bench.train", "bench.generate", *tools]
+    report = load(tmp_path / "report.json")
+    assert report.complete
+    assert report.rows == [*invented(*SPECS).rows, *models()]
+    for note in (
+        "gpu tests: 3 run, 2 failed: b[bf16], c",
+        "same bits: a note",
+        "racecheck: a note",
+        "racecheck: FAILED with exit code 1",
+    ):
+        assert note in report.notes
+    assert any(note.startswith("ffn: stopped after") for note in report.notes)
+    text = (tmp_path / "report.md").read_text("utf-8")
+    assert re.search(r"training GPT-2 124M, tokens/s +≥ 600,000 +655,360 +met", text)
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+    monkeypatch.setattr(sanitizer, "find", lambda: None)  # now nothing but tests fails, and they were stopped besides
+    assert run_command("bench", whole.main, ["norm", "--device", "cuda", "--out", str(tmp_path / "norm")]) == 1
+
+
+def test_a_stage_that_is_stopped_may_say_what_it_had(tmp_path: Path) -> None:
+    """Tests that run past their time, and take with them which of them had failed."""
+    program = (
+        f"import time, pathlib\ntry: time.sleep(60)\nexcept KeyboardInterrupt: pathlib.Path({str(tmp_path / 'said')!r}).touch()"
+    )
+    assert whole.run_process([sys.executable, "-c", program], 1.0) is None
+    assert (tmp_path / "said").exists()
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    assert whole.run_process([sys.executable, "-c", deaf], 0.5) is None
+
+
+@pytest.mark.usefixtures("small")
+def test_a_slow_rival_takes_no_figure_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is stopped while the other contestant compiles, and has nothing of ours in its file."""
+    path = tmp_path / "train.json"
+    enter, seen = bench.train._enter, []
+
+    def entering(build: Any, clock: Any) -> Any:
+        if path.exists():
+            seen.append([(row.contestant, row.status) for row in load(path).rows])
+        clock.on_gpu = False
+        entrant = enter(build, clock)
+        clock.on_gpu = True
+        return entrant
+
+    monkeypatch.setattr(bench.train, "_enter", entering)
+    monkeypatch.setattr(bench.train, "interleave", lambda lanes, clock, seconds: dict.fromkeys(lanes, Timing(1.0, 1.0, 1.0, 5)))
+    assert run_command("bench.train", bench.train.main, ["--quick", "--device", "cpu", "--json", str(path)]) == 0
+    assert seen == [[(OURS, "measured")]]
+    assert [row.status for row in load(path).rows] == ["measured", "measured"]
+    assert load(path).complete

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import bench.engine
+import bench.machine
 from bench.cases import Race, fit, plan
-from bench.contestants import OURS, Contestant, Unsupported, only, optional
+from bench.contestants import COMPILED, OURS, Contestant, Unsupported, only, optional
 from bench.engine import Bench, Runner, find_bench, lane
+from bench.machine import stated_peak
 from bench.measure import Ceilings, Clock, Lane, capture
 from bench.record import Row
 from bench.targets import Target
@@ -155,6 +157,54 @@ def test_backward_builds_a_graph_for_each_sample() -> None:
         [call() for call in backward.calls for _ in range(2)][-1]
 
 
+def test_a_graph_that_memory_left_behind_is_freed() -> None:
+    """Out of memory in the middle of a sample: the graphs it had built stay, and every later sample has less memory."""
+    inputs = runner().input_sets(NORM, RACE.case)
+    backward = lane(NORM, Contestant("eager", NORM.reference), inputs, "backward")
+    assert backward.prepare is not None
+    backward.prepare()
+    backward.prepare()
+    backward.calls[0]()
+    with pytest.raises(IndexError):
+        backward.calls[0]()
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA H20", None),
+    ],
+)
+def test_peaks_are_those_of_the_very_gpu(name: str, peak: float | None) -> None:
+    """MFU over the peak of a GPU whose name only begins alike."""
+    assert stated_peak(name) == peak
+
+
+def test_a_copy_of_the_sources_knows_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Results of a GPU to which the sources travelled without their repository, and that nobody can lay to a commit."""
+    monkeypatch.setattr(bench.machine, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert bench.machine.commit() == "unknown"
+    monkeypatch.setenv("FUSED_GPT_COMMIT", "0123456789ab")
+    assert bench.machine.commit() == "0123456789ab"
+
+
+def test_the_loss_is_compiled_in_one_piece() -> None:
+    """A loop over a hundred chunks that torch.compile draws out for minutes, in the place of every other figure."""
+    clock = Clock(CPU)
+    here = Runner(find_bench("loss"), clock, Ceilings(clock), torch.float32, 0.0, True)
+    found = {c.name: c for c in here.contestants(SPECS["linear_cross_entropy"])}
+    assert found[COMPILED].function is None
+    assert "whole logits are compiled instead" in found[COMPILED].absent
+    assert found["whole logits, compiled"].function is not None
+
+
 def test_sets_of_inputs_differ_and_none_is_zero() -> None:
     """The same numbers in every set, or zeros, which multiply faster."""
     first, second = runner().input_sets(NORM, RACE.case)
@@ -226,24 +276,6 @@ def test_the_targeted_cases_come_first() -> None:
     assert len({(race.spec.name, race.case.id) for race in everything}) == len(everything)
 
 
-def test_bits_that_change_are_seen() -> None:
-    """A race: another gradient the next time, or a NaN that is taken for a difference."""
-    from bench.safety import unsteady
-
-    def restless(**inputs: Any) -> torch.Tensor:
-        return Wrong.apply(NORM.reference(**inputs), 1 + 1e-6 * torch.rand(()).item())
-
-    def steady(**inputs: Any) -> torch.Tensor:
-        return NORM.reference(**inputs) * float("nan")
-
-    case = NORM.tagged("small")[0]
-    where = (case, torch.float32, CPU)
-    assert unsteady(replace(NORM, function=restless), *where, 3, "reference") == ["dbias", "dweight", "dx"]
-    assert unsteady(replace(NORM, function=steady), *where, 3, "reference") == []
-    loss = SPECS["linear_cross_entropy"]
-    assert unsteady(loss, loss.tagged("small")[0], torch.float32, CPU, 2, "reference") == []
-
-
 class FakeGraph:
     """A CUDA graph whose replay does nothing."""
 
@@ -256,7 +288,13 @@ def test_the_gpu_path(monkeypatch: pytest.MonkeyPatch) -> None:
     allocated = iter(range(0, 10**6, 1000))
     fakes = {
         "CUDAGraph": FakeGraph,
-        "graph": lambda graph, stream: nullcontext(),
+        "graph": lambda graph, pool, stream: nullcontext(),
+        "graph_pool_handle": lambda: (0, 1),
+        "get_sync_debug_mode": lambda: 0,
+        "set_sync_debug_mode": lambda mode: None,
+        "set_stream": lambda stream: None,
+        "default_stream": lambda device: None,
+        "current_device": lambda: 0,
         "stream": lambda stream: nullcontext(),
         "synchronize": lambda device: None,
         "empty_cache": lambda: None,
@@ -266,6 +304,7 @@ def test_the_gpu_path(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda device, pool: None, raising=False)
     captured: list[int] = []
 
     def waits(**inputs: Any) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 
 import bench.measure
 from bench.measure import Ceilings, Clock, Lane, SelfCheck, Timing, capture, input_sets, interleave, self_check, total_bytes
-from tests.bench.clocks import Time, fake_cuda, kernel
+from tests.bench.clocks import Graph, Time, fake_cuda, kernel
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -52,6 +52,37 @@ def test_a_graph_has_no_launch_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
     lane = Lane([kernel(virtual, 0.001, launch=0.004), kernel(virtual, 0.003, launch=0.004)])
     assert clock.sample(lane, 1) == pytest.approx(0.006)
     assert clock.sample(capture(lane, clock), 1) == pytest.approx(0.002)
+
+
+def test_what_waits_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capture that is bound to fail, begun all the same; a failed one after which torch frees no memory any more."""
+    virtual = Time()
+    fake_cuda(monkeypatch, virtual)
+    ended: list[Any] = []
+    streams: list[Any] = []
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *where: ended.append(where), raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "the default stream")
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    clock = Clock(CUDA)
+
+    def waits() -> None:
+        if torch.cuda.get_sync_debug_mode() == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        capture(Lane([waits]), clock)
+    assert not ended
+    assert torch.cuda.get_sync_debug_mode() == "default"
+
+    def fails() -> None:
+        if Graph.capturing is not None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted"):
+        capture(Lane([fails]), clock)
+    assert ended == [(0, (0, 1))]
+    assert streams == ["the default stream"]
 
 
 def test_drift_meets_all_alike(monkeypatch: pytest.MonkeyPatch) -> None:

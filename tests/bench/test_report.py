@@ -19,7 +19,7 @@ from bench.record import FORMULAS, Report, Row, load
 from bench.targets import Target, judge
 from gpt.errors import InputError
 from kernels.registry import SPECS
-from tests.bench.reports import invented
+from tests.bench.reports import invented, models
 
 REPORT = invented("causal_attention", "decode_attention", "layer_norm")
 
@@ -195,6 +195,54 @@ def test_blocks_are_rewritten(tmp_path: Path) -> None:
         readme.rewritten(text.replace("NAME", "sped"), tmp_path, {})
     with pytest.raises(InputError, match="has no end"):
         readme.rewritten("<!-- bench:speed -->\n", tmp_path, {})
+
+
+def whole(name: str, date: str) -> Report:
+    """What `python -m bench` writes on a GPU."""
+    report = invented(*SPECS)
+    machine = replace(report.machine, device=name, date=date)
+    return replace(report, title="python -m bench", machine=machine, rows=report.rows + models())
+
+
+def test_a_gpu_fits_into_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results of a GPU that make the README longer than it may be, or that leave out an op, a loss, or the machine."""
+    kept = readme.results()
+    monkeypatch.setattr(readme, "RESULTS", tmp_path / "bench" / "results")
+    for at, report in kept.items():
+        report.save(readme.RESULTS / at.name / "report.json")
+    for name, date in (("NVIDIA H100 80GB HBM3", "2030-01-01"), ("NVIDIA H200", "2030-01-02")):
+        at = readme.RESULTS / name.split()[1].lower()
+        whole(name, date).save(at / "report.json")
+        (at / "report.png").touch()
+    text = readme.FILES[0].read_text("utf-8")
+    fresh = readme.rewritten(text, tmp_path, readme.results())
+    assert len(fresh.splitlines()) <= 250
+    (block,) = (match[0] for match in readme.BLOCK.finditer(fresh))
+    rows = [line.split(" | ") for line in block.splitlines() if line.startswith("| NVIDIA")]
+    assert [row[:2] for row in rows] == [["| NVIDIA H200", op] for op in (*SPECS, "train", "generate")]
+    assert "torch.compile 1.15 · SDPA flash 1.25 · eager 1.30" in block
+    assert "H200 | train | 12x768-V50257-B64-T1024 bf16 | 655,360 tokens/s | plain PyTorch 1.20 |" in block
+    assert "![NVIDIA H200](bench/results/h200/report.png)\n" in block
+    assert "\nNVIDIA H200 (sm_90" in block
+    assert "H100" not in block
+    assert readme.NOTHING not in block
+    everything = readme.rewritten(readme.FILES[1].read_text("utf-8"), tmp_path / "bench", readme.results())
+    for found in ("H100 80GB HBM3", "H200", "B64-T128-new128", "```sh\npython -m bench\n```", "decoding at batch 1, tokens/s"):
+        assert found in everything
+    assert everything.count("| layer_norm |") == 2 * len(SPECS["layer_norm"].tagged("bench"))
+
+
+def test_the_later_run_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contestants of two runs in one line, as if they had been compared; the older of two figures."""
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    old, new = whole("GPU", "2030-01-01"), whole("GPU", "2030-01-02")
+    new.rows = [replace(row, seconds=2 * (row.seconds or 0)) for row in new.rows if row.op == "train"]
+    for names in (("a", "b"), ("b", "a")):
+        for name, report in zip(names, (old, new), strict=True):
+            report.save(tmp_path / "gpu" / f"{name}.json")
+        (report,) = readme.results().values()
+        assert [row.seconds for row in report.rows if row.op == "train"] == [0.2, 0.24]
+        assert len(report.rows) == len(old.rows)
 
 
 def test_reports_of_one_machine_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

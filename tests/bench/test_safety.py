@@ -1,0 +1,207 @@
+"""The checks of a GPU, as far as a processor can hold them: repeats, budgets, and what is made of a sanitizer's reports."""
+
+from __future__ import annotations
+
+import stat
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bench.safety
+import bench.sanitizer
+from bench.record import Report, load
+from bench.safety import Call, calls, run, unsteady
+from gpt.options import run_command
+from kernels.registry import SPECS
+from tests.bench.reports import MACHINE
+from tests.bench.test_engine import Wrong
+
+CPU = torch.device("cpu")
+NORM = SPECS["layer_norm"]
+
+
+def restless(**inputs: Any) -> torch.Tensor:
+    return Wrong.apply(NORM.reference(**inputs), 1 + 1e-6 * torch.rand(()).item())
+
+
+def test_bits_that_change_are_seen() -> None:
+    """A race: another gradient the next time, or a NaN that is taken for a difference."""
+
+    def steady(**inputs: Any) -> torch.Tensor:
+        return NORM.reference(**inputs) * float("nan")
+
+    turns = iter(range(100))
+
+    def late(**inputs: Any) -> torch.Tensor:
+        return Wrong.apply(NORM.reference(**inputs), 1.0) + (next(turns) == 2)
+
+    case = NORM.tagged("small")[0]
+    where = (case, torch.float32, CPU)
+    assert unsteady(replace(NORM, function=restless), *where, 3, "reference") == ["dbias", "dweight", "dx"]
+    assert unsteady(replace(NORM, function=late), *where, 3, "reference") == ["out"]
+    assert unsteady(replace(NORM, function=steady), *where, 3, "reference") == []
+    loss = SPECS["linear_cross_entropy"]
+    assert unsteady(loss, loss.tagged("small")[0], torch.float32, CPU, 2, "reference") == []
+
+
+def test_the_first_calls_are_those_of_every_op() -> None:
+    """A budget that is spent on one op, or on float32, before bfloat16 has been looked at; a call that is left out for good."""
+    found = calls(list(SPECS))
+    firsts = found[: 3 * len(SPECS)]
+    assert [(call.spec.name, call.dtype) for call in firsts] == [(name, d) for d in bench.safety.DTYPES for name in SPECS]
+    assert all(call.first and call.case is call.spec.tagged("small")[0] for call in firsts)
+    rest = found[len(firsts) :]
+    assert not any(call.first for call in rest)
+    assert [call.spec.name for call in rest[: len(SPECS)]] == list(SPECS)
+    assert [call.dtype for call in rest] == sorted((call.dtype for call in rest), key=bench.safety.DTYPES.index)
+    everything = {
+        (name, case.id, d) for name, spec in SPECS.items() for case in spec.tagged("small", "edge") for d in spec.dtypes
+    }
+    assert {(call.spec.name, call.case.id, call.dtype) for call in found} == everything
+    assert len(found) == len(everything)
+
+
+def test_repeats_and_what_they_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first call that is repeated ten times, others a thousand; a budget that is ignored; a difference that is not said."""
+    made: list[int] = []
+
+    def counted(spec: Any, case: Any, dtype: Any, device: Any, repeats: int, backend: str) -> list[str]:
+        made.append(repeats)
+        return []
+
+    todo = [Call(NORM, case, torch.float32, first=i == 0) for i, case in enumerate(NORM.tagged("small")[:3])]
+    report = Report("test", MACHINE)
+    with monkeypatch.context() as patch:
+        patch.setattr(bench.safety, "unsteady", counted)
+        assert run(todo, CPU, 1000, None, report) == 0
+        assert made == [1000, 10, 10]
+        assert report.notes == ["3 calls gave the same bits every time: 1 repeated 1,000 times, 2 10 times"]
+        assert report.complete
+        report = Report("test", MACHINE)
+        assert run(todo, CPU, 1000, 0.0, report) == 0
+    assert "left out for the budget: 2 of 3 calls" in report.notes[0]
+    assert not report.complete
+    bad = todo[0]._replace(spec=replace(NORM, function=restless))
+    report = Report("test", MACHINE)
+    assert run([bad], CPU, 2, None, report, "reference") == 1
+    assert report.notes[0] == "layer_norm N5-C17 fp32: other bits the next time: dbias, dweight, dx"
+    assert run(todo, CPU, 0, None, report, "reference") == 0
+    assert report.notes[-1] == "3 calls were made once"
+
+
+OURS = """\
+========= COMPUTE-SANITIZER
+says the program
+========= Invalid __global__ read of size 2 bytes
+=========     at _attention_fwd_kernel+0x1a70 in forward.py:150
+=========     by thread (3,0,0) in block (1,0,0)
+=========     Address 0x7f2e is out of bounds
+=========
+========= Invalid __global__ read of size 2 bytes
+=========     at _attention_fwd_kernel+0x1a70 in forward.py:150
+=========     by thread (4,0,0) in block (1,0,0)
+=========     Address 0x7f30 is out of bounds
+=========
+========= ERROR SUMMARY: 2 errors
+"""
+OTHERS = """\
+========= COMPUTE-SANITIZER
+========= Uninitialized __global__ memory read of size 4 bytes
+=========     at void at::native::vectorized_elementwise_kernel<4, float>(int, float)+0x70
+=========     by thread (3,0,0) in block (1,0,0)
+=========
+========= Warning: Race reported between Write access at void cutlass::Kernel2<cutlass_80>(T1::Params)+0x70
+=========     and Read access at void cutlass::Kernel2<cutlass_80>(T1::Params)+0x90 [4 hazards]
+=========
+========= RACECHECK SUMMARY: 1 hazard displayed (0 errors, 1 warning)
+"""
+RACE = """\
+========= Error: Race reported between Write access at _layer_norm_bwd_kernel+0x70
+=========     and Read access at _layer_norm_bwd_kernel+0x90 [4 hazards]
+========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)
+"""
+CLEAN = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "expected", "note"),
+    [
+        (CLEAN, 0, 0, "0 reports about this package's kernels, 0 about others"),
+        (OURS, 0, 1, "2 reports about this package's kernels, 0 about others"),
+        (RACE, 0, 1, "1 reports about this package's kernels, 0 about others"),
+        (OTHERS, 0, 0, "0 reports about this package's kernels, 2 about others; vectorized_elementwise_kernel: 1; Kernel2: 1"),
+        (CLEAN, 1, 1, "ended with exit code 1"),
+        ("========= Error: No attachable process found\n", 0, 1, "ended with exit code 0 and without a summary"),
+    ],
+)
+def test_reports_are_told_apart(
+    said: str, code: int, expected: int, note: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torch's reports that fail the run, ours that do not, or a tool that never ran and counts as clean."""
+    path = tmp_path / "said"
+    path.write_text(said, encoding="utf-8")
+    report = Report("test", MACHINE)
+    assert bench.sanitizer.run("memcheck", ["sh", "-c", f"cat {path}; exit {code}"], report) == expected
+    assert note in report.notes
+    if said == OURS:
+        assert report.notes[1] == (
+            "2 times: Invalid __global__ read of size 2 bytes at _attention_fwd_kernel+0x1a70 in forward.py:150"
+        )
+        out = capsys.readouterr().out
+        assert "says the program" in out
+        assert out.count("_attention_fwd_kernel") == 1
+
+
+@pytest.mark.parametrize("tool", bench.sanitizer.TOOLS)
+def test_a_tool_is_called_as_it_must_be(tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tool that looks at repeats, at torch's cached memory, or only until its tenth second; flags that are not its own."""
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(
+        f'#!/bin/sh\necho "$@" > {tmp_path}/line\necho $PYTORCH_NO_CUDA_MEMORY_CACHING >> {tmp_path}/line\n'
+        "echo '========= ERROR SUMMARY: 0 errors'\n",
+        encoding="utf-8",
+    )
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench.sanitizer, "describe", lambda device: MACHINE)
+    flags = [tool, "--op", "layer_norm", "--budget", "9s", "--json", str(tmp_path / "found.json")]
+    assert run_command("bench.sanitizer", bench.sanitizer.main, flags) == 0
+    line, uncached = (tmp_path / "line").read_text("utf-8").splitlines()
+    before, after = line.split(" -- ")
+    assert f"--tool {tool}" in before
+    assert "--launch-timeout 0" in before
+    assert ("--padding" in before) == (tool == "memcheck")
+    assert uncached == ("1" if tool in ("memcheck", "initcheck") else "")
+    assert after.endswith("-m bench.safety --repeats 0 --op layer_norm --budget 9s")
+    assert load(tmp_path / "found.json").notes == ["0 reports about this package's kernels, 0 about others"]
+
+
+def test_every_kernel_is_known() -> None:
+    """A kernel whose reports would count as somebody else's."""
+    names = bench.sanitizer.kernel_names()
+    assert {"_attention_fwd_kernel", "_layer_norm_bwd_kernel", "_cross_entropy_kernel", "_bias_gelu_kernel"} <= names
+    assert not any(name in OTHERS for name in names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["memchek"], "nearest valid one is 'memcheck'"),
+        (["memcheck", "--op", "layer_nrm"], "nearest valid one is 'layer_norm'"),
+        (["memcheck", "--budget", "soon"], "expected a duration"),
+        (["memcheck"], "compute-sanitizer was not found"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A traceback where the tool is not installed or not one."""
+    monkeypatch.setattr(bench.sanitizer, "find", lambda: None)
+    assert run_command("bench.sanitizer", bench.sanitizer.main, arguments) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
