@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from pathlib import Path
 
 from bench import table, targets
@@ -55,17 +56,17 @@ def results() -> dict[Path, Report]:
 
     Of two that timed the same op at the same case the later one counts: contestants are compared within one run alone.
     """
-    found: dict[Path, Report] = {}
-    for path in sorted(RESULTS.glob("*/*.json")):
-        report = load(path)
-        if path.parent in found:
-            older, newer = sorted((found[path.parent], report), key=lambda one: one.machine.date)
-            again = {_race(row) for row in newer.rows}
-            first, rows = found[path.parent], [row for row in older.rows if _race(row) not in again]
-            rows = rows + newer.rows if older is first else newer.rows + rows
-            report = replace(first, title=f"{first.title}\n{report.title}", rows=rows)
-        found[path.parent] = report
-    return found
+    folders = sorted({path.parent for path in RESULTS.glob("*/*.json")})
+    reports = {at: [load(path) for path in sorted(at.glob("*.json"))] for at in folders}
+    return {at: reduce(_joined, sorted(found, key=lambda report: report.machine.date)) for at, found in reports.items()}
+
+
+def _joined(older: Report, newer: Report) -> Report:
+    again = {_race(row) for row in newer.rows}
+    rows = [row for row in older.rows if _race(row) not in again] + newer.rows
+    commits = dict.fromkeys([*older.machine.commit.split(", "), newer.machine.commit])
+    machine = replace(newer.machine, commit=", ".join(commits))
+    return replace(newer, title=f"{older.title}\n{newer.title}", machine=machine, rows=rows)
 
 
 def _race(row: Row) -> tuple[str, str, str]:

@@ -236,6 +236,7 @@ def test_the_later_run_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """Contestants of two runs in one line, as if they had been compared; the older of two figures."""
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     old, new = whole("GPU", "2030-01-01"), whole("GPU", "2030-01-02")
+    new.machine = replace(new.machine, commit="b2")
     new.rows = [replace(row, seconds=2 * (row.seconds or 0)) for row in new.rows if row.op == "train"]
     for names in (("a", "b"), ("b", "a")):
         for name, report in zip(names, (old, new), strict=True):
@@ -243,6 +244,7 @@ def test_the_later_run_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (report,) = readme.results().values()
         assert [row.seconds for row in report.rows if row.op == "train"] == [0.2, 0.24]
         assert len(report.rows) == len(old.rows)
+        assert (report.machine.commit, report.machine.date) == (f"{old.machine.commit}, b2", "2030-01-02")
 
 
 def test_reports_of_one_machine_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
