@@ -15,6 +15,7 @@ import torch
 from kernels.dispatch import capability_of
 
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB that one block may take, by architecture
+REGISTERS = 65536  # of a multiprocessor, on all of them
 
 
 class Tile(NamedTuple):
@@ -156,10 +157,23 @@ def norm_tile(c: int) -> Tile:
     return Tile(rows, width, num_warps=min(16, max(4, next_power_of_2(columns // 1024))), num_stages=1)
 
 
+def norm_registers(c: int) -> int:
+    """The most that a thread of LayerNorm's backward takes, by the ahead-of-time report for sm_90."""
+    tile = norm_tile(c)
+    elements = tile.block_m * -(-c // tile.block_n) * tile.block_n // (32 * tile.num_warps)
+    return 168 if elements <= 24 else 240
+
+
 def norm_programs(device: torch.device, n: int, c: int) -> int:
-    """How many programs share the rows of LayerNorm's backward: four a multiprocessor, fewer for few rows."""
+    """How many programs share the rows of LayerNorm's backward."""
+    tile = norm_tile(c)
+    return min(-(-n // tile.block_m), _at_once(device, tile.num_warps, norm_registers(c)))
+
+
+def _at_once(device: torch.device, num_warps: int, registers: int) -> int:
+    """How many programs a device runs at once: more of them would begin when the first have ended, and find it idle."""
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return min(-(-n // norm_tile(c).block_m), 4 * multiprocessors)
+    return multiprocessors * max(1, REGISTERS // (32 * num_warps * registers))
 
 
 def next_power_of_2(n: int) -> int:
@@ -177,6 +191,9 @@ def loss_chunk_rows(device: torch.device, v: int) -> int:
     return max(16, (2**28 if device.type == "cuda" else 2**25) // v // 16 * 16)
 
 
+GELU_REGISTERS = 96  # the most that a thread of the derivative's pass takes, by the ahead-of-time report for sm_90
+
+
 def gelu_tile(f: int) -> Tile:
     """Rows and columns of one step of the passes between the feed-forward's products."""
     width = min(512, next_power_of_2(f))
@@ -185,9 +202,9 @@ def gelu_tile(f: int) -> Tile:
 
 def gelu_programs(device: torch.device, n: int, f: int) -> int:
     """How many programs share the rows of the feed-forward's backward pass, for each block of columns."""
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     tile = gelu_tile(f)
-    return min(-(-n // tile.block_m), max(1, 8 * multiprocessors * tile.block_n // f))
+    at_once = _at_once(device, tile.num_warps, GELU_REGISTERS)
+    return min(-(-n // tile.block_m), max(1, at_once * tile.block_n // f))
 
 
 def gelu_gemm_tile(architecture: int, itemsize: int, m: int, n: int, k: int) -> Tile | None:

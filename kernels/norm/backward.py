@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import Launch, cdiv
-from kernels.norm.forward import dropout_arguments, keep_tile, tile_arguments
+from kernels.norm.forward import dropout_arguments, keep_tile, load_columns, tile_arguments
 from kernels.tuning import Tile, norm_tile
 
 
@@ -37,9 +37,9 @@ def _layer_norm_bwd_kernel(
             mask = mask_m[:, None] & (cols < C)[None, :]
             h = tl.load(h_ptr + offs_m[:, None] * stride_hn + cols[None, :], mask=mask, other=0.0).to(tl.float32)
             dy = tl.load(dy_ptr + offs_m[:, None] * stride_dyn + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-            weight = tl.load(weight_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)
+            weight = load_columns(weight_ptr, offs_m, cols, mask)
             z = (h - mean[:, None]) * rstd[:, None]
-            wdy = dy * weight[None, :]
+            wdy = dy * weight
             total += wdy
             projection += wdy * z
             normed += (z,)
@@ -92,9 +92,9 @@ def _layer_norm_bwd_sum_kernel(
 ):  # fmt: skip
     """dweight and dbias: the sums of P programs' rows, always in the same order."""
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    if dweight_ptr is not None:
+    if dweight_ptr is not None and tl.program_id(1) == 0:
         _sum_rows(partial_dweight_ptr, dweight_ptr, cols, P, C, BLOCK_P, BLOCK_C)
-    if dbias_ptr is not None:
+    if dbias_ptr is not None and tl.program_id(1) == tl.num_programs(1) - 1:
         _sum_rows(partial_dbias_ptr, dbias_ptr, cols, P, C, BLOCK_P, BLOCK_C)
 
 
@@ -142,7 +142,9 @@ def launch_sum(
     partial = partial_dweight if partial_dweight is not None else partial_dbias
     assert partial is not None
     p, c = partial.shape
-    tile = Tile(64, 32)
+    tile = Tile(
+        512, 16, num_warps=8
+    )  # all partial sums of sixteen columns at once: a loop would wait for the memory in each round
     arguments = {
         "partial_dweight_ptr": partial_dweight,
         "partial_dbias_ptr": partial_dbias,
@@ -153,4 +155,5 @@ def launch_sum(
         "BLOCK_P": tile.block_m,
         "BLOCK_C": tile.block_n,
     }
-    return Launch(_layer_norm_bwd_sum_kernel, (cdiv(c, tile.block_n),), arguments, tile)
+    sums = (dweight is not None) + (dbias is not None)
+    return Launch(_layer_norm_bwd_sum_kernel, (cdiv(c, tile.block_n), sums), arguments, tile)

@@ -26,6 +26,12 @@ def keep_tile(seed, offs_m, threshold, START: tl.constexpr, C: tl.constexpr, BLO
 
 
 @triton.jit
+def load_columns(ptr, offs_m, cols, mask):
+    """A vector's `cols` for each of the rows: each warp loads its own copy, for one to share goes through shared memory."""
+    return tl.load(ptr + tl.zeros_like(offs_m)[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _layer_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, seed_ptr, y_ptr, new_residual_ptr, stats_ptr,
     stride_xn, stride_rn, N, eps, threshold, keep_scale,
@@ -65,10 +71,10 @@ def _layer_norm_fwd_kernel(
     for i in tl.static_range(TILES):
         cols = i * BLOCK_C + offs_c
         y = (rows[i] - mean[:, None]) * rstd[:, None]
-        y *= tl.load(weight_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
-        if bias_ptr is not None:
-            y += tl.load(bias_ptr + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
         mask = mask_m[:, None] & (cols < C)[None, :]
+        y *= load_columns(weight_ptr, offs_m, cols, mask)
+        if bias_ptr is not None:
+            y += load_columns(bias_ptr, offs_m, cols, mask)
         tl.store(y_ptr + offs_m[:, None] * C + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from kernels.registry import SPECS
-from kernels.tuning import SHARED_MEMORY
+from kernels.tuning import GELU_REGISTERS, SHARED_MEMORY, norm_registers
 
 pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
@@ -23,7 +24,7 @@ ROOMS = sorted({spec.room for spec in SPECS.values()})
 def report(folder: Path, *arguments: str) -> list[dict[str, Any]]:
     """The rows of `python -m bench.aot`, which must find nothing broken."""
     path = folder / "report.json"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_DEFAULT_FP_FUSION": "1"}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "bench.aot", *arguments, "--json", str(path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, "\n".join(line for line in done.stdout.splitlines() if "BROKEN" in line) + done.stderr
@@ -37,6 +38,16 @@ def test_attention_in_bfloat16(tmp_path: Path) -> None:
     for row in rows:
         assert row["hmma" if row["architecture"] == 80 else "hgmma"] > 0
         assert row["stack"] == 0
+
+
+def test_persistent_programs_run_at_once(tmp_path: Path) -> None:
+    """More programs than the registers of their threads leave room for: the last ones begin when all others have ended."""
+    rows = report(tmp_path, "--op", "norm", "ffn", "--arch", "90", "--gated", "--match", "_bwd_kernel bf16")
+    limits = {"gelu_ffn": lambda columns: GELU_REGISTERS}
+    for row in rows:
+        columns = int(re.search(r"-[CI](\d+)", row["label"])[1])
+        assert row["registers"] <= limits.get(row["op"], norm_registers)(columns), row["label"]
+    assert {row["op"] for row in rows} == {"layer_norm", "add_layer_norm", "gelu_ffn"}
 
 
 @pytest.mark.slow
