@@ -204,7 +204,7 @@ def gelu_programs(device: torch.device, n: int, f: int) -> int:
     """How many programs share the rows of the feed-forward's backward pass, for each block of columns."""
     tile = gelu_tile(f)
     at_once = _at_once(device, tile.num_warps, GELU_REGISTERS)
-    return min(-(-n // tile.block_m), max(1, at_once * tile.block_n // f))
+    return min(-(-n // tile.block_m), max(1, at_once // -(-f // tile.block_n)))
 
 
 def gelu_gemm_tile(architecture: int, itemsize: int, m: int, n: int, k: int) -> Tile | None:

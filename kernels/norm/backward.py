@@ -142,9 +142,7 @@ def launch_sum(
     partial = partial_dweight if partial_dweight is not None else partial_dbias
     assert partial is not None
     p, c = partial.shape
-    tile = Tile(
-        512, 16, num_warps=8
-    )  # all partial sums of sixteen columns at once: a loop would wait for the memory in each round
+    tile = Tile(512, 16, num_warps=8)  # a loop over the partial sums would wait for the memory each time
     arguments = {
         "partial_dweight_ptr": partial_dweight,
         "partial_dbias_ptr": partial_dbias,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,3 +37,18 @@ def test_every_row_of_attention_is_right(row: AttentionTiles, options: dict[str,
     case = Case(sizes, {"key_start": "documents"} | ({"dropout_p": 0.2, "seed": 3} if options["dropout"] else {}))
     verdicts = check(SPECS["causal_attention"], case, torch.float32, torch.device("cpu"))
     assert all(verdict.ok for verdict in verdicts), [str(verdict) for verdict in verdicts]
+
+
+@pytest.mark.parametrize("columns", [64, 768, 1600, 4096, 16384])
+def test_a_gpu_is_full_and_no_program_waits(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Persistent programs that leave multiprocessors idle, or more of them than run at once."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    device, rows = torch.device("cuda"), 10**6
+    warps, registers = tuning.norm_tile(columns).num_warps, tuning.norm_registers(columns)
+    taken = 32 * warps * registers
+    programs = tuning.norm_programs(device, rows, columns)
+    assert programs == 132 or programs * taken <= 132 * tuning.REGISTERS < (programs + 132) * taken
+    tile = tuning.gelu_tile(columns)
+    programs = tuning.gelu_programs(device, rows, columns) * -(-columns // tile.block_n)
+    assert 0.8 < programs * 32 * tile.num_warps * tuning.GELU_REGISTERS / (132 * tuning.REGISTERS) <= 1
+    assert tuning.norm_programs(device, 3, columns) <= 3
