@@ -33,6 +33,7 @@ from kernels.registry import SPECS
 MODELS = ("train", "generate")
 WEIGHTS = {"gpu tests": 4.0, "attention": 5.0, "train": 3.5, "generate": 2.5} | dict.fromkeys(sanitizer.TOOLS, 0.8)  # others: 1.5
 GRACE = 45.0  # seconds that a stage may take beyond its share before it is stopped
+PATIENCE = 15.0  # seconds for a stage that is stopped to say what it had found
 CHECKS = ("yes", "no", "only")
 WORKERS = 8  # processes of the tests: what they wait for is the compiler
 ENGINE = (
@@ -195,11 +196,11 @@ def run_process(command: Sequence[str], limit: float) -> int | None:
     except subprocess.TimeoutExpired:
         return None
     finally:
-        for number, patience in ((signal.SIGINT, 15), (signal.SIGTERM, 5), (signal.SIGKILL, 5)):
+        for number in (signal.SIGTERM, signal.SIGKILL):  # no SIGINT, to which what a script runs in the background is deaf
             if process.poll() is None:
-                os.killpg(process.pid, number)  # at the first, pytest still says what had failed
+                os.killpg(process.pid, number)
                 with suppress(subprocess.TimeoutExpired):
-                    process.wait(patience)
+                    process.wait(PATIENCE)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import kernels
+from kernels.checks import first_line
 from kernels.spec import OpSpec
 
 OURS = "fused-gpt"
@@ -79,7 +80,7 @@ def optional(name: str, build: Callable[[], Callable[..., Any]]) -> Contestant:
     except ImportError:
         return Contestant(name, None, absent="not installed")
     except Exception as error:  # a foreign package may fail on import in any way, and is then not there
-        return Contestant(name, None, absent=f"its import failed: {first_line(error)}")
+        return Contestant(name, None, absent=f"its import failed: {first_sentence(error)}")
 
 
 def only(function: Callable[..., Any], takes: tuple[str, ...]) -> Callable[..., Any]:
@@ -94,7 +95,6 @@ def _call_with(function: Callable[..., Any], takes: tuple[str, ...], **arguments
     return function(**{name: arguments[name] for name in takes if name in arguments})
 
 
-def first_line(error: BaseException) -> str:
-    """An exception's first sentence."""
-    lines = str(error).strip().splitlines()
-    return lines[0].partition(". ")[0].strip() if lines else type(error).__name__
+def first_sentence(error: BaseException) -> str:
+    """Of what an exception says."""
+    return first_line(error).partition(". ")[0]

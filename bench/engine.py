@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.cases import Race
-from bench.contestants import COMPILED, Contestant, first_line, shared
+from bench.contestants import COMPILED, Contestant, first_sentence, shared
 from bench.measure import Ceilings, Clock, Lane, Timing, capture, input_sets, interleave, peak_memory, release, total_bytes
 from bench.record import Row
 from kernels.preflight import Truth, run_case
@@ -137,7 +137,7 @@ class Runner:
             return Admission("failed", "out of memory")
         except Exception as error:  # a contestant that cannot do this case says so in its own way
             self.clock.wait()  # raises where the GPU itself is lost, and with it every later measurement
-            reason = first_line(error)
+            reason = first_sentence(error)
             kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
             expected = contestant.peer or "cannot be honoured" in reason
             return Admission("unavailable" if expected else "failed", kind + reason)
@@ -157,7 +157,7 @@ class Runner:
     def _race(self, spec: OpSpec, admitted: Mapping[str, Contestant], sets: list[Inputs], template: Row) -> list[Row]:
         lanes = {name: lane(spec, c, sets, template.direction) for name, c in admitted.items()}
         timings = self._time(lanes)
-        graphs = self._time_graphs(spec, admitted, sets, template.direction) if self.clock.on_gpu else {}
+        graphs, problems = self._time_graphs(spec, admitted, sets, template.direction) if self.clock.on_gpu else ({}, {})
         rows = []
         for name in admitted:
             row, timing = replace(template, contestant=name), timings.get(name)
@@ -165,7 +165,8 @@ class Runner:
                 rows.append(replace(row, reason="out of memory"))
                 continue
             graph, memory = graphs.get(name), self._memory(spec, admitted[name], sets[0], template.direction)
-            rows.append(row.measured(timing, graph_seconds=None if graph is None else graph.median, memory=memory))
+            graph_seconds = None if graph is None else graph.median
+            rows.append(row.measured(timing, graph_seconds=graph_seconds, memory=memory, reason=problems.get(name, "")))
         return rows
 
     def _time(self, lanes: Mapping[str, Lane]) -> dict[str, Timing]:
@@ -181,14 +182,17 @@ class Runner:
 
     def _time_graphs(
         self, spec: OpSpec, admitted: Mapping[str, Contestant], sets: list[Inputs], direction: str
-    ) -> dict[str, Timing]:
+    ) -> tuple[dict[str, Timing], dict[str, str]]:
+        """The contestants' times without launch gaps, and why others have none."""
         captured: dict[str, Lane] = {}
+        problems: dict[str, str] = {}
         for name, contestant in admitted.items():
             try:
                 captured[name] = capture(graph_lane(spec, contestant, sets, direction, self.clock), self.clock)
-            except Exception:  # what waits for the GPU, or frees its own graph, has no figure without launch gaps
+            except Exception as error:  # it waits for the GPU, say, or frees its own graph
                 self.clock.wait()
-        return self._time(captured)
+                problems[name] = f"no CUDA graph: {first_sentence(error)}"
+        return self._time(captured), problems
 
     def _memory(self, spec: OpSpec, contestant: Contestant, inputs: Inputs, direction: str) -> int | None:
         """Forward: bytes kept for backward. Otherwise: the peak of one forward and backward."""

@@ -16,7 +16,7 @@ import torch
 
 from bench import table
 from bench.command import parse_budget, say, start_report
-from bench.contestants import OURS, Contestant, first_line, optional
+from bench.contestants import OURS, Contestant, first_sentence, optional
 from bench.machine import pick_device
 from bench.measure import Ceilings, Clock, Lane, Timing, interleave, release
 from bench.record import Row
@@ -220,7 +220,7 @@ def _try(contestant: Contestant, ids: torch.Tensor, clock: Clock) -> tuple[str, 
         return "failed", "out of memory"
     except Exception as error:  # somebody else's model says in its own way what it cannot do
         clock.wait()
-        return "unavailable" if contestant.peer else "failed", first_line(error)
+        return "unavailable" if contestant.peer else "failed", first_sentence(error)
     return "measured", ""
 
 

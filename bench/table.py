@@ -74,14 +74,15 @@ def race(rows: Sequence[Row]) -> str:
         measured = sorted(group, key=lambda row: row.seconds or 0)
         ours = next((row for row in measured if row.contestant == OURS), None)
         parts += [f" {TITLES.get(direction, direction)}", grid(COLUMNS, [cells(row, ours) for row in measured])]
-    out = [row for row in rows if row.status != "measured"]
-    parts += [f"  {row.contestant}: {refusal(row)}" for row in out]
+    parts += dict.fromkeys(f"  {row.contestant}: {refusal(row)}" for row in rows if row.reason or row.status != "measured")
     return "\n".join(parts)
 
 
 def refusal(row: Row) -> str:
-    """Why a contestant has no figure."""
-    said = {"absent": "", "unavailable": "unavailable: ", "wrong": "WRONG, so not timed: ", "failed": "FAILED: "}[row.status]
+    """Why a contestant has no figure, or not all."""
+    said = {"measured": "", "absent": "", "unavailable": "unavailable: ", "wrong": "WRONG, so not timed: ", "failed": "FAILED: "}[
+        row.status
+    ]
     return said + row.reason
 
 

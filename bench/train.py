@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from bench import table
 from bench.command import parse_budget, say, start_report
-from bench.contestants import OURS, first_line
+from bench.contestants import OURS, first_sentence
 from bench.machine import pick_device, stated_peak
 from bench.measure import Call, Ceilings, Clock, Lane, interleave, release
 from bench.nanogpt import load_nanogpt, nanogpt_step
@@ -161,7 +161,7 @@ def _enter(build: Callable[[], Call], clock: Clock) -> Entrant:
         return Entrant(status="wrong", problem=str(error))
     except Exception as error:  # torch.compile fails in many ways
         clock.wait()
-        return Entrant(problem=first_line(error))
+        return Entrant(problem=first_sentence(error))
     return Entrant(step, torch.cuda.max_memory_allocated(clock.device) - before if clock.on_gpu else None)
 
 

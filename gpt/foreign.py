@@ -17,6 +17,7 @@ import torch
 
 from gpt.checkpoint import CONFIG, FOLDER, MODEL, OPTIMIZER, STATE, SUMS, read_json, read_tensors
 from gpt.errors import InputError
+from kernels.checks import first_line
 
 WEIGHTS = (MODEL, f"{MODEL}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json", "ckpt.pt")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
@@ -132,7 +133,7 @@ def _read_torch(path: Path, size: int) -> Weights:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged pickle can fail in any way
-        raise InputError(f"from_pretrained: {path} is damaged ({type(error).__name__}: {str(error).splitlines()[0]})") from error
+        raise InputError(f"from_pretrained: {path} is damaged ({type(error).__name__}: {first_line(error)})") from error
     extra: Mapping[str, Any] = {}
     for key in ("model", "model_state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -197,7 +198,7 @@ def _download(name: str) -> Path:
         files = _wanted_files([sibling.rfilename for sibling in info.siblings or []])
         return Path(huggingface_hub.snapshot_download(name, revision=info.sha, allow_patterns=files))
     except Exception as error:  # the hub's client lets its transport's errors through
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise InputError(
             f"from_pretrained: {name} is no path here, and the hub does not give it ({reason}): expected a network, or "
             f"{CONFIG}, {MODEL} and tokenizer.json from https://huggingface.co/{name}/tree/main in a folder, and its path"

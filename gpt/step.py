@@ -16,6 +16,7 @@ from gpt.data import IGNORED, Batch
 from gpt.distributed import ALONE, Ranks
 from gpt.errors import InputError
 from gpt.muon import Muon
+from kernels.checks import first_line
 
 STATE_ENTRIES = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -192,7 +193,7 @@ def pick_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device is {name!r}, expected a device of this machine ({str(error).splitlines()[0]})") from error
+        raise InputError(f"device is {name!r}, expected a device of this machine ({first_line(error)})") from error
     return device
 
 

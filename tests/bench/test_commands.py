@@ -421,15 +421,49 @@ def test_a_whole_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert run_command("bench", whole.main, ["norm", "--device", "cuda", "--out", str(tmp_path / "norm")]) == 1
 
 
-def test_a_stage_that_is_stopped_may_say_what_it_had(tmp_path: Path) -> None:
-    """Tests that run past their time, and take with them which of them had failed."""
-    program = (
-        f"import time, pathlib\ntry: time.sleep(60)\nexcept KeyboardInterrupt: pathlib.Path({str(tmp_path / 'said')!r}).touch()"
-    )
-    assert whole.run_process([sys.executable, "-c", program], 1.0) is None
-    assert (tmp_path / "said").exists()
-    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+TESTS = """
+import pathlib, time
+def test_wrong():
+    assert False
+def test_long():
+    pathlib.Path({begun!r}).touch()
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("flags", [[], ["-n", "2"]], ids=["one process", "two workers"])
+def test_stopped_tests_say_what_had_failed(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests that run past their time, and take with them which of them had failed; also where SIGINT is ignored."""
+    begun, result = tmp_path / "begun", tmp_path / "result.xml"
+    (tmp_path / "test_some.py").write_text(TESTS.format(begun=str(begun)), encoding="utf-8")
+    options = ["-p", "tests.conftest", "-p", "no:cacheprovider", f"--junitxml={result}", f"--rootdir={tmp_path}", *flags]
+    wait = subprocess.Popen.wait
+
+    def until_begun(process: Any, timeout: float) -> int:
+        if process.args[-1] == str(tmp_path) and not begun.exists():
+            while not begun.exists():
+                assert process.poll() is None
+                time.sleep(0.1)
+            time.sleep(0.5)  # the failure's way from its worker
+            raise subprocess.TimeoutExpired(process.args, timeout)
+        return wait(process, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", until_begun)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert whole.run_process([sys.executable, "-m", "pytest", *options, str(tmp_path)], 1.0) is None
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert whole.tally(result)[1] == ["test_wrong"]
+
+
+def test_a_deaf_stage_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that does not hear SIGTERM and keeps the GPU for good."""
+    monkeypatch.setattr(whole, "PATIENCE", 0.5)
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    began = time.monotonic()
     assert whole.run_process([sys.executable, "-c", deaf], 0.5) is None
+    assert time.monotonic() - began < 10
 
 
 @pytest.mark.usefixtures("small")

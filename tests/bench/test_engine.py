@@ -17,6 +17,7 @@ from bench.engine import Bench, Runner, find_bench, lane
 from bench.machine import stated_peak
 from bench.measure import Ceilings, Clock, Lane, capture
 from bench.record import Row
+from bench.table import race
 from bench.targets import Target
 from kernels import dispatch
 from kernels.registry import SPECS
@@ -329,5 +330,8 @@ def test_the_gpu_path(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert all(row.status == "measured" and row.memory is not None for row in rows)
     assert [row.graph_seconds is not None for row in rows] == [True, False, True, False, True, True]
+    refused = "no CUDA graph: operation not permitted when stream is capturing"
+    assert [row.reason for row in rows] == ["" if row.graph_seconds is not None else refused for row in rows]
+    assert race(rows).count(f"  waits: {refused}") == 1
     kept = next(row for row in rows if row.direction == "forward")
     assert kept.memory == 1000 - 6 * 40 * 4

@@ -162,6 +162,18 @@ def test_torch_refuses_code_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not Path("ran").exists()
 
 
+def test_an_error_that_says_nothing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A traceback because an exception came without a message."""
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise EOFError
+
+    (tmp_path / "model.bin").write_bytes(nano_file())
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(InputError, match=r"is damaged \(EOFError: EOFError\)$"):
+        GPT.from_pretrained(tmp_path)
+
+
 def test_contents_decide_and_not_names(tmp_path: Path) -> None:
     """A mislabelled file that is refused, or unpickled because of its name."""
     (tmp_path / "model.bin").write_bytes(nano_file())
