@@ -30,6 +30,7 @@ from bench.engine import find_bench
 from bench.measure import Timing
 from bench.record import Report, load
 from gpt.config import GPTConfig
+from gpt.data import IGNORED
 from gpt.model import GPT
 from gpt.options import run_command
 from kernels import dispatch
@@ -385,6 +386,7 @@ def test_a_whole_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         module = line[2] if line[1] == "-m" else line[3]
         ran.append(f"{module} {line[3]}" if module == "bench.sanitizer" else module)
         if module == "pytest":
+            assert line[3:5] == ["-m", "gpu and not slow"]
             (xml,) = [flag.removeprefix("--junitxml=") for flag in line if flag.startswith("--junitxml=")]
             Path(xml).write_text(JUNIT, encoding="utf-8")
             return None
@@ -449,6 +451,7 @@ def test_stopped_tests_say_what_had_failed(flags: list[str], tmp_path: Path, mon
         return wait(process, timeout)
 
     monkeypatch.setattr(subprocess.Popen, "wait", until_begun)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # by which the stage would take itself for a worker
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         assert whole.run_process([sys.executable, "-m", "pytest", *options, str(tmp_path)], 1.0) is None
@@ -464,6 +467,14 @@ def test_a_deaf_stage_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     began = time.monotonic()
     assert whole.run_process([sys.executable, "-c", deaf], 0.5) is None
     assert time.monotonic() - began < 10
+
+
+def test_the_rival_has_the_same_loss() -> None:
+    """A baseline that computes something else than the model, and is faster for it."""
+    idx, targets = torch.randint(TINY.vocab_size, (2, 3, 16))
+    targets[0, :5] = IGNORED
+    model = GPT(TINY)
+    torch.testing.assert_close(bench.train._whole_logits(model, idx, targets), model(idx, targets))
 
 
 @pytest.mark.usefixtures("small")

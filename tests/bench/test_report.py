@@ -77,7 +77,9 @@ def test_the_table_shows_everybody() -> None:
     """A contestant that is left out of the table, a ratio the wrong way round, or a refusal without its reason."""
     rows = [row for row in REPORT.rows if row.op == "causal_attention"][:21]
     rows.append(replace(rows[0], contestant="bad", status="wrong", seconds=None, reason="dq: FAILED max 9.00"))
+    rows.append(replace(rows[0], contestant="mute", status="failed", seconds=None))
     text = table.race(rows)
+    assert "  mute: FAILED" in text
     assert text.index("forward + backward") < text.index("\n forward\n") < text.index("\n backward\n")
     slow = next(line for line in text.splitlines() if "SDPA math" in line)
     assert re.search(r"\b9\.00\b", slow)
