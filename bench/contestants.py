@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import kernels
-from kernels.checks import first_line
+from gpt.errors import first_line
 from kernels.spec import OpSpec
 
 OURS = "fused-gpt"

@@ -14,9 +14,8 @@ from torch import nn
 from gpt.config import TrainConfig
 from gpt.data import IGNORED, Batch
 from gpt.distributed import ALONE, Ranks
-from gpt.errors import InputError
+from gpt.errors import InputError, first_line
 from gpt.muon import Muon
-from kernels.checks import first_line
 
 STATE_ENTRIES = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

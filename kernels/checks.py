@@ -1,6 +1,6 @@
 """Argument checks in one message form: "causal_attention: k has D=48, expected 64 (q's)".
 
-They run before any launch, never read device memory, and cost a few microseconds. `first_line` is for the errors of others.
+They run before any launch, never read device memory, and cost a few microseconds.
 """
 
 from __future__ import annotations
@@ -144,9 +144,3 @@ def seed(op: str, value: Any, device: torch.device) -> None:
         raise TypeError(f"{op}: seed is {type(value).__name__}, expected an int, a 0-d int64 tensor or None")
     elif not -(2**63) <= value < 2**63:
         raise ValueError(f"{op}: seed is {value}, expected an int of 64 bits")
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, or its kind where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__

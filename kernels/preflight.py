@@ -18,7 +18,6 @@ from typing import Any, TypeGuard
 import torch
 
 from kernels import dispatch
-from kernels.checks import first_line
 from kernels.registry import SPECS
 from kernels.spec import Case, OpSpec
 from kernels.tolerance import Verdict, compare
@@ -234,7 +233,7 @@ def _examine(spec: OpSpec, case: Case, device: torch.device, dtype: torch.dtype,
         verdicts = check(spec, case, dtype, device, oracle_dtype=oracle)
         _wait(device)
     except RuntimeError as error:
-        return Row(spec.name, case.id, problem=first_line(error))
+        return Row(spec.name, case.id, problem=str(error).partition("\n")[0] or type(error).__name__)
     forward = max(max(v.max_ratio, v.rms_ratio) for v in verdicts if v.name.startswith("out"))
     backward = max((max(v.max_ratio, v.rms_ratio) for v in verdicts if not v.name.startswith("out")), default=None)
     problem = "; ".join(str(v) for v in verdicts if not v.ok)
