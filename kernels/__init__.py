@@ -8,10 +8,10 @@ from kernels import reference
 from kernels.attention import causal_attention, decode_attention
 from kernels.dispatch import Choice, FallbackWarning, explain, model_backend, use_backend, warn_if_unavailable
 from kernels.ffn import gelu_ffn
+from kernels.linear import linear
 from kernels.loss import linear_cross_entropy
 from kernels.norm import add_layer_norm, layer_norm
 from kernels.preflight import Report, preflight
-from kernels.rows import linear
 from kernels.spec import Case
 from kernels.version import __version__
 

@@ -14,7 +14,7 @@ import kernels
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("attention", "norm", "ffn", "loss")
-LEAVES = {"checks", "dispatch", "philox", "rows", "tolerance", "tuning", "version"}
+LEAVES = {"checks", "dispatch", "philox", "linear", "tolerance", "tuning", "version"}
 
 
 def sources(*folders: str) -> list[Path]:
@@ -76,7 +76,7 @@ def reaches_triton(path: Path) -> bool:
 def test_only_kernel_files_import_triton(path: Path) -> None:
     """A reference, a check or a public function that needs triton to be installed."""
     relative = path.relative_to(ROOT / "kernels").parts
-    plain = len(relative) == 1 and relative[0] != "tl_math.py"
+    plain = len(relative) == 1 and relative[0] != "device_functions.py"
     plain = plain or relative[-1] in ("__init__.py", "reference.py", "spec.py")
     assert not (plain and reaches_triton(path))
 
@@ -86,7 +86,7 @@ def test_a_reference_is_plain_torch(room: str) -> None:
     """A reference that shares code with the kernel that it must judge."""
     allowed = {"torch", "__future__", "typing", "math", "collections"}
     for name in imports(ROOT / "kernels" / room / "reference.py"):
-        assert name.split(".")[0] in allowed or name.startswith(("kernels.philox", "kernels.rows")), name
+        assert name.split(".")[0] in allowed or name.startswith(("kernels.philox", "kernels.linear")), name
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -84,9 +84,9 @@ def causal_attention(
             with torch.autocast("cpu", enabled=False):
                 return reference.causal_attention(q.float(), k.float(), v.float(), **options).to(q.dtype)
         return reference.causal_attention(q, k, v, deterministic=deterministic, **options)
-    from kernels.attention import kernel
+    from kernels.attention import torch_op
 
-    return kernel.causal_attention(q, k, v, key_start, scale, dropout_p, seed, deterministic)
+    return torch_op.causal_attention(q, k, v, key_start, scale, dropout_p, seed, deterministic)
 
 
 def decode_attention(
@@ -147,9 +147,9 @@ def decode_attention(
     choice = _DECODE.choose(q, limit=_limit(sizes["D"]), slower=slower(op, q, **sizes))
     if choice.backend == "reference":
         return reference.decode_attention(q, k_cache, v_cache, cache_len, key_start=key_start, scale=scale)
-    from kernels.attention import kernel
+    from kernels.attention import torch_op
 
-    return kernel.decode_attention(q, k_cache, v_cache, cache_len, key_start, scale)
+    return torch_op.decode_attention(q, k_cache, v_cache, cache_len, key_start, scale)
 
 
 def _limit(d: int) -> str | None:

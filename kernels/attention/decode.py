@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attention.forward import block_d, load_rows, strides
+from kernels.device_functions import LOG2E
 from kernels.launch import Launch, cdiv, precision
-from kernels.tl_math import LOG2E
 from kernels.tuning import Tile
 
 

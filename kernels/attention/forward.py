@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.device_functions import LOG2E, dropout_keep, dropout_keep_quads
 from kernels.launch import Launch, cdiv, precision
-from kernels.tl_math import LOG2E, dropout_keep, dropout_keep_quads
 from kernels.tuning import Tile, next_power_of_2
 
 

@@ -65,7 +65,7 @@ def gelu_ffn(
     limit = "the kernel takes no empty dimension" if 0 in (*w_up.shape, *w_down.shape) else None
     choice = _GELU_FFN.choose(x, limit=limit, slower=slower(op, x, **sizes))
     if choice.backend == "triton":
-        from kernels.ffn import kernel
+        from kernels.ffn import torch_op
 
-        return kernel.gelu_ffn(x, w_up, b_up, w_down, b_down, approximate)
+        return torch_op.gelu_ffn(x, w_up, b_up, w_down, b_down, approximate)
     return reference.gelu_ffn(x, w_up, b_up, w_down, b_down, approximate=approximate)

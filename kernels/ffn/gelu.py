@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.device_functions import gelu, gelu_derivative
 from kernels.launch import Launch, cdiv
-from kernels.tl_math import gelu, gelu_derivative
 from kernels.tuning import gelu_tile
 
 

@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.device_functions import gelu
 from kernels.launch import Launch, cdiv, precision
-from kernels.tl_math import gelu
 from kernels.tuning import Tile
 
 

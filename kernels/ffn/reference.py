@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels.rows import linear
+from kernels.linear import linear
 
 
 def gelu_ffn(

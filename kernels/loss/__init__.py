@@ -75,9 +75,9 @@ def linear_cross_entropy(
     limit = "the kernel takes no empty dimension" if 0 in weight.shape else None
     choice = _LINEAR_CROSS_ENTROPY.choose(x, limit=limit, slower=slower(op, x, **sizes))
     if choice.backend == "triton":
-        from kernels.loss import kernel
+        from kernels.loss import torch_op
 
-        return kernel.linear_cross_entropy(x, weight, targets, bias, ignore_index, reduction, label_smoothing, z_loss)
+        return torch_op.linear_cross_entropy(x, weight, targets, bias, ignore_index, reduction, label_smoothing, z_loss)
     return reference.linear_cross_entropy(
         x,
         weight,

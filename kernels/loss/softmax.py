@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.device_functions import LOG2E
 from kernels.launch import Launch, cdiv
-from kernels.tl_math import LOG2E
 from kernels.tuning import Tile, loss_tile
 
 

@@ -47,9 +47,9 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
     dtype = None if x.dtype == torch.float64 else autocast_dtype(x.device)
     choice = _LAYER_NORM.choose(x, limit=_limit(weight, bias), slower=slower(op, x, **sizes))
     if choice.backend == "triton":
-        from kernels.norm import kernel
+        from kernels.norm import torch_op
 
-        return kernel.layer_norm(x, weight, bias, eps, dtype or x.dtype)
+        return torch_op.layer_norm(x, weight, bias, eps, dtype or x.dtype)
     y = reference.layer_norm(x, weight, bias, eps)
     return y if dtype is None else y.to(dtype)
 
@@ -101,9 +101,9 @@ def add_layer_norm(
     dtype = None if x.dtype == torch.float64 else autocast_dtype(x.device)
     choice = _ADD_LAYER_NORM.choose(x, limit=_limit(weight, bias, residual), slower=slower(op, x, **sizes))
     if choice.backend == "triton":
-        from kernels.norm import kernel
+        from kernels.norm import torch_op
 
-        return kernel.add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed, dtype or x.dtype)
+        return torch_op.add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed, dtype or x.dtype)
     y, new_residual = reference.add_layer_norm(x, residual, weight, bias, eps, dropout_p=dropout_p, seed=seed)
     return (y if dtype is None else y.to(dtype)), new_residual
 

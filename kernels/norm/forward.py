@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.device_functions import dropout_keep, dropout_keep_quads
 from kernels.launch import Launch, cdiv
-from kernels.tl_math import dropout_keep, dropout_keep_quads
 from kernels.tuning import norm_tile
 
 

@@ -213,7 +213,7 @@ FIVE = AttentionTiles(Tile(32, 16), Tile(32, 16), Tile(16, 32), Tile(32, 16), fi
 @pytest.fixture
 def five_products(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The tuning table chooses the five-product form; gives the names of the backward kernels launched."""
-    from kernels.attention import kernel
+    from kernels.attention import torch_op
 
     launched: list[str] = []
 
@@ -222,9 +222,9 @@ def five_products(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         launched.extend(launch.kernel.__name__ for launch in launches)
         return launches
 
-    plan = kernel.launch_backward
-    monkeypatch.setattr(kernel, "attention_tiles", lambda *args, **options: FIVE)
-    monkeypatch.setattr(kernel, "launch_backward", recorded)
+    plan = torch_op.launch_backward
+    monkeypatch.setattr(torch_op, "attention_tiles", lambda *args, **options: FIVE)
+    monkeypatch.setattr(torch_op, "launch_backward", recorded)
     return launched
 
 
@@ -292,7 +292,7 @@ OPS = {
 @pytest.mark.parametrize("options", [False, True], ids=["plain", "start-seed"])
 def test_opcheck(name: str, options: bool) -> None:
     """An op whose schema, fake or autograd registration is not what it does."""
-    from kernels.attention import kernel  # noqa: F401  registers the ops
+    from kernels.attention import torch_op  # noqa: F401  registers the ops
 
     q, k, v = torch.randn(3, 1, 2, 9, 16)
     if name == "forward":

@@ -15,9 +15,9 @@ from kernels.preflight import run_case
 from tests.kernels.attention_suite import reaches_far_along, stays_inside
 from tests.kernels.memory import guarded, in_a_fork, sparse
 
-triton, tl, forward, backward, kernel = (
+triton, tl, forward, backward, torch_op = (
     pytest.importorskip(name, reason="triton is not installed")
-    for name in ("triton", "triton.language", *(f"kernels.attention.{file}" for file in ("forward", "backward", "kernel")))
+    for name in ("triton", "triton.language", *(f"kernels.attention.{file}" for file in ("forward", "backward", "torch_op")))
 )
 pytestmark = [
     pytest.mark.interpreter,
@@ -77,13 +77,13 @@ def test_a_guard_page_is_deadly() -> None:
 
 def test_nothing_past_the_end_is_touched() -> None:
     """A load or store past the end of a tensor, which a mask at the store would hide."""
-    assert in_a_fork(lambda: stays_inside(kernel)) == ""
+    assert in_a_fork(lambda: stays_inside(torch_op)) == ""
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["batches", "heads", "rows"])
 def test_offsets_beyond_2_to_the_31(dim: int) -> None:
     """An offset computed in 32 bits."""
-    assert in_a_fork(lambda: reaches_far_along(dim)(kernel)) == ""
+    assert in_a_fork(lambda: reaches_far_along(dim)(torch_op)) == ""
 
 
 def test_key_starts_beyond_2_to_the_31() -> None:

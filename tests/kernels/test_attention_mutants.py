@@ -17,13 +17,14 @@ import pytest
 from tests.kernels.attention_suite import CHECKS
 from tests.kernels.memory import in_a_fork
 
-kernel = pytest.importorskip("kernels.attention.kernel", reason="triton is not installed")
+torch_op = pytest.importorskip("kernels.attention.torch_op", reason="triton is not installed")
 pytestmark = [
     pytest.mark.interpreter,
     pytest.mark.skipif(sys.platform != "linux", reason="the suite makes guard pages with Linux's mmap"),
 ]
 SOURCES = {
-    name: Path(kernel.__file__).with_name(f"{name}.py").read_text(encoding="utf-8") for name in ("forward", "backward", "decode")
+    name: Path(torch_op.__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+    for name in ("forward", "backward", "decode")
 }
 
 Mutation = tuple[str, str, str]  # file, text, replacement
@@ -85,7 +86,7 @@ MUTANTS: dict[str, Mutation] = {
         "offs_m)\n        delta",
     ),
     "delta is written past the end": ("backward", "Tq + offs_m, delta, mask=offs_m < Tq)", "Tq + offs_m, delta)"),
-    "key_start is read past the end": ("forward", "tl.minimum(rows, Tq - 1)", "rows"),
+    "key_start is read past the end": ("forward", "tl.minimum(rows, Tq - 1)", "linear"),
     "dQ sees the future": ("backward", "s = tl.where(visible, s,", "_ = tl.where(visible, s,"),
     "dK sees the future": ("backward", "st = tl.where(visible, st,", "_ = tl.where(visible, st,"),
     # ranges
@@ -176,7 +177,7 @@ def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         for name in SOURCES:
             module = importlib.import_module(f"{package.name}.{name}")
             setattr(launchers, f"launch_{name}", getattr(module, f"launch_{name}"))
-            monkeypatch.setattr(kernel, f"launch_{name}", getattr(module, f"launch_{name}"))
+            monkeypatch.setattr(torch_op, f"launch_{name}", getattr(module, f"launch_{name}"))
         return launchers
 
     yield planted

@@ -84,12 +84,12 @@ def test_the_product_with_gelu_inside(dtype: torch.dtype, approximate: str, bias
 
 def test_the_table_can_choose_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row of the table that changes results, or is not followed."""
-    from kernels.ffn import kernel
+    from kernels.ffn import torch_op
 
     leaves = arguments(20, 24, 70)
     results = []
     for tile in (None, Tile(16, 16)):
-        monkeypatch.setattr(kernel, "gelu_gemm_tile", lambda *args, tile=tile: tile)
+        monkeypatch.setattr(torch_op, "gelu_gemm_tile", lambda *args, tile=tile: tile)
         y = kernels.gelu_ffn(*leaves)
         results.append((y, *torch.autograd.grad(y, leaves, torch.ones_like(y))))
     for one, other in zip(*results, strict=True):
@@ -98,23 +98,23 @@ def test_the_table_can_choose_the_product(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_many_programs_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Partial sums of db_up that collide, or rows that no program takes."""
-    from kernels.ffn import kernel
+    from kernels.ffn import torch_op
 
     leaves = arguments(150, 8, 70)
     dy = torch.randn(150, 8)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     expected = torch.autograd.grad(kernels.reference.gelu_ffn(*exact), exact, dy.double())
     for programs in (1, 3, 5, 9):
-        monkeypatch.setattr(kernel, "gelu_programs", lambda *args, programs=programs: programs)
+        monkeypatch.setattr(torch_op, "gelu_programs", lambda *args, programs=programs: programs)
         for gradient, true in zip(torch.autograd.grad(kernels.gelu_ffn(*leaves), leaves, dy), expected, strict=True):
             torch.testing.assert_close(gradient.double(), true, rtol=1e-4, atol=1e-4)
 
 
 def test_partial_sums_keep_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Partial sums of db_up that are rounded to 16 bits: two programs' sums nearly cancel here."""
-    from kernels.ffn import kernel
+    from kernels.ffn import torch_op
 
-    monkeypatch.setattr(kernel, "gelu_programs", lambda *args: 2)
+    monkeypatch.setattr(torch_op, "gelu_programs", lambda *args: 2)
     leaves = arguments(63, 8, 40, torch.bfloat16)
     dy = torch.randn(8).expand(63, 8).clone()
     dy[gelu_tile(40).block_m :] *= -1

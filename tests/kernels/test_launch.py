@@ -96,7 +96,7 @@ def test_no_program_depends_on_another(spec: OpSpec, launches: list[Any], monkey
 @OPS
 def test_float32_products_stay_float32(spec: OpSpec, launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A launcher that lets float32 lose 13 bits where torch does not allow it, or keeps them where it does."""
-    monkeypatch.setattr("kernels.ffn.kernel.gelu_gemm_tile", lambda *args: Tile(16, 16))
+    monkeypatch.setattr("kernels.ffn.torch_op.gelu_gemm_tile", lambda *args: Tile(16, 16))
     for setting in ("none", "tf32"):
         torch.backends.cuda.matmul.fp32_precision = setting
         try:

@@ -35,9 +35,9 @@ def on_triton(*args: Any, **options: Any) -> torch.Tensor:
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sixteen rows of logits at a time, in the kernel's loop and in the reference's."""
     pytest.importorskip("triton")
-    from kernels.loss import kernel
+    from kernels.loss import torch_op
 
-    monkeypatch.setattr(kernel, "loss_chunk_rows", lambda device, v: 16)
+    monkeypatch.setattr(torch_op, "loss_chunk_rows", lambda device, v: 16)
     monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 16 * 65)
 
 
@@ -159,13 +159,13 @@ def test_nothing_past_the_bias_is_read() -> None:
 def test_forward_only_computes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """An evaluation that pays for gradients, in time or in memory."""
     pytest.importorskip("triton")
-    from kernels.loss import kernel
+    from kernels.loss import torch_op
 
     x, weight, targets = arguments(20, 8, 33)
     with_gradients = {
         reduction: on_triton(x, weight, targets, reduction=reduction).detach() for reduction in ("mean", "sum", "none")
     }
-    monkeypatch.setattr(kernel, "_gradient_buffers", lambda *args: pytest.fail("buffers for gradients"))
+    monkeypatch.setattr(torch_op, "_gradient_buffers", lambda *args: pytest.fail("buffers for gradients"))
     for reduction, expected in with_gradients.items():
         with torch.no_grad():
             torch.testing.assert_close(on_triton(x, weight, targets, reduction=reduction), expected)

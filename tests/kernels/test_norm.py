@@ -78,14 +78,14 @@ def test_one_output_may_be_unused(used: str, dropout_p: float) -> None:
 
 def test_many_programs_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program that skips a block of rows, takes one twice, or writes another program's partial sums."""
-    from kernels.norm import kernel
+    from kernels.norm import torch_op
 
     x, _, weight, bias = arguments(200, 96)
     dy = torch.randn(200, 96)
     leaves = [tensor.double().requires_grad_() for tensor in (x, weight, bias)]
     expected = torch.autograd.grad(kernels.reference.layer_norm(*leaves), leaves, dy.double())
     for programs in (1, 2, 7, 17):
-        monkeypatch.setattr(kernel, "norm_programs", lambda *args, programs=programs: programs)
+        monkeypatch.setattr(torch_op, "norm_programs", lambda *args, programs=programs: programs)
         leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
         found = torch.autograd.grad(kernels.layer_norm(*leaves), leaves, dy)
         again = torch.autograd.grad(kernels.layer_norm(*leaves), leaves, dy)

@@ -30,9 +30,9 @@ def attention_rows() -> dict[AttentionTiles, dict[str, bool]]:
 @pytest.mark.parametrize(("row", "options"), attention_rows().items(), ids=lambda value: None)
 def test_every_row_of_attention_is_right(row: AttentionTiles, options: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """A row that only GPUs with little shared memory take, whose tiles no test ever runs."""
-    from kernels.attention import kernel
+    from kernels.attention import torch_op
 
-    monkeypatch.setattr(kernel, "attention_tiles", lambda *args, **kwargs: row)
+    monkeypatch.setattr(torch_op, "attention_tiles", lambda *args, **kwargs: row)
     sizes = {"B": 1, "H": 1 + options["grouped"], "Hkv": 1, "Tq": 130, "Tk": 131, "D": 16}
     case = Case(sizes, {"key_start": "documents"} | ({"dropout_p": 0.2, "seed": 3} if options["dropout"] else {}))
     verdicts = check(SPECS["causal_attention"], case, torch.float32, torch.device("cpu"))

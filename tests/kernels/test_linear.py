@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
-from kernels.rows import FEW
+from kernels.linear import FEW
 
 
 @pytest.mark.parametrize("bias", [True, False])

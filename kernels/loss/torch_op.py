@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.library import refuse, register
 from kernels.loss.softmax import launch_cross_entropy, launch_scale
+from kernels.torch_library import refuse, register
 from kernels.tuning import loss_chunk_rows
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.ffn.gelu import launch_backward, launch_forward
 from kernels.ffn.gemm import launch_gelu_gemm
-from kernels.library import refuse, register
+from kernels.torch_library import refuse, register
 from kernels.tuning import architecture, gelu_gemm_tile, gelu_programs
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.library import dropout_seed, refuse, register
 from kernels.norm.backward import launch_backward, launch_sum
 from kernels.norm.forward import launch_forward
+from kernels.torch_library import dropout_seed, refuse, register
 from kernels.tuning import norm_programs
 
 
