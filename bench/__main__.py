@@ -26,8 +26,8 @@ from bench.command import parse_budget
 from bench.machine import ROOT, describe, pick_device
 from bench.plot import draw
 from bench.record import Report, load
+from gpt.cli import OptionParser, run_command
 from gpt.errors import InputError, unknown
-from gpt.options import OptionParser, run_command
 from kernels.registry import SPECS
 
 MODELS = ("train", "generate")

@@ -18,8 +18,8 @@ from bench.engine import Bench, Runner, lane
 from bench.machine import describe, pick_device
 from bench.measure import Ceilings, Clock, self_check
 from bench.record import Report
+from gpt.cli import OptionParser, run_command
 from gpt.errors import InputError, unknown
-from gpt.options import OptionParser, run_command
 from kernels.spec import SHORT_DTYPE
 
 DTYPES = {name: dtype for dtype, name in SHORT_DTYPE.items()}

@@ -20,10 +20,10 @@ from bench.contestants import OURS, Contestant, first_sentence, optional
 from bench.machine import pick_device
 from bench.measure import Ceilings, Clock, Lane, Timing, interleave, release
 from bench.record import Row
+from gpt.cli import OptionParser, run_command
 from gpt.config import GPTConfig
 from gpt.errors import InputError
 from gpt.model import GPT
-from gpt.options import OptionParser, run_command
 from kernels.spec import SHORT_DTYPE
 
 PLAIN = "plain PyTorch"

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from gpt.config import GPTConfig, TrainConfig
-from gpt.data import Batch
+from gpt.data.dataset import Batch
 from gpt.errors import InputError
 
 

@@ -17,8 +17,8 @@ from bench import table, targets
 from bench.contestants import OURS
 from bench.machine import ROOT
 from bench.record import Report, Row, load
+from gpt.cli import OptionParser, run_command
 from gpt.errors import InputError, unknown
-from gpt.options import OptionParser, run_command
 
 RESULTS = ROOT / "bench" / "results"
 FILES = (ROOT / "README.md", ROOT / "bench" / "README.md")

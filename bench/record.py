@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure import Timing
-from gpt.cache import replacing
 from gpt.errors import InputError
+from gpt.files import replacing
 
 FORMAT = 1
 STATUSES = ("measured", "absent", "unavailable", "wrong", "failed")

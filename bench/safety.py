@@ -19,8 +19,8 @@ import kernels
 from bench.command import parse_budget, say
 from bench.machine import describe
 from bench.record import Report
+from gpt.cli import OptionParser, run_command
 from gpt.errors import InputError, unknown
-from gpt.options import OptionParser, run_command
 from kernels.preflight import run_case
 from kernels.registry import SPECS
 from kernels.spec import SHORT_DTYPE, Case, OpSpec

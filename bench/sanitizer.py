@@ -22,8 +22,8 @@ from bench.command import parse_budget, say
 from bench.machine import describe
 from bench.record import Report
 from bench.safety import check_ops
+from gpt.cli import OptionParser, run_command
 from gpt.errors import InputError, unknown
-from gpt.options import OptionParser, run_command
 from kernels.registry import SPECS
 
 TOOLS = {  # with what each takes

@@ -13,8 +13,8 @@ import torch
 
 import gpt
 import kernels
-from gpt.checkpoint import load_model, save_model
-from gpt.data import TokenData
+from gpt.data.dataset import TokenData
+from gpt.weights.checkpoint import load_model, save_model
 from kernels import checks
 from kernels.registry import SPECS
 

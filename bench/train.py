@@ -1,8 +1,8 @@
 """`python -m bench.train`: training steps of a whole GPT, this package against the same model on plain PyTorch, in one run.
 
 Plain PyTorch is its strong form: SDPA, F.layer_norm, F.linear and the loss of whole logits under torch.compile, fused AdamW, the
-same autocast, and a vocabulary padded to a multiple of 64. A step is `gpt.step.TrainStep`: forward, backward, clipping, AdamW.
-nanoGPT takes its own step, where --nanogpt names a checkout of it.
+same autocast, and a vocabulary padded to a multiple of 64. A step is `gpt.training.step.TrainStep`: forward, backward, clipping,
+AdamW. nanoGPT takes its own step, where --nanogpt names a checkout of it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from bench.machine import pick_device, stated_peak
 from bench.measure import Call, Ceilings, Clock, Lane, interleave, release
 from bench.nanogpt import load_nanogpt, nanogpt_step
 from bench.record import Report, Row
+from gpt.cli import OptionParser, run_command
 from gpt.config import GPTConfig, TrainConfig
-from gpt.costs import flops_per_token
-from gpt.data import Batch
+from gpt.data.dataset import Batch
+from gpt.device import flops_per_token
 from gpt.errors import InputError
 from gpt.model import GPT
-from gpt.options import OptionParser, run_command
-from gpt.step import TrainStep, autocast_dtype
+from gpt.training.step import TrainStep, autocast_dtype
 from kernels.spec import SHORT_DTYPE
 
 PLAIN = "plain PyTorch"

@@ -30,8 +30,8 @@ from bench.machine import pick_device
 from bench.measure import Ceilings, Clock, interleave, release
 from bench.record import write_json
 from bench.table import duration
+from gpt.cli import OptionParser, run_command
 from gpt.errors import InputError, unknown
-from gpt.options import OptionParser, run_command
 from kernels import tuning
 from kernels.preflight import Truth
 from kernels.registry import SPECS

@@ -9,12 +9,12 @@ if not hasattr(kernels, "causal_attention"):
     )
 
 from gpt.config import GPTConfig, TrainConfig
-from gpt.data import DataConfig, TokenData
+from gpt.data.dataset import DataConfig, TokenData
+from gpt.data.tokenizers import BPETokenizer, CharTokenizer, load_tokenizer
 from gpt.errors import InputError
-from gpt.fit import EarlyStopping
 from gpt.model import GPT
-from gpt.tokenizers import BPETokenizer, CharTokenizer, load_tokenizer
-from gpt.trainer import Trainer
+from gpt.training.fit import EarlyStopping
+from gpt.training.trainer import Trainer
 
 __all__ = [
     "GPT",

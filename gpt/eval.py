@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from gpt.convert import load_pretrained, load_pretrained_tokenizer
-from gpt.data import IGNORED, Batch, DataConfig, TokenData
+from gpt.cli import USE_TRITON, OptionParser, device_option, option, run_command, use_triton_option
+from gpt.data.dataset import IGNORED, Batch, DataConfig, TokenData
+from gpt.data.tokenizers import Tokenizer
 from gpt.errors import InputError
 from gpt.model import GPT
-from gpt.options import USE_TRITON, OptionParser, device_option, option, run_command, use_triton_option
-from gpt.step import autocast, autocast_dtype, pick_device
-from gpt.tokenizers import Tokenizer
+from gpt.training.step import autocast, autocast_dtype, pick_device
+from gpt.weights.pretrained import load_pretrained, load_pretrained_tokenizer
 
 if TYPE_CHECKING:
-    from gpt.shards import Ids
+    from gpt.data.token_files import Ids
 
 
 @dataclass(frozen=True)

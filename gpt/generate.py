@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gpt.decode import Decoder, Stops
 from gpt.errors import InputError
 from gpt.inputs import check_ids, padding, positions
+from gpt.kv_cache import Decoder, Stops
 
 if TYPE_CHECKING:
     from gpt.model import GPT

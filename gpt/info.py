@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpt import checkpoint
+from gpt.cli import OptionParser, run_command
 from gpt.config import GPTConfig, override
-from gpt.costs import flops_per_token, training_bytes
-from gpt.options import OptionParser, run_command
+from gpt.device import flops_per_token, training_bytes
+from gpt.weights import checkpoint
 
 MIB = 2**20
 

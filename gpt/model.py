@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 import kernels
 from gpt.config import GPTConfig, override
-from gpt.decode import KVCache
+from gpt.data.tokenizers import Tokenizer
 from gpt.errors import InputError, unknown
-from gpt.fit import fit
 from gpt.generate import generate
 from gpt.inputs import check_document_start, check_ids, check_targets, padding, positions
+from gpt.kv_cache import KVCache
 from gpt.preflight import preflight
-from gpt.tokenizers import Tokenizer
+from gpt.training.fit import fit
 
 Seed = int | Tensor | None
 BACKENDS: dict[bool | str, str] = {True: "triton", False: "reference", "auto": "auto"}
@@ -301,8 +301,8 @@ class GPT(nn.Module):
         Raises:
             InputError: Another format, a model that transformers' GPT-2 cannot be, or a directory that cannot be written.
         """
-        from gpt.checkpoint import save_model
-        from gpt.convert import save_huggingface
+        from gpt.weights.checkpoint import save_model
+        from gpt.weights.pretrained import save_huggingface
 
         writers = {"fused-gpt": save_model, "huggingface": save_huggingface}
         if format not in writers:
@@ -318,8 +318,8 @@ class GPT(nn.Module):
         device: torch.device | str | None = None,
         use_triton: bool | str = "auto",
     ) -> GPT:
-        """The model at `source`, ours, Hugging Face's GPT-2, nanoGPT's or the book's: see `gpt.convert.load_pretrained`."""
-        from gpt.convert import load_pretrained
+        """The model at `source`, in a layout that `gpt.weights.pretrained.load_pretrained` knows."""
+        from gpt.weights.pretrained import load_pretrained
 
         return load_pretrained(source, config, device=device, use_triton=use_triton)
 

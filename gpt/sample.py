@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gpt.checkpoint import find_checkpoint
-from gpt.convert import load_pretrained, load_pretrained_tokenizer
-from gpt.corpus import read_text
+from gpt.cli import USE_TRITON, OptionParser, device_option, option, run_command, use_triton_option
+from gpt.data.corpus import read_text
+from gpt.data.tokenizers import Tokenizer, first_ids
 from gpt.errors import InputError
-from gpt.foreign import is_own, locate
 from gpt.model import GPT
-from gpt.options import USE_TRITON, OptionParser, device_option, option, run_command, use_triton_option
-from gpt.step import pick_device
-from gpt.tokenizers import Tokenizer, first_ids
+from gpt.training.step import pick_device
+from gpt.weights.checkpoint import find_checkpoint
+from gpt.weights.files import is_own, locate
+from gpt.weights.pretrained import load_pretrained, load_pretrained_tokenizer
 
 
 @dataclass(frozen=True)

@@ -15,19 +15,20 @@ from pathlib import Path
 import torch
 
 import kernels
-from gpt import checkpoint, distributed
+from gpt.cli import USE_TRITON, OptionParser, Values, option, run_command, use_triton_option
 from gpt.config import GPTConfig, TrainConfig, override
-from gpt.convert import load_pretrained, load_pretrained_tokenizer
-from gpt.corpus import STDLIB
-from gpt.costs import check_memory
-from gpt.data import DataConfig, TokenData
-from gpt.distributed import Ranks
+from gpt.data.corpus import STDLIB
+from gpt.data.dataset import DataConfig, TokenData
+from gpt.data.tokenizers import Tokenizer
+from gpt.device import check_memory
 from gpt.errors import InputError
 from gpt.model import GPT
-from gpt.options import USE_TRITON, OptionParser, Values, option, run_command, use_triton_option
-from gpt.step import NonFiniteError, pick_device
-from gpt.tokenizers import Tokenizer
-from gpt.trainer import PLOT, Trainer, TrainResult
+from gpt.training import distributed
+from gpt.training.distributed import Ranks
+from gpt.training.step import NonFiniteError, pick_device
+from gpt.training.trainer import PLOT, Trainer, TrainResult
+from gpt.weights import checkpoint
+from gpt.weights.pretrained import load_pretrained, load_pretrained_tokenizer
 
 TABLES = ("model", "train", "data")
 FINE_TUNING = {"learning_rate": 3e-5, "min_lr": 3e-6}

@@ -41,7 +41,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(gpt.config._MODEL_PRESETS, "gpt2", shape)
     monkeypatch.setitem(gpt.config._MODEL_PRESETS, "char-cpu", shape)
     monkeypatch.setitem(gpt.config._TRAIN_PRESETS, "char-cpu", steps)
-    monkeypatch.setattr("gpt.trainer.SAMPLE_TOKENS", 5)
+    monkeypatch.setattr("gpt.training.trainer.SAMPLE_TOKENS", 5)
     monkeypatch.setattr(dispatch, "interpreting", False)  # use_triton=True then takes the references, as on any CPU
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from bench import aot
 from bench.aot import Compiled, broken_gate, differences, examine_all, keys, line
-from gpt.options import run_command
+from gpt.cli import run_command
 from kernels.registry import SPECS
 from kernels.spec import Build
 from kernels.tuning import Tile

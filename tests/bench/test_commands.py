@@ -29,10 +29,10 @@ from bench.contestants import EAGER, OURS
 from bench.engine import find_bench
 from bench.measure import Timing
 from bench.record import Report, load
+from gpt.cli import run_command
 from gpt.config import GPTConfig
-from gpt.data import IGNORED
+from gpt.data.dataset import IGNORED
 from gpt.model import GPT
-from gpt.options import run_command
 from kernels import dispatch
 from kernels.registry import SPECS
 from tests.bench.reports import MACHINE, invented, models

@@ -14,7 +14,7 @@ import bench.safety
 import bench.sanitizer
 from bench.record import Report, load
 from bench.safety import Call, calls, run, unsteady
-from gpt.options import run_command
+from gpt.cli import run_command
 from kernels.registry import SPECS
 from tests.bench.reports import MACHINE
 from tests.bench.test_engine import Wrong

@@ -15,7 +15,7 @@ from bench.contestants import OURS, Contestant
 from bench.engine import Admission, Bench, Runner
 from bench.measure import Ceilings, Clock, Timing
 from bench.tune import Query, knobs, neighbours, queries, search, substituted, with_answer
-from gpt.options import run_command
+from gpt.cli import run_command
 from kernels import tuning
 from kernels.preflight import Truth
 from kernels.registry import SPECS

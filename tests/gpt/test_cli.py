@@ -1,418 +1,177 @@
-"""The command lines, from text to a sample, and what each refuses in one line."""
+"""Flags and TOML tables made from dataclasses."""
 
 from __future__ import annotations
 
-import io
-import json
-import math
-import re
-import signal
-import subprocess
-import sys
-from contextlib import suppress
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from gpt import GPT, CharTokenizer, GPTConfig, TrainConfig, cache, info, sample, train
-from gpt.checkpoint import load_model, save_model
-from gpt.data import TokenData
-from gpt.sample import Stopped, TextStream
-from tests.gpt.text import TEXT
-
-ROOT = Path(__file__).parents[2]
-SHAPE = "--n_layer 1 --n-head 2 --n_embd 16 --block_size=16 --batch_size 4 --eval_batches 1 --device cpu --warmup_steps 2"
-TINY = SHAPE.split()
+from gpt import InputError
+from gpt.cli import OptionParser, run_command
+from gpt.config import GPTConfig, TrainConfig
+from gpt.data.dataset import DataConfig
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> str:
-    (tmp_path / "text.txt").write_text(TEXT)
-    return str(tmp_path / "text.txt")
+def option(default: Any, help: str = "", **limits: Any) -> Any:
+    return field(default=default, metadata={"help": help, **limits})
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run whose model knows the text a little."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "text.txt").write_text(TEXT)
-    flags = [*TINY, "--max_steps", "60", "--learning_rate", "2e-2", "--batch_size", "8"]
-    assert train.main([*flags, "--data", str(folder / "text.txt"), "--out", str(folder / "run")]) == 0
-    return folder / "run"
+@dataclass(frozen=True)
+class Fruit:
+    max_count: int = option(3, "how many")
+    weight: float = option(1.5, "100% of it")
+    ripe: bool = option(False)
+    peel: bool | None = option(None)
+    limit: int | None = option(None)
+    kind: str = option("apple", choices=("apple", "pear"))
+    names: tuple[str, ...] = option(("a", "b"))
 
 
-def test_train_ends_with_what_to_do_next(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run that keeps its result to itself, or a last line that does not work when typed."""
-    out = tmp_path / "my run"
-    assert train.main([*TINY, "--max_steps", "4", "--data", text, "--out", str(out)]) == 0
-    printed, shown = capsys.readouterr()
-    last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
-    assert f"validation loss {last['validation_loss']:.4f}, bigram baseline {last['bigram_loss']:.4f}" in printed
-    for part in (
-        f"checkpoint: {out / 'checkpoints/step-4'}",
-        f"loss curve: {out / 'loss.png'}",
-        (out / "sample.txt").read_text().strip(),
-    ):
-        assert part in printed
-    assert f"model: {load_model(out).num_parameters() / 1e6:.2f} M parameters" in printed
-    for part in ("4/4", "loss ", "tokens/s", "step/s"):
-        assert part in shown
-    assert re.search(r"\[\d\d:\d\d<\d\d:\d\d", shown)  # time taken and left
-    following = printed.splitlines()[-1].removeprefix("next: ")
-    assert re.search(r"-m gpt\.sample --checkpoint '.*my run'$", following)
-    done = subprocess.run(f"{following} --max_new_tokens 5", shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert len(done.stdout) > 5
+def parser() -> OptionParser:
+    return OptionParser("fruit", "Counts fruit.", fruit=Fruit())
 
 
-def settings(out: Path) -> dict[str, Any]:
-    newest = max((out / "checkpoints").iterdir(), key=lambda path: int(path.name[5:]))
-    state = json.loads((newest / "state.json").read_text())
-    return json.loads((newest / "config.json").read_text()) | state["train"] | state["data"]
+def parse(*argv: str) -> dict[str, Any]:
+    return parser().parse_tables(argv)[1]["fruit"]
 
 
-def test_flags_win_over_the_file_and_the_file_over_the_preset(text: str, tmp_path: Path) -> None:
-    """A setting that the user gave and the run did not take."""
-    config = tmp_path / "c.toml"
-    config.write_text(f'[model]\nn_layer = 2\nn_embd = 8\n[train]\nmax_steps = 2\nseed = 5\n[data]\ndata = ["{text}"]\n')
-    assert train.main([*TINY, "--config", str(config), "--out", str(tmp_path / "run")]) == 0
-    taken = settings(tmp_path / "run")
-    assert [taken[name] for name in ("n_layer", "n_embd", "max_steps", "seed", "data")] == [1, 16, 2, 5, [text]]
-    preset = GPTConfig.preset("char-cpu")
-    assert (taken["bias"], taken["tie_weights"]) == (preset.bias, preset.tie_weights)
-    assert [taken[name] for name in ("optimizer", "learning_rate")] == ["muon", TrainConfig.preset("char-cpu").learning_rate]
-    assert taken["vocab_size"] == len(set(TEXT))
-
-
-def test_a_gpt2_preset_takes_gpt2s_tokens(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """GPT-2 trained on characters because nobody named its tokenizer."""
-
-    def refuse(url: str) -> bytes:
-        raise OSError("Network is unreachable")
-
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(cache, "_fetch", refuse)
-    flags = [*TINY, "--max_steps", "1", "--data", text, "--out", str(tmp_path / "run")]
-    assert train.main(["--preset", "gpt2", *flags]) == 2
-    assert re.fullmatch(r"gpt\.train: gpt2 tokenizer: cannot download .*\n", capsys.readouterr().err)
-
-
-def test_a_process_that_has_no_others(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """The same run several times over in one folder, where a launcher promised the work to be shared."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert train.main([*TINY, "--data", text, "--out", str(tmp_path / "run")]) == 2
-    assert capsys.readouterr().err == "gpt.train: WORLD_SIZE is 2 without RANK, expected both, as torchrun sets them\n"
-    assert not (tmp_path / "run").exists()
-
-
-def test_resume_takes_the_settings_of_the_run(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A resumed run that falls back to the preset."""
-    out = str(tmp_path / "run")
-    assert train.main([*TINY, "--max_steps", "3", "--seed", "8", "--data", text, "--out", out]) == 0
-    assert train.main(["--resume", "--out", out, "--max_steps", "5"]) == 0
-    taken = settings(tmp_path / "run")
-    assert [taken[name] for name in ("n_embd", "max_steps", "seed", "data", "batch_size")] == [16, 5, 8, [text], 4]
-    capsys.readouterr()
-    assert train.main(["--resume", "--out", out, "--n_embd", "32"]) == 2
-    assert "n_embd is 32, expected 16" in capsys.readouterr().err
-    Path(text).write_text(TEXT + "the end")
-    assert train.main(["--resume", "--out", out, "--max_steps", "9"]) == 2
-    assert "the text or the tokenizer is not the one" in capsys.readouterr().err
-
-
-def test_init(trained: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A start from other weights, another tokenizer or the preset's shape and learning rate."""
-    Path(text).write_text(TEXT.replace("U", "u").replace("T", "t"))  # fewer characters than the model knows
-    out = tmp_path / "run"
-    flags = ["--init", str(trained), "--data", text, "--device", "cpu", "--batch_size", "4", "--max_steps", "1"]
-    assert train.main([*flags, "--block_size", "8", "--dropout", "0.1", "--out", str(out), "--warmup_steps", "100"]) == 0
-    taken, before = settings(out), load_model(trained)
-    assert [taken[name] for name in ("n_layer", "n_embd", "block_size", "dropout")] == [1, 16, 8, 0.1]
-    assert [taken["vocab_size"], taken["learning_rate"]] == [before.config.vocab_size, 3e-5]
-    after = dict(load_model(out).named_parameters())
-    for name, p in before.named_parameters():
-        assert (p[: len(after[name])] - after[name]).abs().max() < 1e-6, name
-    loss = json.loads((out / "log.jsonl").read_text().splitlines()[0])["train_loss"]
-    assert loss < 3.0 < math.log(before.config.vocab_size)
-    assert train.main(["--resume", "--out", str(out), "--max_steps", "2"]) == 0
-    capsys.readouterr()
-    Path(text).write_text(TEXT + "!")
-    for wrong, words in (
-        ([], "'!' position"),
-        (["--n_layer", "2"], "n_layer is 2, expected 1"),
-        (["--block_size", "32"], "32 16"),
-    ):
-        assert train.main([*flags, *wrong, "--out", str(tmp_path / "no")]) == 2
-        error = capsys.readouterr().err
-        assert all(word in error for word in words.split())
-    assert not (tmp_path / "no").exists()
-
-
-def test_runs_are_numbered(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second run that is refused, or that overwrites the first."""
-    monkeypatch.chdir(tmp_path)
-    for _ in range(2):
-        assert train.main([*TINY, "--max_steps", "1", "--data", text]) == 0
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["1", "2"]
-
-
-WRONG = {
-    "flag": ("--n_layers 3", "--n_layers --n_layer"),
-    "vocab_size": ("--vocab_size 3", "--vocab_size unknown"),
-    "type": ("--n_layer two", "--n_layer 'two' int"),
-    "heads": ("--n_embd 10 --n_head 3", "n_embd 10 n_head"),
-    "zero": ("--block_size 0", "block_size 0"),
-    "negative": ("--batch_size=-1", "batch_size -1"),
-    "absurd width": ("--n_embd 4000000 --n_head 4", "parameters expected"),
-    "absurd batch": ("--batch_size 2000000000", "GiB expected"),
-    "rate": ("--learning_rate 0", "learning_rate 0"),
-    "beta": ("--beta1 1.0", "beta1 1.0"),
-    "dtype": ("--dtype float16", "float16 CPU"),
-    "device": ("--device tpu9", "tpu9"),
-    "preset": ("--preset gtp2", "'gtp2' 'gpt2'"),
-    "corpus": ("--block_size 1000", "600 1001"),
-    "missing": ("--data nowhere.txt", "nowhere.txt exist"),
-    "tokenizer": ("--tokenizer nowhere", "nowhere char"),
-    "config": ("--config nowhere.toml", "nowhere.toml such file"),
-    "resume": ("--resume", "--out"),
-    "resume nothing": ("--resume --out nowhere", "nowhere no folder"),
-    "use_triton": ("--use_triton maybe", "'maybe' auto|true|false"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_input(case: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """A traceback, a vague message, another exit code, or files left behind."""
-    flags, words = WRONG[case]
-    monkeypatch.chdir(tmp_path)
-    before = sorted(tmp_path.rglob("*"))
-    assert train.main([*TINY, "--max_steps", "1", "--data", text, *flags.split()]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("gpt.train: ")
-    assert error.count("\n") == 1
-    for word in words.split():
-        assert word in error
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_wrong_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """A file of another kind that is trained on."""
-    monkeypatch.chdir(tmp_path)
-    for content, word in ((b"", "empty"), (b"ab\0c", "binary"), (b"ab\xff", "byte 2")):
-        Path("text.txt").write_bytes(content)
-        assert train.main([*TINY, "--data", "text.txt"]) == 2
-        error = capsys.readouterr().err
-        assert re.fullmatch(rf"gpt\.train: data: text\.txt .*{word}.*\n", error)
-    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
-
-
-def test_a_non_finite_loss_ends_with_4(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """A diverged run that goes on, or that a script takes for a good one."""
-    forward = GPT.forward
-    monkeypatch.setattr(GPT, "forward", lambda *args, **kwargs: forward(*args, **kwargs) * float("nan"))
-    out = tmp_path / "run"
-    assert train.main([*TINY, "--max_steps", "3", "--data", text, "--out", str(out)]) == 4
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("gpt.train")]
-    assert len(lines) == 1
-    assert "step 1: the loss is nan" in lines[0]
-    assert (out / "non-finite-step-1.safetensors").exists()
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_exit_codes_of_signals(number: int, code: int, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stopped run that a script takes for a finished one."""
-    batch = TokenData.batch
-
-    def interrupting(self: TokenData, stream: Any, *args: Any, **kwargs: Any) -> Any:
-        if stream == "train" and kwargs["step"] == 1:
-            signal.raise_signal(number)
-        return batch(self, stream, *args, **kwargs)
-
-    monkeypatch.setattr(TokenData, "batch", interrupting)
-    assert train.main([*TINY, "--max_steps", "9", "--data", text, "--out", str(tmp_path / "run")]) == code
-    assert (tmp_path / "run/checkpoints/step-2").is_dir()
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
-def test_ctrl_c(text: str, tmp_path: Path) -> None:
-    """A run that is stopped and has nothing to go on from."""
-    out = tmp_path / "run"
-    command = [sys.executable, "-m", "gpt.train", *TINY, "--max_steps", "1000000", "--data", text, "--out", str(out)]
-    command += ["--eval_interval", "10"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        while "eval" not in (line := process.stdout.readline()) and "step" not in line:
-            assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        printed, shown = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in shown
-    step = int(re.search(r"stopped at step (\d+), saved in ", printed)[1])
-    assert load_model(out / f"checkpoints/step-{step}").config.n_embd == 16
-    assert printed.splitlines()[-1].endswith(f"gpt.train --out {out} --resume")
-
-
-def test_help() -> None:
-    """A help that takes a GPU, a network or a minute."""
-    done = subprocess.run([sys.executable, "-m", "gpt.train", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "--n_layer int" in done.stdout
-    assert not done.stderr
-
-
-def run_sample(capsys: pytest.CaptureFixture[str], trained: Path, *flags: str) -> str:
-    code = sample.main(["--checkpoint", str(trained), "--device", "cpu", *flags])
-    printed, error = capsys.readouterr()
-    assert (code, error) == (0, "")
-    return printed
-
-
-def test_sample(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A prompt that is not continued, or a seed, a length or a setting that does not matter."""
-    flags = ("--prompt", "the cat", "--max_new_tokens", "30")
-    first = run_sample(capsys, trained, *flags)
-    assert first.startswith("the cat")
-    assert len(first) == len("the cat") + 30 + 1
-    assert run_sample(capsys, trained, *flags, "--seed", "1337") == first
-    others = [("--seed", "1"), ("--temperature", "3"), ("--top_k", "1"), ("--top_p", "0.1"), ("--min_p", "0.9")]
-    for other in (*others, ("--repetition_penalty", "5")):
-        assert run_sample(capsys, trained, *flags, *other) != first, other
-    greedy = run_sample(capsys, trained, *flags, "--greedy")
-    assert greedy == run_sample(capsys, trained, *flags, "--greedy", "--seed", "9", "--temperature", "9")
-    (tmp_path / "prompt.txt").write_text("the cat")
-    assert run_sample(capsys, trained, "--prompt_file", str(tmp_path / "prompt.txt"), *flags[2:]) == first
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"the cat")))
-    assert run_sample(capsys, trained, "--prompt", "-", *flags[2:]) == first
-    newest = max((trained / "checkpoints").iterdir(), key=lambda path: int(path.name[5:]))
-    assert run_sample(capsys, newest, *flags) == first
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="the shell is POSIX's")
-def test_a_reader_that_goes_away(trained: Path) -> None:
-    """A traceback behind `| head`."""
-    command = f"{sys.executable} -m gpt.sample --checkpoint {trained} --prompt the --num_samples 9 --device cpu | head -n 1"
-    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stderr == ""
-
-
-def test_several_samples(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The same sample several times."""
-    printed = run_sample(capsys, trained, "--num_samples", "3", "--prompt", "a dog", "--max_new_tokens", "20")
-    parts = re.split(r"\n*--- \d ---\n", printed)[1:]
-    assert len({part.strip() for part in parts}) == 3
-    assert all(part.startswith("a dog") for part in parts)
-
-
-def test_stop_texts(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A stop text that is shown, or that ends nothing."""
-    flags = ("--prompt", "the cat", "--max_new_tokens", "200", "--seed", "3")
-    whole = run_sample(capsys, trained, *flags)
-    stop = whole[60:63]
-    stopped = run_sample(capsys, trained, *flags, "--stop", stop, "no such text")
-    assert stopped == whole[: whole.index(stop, len("the cat"))] + "\n"
-
-
-class Letters:
-    """Tokens that are single bytes."""
-
-    def decode_bytes(self, ids: list[int]) -> bytes:
-        return bytes(ids)
-
-
-@pytest.mark.parametrize("size", [1, 3, 99])
 @pytest.mark.parametrize(
-    ("text", "stops", "written"),
+    ("argv", "values"),
     [
-        ("abcabd", [], "abcabd"),
-        ("abcabdx", ["abd"], "abc"),
-        ("aaab", ["aab"], "a"),
-        ("xab", ["abc"], "xab"),
-        ("aé東z", ["z"], "aé東"),
-        ("xyz", ["yz", "z"], "x"),
+        ("--max_count 4", {"max_count": 4}),
+        ("--max-count=4", {"max_count": 4}),
+        ("--weight 3", {"weight": 3.0}),
+        ("--weight=-2e-3", {"weight": -2e-3}),
+        ("--ripe", {"ripe": True}),
+        ("--ripe false --peel True", {"ripe": False, "peel": True}),
+        ("--peel none --limit None", {"peel": None, "limit": None}),
+        ("--limit 7", {"limit": 7}),
+        ("--kind pear", {"kind": "pear"}),
+        ("--names x-y --max_count 1", {"names": ("x-y",), "max_count": 1}),
+        ("--names x y z", {"names": ("x", "y", "z")}),
+        ("", {}),
     ],
 )
-def test_stream(text: str, stops: list[str], written: str, size: int) -> None:
-    """Half a stop text shown, an innocent beginning of one lost, or half a character."""
-    pieces: list[str] = []
-    stream = TextStream(Letters(), pieces.append, stops)  # type: ignore[arg-type]
-    with suppress(Stopped):
-        encoded = list(text.encode())
-        for i in range(0, len(encoded), size):
-            stream.token(torch.tensor(encoded[i : i + size]))
-        stream.end()
-    assert "".join(pieces) == written
+def test_values(argv: str, values: dict[str, Any]) -> None:
+    """A flag read as another type, a hyphen changed inside a value, a default mistaken for a choice of the user's."""
+    given = parse(*argv.split())
+    assert given == values
+    assert {name: type(value) for name, value in given.items()} == {name: type(value) for name, value in values.items()}
 
 
-def test_tokens_are_shown_as_they_come(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sample that appears when it is finished."""
-    events: list[str] = []
-    decode = CharTokenizer.decode_bytes
-
-    def noting(self: CharTokenizer, ids: Any) -> bytes:
-        events.append("token")
-        return decode(self, ids)
-
-    monkeypatch.setattr(CharTokenizer, "decode_bytes", noting)
-    monkeypatch.setattr("builtins.print", lambda *args, **kwargs: events.append(f"print {kwargs.get('flush')}"))
-    assert sample.main(["--checkpoint", str(trained), "--prompt", "the", "--max_new_tokens", "3", "--device", "cpu"]) == 0
-    assert events[:7] == ["print True", *["token", "print True"] * 3]
-
-
-def test_padded_ids_are_never_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Ids that no tokenizer knows, from a vocabulary padded for speed (bug 26)."""
-    model = GPT(GPTConfig(vocab_size=40, block_size=8, n_layer=1, n_head=1, n_embd=8, head_bias=True)).eval()
-    with torch.no_grad():
-        model.lm_head.bias.zero_()
-        model.lm_head.bias[3:] = 50
-    save_model(model, tmp_path / "m", CharTokenizer("abc"))
-    for flags in (["--greedy"], ["--temperature", "9"], ["--repetition_penalty", "2", "--top_p", "1", "--top_k", "9"]):
-        printed = run_sample(capsys, tmp_path / "m", "--prompt", "ab", "--max_new_tokens", "30", *flags)
-        assert set(printed) <= set("abc\n")
-    idx = torch.zeros(4, 1, dtype=torch.long)
-    assert int(model.generate(idx, 20, temperature=50.0, vocab_size=3).max()) <= 2
-    assert int(model.generate(idx, 20, temperature=50.0).max()) > 2
-
-
-WRONG_SAMPLES = {
-    "none": ("", "--checkpoint not given"),
-    "missing": ("--checkpoint nowhere", "nowhere no folder"),
-    "prompts": ("--checkpoint RUN --prompt a --prompt_file b", "--prompt --prompt_file both"),
-    "unseen": ("--checkpoint RUN --prompt the#cat", "'#' position 3"),
-    "file": ("--checkpoint RUN --prompt_file nowhere.txt", "nowhere.txt"),
-    "temperature": ("--checkpoint RUN --temperature 0", "temperature 0"),
-    "top_k": ("--checkpoint RUN --top_k 0", "top_k 0"),
-    "top_p": ("--checkpoint RUN --top_p 1.5", "top_p 1.5"),
-    "samples": ("--checkpoint RUN --num_samples 0", "--num_samples 0"),
-    "tokens": ("--checkpoint RUN --max_new_tokens=-1", "max_new_tokens -1"),
-    "flag": ("--checkpoint RUN --topk 3", "--topk --top_k"),
-    "seed": ("--checkpoint RUN --seed=-1", "--seed -1"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG_SAMPLES)
-def test_wrong_samples(case: str, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A traceback, or a message that leaves out what was wrong."""
-    flags, words = WRONG_SAMPLES[case]
-    assert sample.main([str(trained) if flag == "RUN" else flag for flag in flags.split()]) == 2
-    error = capsys.readouterr().err
-    assert re.fullmatch(r"gpt\.sample: .*\n", error)
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--max_count 4.5", "--max_count '4.5' int"),
+        ("--max_count none", "--max_count 'none' int"),
+        ("--weight heavy", "--weight 'heavy' float"),
+        ("--ripe maybe", "--ripe 'maybe' true|false"),
+        ("--limit x", "--limit 'x' int|none"),
+        ("--kind plum", "--kind 'plum' apple|pear"),
+        ("--max_cuont 4", "'--max_cuont' '--max_count'"),
+        ("--max-cuont=4", "'--max_cuont' '--max_count'"),
+        ("--max_count", "--max_count argument"),
+        ("stray", "'stray' --help"),
+    ],
+)
+def test_wrong_flags(argv: str, words: str) -> None:
+    """A message that leaves out the flag, the value, or what was expected."""
+    with pytest.raises(InputError) as caught:
+        parse(*argv.split())
     for word in words.split():
-        assert word in error
+        assert word in str(caught.value)
 
 
-def test_info(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Counts that are not the model's, or costs by another formula than stated."""
-    assert info.main(["gpt2", "--tie_weights", "false", "--qkv-bias", "false"]) == 0
-    printed = capsys.readouterr().out
-    for part in ("39,383,808", "38,597,376", "786,432", "7,085,568", "1,536", "163,009,536", "621.83"):
-        assert part in printed
-    assert info.main(["gpt2"]) == 0
-    assert "855.2 MFLOP per token" in capsys.readouterr().out
-    assert info.main([str(trained)]) == 0
-    assert f"{load_model(trained).num_parameters():,}" in capsys.readouterr().out
-    for flags, words in (("gtp2", "'gtp2' 'gpt2'"), ("", "PRESET|DIR"), ("gpt2 more", "'more'")):
-        assert info.main(flags.split()) == 2
-        error = capsys.readouterr().err
-        assert re.fullmatch(r"gpt\.info: .*\n", error)
-        assert all(word in error for word in words.split())
+def test_help_shows_type_default_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    """A help that keeps something to itself, or breaks on a percent sign."""
+    with pytest.raises(SystemExit) as caught:
+        parse("--help")
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    for part in (
+        "--max_count int",
+        "how many (default: 3)",
+        "100% of it (default: 1.5)",
+        "apple|pear",
+        "(default: a b)",
+        "int|none",
+    ):
+        assert part in text
+
+
+def test_every_field_of_the_configs_is_a_flag() -> None:
+    """A field whose annotation the parser does not understand."""
+    parser = OptionParser("x", "", model=GPTConfig(), train=TrainConfig(), data=DataConfig())
+    flags = {"n_layer": "3", "tie_weights": "false", "head_dim": "none", "learning_rate": "1", "patience": "2", "data": "a"}
+    argv = [part for name, value in flags.items() for part in (f"--{name}", value)]
+    _, values = parser.parse_tables(argv)
+    assert values["model"] == {"n_layer": 3, "tie_weights": False, "head_dim": None}
+    assert values["train"] == {"learning_rate": 1.0, "patience": 2}
+    assert values["data"] == {"data": ("a",)}
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_toml_values(tmp_path: Path) -> None:
+    """A TOML value that becomes another than the same flag would."""
+    text = '[fruit]\nmax_count = 4\nweight = 2\nripe = true\nlimit = "none"\nnames = ["x", "y"]\nkind = "pear"\n'
+    values = parser().read_file(write(tmp_path / "f.toml", text), ["fruit"])
+    assert values == {"fruit": {"max_count": 4, "weight": 2.0, "ripe": True, "limit": None, "names": ("x", "y"), "kind": "pear"}}
+    assert type(values["fruit"]["weight"]) is float
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[friut]\n", "'friut' 'fruit'"),
+        ("max_count = 3\n", "'max_count' 'fruit'"),
+        ("fruit = 3\n", "fruit 3 [fruit]"),
+        ("[fruit]\nmax_cuont = 3\n", "[fruit] 'max_cuont' 'max_count'"),
+        ("[fruit]\nmax_count = true\n", "max_count True int"),
+        ("[fruit]\nmax_count = 1.5\n", "max_count 1.5 int"),
+        ("[fruit]\nripe = 1\n", "ripe 1 true|false"),
+        ("[fruit]\nkind = 1\n", "kind 1 apple|pear"),
+        ("[fruit]\nnames = [1]\n", "names [1] text"),
+        ("[fruit\n", "TOML f.toml"),
+    ],
+)
+def test_wrong_toml(tmp_path: Path, text: str, words: str) -> None:
+    """A file whose mistakes pass, or whose error does not say where."""
+    with pytest.raises(InputError) as caught:
+        parser().read_file(write(tmp_path / "f.toml", text), ["fruit"])
+    for word in words.split():
+        assert word in str(caught.value)
+
+
+def test_missing_toml(tmp_path: Path) -> None:
+    """A traceback for a mistyped path."""
+    with pytest.raises(InputError, match=r"nowhere\.toml.*No such file"):
+        parser().read_file(str(tmp_path / "nowhere.toml"), ["fruit"])
+
+
+def test_run_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """An input error shown as a traceback or in several lines, or a bug of ours shown as the user's."""
+
+    def refuse(argv: Sequence[str]) -> int:
+        warnings.warn("slow\nhere", stacklevel=1)
+        raise InputError("a is 1,\nexpected 2")
+
+    def break_down(argv: Sequence[str]) -> int:
+        raise ValueError("ours")
+
+    def interrupt(argv: Sequence[str]) -> int:
+        raise KeyboardInterrupt
+
+    assert run_command("fruit", refuse, []) == 2
+    assert capsys.readouterr().err == "fruit: warning: slow here\nfruit: a is 1, expected 2\n"
+    assert run_command("fruit", interrupt, []) == 130
+    assert run_command("fruit", lambda argv: len(argv), ["x", "y"]) == 2
+    with pytest.raises(ValueError, match="ours"):
+        run_command("fruit", break_down, [])

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from gpt import GPT, BPETokenizer, InputError, eval
-from gpt.checkpoint import save_model
 from gpt.eval import evaluate
+from gpt.weights.checkpoint import save_model
 from tests.gpt.text import TEXT
 
 BYTES = BPETokenizer({bytes([b]): b for b in range(256)} | {b"th": 256, b"the": 257})

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from gpt import GPT, InputError
-from gpt.decode import KVCache
 from gpt.generate import keep_top_p, sample
+from gpt.kv_cache import KVCache
 from tests.gpt.graphs import fake
 from tests.gpt.models import CONFIGS, SMALL, lively, padded, tokens
 
@@ -242,7 +242,7 @@ def test_a_captured_step_serves_every_token(name: str, monkeypatch: pytest.Monke
     settings = {"do_sample": False, "repetition_penalty": 1.5, "attention_mask": mask}
     plain = model.generate(idx, 7, use_cache=False, **settings)
     graphs = fake(monkeypatch)
-    monkeypatch.setattr("gpt.decode.captures", lambda device: True)
+    monkeypatch.setattr("gpt.kv_cache.captures", lambda device: True)
     assert torch.equal(model.generate(idx, 7, **settings), plain)
     assert [graph.replays for graph in graphs] == [5]  # the prompt gives a token, and the first step is not captured
     assert len(plain[:, 4:].unique()) > 3

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from gpt import GPT, GPTConfig, TokenData, TrainConfig, Trainer
-from gpt.checkpoint import read_json, read_tensors
-from gpt.data import Batch
+from gpt.data.dataset import Batch
 from gpt.preflight import preflight
-from gpt.step import TrainStep
+from gpt.training.step import TrainStep
+from gpt.weights.checkpoint import read_json, read_tensors
 from tests.gpt.text import TEXT
-from tests.gpt.training import CONFIG, make_model
+from tests.gpt.training.small_runs import CONFIG, make_model
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
@@ -34,7 +34,7 @@ def test_captured_decoding_equals_eager(use_triton: bool, monkeypatch: pytest.Mo
     mask = torch.ones_like(idx)
     mask[1, :7] = 0
     captured = model.generate(idx, 100, do_sample=False, attention_mask=mask)
-    monkeypatch.setattr("gpt.decode.captures", lambda device: False)
+    monkeypatch.setattr("gpt.kv_cache.captures", lambda device: False)
     eager = model.generate(idx, 100, do_sample=False, attention_mask=mask)
     assert torch.equal(captured, eager)
     assert captured[:, 20:].unique().numel() > 20
@@ -68,7 +68,7 @@ def test_no_token_waits(stop_tokens: list[int] | None) -> None:
 def test_a_stopped_run_goes_on_bit_by_bit(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A resume without the GPU's random numbers or the scale of its losses, or a sample that cannot be had deterministically."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    monkeypatch.setattr("gpt.trainer.SAMPLE_TOKENS", 30)
+    monkeypatch.setattr("gpt.training.trainer.SAMPLE_TOKENS", 30)
     data, config = TokenData.from_text(TEXT), replace(CONFIG, decay_steps=8, device="cuda", dtype=dtype)
 
     def run(name: str, steps: int, *, resume: bool = False) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-import gpt.trainer
+import gpt.training.trainer
 import kernels
 from gpt import GPT, GPTConfig
 from gpt.preflight import cases
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.interpreter
 def a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSED_GPT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(dispatch, "_distrusted", {})
-    monkeypatch.setattr(gpt.trainer, "SAMPLE_TOKENS", 5)
+    monkeypatch.setattr(gpt.training.trainer, "SAMPLE_TOKENS", 5)
 
 
 def without_mask(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:

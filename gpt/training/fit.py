@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from gpt.config import TrainConfig
-from gpt.data import IGNORED, Batch
+from gpt.data.dataset import IGNORED, Batch
 from gpt.errors import InputError
-from gpt.step import TrainStep, pick_device
+from gpt.training.step import TrainStep, pick_device
 
 if TYPE_CHECKING:
     from gpt.model import GPT

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from gpt.config import TrainConfig
-from gpt.data import IGNORED, Batch
-from gpt.distributed import ALONE, Ranks
+from gpt.data.dataset import IGNORED, Batch
 from gpt.errors import InputError, first_line
-from gpt.muon import Muon
+from gpt.training.distributed import ALONE, Ranks
+from gpt.training.optim import Muon
 
 STATE_ENTRIES = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

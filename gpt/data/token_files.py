@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt.cache import replacing
-from gpt.corpus import Document
+from gpt.data.corpus import Document
+from gpt.data.tokenizers import END_OF_TEXT, Tokenizer
 from gpt.errors import InputError
-from gpt.tokenizers import END_OF_TEXT, Tokenizer
+from gpt.files import replacing
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
-from gpt.cache import cache_folder
-from gpt.corpus import STDLIB, Document, open_corpus
+from gpt.data.corpus import STDLIB, Document, open_corpus
+from gpt.data.token_files import CHUNK, bin_files, bin_identity, cached_tokens, document_begins, ids_dtype, map_bin
+from gpt.data.tokenizers import FILE_NAME, BPETokenizer, CharTokenizer, Tokenizer, fingerprint, load_tokenizer
 from gpt.errors import InputError
-from gpt.shards import CHUNK, bin_files, bin_identity, cached_tokens, document_begins, ids_dtype, map_bin
-from gpt.tokenizers import FILE_NAME, BPETokenizer, CharTokenizer, Tokenizer, fingerprint, load_tokenizer
+from gpt.files import cache_folder
 
 if TYPE_CHECKING:
-    from gpt.shards import Ids, Positions
+    from gpt.data.token_files import Ids, Positions
 
 Split = Literal["train", "validation"]
 Stream = Literal["train", "validation", "estimate"]

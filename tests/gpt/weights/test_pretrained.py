@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from gpt import GPT, BPETokenizer, CharTokenizer, GPTConfig, InputError
-from gpt.convert import SPLITS, load_pretrained_tokenizer, save_bin
-from gpt.data import DataConfig, TokenData
-from tests.gpt.layouts import BookGPT, C, H, L, NanoGPT, T, V, lively
+from gpt.data.dataset import DataConfig, TokenData
+from gpt.weights.pretrained import SPLITS, load_pretrained_tokenizer, save_bin
+from tests.gpt.weights.layouts import BookGPT, C, H, L, NanoGPT, T, V, lively
 
 BOOK_CONFIG = {
     "vocab_size": V,

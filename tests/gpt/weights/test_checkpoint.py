@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt import GPT, CharTokenizer, InputError, checkpoint
-from gpt.checkpoint import find_checkpoint, load_checkpoint_tokenizer, load_model, save_checkpoint, save_model
+from gpt import GPT, CharTokenizer, InputError
+from gpt.weights import checkpoint
+from gpt.weights.checkpoint import find_checkpoint, load_checkpoint_tokenizer, load_model, save_checkpoint, save_model
 from tests.gpt.models import CONFIGS, SMALL, lively, tokens
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TOKENIZER = CharTokenizer("".join(map(chr, range(65, 65 + SMALL.vocab_size))))
 
 
@@ -219,7 +220,7 @@ def test_a_disk_that_fills_while_tensors_are_written(tmp_path: Path) -> None:
     code = """
 import resource, sys
 from gpt import GPT, InputError
-from gpt.checkpoint import save_model
+from gpt.weights.checkpoint import save_model
 model = GPT(vocab_size=99, block_size=8, n_layer=1, n_head=1, n_embd=64)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 try:
@@ -257,7 +258,7 @@ def test_others_can_read_it(saved: Path) -> None:
 
 def test_no_pickle() -> None:
     """A format that runs code when it is loaded."""
-    for name in ("checkpoint", "data", "step", "tokenizers", "trainer"):
+    for name in ("weights/checkpoint", "data/dataset", "data/tokenizers", "training/step", "training/trainer"):
         source = (ROOT / "gpt" / f"{name}.py").read_text(encoding="utf-8")
         for word in ("import pickle", "torch.load", "torch.save", "allow_pickle=True"):
             assert word not in source, name
@@ -268,7 +269,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 import torch
 from gpt import GPT, CharTokenizer
-from gpt.checkpoint import save_checkpoint
+from gpt.weights.checkpoint import save_checkpoint
 
 torch.set_num_threads(1)
 rng = random.Random(1)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from gpt import BPETokenizer, CharTokenizer, InputError, cache
-from gpt.corpus import open_corpus
-from gpt.data import IGNORED, Batch, DataConfig, TokenData
+from gpt import BPETokenizer, CharTokenizer, InputError, files
+from gpt.data.corpus import open_corpus
+from gpt.data.dataset import IGNORED, Batch, DataConfig, TokenData
 from tests.gpt.models import lively
 from tests.gpt.text import TEXT
 
@@ -92,7 +92,7 @@ def test_windows_cover_each_target_once(data: TokenData) -> None:
 
 def test_bigram_loss(data: TokenData, monkeypatch: pytest.MonkeyPatch) -> None:
     """A baseline counted on the validation split, without smoothing, or over other targets than the model's."""
-    monkeypatch.setattr("gpt.data.CHUNK", 97)
+    monkeypatch.setattr("gpt.data.dataset.CHUNK", 97)
     train, validation = data.tokens("train").tolist(), data.tokens("validation").tolist()
     pairs, singles = Counter(itertools.pairwise(train)), Counter(train[:-1])
     v = data.tokenizer.vocab_size
@@ -223,7 +223,7 @@ def test_long_texts_are_cut_where_no_token_crosses(tmp_path: Path, monkeypatch: 
     """A long file whose tokens differ from those of its text encoded at once."""
     path = write(tmp_path, text=TEXT.replace(" ", "  \n \n", 300)) / "text.txt"
     whole = load(path, tokenizer="bpe", bpe_vocab_size=300)
-    monkeypatch.setattr("gpt.shards.CHUNK", 50)
+    monkeypatch.setattr("gpt.data.token_files.CHUNK", 50)
     monkeypatch.setenv("FUSED_GPT_CACHE", str(tmp_path / "other"))
     cut = load(path, tokenizer="bpe", bpe_vocab_size=300)
     for split in ("train", "validation"):
@@ -246,7 +246,7 @@ def test_shakespeare_without_network(cache: Path, monkeypatch: pytest.MonkeyPatc
     def refuse(url: str) -> bytes:
         raise TimeoutError("no answer in 4 s")
 
-    monkeypatch.setattr("gpt.cache._fetch", refuse)
+    monkeypatch.setattr("gpt.files._fetch", refuse)
     with pytest.raises(InputError, match=rf"no answer.*{cache}/tinyshakespeare\.txt.*--data PATH"):
         load("shakespeare")
 
@@ -257,7 +257,7 @@ def test_fetch_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: time.sleep(5))
     with pytest.raises(TimeoutError, match="no answer"):
-        cache._fetch("https://example.org", patience=0.05)
+        files._fetch("https://example.org", patience=0.05)
 
 
 def documents(tmp_path: Path) -> list[str]:
@@ -341,7 +341,7 @@ def test_bins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = load(tmp_path / "train.bin")
     assert [len(one.tokens("train")), len(one.tokens("validation"))] == [180, 20]
     assert data.identity != one.identity
-    monkeypatch.setattr("gpt.shards.CHUNK", 16)
+    monkeypatch.setattr("gpt.data.token_files.CHUNK", 16)
     for val in ("X" + TEXT[301:350], TEXT[300:349] + "X", TEXT[300:351]):
         before = load(tmp_path).identity
         write_bins(tmp_path, val=val)

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gpt.cache import replacing
-from gpt.checkpoint import CONFIG, MODEL, SUMS, commit, find_checkpoint, load_checkpoint_tokenizer, load_model, read_json
 from gpt.config import GPTConfig
-from gpt.data import Split, TokenData
+from gpt.data.dataset import Split, TokenData
+from gpt.data.tokenizers import END_OF_TEXT, FILE_NAME, BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from gpt.errors import InputError
-from gpt.foreign import Weights, is_own, locate, read_weights, weights_file
-from gpt.layouts import BOOK, HUGGING_FACE, NANOGPT, Layout
-from gpt.tokenizers import END_OF_TEXT, FILE_NAME, BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
+from gpt.files import replacing
+from gpt.names import BOOK, HUGGING_FACE, NANOGPT, Layout
+from gpt.weights.checkpoint import CONFIG, MODEL, SUMS, commit, find_checkpoint, load_checkpoint_tokenizer, load_model, read_json
+from gpt.weights.files import Weights, is_own, locate, read_weights, weights_file
 
 if TYPE_CHECKING:
     from gpt.model import GPT
@@ -80,7 +80,7 @@ def load_pretrained_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer that lies beside the model at `source`, which is as in `load_pretrained`.
 
     Raises:
-        InputError: There is none, or one of another kind than `gpt.tokenizers` has.
+        InputError: There is none, or one of another kind than `gpt.data.tokenizers` has.
     """
     path = locate(source)
     if is_own(path):

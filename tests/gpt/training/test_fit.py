@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from gpt import GPT, InputError
-from gpt.fit import EarlyStopping
-from gpt.step import NonFiniteError
+from gpt.training.fit import EarlyStopping
+from gpt.training.step import NonFiniteError
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def test_losses_fall_and_are_kept() -> None:
 def test_the_device_is_picked(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that stays on the CPU beside a GPU."""
     model, picked, moved = documented(), torch.device("cpu", 0), []
-    monkeypatch.setattr("gpt.fit.pick_device", lambda name: picked if name is None else None)
+    monkeypatch.setattr("gpt.training.fit.pick_device", lambda name: picked if name is None else None)
     monkeypatch.setattr(GPT, "to", lambda self, device: moved.append(device))
     model.fit(loader())
     assert moved == [picked]

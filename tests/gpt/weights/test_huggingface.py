@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gpt import GPT, BPETokenizer, CharTokenizer, GPTConfig, InputError
-from gpt.convert import load_pretrained_tokenizer
+from gpt.weights.pretrained import load_pretrained_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'fused-gpt[test]'")
 

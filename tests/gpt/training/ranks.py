@@ -1,4 +1,4 @@
-"""What each of two processes does for test_distributed.py: `python -m tests.gpt.ranks FOLDER`, then the flags of gpt.train."""
+"""What each of two processes does for test_distributed.py: `python -m tests.gpt.training.ranks FOLDER` and flags of gpt.train."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from gpt import GPT, InputError, Trainer, checkpoint, distributed, train
-from gpt.data import IGNORED, Batch, TokenData
-from gpt.distributed import ALONE, Ranks
-from gpt.step import NonFiniteError, TrainStep
-from tests.gpt.test_train import stop_at
+from gpt import GPT, InputError, Trainer, train
+from gpt.data.dataset import IGNORED, Batch, TokenData
+from gpt.training import distributed
+from gpt.training.distributed import ALONE, Ranks
+from gpt.training.step import NonFiniteError, TrainStep
+from gpt.weights import checkpoint
 from tests.gpt.text import TEXT
-from tests.gpt.training import CONFIG, make_model
+from tests.gpt.training.small_runs import CONFIG, make_model
+from tests.gpt.training.test_trainer import stop_at
 
 PLAIN = replace(CONFIG, grad_accum=4)
 MUON = replace(PLAIN, optimizer="muon")
@@ -140,7 +142,7 @@ def non_finite(ranks: Ranks, out: Path) -> Any:
 def overflow(ranks: Ranks, out: Path) -> Any:
     """float16 whose gradient overflows on rank 1 alone: the scale, and whether parameters changed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gpt.step.autocast_dtype", lambda name, device: torch.float16)
+        patch.setattr("gpt.training.step.autocast_dtype", lambda name, device: torch.float16)
         model = make_model(TokenData.from_text(TEXT), dropout=0.0)
         step = TrainStep(model, PLAIN, ranks=ranks)
         before, scale = [p.detach().clone() for p in model.parameters()], step.scaler.get_scale()

@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import save_file
 
 from gpt import GPT, InputError
-from gpt.foreign import _wanted_files
-from tests.gpt.layouts import C, H, NanoGPT, T, V
+from gpt.weights.files import _wanted_files
+from tests.gpt.weights.layouts import C, H, NanoGPT, T, V
 
 HEADS = {"n_head": H}
 HUGE = 1 << 33
@@ -96,7 +96,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "zip-of-something": (b"PK\x05\x06" + bytes(18), "is a zip of 0 files, expected a torch.save"),
     "code": (saved({"model": Runs(os.system, "touch ran")}), "needs posix.system to run, refused; expected tensors alone"),
     "code-2": (saved({"model": Runs(eval, "open('ran', 'w')")}), "eval to run, refused; expected tensors alone"),
-    "object": (saved({"model": state(), "trainer": Deaf()}), "needs tests.gpt.test_foreign.Deaf to run, refused"),
+    "object": (saved({"model": state(), "trainer": Deaf()}), "needs tests.gpt.weights.test_files.Deaf to run, refused"),
     "bytearray": (saved({"model": Runs(bytearray, HUGE)}), "bytearray to run, refused"),
     "bomb": (
         rezipped(saved({"a": torch.zeros(1 << 20)}), compression=zipfile.ZIP_DEFLATED),
@@ -155,7 +155,7 @@ def test_a_hostile_file_is_one_line(
 def test_torch_refuses_code_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second line of defence that is not there: weights_only=True."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("gpt.foreign._needed", lambda content: None)
+    monkeypatch.setattr("gpt.weights.files._needed", lambda content: None)
     Path("ckpt.pt").write_bytes(HOSTILE["code"][0])
     with pytest.raises(InputError, match=r"is damaged \(UnpicklingError"):
         GPT.from_pretrained("ckpt.pt")

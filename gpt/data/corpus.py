@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from gpt.cache import cache_folder, verified_file
 from gpt.errors import InputError
+from gpt.files import cache_folder, verified_file
 
 STDLIB, SHAKESPEARE = "stdlib", "shakespeare"
 STDLIB_CHARACTERS = 4_000_000  # more than a first run on two cores reads

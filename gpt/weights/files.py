@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from gpt.checkpoint import CONFIG, FOLDER, MODEL, OPTIMIZER, STATE, SUMS, read_json, read_tensors
 from gpt.errors import InputError, first_line
+from gpt.weights.checkpoint import CONFIG, FOLDER, MODEL, OPTIMIZER, STATE, SUMS, read_json, read_tensors
 
 WEIGHTS = (MODEL, f"{MODEL}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json", "ckpt.pt")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")

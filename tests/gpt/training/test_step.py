@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from gpt import TrainConfig
-from gpt.data import IGNORED, Batch, TokenData
-from gpt.muon import orthogonalize
-from gpt.step import TrainStep, autocast_dtype, learning_rate
+from gpt.data.dataset import IGNORED, Batch, TokenData
+from gpt.training.optim import orthogonalize
+from gpt.training.step import TrainStep, autocast_dtype, learning_rate
 from tests.gpt.text import TEXT
-from tests.gpt.training import CONFIG, make_model
+from tests.gpt.training.small_runs import CONFIG, make_model
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_schedule() -> None:
 
 def test_float16(data: TokenData, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients that are left scaled, an overflow that ends the run or reaches the parameters, or a scale that stays."""
-    monkeypatch.setattr("gpt.step.autocast_dtype", lambda name, device: torch.float16)  # refused on a CPU, for its slowness
+    monkeypatch.setattr("gpt.training.step.autocast_dtype", lambda name, device: torch.float16)  # a CPU refuses it
     model = make_model(data, dropout=0.0)
     step = TrainStep(model, replace(CONFIG, grad_clip=0.0))
     parts = batches(32)

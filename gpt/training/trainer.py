@@ -22,17 +22,18 @@ from typing import Any
 import torch
 
 import kernels
-from gpt import checkpoint, rng
-from gpt.cache import replacing
 from gpt.config import TrainConfig
-from gpt.costs import flops_per_token, peak_flops
-from gpt.data import IGNORED, Batch, Split, Stream, TokenData
-from gpt.distributed import ALONE, Ranks
+from gpt.data.dataset import IGNORED, Batch, Split, Stream, TokenData
+from gpt.data.tokenizers import first_ids
+from gpt.device import flops_per_token, peak_flops
 from gpt.errors import InputError
+from gpt.files import replacing
 from gpt.model import GPT
-from gpt.plot import plot_log
-from gpt.step import NonFiniteError, TrainStep, learning_rate, pick_device
-from gpt.tokenizers import first_ids
+from gpt.training import rng
+from gpt.training.distributed import ALONE, Ranks
+from gpt.training.plot import plot_log
+from gpt.training.step import NonFiniteError, TrainStep, learning_rate, pick_device
+from gpt.weights import checkpoint
 
 LOG, PLOT, SAMPLE = "log.jsonl", "loss.png", "sample.txt"
 SAMPLE_TOKENS = 500
@@ -60,8 +61,9 @@ class Trainer:
         out: The run's folder, for log, checkpoints, plot and sample, which all ranks can read; None writes nothing.
         resume: Go on from the newest valid checkpoint in `out`.
         options: What else a checkpoint should tell about the run; ready for JSON.
-        ranks: The processes that train together, as `gpt.distributed.join` gives them: they share each step's micro-batches and
-            each evaluation, and rank 0 writes. Another number of them may go on with a run, though bit by bit only the same.
+        ranks: The processes that train together, as `gpt.training.distributed.join` gives them: they share each step's
+            micro-batches and each evaluation, and rank 0 writes. Another number of them may go on with a run, though bit by bit
+            only the same.
 
     Raises:
         InputError: Model, data, config and folder do not fit one another.

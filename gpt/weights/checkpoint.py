@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gpt.config import GPTConfig
+from gpt.data.tokenizers import FILE_NAME as TOKENIZER
+from gpt.data.tokenizers import Tokenizer, load_tokenizer
 from gpt.errors import InputError
-from gpt.tokenizers import FILE_NAME as TOKENIZER
-from gpt.tokenizers import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from gpt.model import GPT

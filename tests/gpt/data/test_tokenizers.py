@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt import BPETokenizer, CharTokenizer, InputError, cache, load_tokenizer
-from gpt.tokenizers import END_OF_TEXT, GPT2_MERGES_SHA256, Tokenizer, fingerprint, first_ids
+from gpt import BPETokenizer, CharTokenizer, InputError, files, load_tokenizer
+from gpt.data.tokenizers import END_OF_TEXT, GPT2_MERGES_SHA256, Tokenizer, fingerprint, first_ids
 from tests.gpt.text import TEXT
 
 SHAKESPEARE = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -202,16 +202,16 @@ def test_gpt2_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         raise OSError("Network is unreachable")
 
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(cache, "_fetch", refuse)
+    monkeypatch.setattr(files, "_fetch", refuse)
     with pytest.raises(InputError, match=r"Network is unreachable.*vocab\.bpe.*--tokenizer PATH"):
         BPETokenizer.gpt2()
 
 
 def test_download_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A proxy's error page taken for the file."""
-    monkeypatch.setattr(cache, "_fetch", lambda url: b"<html>")
+    monkeypatch.setattr(files, "_fetch", lambda url: b"<html>")
     with pytest.raises(OSError, match=GPT2_MERGES_SHA256):
-        cache.verified_file([tmp_path / "x"], "https://example.org/x", GPT2_MERGES_SHA256)
+        files.verified_file([tmp_path / "x"], "https://example.org/x", GPT2_MERGES_SHA256)
     assert not list(tmp_path.iterdir())
 
 

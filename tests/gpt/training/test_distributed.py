@@ -1,4 +1,4 @@
-"""Several processes against one: what two say to one another, and `torchrun`. The processes themselves run tests/gpt/ranks.py."""
+"""Several processes against one: what two say to one another, and `torchrun`. The processes run ranks.py."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from typing import Any
 import pytest
 import torch
 
-from gpt import InputError, TrainConfig, Trainer, checkpoint
-from gpt.data import TokenData
-from gpt.distributed import Ranks, join
-from tests.gpt.ranks import MUON, PLAIN, steps, without_noise
+from gpt import InputError, TrainConfig, Trainer
+from gpt.data.dataset import TokenData
+from gpt.training.distributed import Ranks, join
+from gpt.weights import checkpoint
 from tests.gpt.text import TEXT
-from tests.gpt.training import make_model
+from tests.gpt.training.ranks import MUON, PLAIN, steps, without_noise
+from tests.gpt.training.small_runs import make_model
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SHAPE = "--n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --batch_size 4 --eval_batches 2 --device cpu --use_triton false"
 TINY = SHAPE.split()
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
@@ -46,7 +47,7 @@ class Pair:
         wrong = [*TINY, "--data", str(text), "--grad_accum", "3", "--out", str(folder / "wrong")]
         processes = [
             subprocess.Popen(
-                [sys.executable, "-m", "tests.gpt.ranks", str(folder), *wrong],
+                [sys.executable, "-m", "tests.gpt.training.ranks", str(folder), *wrong],
                 cwd=ROOT,
                 env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "FUSED_GPT_CACHE": str(folder / "cache")},
                 stdout=subprocess.PIPE,

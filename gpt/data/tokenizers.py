@@ -14,8 +14,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from gpt.cache import cache_folder, verified_file
 from gpt.errors import InputError
+from gpt.files import cache_folder, verified_file
 
 FILE_NAME = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"

@@ -16,12 +16,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt import GPT, GPTConfig, InputError, TrainConfig, Trainer, checkpoint
-from gpt.data import Batch, TokenData
-from gpt.step import NonFiniteError, learning_rate
-from gpt.trainer import TrainResult
+from gpt import GPT, GPTConfig, InputError, TrainConfig, Trainer
+from gpt.data.dataset import Batch, TokenData
+from gpt.training.step import NonFiniteError, learning_rate
+from gpt.training.trainer import TrainResult
+from gpt.weights import checkpoint
 from tests.gpt.text import TEXT
-from tests.gpt.training import CONFIG, make_model
+from tests.gpt.training.small_runs import CONFIG, make_model
 
 TIMES = ("seconds", "tokens_per_second", "mfu")
 
@@ -194,7 +195,7 @@ def test_mfu(data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     run(data, tmp_path / "unknown", replace(CONFIG, max_steps=1))
     assert log(tmp_path / "unknown")[0]["mfu"] is None
     assert "MFU" not in capsys.readouterr().err
-    monkeypatch.setattr("gpt.trainer.peak_flops", lambda device: 1e9)
+    monkeypatch.setattr("gpt.training.trainer.peak_flops", lambda device: 1e9)
     run(data, tmp_path / "known", replace(CONFIG, max_steps=1))
     record = log(tmp_path / "known")[0]
     flops = 6 * (make_model(data).num_parameters() - 16 * 16) + 12 * 1 * 2 * 8 * 16
@@ -256,7 +257,7 @@ def test_patience(data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_the_scale_survives_a_stop(data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A resumed float16 run that begins again with the first scale, or forgets how long it has been good (bug 24)."""
-    monkeypatch.setattr("gpt.step.autocast_dtype", lambda name, device: torch.float16)
+    monkeypatch.setattr("gpt.training.step.autocast_dtype", lambda name, device: torch.float16)
     first = Trainer(make_model(data), data, replace(CONFIG, max_steps=2), out=tmp_path)
     first._step.scaler.load_state_dict(first._step.scaler.state_dict() | {"scale": 64.0})
     first.run()
