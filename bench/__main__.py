@@ -1,8 +1,8 @@
 """`python -m bench`: everything, in one report.
 
-On a GPU first what must be right (the `gpu` tests, the same bits every time), then every bench, then compute-sanitizer's tools
-where it is installed, each in a process of its own, then one table against targets.toml. Results are written as they come: a run
-that is stopped in the middle leaves all that it had.
+On a GPU first what must be right (the `gpu` tests, the same bits every time), then every bench, then
+compute-sanitizer's tools where it is installed, each in a process of its own, then one table against
+targets.toml. Results are written as they come: a run that is stopped in the middle leaves all that it had.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from gpt.errors import InputError, unknown
 from kernels.registry import SPECS
 
 MODELS = ("train", "generate")
-WEIGHTS = {"gpu tests": 4.0, "attention": 5.0, "train": 3.5, "generate": 2.5} | dict.fromkeys(sanitizer.TOOLS, 0.8)  # others: 1.5
+WEIGHTS = {"gpu tests": 4.0, "attention": 5.0, "train": 3.5, "generate": 2.5} | dict.fromkeys(
+    sanitizer.TOOLS, 0.8
+)  # others: 1.5
 GRACE = 45.0  # seconds that a stage may take beyond its share before it is stopped
 PATIENCE = 15.0  # seconds for a stage that is stopped to say what it had found
 CHECKS = ("yes", "no", "only")
@@ -46,12 +48,23 @@ ENGINE = (
 class Options:
     """Flags."""
 
-    quick: bool = field(default=False, metadata={"help": "the most important case of each bench, for a short time"})
-    budget: str = field(default="9m", metadata={"help": "time for everything; the least important cases beyond it are left out"})
-    checks: str = field(
-        default="yes", metadata={"help": "what must be right on a GPU: with the benches, not at all, or alone", "choices": CHECKS}
+    quick: bool = field(
+        default=False, metadata={"help": "the most important case of each bench, for a short time"}
     )
-    device: str | None = field(default=None, metadata={"help": "cpu or cuda (default: a GPU if there is one)"})
+    budget: str = field(
+        default="9m",
+        metadata={"help": "time for everything; the least important cases beyond it are left out"},
+    )
+    checks: str = field(
+        default="yes",
+        metadata={
+            "help": "what must be right on a GPU: with the benches, not at all, or alone",
+            "choices": CHECKS,
+        },
+    )
+    device: str | None = field(
+        default=None, metadata={"help": "cpu or cuda (default: a GPU if there is one)"}
+    )
     out: str = field(default="out/bench", metadata={"help": "the folder of the report"})
 
 
@@ -105,7 +118,9 @@ class Run:
         if stage.result.suffix == ".xml":
             count, bad = tally(stage.result)
             self.failed = self.failed or bool(bad)
-            self.report.notes.append(f"{stage.name}: {count} run, {len(bad)} failed{': ' if bad else ''}{', '.join(bad[:20])}")
+            self.report.notes.append(
+                f"{stage.name}: {count} run, {len(bad)} failed{': ' if bad else ''}{', '.join(bad[:20])}"
+            )
             return
         part = load(stage.result)
         self.report.rows += part.rows
@@ -119,14 +134,20 @@ class Run:
         if len(self.report.rows) != self.drawn and draw(self.report, self.folder / "report.png"):
             self.drawn = len(self.report.rows)
         pictures = ["report.png"] if self.drawn else []
-        (self.folder / "report.md").write_text(table.markdown(self.report, outcomes, pictures), encoding="utf-8")
+        (self.folder / "report.md").write_text(
+            table.markdown(self.report, outcomes, pictures), encoding="utf-8"
+        )
         return outcomes
 
 
 def stages(names: Sequence[str], options: Options, folder: Path, *, on_gpu: bool) -> list[Stage]:
     """What is run, in order."""
     rooms = list(dict.fromkeys(spec.room for spec in SPECS.values()))
-    chosen = [name for name in (*rooms, *MODELS) if not names or name in names or any(op in names for op in _ops(name))]
+    chosen = [
+        name
+        for name in (*rooms, *MODELS)
+        if not names or name in names or any(op in names for op in _ops(name))
+    ]
     checks = _checks([op for room in chosen for op in _ops(room)], folder, whole=not names)
     checks = checks if on_gpu and options.checks != "no" else []
     benches = []
@@ -148,7 +169,11 @@ def _ops(room: str) -> list[str]:
 
 def _bench(name: str, options: Options, result: Path, picked: Sequence[str]) -> Callable[[float], list[str]]:
     program = ["-m", f"bench.{name}"] if name in MODELS else ["-c", ENGINE, name]
-    flags = ["--json", str(result)] + (["--quick"] if options.quick else []) + (["--op", *picked] if picked else [])
+    flags = (
+        ["--json", str(result)]
+        + (["--quick"] if options.quick else [])
+        + (["--op", *picked] if picked else [])
+    )
     device = ["--device", options.device] if options.device is not None else []
     return lambda seconds: [sys.executable, *program, *flags, *device, *_budget(seconds)]
 
@@ -163,7 +188,11 @@ def _checks(ops: Sequence[str], folder: Path, *, whole: bool) -> list[Stage]:
     if not ops:
         return found
     if (ROOT / "tests").is_dir():
-        parallel = ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"] if find_spec("xdist") else []
+        parallel = (
+            ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
+            if find_spec("xdist")
+            else []
+        )
         chosen = [] if whole else ["-k", " or ".join(ops)]
         result = folder / "parts" / "gpu-tests.xml"
         flags = ["-m", "gpu and not slow", "-q", "--maxfail=20", f"--junitxml={result}", *parallel]
@@ -181,13 +210,20 @@ def _checks(ops: Sequence[str], folder: Path, *, whole: bool) -> list[Stage]:
 
 def tally(path: Path) -> tuple[int, list[str]]:
     """How many of pytest's tests were run (skipped ones were not), and which failed."""
-    cases = [case for case in ElementTree.parse(path).getroot().iter("testcase") if case.find("skipped") is None]
-    bad = [case.get("name", "") for case in cases if case.find("failure") is not None or case.find("error") is not None]
+    cases = [
+        case for case in ElementTree.parse(path).getroot().iter("testcase") if case.find("skipped") is None
+    ]
+    bad = [
+        case.get("name", "")
+        for case in cases
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
     return len(cases), bad
 
 
 def run_process(command: Sequence[str], limit: float) -> int | None:
-    """The exit code of a process in the sources' folder; None where it ran past `limit` seconds and was stopped."""
+    """The exit code of a process in the sources' folder; None where it ran past `limit` seconds and was
+    stopped."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(command, env=environment, start_new_session=True, cwd=ROOT)
@@ -196,7 +232,10 @@ def run_process(command: Sequence[str], limit: float) -> int | None:
     except subprocess.TimeoutExpired:
         return None
     finally:
-        for number in (signal.SIGTERM, signal.SIGKILL):  # no SIGINT, to which what a script runs in the background is deaf
+        for number in (
+            signal.SIGTERM,
+            signal.SIGKILL,
+        ):  # no SIGINT, to which what a script runs in the background is deaf
             if process.poll() is None:
                 os.killpg(process.pid, number)
                 with suppress(subprocess.TimeoutExpired):
@@ -205,9 +244,14 @@ def run_process(command: Sequence[str], limit: float) -> int | None:
 
 def main(argv: Sequence[str]) -> int:
     parser = OptionParser("python -m bench", __doc__ or "", options=Options())
-    parser.add_argument("ops", nargs="*", metavar="OP", default=[], help="ops, rooms, train or generate (default: everything)")
+    parser.add_argument(
+        "ops", nargs="*", metavar="OP", default=[], help="ops, rooms, train or generate (default: everything)"
+    )
     given, values = parser.parse_tables(argv)
-    options, valid = Options(**values["options"]), [*SPECS, *dict.fromkeys(s.room for s in SPECS.values()), *MODELS]
+    options, valid = (
+        Options(**values["options"]),
+        [*SPECS, *dict.fromkeys(s.room for s in SPECS.values()), *MODELS],
+    )
     for name in given.ops:
         if name not in valid:
             raise unknown("OP", name, valid)

@@ -1,9 +1,9 @@
 """`python -m bench.aot`: every kernel compiled ahead of time, for GPUs that need not be there.
 
-For each tile, dtype and architecture that the ops declare: registers, stack, spills, shared memory and its limit, and how many
-matrix instructions (HMMA, HGMMA, UTCHMMA) and TMA transfers the machine code has. The exit code is 1 where a gate is broken: a
-kernel that does not compile, takes more shared memory than the architecture has, or, where its op gates it, spills or has no
-warp-group product on sm_90.
+For each tile, dtype and architecture that the ops declare: registers, stack, spills, shared memory and its
+limit, and how many matrix instructions (HMMA, HGMMA, UTCHMMA) and TMA transfers the machine code has. The
+exit code is 1 where a gate is broken: a kernel that does not compile, takes more shared memory than the
+architecture has, or, where its op gates it, spills or has no warp-group product on sm_90.
 """
 
 from __future__ import annotations
@@ -79,12 +79,18 @@ class Compiled:
 class Options:
     """Flags of the report."""
 
-    arch: tuple[str, ...] = field(default=tuple(map(str, ARCHITECTURES)), metadata={"help": "architectures, as in 80 or sm_90"})
+    arch: tuple[str, ...] = field(
+        default=tuple(map(str, ARCHITECTURES)), metadata={"help": "architectures, as in 80 or sm_90"}
+    )
     op: tuple[str, ...] = field(default=tuple(SPECS), metadata={"help": "ops or rooms"})
-    match: str = field(default="", metadata={"help": "only builds whose kernel name and label contain this text"})
+    match: str = field(
+        default="", metadata={"help": "only builds whose kernel name and label contain this text"}
+    )
     gated: bool = field(default=False, metadata={"help": "only the builds that an op gates"})
     json: str | None = field(default=None, metadata={"help": "write the report to this file"})
-    diff: str | None = field(default=None, metadata={"help": "say what changed since the report in this file"})
+    diff: str | None = field(
+        default=None, metadata={"help": "say what changed since the report in this file"}
+    )
 
 
 def compile_build(build: Build, architecture: int) -> Any:
@@ -97,12 +103,16 @@ def compile_build(build: Build, architecture: int) -> Any:
     signature = {n: "constexpr" if n in build.constants else build.signature[n] for n in names}
     aligned: dict[Any, Any] = {(names.index(n),): [["tt.divisibility", 16]] for n in build.divisible}
     source = ASTSource(build.kernel, signature, constexprs=dict(build.constants), attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch.options(build.tile))
+    return triton.compile(
+        source, target=GPUTarget("cuda", architecture, 32), options=launch.options(build.tile)
+    )
 
 
 def _unread(op: str, build: Build, architecture: int) -> Compiled:
     tile = build.tile
-    return Compiled(op, build.kernel.__name__, build.label, architecture, tile.num_warps, tile.num_stages, build.gated)
+    return Compiled(
+        op, build.kernel.__name__, build.label, architecture, tile.num_warps, tile.num_stages, build.gated
+    )
 
 
 def examine(op: str, build: Build, architecture: int) -> Compiled:
@@ -158,7 +168,9 @@ def builds(op: str, architecture: int) -> list[Build]:
     return [] if declared is None else list(declared(architecture))
 
 
-def keys(ops: Iterable[str], architectures: Iterable[int], *, gated: bool = False, match: str = "") -> list[Key]:
+def keys(
+    ops: Iterable[str], architectures: Iterable[int], *, gated: bool = False, match: str = ""
+) -> list[Key]:
     """The chosen builds."""
     return [
         Key(op, architecture, place)
@@ -206,25 +218,31 @@ def _workers(count: int) -> ProcessPoolExecutor:
 
 
 HEADER = (
-    f"{'op':<22} {'kernel':<32} {'build':<26} {'arch':>6} {'warps':>5} {'stages':>6} {'regs':>5} {'stack':>5} {'spills':>6} "
+    f"{'op':<22} {'kernel':<32} {'build':<26} {'arch':>6} {'warps':>5} {'stages':>6} {'regs':>5} "
+    f"{'stack':>5} {'spills':>6} "
     f"{'shared':>11} {'MMA':>12} {'TMA':>4}"
 )
 
 
 def line(row: Compiled) -> str:
-    """A row of the table: "64/227 KB" is what a block takes and what it may, "16 HGMMA" the matrix instructions."""
+    """A row of the table: "64/227 KB" is what a block takes and what it may, "16 HGMMA" the matrix
+    instructions."""
     shared = f"{row.shared / 1024:.0f}/{SHARED_MEMORY[row.architecture]} KB"
     kinds = {"HMMA": row.hmma, "HGMMA": row.hgmma, "UTCHMMA": row.utchmma}
     products = " ".join(f"{count} {kind}" for kind, count in kinds.items() if count) or "-"
     text = (
-        f"{row.op:<22} {row.kernel:<32} {row.label:<26} {'sm_' + str(row.architecture):>6} {row.warps:>5} {row.stages:>6} "
+        f"{row.op:<22} {row.kernel:<32} {row.label:<26} {'sm_' + str(row.architecture):>6} {row.warps:>5} "
+        f"{row.stages:>6} "
         f"{row.registers:>5} {row.stack:>5} {row.spills:>6} {shared:>11} {products:>12} {row.tma:>4}"
     )
-    return f"{text}  {'gated' if row.gated else ''}{'  BROKEN: ' + row.problem if row.problem else ''}".rstrip()
+    return (
+        f"{text}  {'gated' if row.gated else ''}{'  BROKEN: ' + row.problem if row.problem else ''}".rstrip()
+    )
 
 
 def differences(old: Sequence[Compiled], new: Sequence[Compiled]) -> list[str]:
-    """A line for each build of `new` whose numbers are not those of `old`, or that is in one of them alone."""
+    """A line for each build of `new` whose numbers are not those of `old`, or that is in one of them
+    alone."""
     before, after = {row.id: asdict(row) for row in old}, {row.id: asdict(row) for row in new}
     lines = []
     for name in [*after, *(name for name in before if name not in after)]:

@@ -27,11 +27,15 @@ CAUSAL_ARGUMENTS = ("q", "k", "v", "scale", "deterministic")
 DECODE_ARGUMENTS = ("q", "k_cache", "v_cache", "cache_len", "scale")
 
 
-def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None, **_: Any) -> torch.Tensor:
+def sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None, **_: Any
+) -> torch.Tensor:
     """PyTorch's own, which aligns its causal mask to the upper left."""
     if q.shape[2] != k.shape[2]:
         raise Unsupported("has no causal mask for Tq < Tk")
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+    )
 
 
 def _pin(backend: SDPBackend) -> Callable[[], AbstractContextManager[object]]:
@@ -45,7 +49,9 @@ def flex_attention() -> Callable[..., Any]:
     compiled = cache(lambda: torch.compile(flex_attention, dynamic=False))
     masks: dict[tuple[int, int], Any] = {}
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None, **_: Any) -> Any:
+    def attend(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None, **_: Any
+    ) -> Any:
         tq, tk = q.shape[2], k.shape[2]
         if (tq, tk) not in masks:
 
@@ -58,7 +64,9 @@ def flex_attention() -> Callable[..., Any]:
     return attend
 
 
-def _transposed(function: Callable[..., Any], scale_name: str, q: Any, k: Any, v: Any, scale: Any = None, **_: Any) -> Any:
+def _transposed(
+    function: Callable[..., Any], scale_name: str, q: Any, k: Any, v: Any, scale: Any = None, **_: Any
+) -> Any:
     """For packages that take and return (B, T, H, D); some return more than the output."""
     result = function(*(t.transpose(1, 2) for t in (q, k, v)), **{scale_name: scale})
     return (result[0] if isinstance(result, tuple) else result).transpose(1, 2)
@@ -70,7 +78,9 @@ def flash_attn(module: str) -> Callable[..., Any]:
 
 def xformers() -> Callable[..., Any]:
     mask = foreign("xformers.ops.fmha.attn_bias", "LowerTriangularFromBottomRightMask")()
-    return partial(_transposed, partial(foreign("xformers.ops", "memory_efficient_attention"), attn_bias=mask), "scale")
+    return partial(
+        _transposed, partial(foreign("xformers.ops", "memory_efficient_attention"), attn_bias=mask), "scale"
+    )
 
 
 def flash_attn_decode() -> Callable[..., Any]:
@@ -86,12 +96,18 @@ def flash_attn_decode() -> Callable[..., Any]:
 def peers(spec: OpSpec, compiled: bool) -> list[Contestant]:
     if spec.name == "decode_attention":
         return [optional("flash-attn", lambda: only(flash_attn_decode(), DECODE_ARGUMENTS))]
-    found = [Contestant(name, only(sdpa, CAUSAL_ARGUMENTS), _pin(backend)) for name, backend in PINNED.items()]
+    found = [
+        Contestant(name, only(sdpa, CAUSAL_ARGUMENTS), _pin(backend)) for name, backend in PINNED.items()
+    ]
     if compiled:
         found.append(optional("FlexAttention", lambda: only(flex_attention(), CAUSAL_ARGUMENTS)))
     else:
         found.append(Contestant("FlexAttention", None, absent="left out by --quick on a CPU"))
-    modules = {"flash-attn": "flash_attn", "flash-attn 3": "flash_attn_interface", "flash-attn 4": "flash_attn.cute.interface"}
+    modules = {
+        "flash-attn": "flash_attn",
+        "flash-attn 3": "flash_attn_interface",
+        "flash-attn 4": "flash_attn.cute.interface",
+    }
     for name, module in modules.items():
         found.append(optional(name, lambda module=module: only(flash_attn(module), CAUSAL_ARGUMENTS)))
     return [*found, optional("xformers", lambda: only(xformers(), CAUSAL_ARGUMENTS))]

@@ -1,4 +1,5 @@
-"""Which calls are timed, and in what order: the registry's bench cases, the targeted ones first, cut to a processor's size."""
+"""Which calls are timed, and in what order: the registry's bench cases, the targeted ones first, cut to a
+processor's size."""
 
 from __future__ import annotations
 
@@ -12,7 +13,10 @@ import torch
 from bench.targets import Target
 from kernels.spec import Case, OpSpec
 
-QUICK_WORK, FULL_WORK = 10**9, 10**10  # operations, and twice the bytes, forward and backward, of a case on a CPU
+QUICK_WORK, FULL_WORK = (
+    10**9,
+    10**10,
+)  # operations, and twice the bytes, forward and backward, of a case on a CPU
 DIRECTIONS = ("forward", "backward")
 
 
@@ -24,21 +28,27 @@ class Race(NamedTuple):
 
 
 def plan(specs: Iterable[OpSpec], targets: Iterable[Target], *, on_gpu: bool, quick: bool) -> list[Race]:
-    """The races in order of importance: those that a target names, then the others; by turns over the ops, as they list them."""
+    """The races in order of importance: those that a target names, then the others; by turns over the ops, as
+    they list them."""
     lists = []
     for spec in specs:
         cases = spec.tagged("bench")
         if not on_gpu:
             limit = QUICK_WORK if quick else FULL_WORK
-            cases = tuple({fitted.id: fitted for fitted in (fit(spec, case, limit) for case in cases)}.values())
+            cases = tuple(
+                {fitted.id: fitted for fitted in (fit(spec, case, limit) for case in cases)}.values()
+            )
         lists.append([Race(spec, case) for case in (cases[:1] if quick else cases)])
     races = [race for group in zip_longest(*lists) for race in group if race is not None]
     named = list(targets)
-    return sorted(races, key=lambda race: not any(target.names(race.spec.name, race.case.id) for target in named))
+    return sorted(
+        races, key=lambda race: not any(target.names(race.spec.name, race.case.id) for target in named)
+    )
 
 
 def fit(spec: OpSpec, case: Case, limit: int) -> Case:
-    """`case` with its sizes halved, the first one first, until its operations, and twice its bytes, are at most `limit`.
+    """`case` with its sizes halved, the first one first, until its operations, and twice its bytes, are at
+    most `limit`.
 
     Sizes of one family (Tq and Tk, H and Hkv) are halved together.
     """
@@ -47,7 +57,10 @@ def fit(spec: OpSpec, case: Case, limit: int) -> Case:
     def fits() -> bool:
         trial = replace(case, sizes=sizes)
         flops = sum(spec.flops(trial, direction) for direction in DIRECTIONS)
-        return max(flops, 2 * sum(spec.bytes(trial, torch.float32, direction) for direction in DIRECTIONS)) <= limit
+        return (
+            max(flops, 2 * sum(spec.bytes(trial, torch.float32, direction) for direction in DIRECTIONS))
+            <= limit
+        )
 
     for name in case.sizes:
         while sizes[name] > 1 and not fits():

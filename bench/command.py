@@ -29,16 +29,28 @@ DTYPES = {name: dtype for dtype, name in SHORT_DTYPE.items()}
 class Options:
     """Flags of a bench."""
 
-    quick: bool = field(default=False, metadata={"help": "the most important case of each op, for a short time"})
+    quick: bool = field(
+        default=False, metadata={"help": "the most important case of each op, for a short time"}
+    )
     op: tuple[str, ...] = field(default=(), metadata={"help": "these ops alone"})
-    contestants: tuple[str, ...] = field(default=(), metadata={"help": "these contestants alone, by the names in the table"})
-    dtype: str = field(default="auto", metadata={"help": "auto is bf16 on a GPU, fp32 on a CPU", "choices": ("auto", *DTYPES)})
-    device: str | None = field(default=None, metadata={"help": "cpu or cuda (default: a GPU if there is one)"})
-    budget: str | None = field(default=None, metadata={"help": "as in 90s or 8m: leave out the least important cases beyond it"})
+    contestants: tuple[str, ...] = field(
+        default=(), metadata={"help": "these contestants alone, by the names in the table"}
+    )
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "auto is bf16 on a GPU, fp32 on a CPU", "choices": ("auto", *DTYPES)},
+    )
+    device: str | None = field(
+        default=None, metadata={"help": "cpu or cuda (default: a GPU if there is one)"}
+    )
+    budget: str | None = field(
+        default=None, metadata={"help": "as in 90s or 8m: leave out the least important cases beyond it"}
+    )
     json: str | None = field(default=None, metadata={"help": "write every figure to this file, as they come"})
     plot: bool = field(default=False, metadata={"help": "draw a PNG into --out"})
     profile: bool = field(
-        default=False, metadata={"help": "print the top kernels of the first case, and write a Chrome trace into --out"}
+        default=False,
+        metadata={"help": "print the top kernels of the first case, and write a Chrome trace into --out"},
     )
     out: str = field(default=".", metadata={"help": "where --plot and --profile write"})
 
@@ -49,8 +61,12 @@ def command(bench: Bench, argv: Sequence[str] | None = None) -> int:
 
 
 def _main(bench: Bench, argv: Sequence[str]) -> int:
-    description = f"The ops of `{bench.room}`: correctness first, then time against everything else that is installed."
-    _, values = OptionParser(f"python -m bench.{bench.room}", description, options=Options()).parse_tables(argv)
+    description = (
+        f"The ops of `{bench.room}`: correctness first, then time against everything else that is installed."
+    )
+    _, values = OptionParser(f"python -m bench.{bench.room}", description, options=Options()).parse_tables(
+        argv
+    )
     options = Options(**values["options"])
     began, deadline = time.monotonic(), parse_budget(options.budget)
     device = pick_device(options.device)
@@ -88,13 +104,21 @@ def _main(bench: Bench, argv: Sequence[str]) -> int:
 
 
 def start_report(module: str, argv: Sequence[str], clock: Clock) -> Report:
-    """An empty report that knows its command, its machine and whether its clock can be believed, the last two said aloud."""
+    """An empty report that knows its command, its machine and whether its clock can be believed, the last two
+    said aloud."""
     report = Report(shlex.join(["python", "-m", module, *argv]), describe(clock.device))
     print(table.machine(report.machine))
     if not clock.on_gpu:
-        say(report, "no GPU was found: these are times of a processor, and of the references that are the product there")
+        say(
+            report,
+            "no GPU was found: these are times of a processor, and of the references that are the product "
+            "there",
+        )
     check = self_check(clock)
-    print(f"clock: a known sleep reads {check.sleep:.3f} of its length, one contestant against itself {check.noise:.3f}")
+    print(
+        f"clock: a known sleep reads {check.sleep:.3f} of its length, one contestant against itself "
+        f"{check.noise:.3f}"
+    )
     for problem in check.problems:
         say(report, problem)
     return report
@@ -106,12 +130,17 @@ def say(report: Report, note: str) -> None:
     print(note, flush=True)
 
 
-def _run_all(runner: Runner, races: Sequence[Race], report: Report, path: str | None, deadline: float | None) -> None:
+def _run_all(
+    runner: Runner, races: Sequence[Race], report: Report, path: str | None, deadline: float | None
+) -> None:
     longest = 0.0
     for number, race in enumerate(races):
         begin = time.monotonic()
         if deadline is not None and number > 0 and begin + longest > deadline:
-            say(report, "left out for the budget: " + ", ".join(f"{r.spec.name} {r.case.id}" for r in races[number:]))
+            say(
+                report,
+                "left out for the budget: " + ", ".join(f"{r.spec.name} {r.case.id}" for r in races[number:]),
+            )
             break
         rows = []
         for row in runner.run(race):

@@ -1,4 +1,5 @@
-"""Who takes part in a race: this package, its reference, the reference compiled, and whoever else is installed."""
+"""Who takes part in a race: this package, its reference, the reference compiled, and whoever else is
+installed."""
 
 from __future__ import annotations
 
@@ -30,9 +31,11 @@ class Contestant:
 
     Args:
         name: As tables and `--contestants` name it.
-        function: Takes the op's own arguments by keyword and returns its outputs. None: it cannot take part, for `absent`.
+        function: Takes the op's own arguments by keyword and returns its outputs. None: it cannot take part,
+            for `absent`.
         context: What its calls must stand in.
-        peer: Somebody else's: timed with its error beside it even where the error is more than the rule allows our own.
+        peer: Somebody else's: timed with its error beside it even where the error is more than the rule
+            allows our own.
     """
 
     name: str
@@ -74,7 +77,8 @@ def foreign(module: str, name: str) -> Any:
 
 
 def optional(name: str, build: Callable[[], Callable[..., Any]]) -> Contestant:
-    """A contestant from another package, if it is installed: `build` imports it and returns its form of the op."""
+    """A contestant from another package, if it is installed: `build` imports it and returns its form of the
+    op."""
     try:
         return Contestant(name, build())
     except ImportError:
@@ -84,7 +88,8 @@ def optional(name: str, build: Callable[[], Callable[..., Any]]) -> Contestant:
 
 
 def only(function: Callable[..., Any], takes: tuple[str, ...]) -> Callable[..., Any]:
-    """`function` called with the arguments in `takes` alone; any other argument that asks for something is refused."""
+    """`function` called with the arguments in `takes` alone; any other argument that asks for something is
+    refused."""
     return partial(_call_with, function, takes)
 
 

@@ -14,13 +14,26 @@ import torch
 
 from bench.cases import Race
 from bench.contestants import COMPILED, Contestant, first_sentence, shared
-from bench.measure import Ceilings, Clock, Lane, Timing, capture, input_sets, interleave, peak_memory, release, total_bytes
+from bench.measure import (
+    Ceilings,
+    Clock,
+    Lane,
+    Timing,
+    capture,
+    input_sets,
+    interleave,
+    peak_memory,
+    release,
+    total_bytes,
+)
 from bench.record import Row
 from kernels.preflight import Truth, run_case
 from kernels.registry import SPECS
 from kernels.spec import SHORT_DTYPE, Case, OpSpec
 
-PEER_LIMIT = 8.0  # a peer whose error is more than so many times what our own may have is refused its timing too
+PEER_LIMIT = (
+    8.0  # a peer whose error is more than so many times what our own may have is refused its timing too
+)
 PARTS = {"forward": ("forward",), "backward": ("backward",), "both": ("forward", "backward")}
 
 Inputs = dict[str, Any]
@@ -32,9 +45,10 @@ class Bench:
 
     Args:
         room: The family of ops.
-        peers: (op, compiled) -> the contestants beside the package, its reference, and its reference compiled.
-        product: (op, case) -> (m, n, k) of the matrix product whose measured rate is the op's ceiling; None where the bytes count
-            alone.
+        peers: (op, compiled) -> the contestants beside the package, its reference, and its reference
+            compiled.
+        product: (op, case) -> (m, n, k) of the matrix product whose measured rate is the op's ceiling; None
+            where the bytes count alone.
         uncompiled: Why the reference under torch.compile takes no part; "" where it does.
     """
 
@@ -57,7 +71,8 @@ def find_bench(room: str) -> Bench:
 
 
 class Admission(NamedTuple):
-    """What the gate said: a status of `record.STATUSES`, why, and the worst error as a share of what is allowed."""
+    """What the gate said: a status of `record.STATUSES`, why, and the worst error as a share of what is
+    allowed."""
 
     status: str
     reason: str = ""
@@ -79,7 +94,10 @@ class Runner:
     def contestants(self, spec: OpSpec) -> list[Contestant]:
         mine = shared(spec, compiled=self.compiled)
         if self.bench.uncompiled:
-            mine = [c if c.name != COMPILED else Contestant(COMPILED, None, absent=self.bench.uncompiled) for c in mine]
+            mine = [
+                c if c.name != COMPILED else Contestant(COMPILED, None, absent=self.bench.uncompiled)
+                for c in mine
+            ]
         found = [*mine, *self.bench.peers(spec, self.compiled)]
         return [c for c in found if not self.names or c.name in self.names]
 
@@ -87,7 +105,7 @@ class Runner:
         """The rows of one race, the headline (forward and backward) first."""
         spec, case = race
         if "torch._dynamo" in sys.modules:
-            torch.compiler.reset()  # a compiled function forgets its shapes, or it would run eagerly after the eighth
+            torch.compiler.reset()  # else a compiled function runs eagerly after its eighth shape
         sets = self.input_sets(spec, case)
         directions = ("both", "forward", "backward") if spec.gradients else ("forward",)
         template = Row(spec.name, case.id, SHORT_DTYPE[self.dtype], directions[0], "", "absent")
@@ -99,7 +117,9 @@ class Runner:
             if found.status == "measured":
                 admitted[contestant.name], errors[contestant.name] = contestant, found.error
             else:
-                yield replace(template, **found._asdict() | {"error": found.error or None}, contestant=contestant.name)
+                yield replace(
+                    template, **found._asdict() | {"error": found.error or None}, contestant=contestant.name
+                )
         del truth
         for direction in directions:
             template = self._template(spec, case, direction)
@@ -109,7 +129,12 @@ class Runner:
 
     def truth(self, spec: OpSpec, inputs: Inputs) -> Truth:
         """What every contestant is held to."""
-        return Truth(spec, inputs, self.dtype, oracle_dtype=torch.float64 if self.dtype == torch.float32 else torch.float32)
+        return Truth(
+            spec,
+            inputs,
+            self.dtype,
+            oracle_dtype=torch.float64 if self.dtype == torch.float32 else torch.float32,
+        )
 
     def input_sets(self, spec: OpSpec, case: Case) -> list[Inputs]:
         """Fresh random inputs, in as many sets as it takes to leave the cache."""
@@ -151,13 +176,29 @@ class Runner:
         flops = sum(spec.flops(case, part) for part in PARTS[direction])
         nbytes = sum(spec.bytes(case, self.dtype, part) for part in PARTS[direction])
         sizes = self.bench.product(spec, case)
-        limit = self.ceilings.floor(flops, nbytes, None if sizes is None else self.ceilings.product(*sizes, self.dtype))
-        return Row(spec.name, case.id, SHORT_DTYPE[self.dtype], direction, "", "failed", flops=flops, bytes=nbytes, limit=limit)
+        limit = self.ceilings.floor(
+            flops, nbytes, None if sizes is None else self.ceilings.product(*sizes, self.dtype)
+        )
+        return Row(
+            spec.name,
+            case.id,
+            SHORT_DTYPE[self.dtype],
+            direction,
+            "",
+            "failed",
+            flops=flops,
+            bytes=nbytes,
+            limit=limit,
+        )
 
-    def _race(self, spec: OpSpec, admitted: Mapping[str, Contestant], sets: list[Inputs], template: Row) -> list[Row]:
+    def _race(
+        self, spec: OpSpec, admitted: Mapping[str, Contestant], sets: list[Inputs], template: Row
+    ) -> list[Row]:
         lanes = {name: lane(spec, c, sets, template.direction) for name, c in admitted.items()}
         timings = self._time(lanes)
-        graphs, problems = self._time_graphs(spec, admitted, sets, template.direction) if self.clock.on_gpu else ({}, {})
+        graphs, problems = (
+            self._time_graphs(spec, admitted, sets, template.direction) if self.clock.on_gpu else ({}, {})
+        )
         rows = []
         for name in admitted:
             row, timing = replace(template, contestant=name), timings.get(name)
@@ -166,11 +207,16 @@ class Runner:
                 continue
             graph, memory = graphs.get(name), self._memory(spec, admitted[name], sets[0], template.direction)
             graph_seconds = None if graph is None else graph.median
-            rows.append(row.measured(timing, graph_seconds=graph_seconds, memory=memory, reason=problems.get(name, "")))
+            rows.append(
+                row.measured(
+                    timing, graph_seconds=graph_seconds, memory=memory, reason=problems.get(name, "")
+                )
+            )
         return rows
 
     def _time(self, lanes: Mapping[str, Lane]) -> dict[str, Timing]:
-        """The lanes interleaved, or one by one where they do not fit into memory together; those that never fit are left out."""
+        """The lanes interleaved, or one by one where they do not fit into memory together; those that never
+        fit are left out."""
         try:
             return interleave(lanes, self.clock, self.seconds) if lanes else {}
         except torch.OutOfMemoryError:
@@ -188,7 +234,9 @@ class Runner:
         problems: dict[str, str] = {}
         for name, contestant in admitted.items():
             try:
-                captured[name] = capture(graph_lane(spec, contestant, sets, direction, self.clock), self.clock)
+                captured[name] = capture(
+                    graph_lane(spec, contestant, sets, direction, self.clock), self.clock
+                )
             except Exception as error:  # it waits for the GPU, say, or frees its own graph
                 self.clock.wait()
                 problems[name] = f"no CUDA graph: {first_sentence(error)}"
@@ -227,7 +275,9 @@ def lane(spec: OpSpec, contestant: Contestant, sets: Sequence[Inputs], direction
     return Lane([run.backward for run in runs], prepare, contestant.context)
 
 
-def graph_lane(spec: OpSpec, contestant: Contestant, sets: Sequence[Inputs], direction: str, clock: Clock) -> Lane:
+def graph_lane(
+    spec: OpSpec, contestant: Contestant, sets: Sequence[Inputs], direction: str, clock: Clock
+) -> Lane:
     """The same for capturing: a backward pass that is captured must be able to run again."""
     if direction != "backward":
         return lane(spec, contestant, sets, direction)

@@ -1,6 +1,7 @@
 """`python -m bench.generate`: the first token and the ones after it, at batch 1, 64 and 8.
 
-Decoding must read every weight, and the cache, once for each step: % limit is the share of that time at the measured copy rate.
+Decoding must read every weight, and the cache, once for each step: % limit is the share of that time at the
+measured copy rate.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ from kernels.spec import SHORT_DTYPE
 
 PLAIN = "plain PyTorch"
 NO_CACHE = f"{OURS}, no cache"
-AGREE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # relative RMS between the logits of kernels and references
+AGREE = {
+    torch.float32: 1e-3,
+    torch.bfloat16: 0.05,
+}  # relative RMS between the logits of kernels and references
 Generate = Callable[[torch.Tensor, int], Any]
 
 
@@ -37,13 +41,27 @@ class Options:
     """Flags."""
 
     quick: bool = field(default=False, metadata={"help": "batch 1 alone, for a short time"})
-    preset: str | None = field(default=None, metadata={"help": "of the model (default: gpt2 on a GPU, char-cpu on a CPU)"})
-    prompt_tokens: int | None = field(default=None, metadata={"help": "in the prompt (default: 128, or a quarter of the block)"})
-    new_tokens: int | None = field(default=None, metadata={"help": "after the first one (default: 128, or half of the block)"})
-    no_cache: bool = field(default=False, metadata={"help": "this package without its KV cache takes part too"})
-    batch_size: tuple[str, ...] = field(default=("1", "64", "8"), metadata={"help": "sequences, the most important first"})
-    device: str | None = field(default=None, metadata={"help": "cpu or cuda (default: a GPU if there is one)"})
-    budget: str | None = field(default=None, metadata={"help": "as in 90s or 8m: leave out the last batch sizes beyond it"})
+    preset: str | None = field(
+        default=None, metadata={"help": "of the model (default: gpt2 on a GPU, char-cpu on a CPU)"}
+    )
+    prompt_tokens: int | None = field(
+        default=None, metadata={"help": "in the prompt (default: 128, or a quarter of the block)"}
+    )
+    new_tokens: int | None = field(
+        default=None, metadata={"help": "after the first one (default: 128, or half of the block)"}
+    )
+    no_cache: bool = field(
+        default=False, metadata={"help": "this package without its KV cache takes part too"}
+    )
+    batch_size: tuple[str, ...] = field(
+        default=("1", "64", "8"), metadata={"help": "sequences, the most important first"}
+    )
+    device: str | None = field(
+        default=None, metadata={"help": "cpu or cuda (default: a GPU if there is one)"}
+    )
+    budget: str | None = field(
+        default=None, metadata={"help": "as in 90s or 8m: leave out the last batch sizes beyond it"}
+    )
     json: str | None = field(default=None, metadata={"help": "write every figure to this file, as they come"})
 
 
@@ -68,7 +86,9 @@ def main(argv: Sequence[str]) -> int:
         if budget is not None and number > 0 and begin + longest > began + budget:
             say(report, f"left out for the budget: batch sizes {', '.join(map(str, sizes[number:]))}")
             break
-        rows = race(config, dtype, batch, lengths, contestants, clock, ceilings, seconds=0.3 if options.quick else 2.0)
+        rows = race(
+            config, dtype, batch, lengths, contestants, clock, ceilings, seconds=0.3 if options.quick else 2.0
+        )
         report.rows += rows
         report.ceilings = ceilings.measured()
         print("\n" + table.race(rows), flush=True)
@@ -88,18 +108,23 @@ def _lengths(options: Options, config: GPTConfig) -> tuple[int, int]:
     new = min(128, block // 2) if options.new_tokens is None else options.new_tokens
     if prompt < 1 or new < 1 or prompt + 1 + new > block:
         raise InputError(
-            f"--prompt_tokens {prompt}, the first token and --new_tokens {new} are {prompt + 1 + new} tokens, "
+            f"--prompt_tokens {prompt}, the first token and --new_tokens {new} are {prompt + 1 + new} "
+            "tokens, "
             f"expected at least one of each and at most {block} together (block_size)"
         )
     return prompt, new
 
 
-def entrants(config: GPTConfig, dtype: torch.dtype, clock: Clock, *, no_cache: bool = False) -> list[Contestant]:
+def entrants(
+    config: GPTConfig, dtype: torch.dtype, clock: Clock, *, no_cache: bool = False
+) -> list[Contestant]:
     """Models with random weights; ours are wrong, and refused, where kernels and references disagree."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what cannot run Triton here is said by its own bench
-        model = GPT(config, use_triton=True if clock.on_gpu else "auto", device=clock.device, dtype=dtype).eval()
+        model = GPT(
+            config, use_triton=True if clock.on_gpu else "auto", device=clock.device, dtype=dtype
+        ).eval()
     found = [Contestant(OURS, _ours(model, model.use_triton), peer=False)]
     problem = _disagreement(model, dtype)
     if problem:
@@ -136,7 +161,9 @@ def _transformers(config: GPTConfig, dtype: torch.dtype, device: torch.device) -
 
     def generate(ids: torch.Tensor, count: int) -> Any:
         mask = torch.ones_like(ids)
-        return model.generate(ids, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+        return model.generate(
+            ids, attention_mask=mask, max_new_tokens=count, min_new_tokens=count, do_sample=False
+        )
 
     return generate
 
@@ -166,7 +193,8 @@ def race(
     ceilings: Ceilings,
     seconds: float,
 ) -> list[Row]:
-    """The rows of one batch size: the first token, and each one after it, for `lengths` tokens of prompt and of these."""
+    """The rows of one batch size: the first token, and each one after it, for `lengths` tokens of prompt and
+    of these."""
     prompt, new = lengths
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(config.vocab_size, (batch, prompt), generator=generator).to(clock.device)
@@ -186,7 +214,9 @@ def race(
     names = [c.name for c in contestants if f"{c.name}/1" in timings]
     for name in names:
         rows.append(replace(template, contestant=name).measured(timings[f"{name}/1"]))
-    decoding = replace(template, direction="decode", tokens=batch, bytes=nbytes, limit=nbytes / ceilings.copy())
+    decoding = replace(
+        template, direction="decode", tokens=batch, bytes=nbytes, limit=nbytes / ceilings.copy()
+    )
     for name in names:
         first, whole = timings[f"{name}/1"].median, timings[f"{name}/n"]
         median, low, high = ((seconds - first) / new for seconds in whole[:3])
@@ -196,12 +226,17 @@ def race(
 
 
 def decode_bytes(config: GPTConfig, batch: int, context: int, itemsize: int) -> int:
-    """Bytes that one decoding step must read: every weight once, and the cached keys and values of `context` tokens a row.
+    """Bytes that one decoding step must read: every weight once, and the cached keys and values of `context`
+    tokens a row.
 
     Of an untied token embedding and of the position embedding only a row each is read, which is left out.
     """
     counts = config.parameter_counts()
-    weights = counts["total"] - counts["position_embedding"] - (0 if config.tie_weights else counts["token_embedding"])
+    weights = (
+        counts["total"]
+        - counts["position_embedding"]
+        - (0 if config.tie_weights else counts["token_embedding"])
+    )
     cache = 2 * config.n_layer * config.n_head * config.head_size * batch * context
     return (weights + cache) * itemsize
 

@@ -1,4 +1,5 @@
-"""`python -m bench.loss`: linear + cross-entropy, against forms that hold all logits and forms that do not."""
+"""`python -m bench.loss`: linear + cross-entropy, against forms that hold all logits and forms that do
+not."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ ARGUMENTS = ("x", "weight", "targets", "bias")
 LARGEST_CHUNK = 8192  # rows of a product that is to be a ceiling
 
 
-def whole_logits(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def whole_logits(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     """What one writes first: all logits, in float32 for the loss."""
     return F.cross_entropy(F.linear(x, weight, bias).float(), targets)
 
@@ -48,7 +51,12 @@ def product(spec: OpSpec, case: Case) -> tuple[int, int, int]:
     return min(case["N"], LARGEST_CHUNK), -(-case["V"] // 64) * 64, case["C"]
 
 
-BENCH = Bench("loss", peers, product, uncompiled="it would draw out the loop over chunks; whole logits are compiled instead")
+BENCH = Bench(
+    "loss",
+    peers,
+    product,
+    uncompiled="it would draw out the loop over chunks; whole logits are compiled instead",
+)
 
 if __name__ == "__main__":
     sys.exit(command(BENCH))

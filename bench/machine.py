@@ -47,7 +47,8 @@ def pick_device(name: str | None) -> torch.device:
         raise InputError(f"--device is {name!r}, expected cpu or cuda") from error
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
         raise InputError(
-            f"--device is {name!r}, expected {'cpu or cuda' if torch.cuda.is_available() else 'cpu: no GPU was found'}"
+            f"--device is {name!r}, expected "
+            f"{'cpu or cuda' if torch.cuda.is_available() else 'cpu: no GPU was found'}"
         )
     return device
 
@@ -85,12 +86,14 @@ def installed(distribution: str) -> str | None:
 
 
 def stated_peak(name: str) -> float | None:
-    """The dense bf16 FLOP/s that its maker states for the GPU `name`; None for a GPU that the list does not have."""
+    """The dense bf16 FLOP/s that its maker states for the GPU `name`; None for a GPU that the list does not
+    have."""
     return next((peak for part, peak in STATED_PEAKS.items() if part in name), None)
 
 
 def commit() -> str:
-    """The commit of the sources, with "+changes" where files differ from it; outside a repository what FUSED_GPT_COMMIT says."""
+    """The commit of the sources, with "+changes" where files differ from it; outside a repository what
+    FUSED_GPT_COMMIT says."""
     hashed = _git("rev-parse", "--short=12", "HEAD")
     if hashed is None:
         return os.environ.get("FUSED_GPT_COMMIT", "unknown")

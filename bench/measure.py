@@ -1,11 +1,12 @@
 """The protocol by which everything here is timed.
 
-A contestant is warmed up, then sampled in turn with the others, in a new order each round, so that drifting clocks meet all of
-them alike. A sample is a run of calls that goes round several sets of random inputs, enough of them that none is still in the
-cache when its turn comes again. What is reported is the median of the samples, between their 20th and 80th percentiles.
+A contestant is warmed up, then sampled in turn with the others, in a new order each round, so that drifting
+clocks meet all of them alike. A sample is a run of calls that goes round several sets of random inputs,
+enough of them that none is still in the cache when its turn comes again. What is reported is the median of
+the samples, between their 20th and 80th percentiles.
 
-On a GPU a run is timed by events on its stream, launch gaps included, and once more as the replay of a CUDA graph, without them.
-On a CPU the same code reads the wall clock.
+On a GPU a run is timed by events on its stream, launch gaps included, and once more as the replay of a CUDA
+graph, without them. On a CPU the same code reads the wall clock.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ MIN_SAMPLES, MAX_SAMPLES = 5, 100
 MAX_CALLS = 10_000  # in one sample
 MAX_SETS = 64
 PROCESSOR_SETS = 4  # a call on a processor takes so long that more of them would make a sample of minutes
-PROCESSOR_CACHE = 2**25  # what a processor's last cache is taken to be, at most: a core's share of a larger one is no more
+PROCESSOR_CACHE = (
+    2**25
+)  # what a processor's last cache is taken to be, at most: a core's share of a larger one is no more
 _abandoned: list[object] = []  # graphs whose capture failed: torch's allocator may still look at them
 
 
@@ -48,7 +51,9 @@ class Timing(NamedTuple):
     def of(cls, samples: Sequence[float]) -> Timing:
         ordered = sorted(samples)
         last = len(ordered) - 1
-        return cls(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)], len(ordered))
+        return cls(
+            statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)], len(ordered)
+        )
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,8 @@ class Lane:
 
     Args:
         calls: One for each set of inputs.
-        prepare: Runs untimed before every sample; what it leaves is good for one round over `calls` (a backward pass needs a
-            graph that it may consume). None: the calls can be repeated at will.
+        prepare: Runs untimed before every sample; what it leaves is good for one round over `calls` (a
+            backward pass needs a graph that it may consume). None: the calls can be repeated at will.
         context: Entered around every sample, so that its own cost is not measured.
         units: How many calls of the op one element of `calls` makes (a captured graph makes several).
     """
@@ -83,7 +88,8 @@ class Clock:
             torch.cuda.synchronize(self.device)
 
     def active(self) -> AbstractContextManager[object]:
-        """The stream that everything is timed on: a graph can only capture backward passes that belong to its own stream."""
+        """The stream that everything is timed on: a graph can only capture backward passes that belong to its
+        own stream."""
         return torch.cuda.stream(self.stream) if self.on_gpu else nullcontext()
 
     def time(self, calls: Sequence[Call], rounds: int = 1) -> float:
@@ -160,7 +166,8 @@ def capture(lane: Lane, clock: Clock) -> Lane:
 
 @contextmanager
 def never_waiting() -> Iterator[None]:
-    """What waits for the GPU fails here, in a call that can still be given up: a capture that fails harms the whole process."""
+    """What waits for the GPU fails here, in a call that can still be given up: a capture that fails harms the
+    whole process."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls the mode a prototype, once
@@ -172,7 +179,8 @@ def never_waiting() -> Iterator[None]:
 
 
 def _abandon(graph: object, pool: Any, clock: Clock) -> None:
-    """Cleans up behind a failed capture: torch before 2.12 leaves its stream current, and its allocator frees nothing more."""
+    """Cleans up behind a failed capture: torch before 2.12 leaves its stream current, and its allocator frees
+    nothing more."""
     _abandoned.append(graph)
     torch.cuda.set_stream(torch.cuda.default_stream(clock.device))
     with suppress(RuntimeError):  # there is nothing left to end
@@ -180,17 +188,26 @@ def _abandon(graph: object, pool: Any, clock: Clock) -> None:
 
 
 def input_sets(nbytes: int, device: torch.device) -> int:
-    """How many sets of inputs of `nbytes` each it takes that a set has left the cache when its turn comes again."""
+    """How many sets of inputs of `nbytes` each it takes that a set has left the cache when its turn comes
+    again."""
     if device.type == "cuda":
         cache, most = torch.cuda.get_device_properties(device).L2_cache_size, MAX_SETS
     else:
-        known = os.sysconf("SC_LEVEL3_CACHE_SIZE") if "SC_LEVEL3_CACHE_SIZE" in getattr(os, "sysconf_names", ()) else 0
-        cache, most = min(known, PROCESSOR_CACHE) if known > 0 else PROCESSOR_CACHE, min(MAX_SETS, PROCESSOR_SETS)
+        known = (
+            os.sysconf("SC_LEVEL3_CACHE_SIZE")
+            if "SC_LEVEL3_CACHE_SIZE" in getattr(os, "sysconf_names", ())
+            else 0
+        )
+        cache, most = (
+            min(known, PROCESSOR_CACHE) if known > 0 else PROCESSOR_CACHE,
+            min(MAX_SETS, PROCESSOR_SETS),
+        )
     return max(1, min(most, math.ceil(3 * cache / max(1, nbytes))))
 
 
 def peak_memory(call: Call, clock: Clock) -> int | None:
-    """Bytes that one call allocates at its peak beyond what was there before it; None on a CPU, which does not count them."""
+    """Bytes that one call allocates at its peak beyond what was there before it; None on a CPU, which does
+    not count them."""
     if not clock.on_gpu:
         return None
     gc.collect()
@@ -248,7 +265,8 @@ class Ceilings:
 class SelfCheck(NamedTuple):
     """Whether the clock can be believed here and now.
 
-    `sleep` is the measured length of a known sleep over its true length, `noise` the ratio of one contestant's time to its own.
+    `sleep` is the measured length of a known sleep over its true length, `noise` the ratio of one
+    contestant's time to its own.
     """
 
     sleep: float
@@ -260,7 +278,10 @@ class SelfCheck(NamedTuple):
         if abs(self.sleep - 1) > SLEEP_TOLERANCE:
             found.append(f"a known sleep was timed {self.sleep:.3f} times its length")
         if abs(self.noise - 1) > QUIET:
-            found.append(f"the machine is too noisy: one contestant against itself reads {self.noise:.3f}, not 1.00 ± {QUIET}")
+            found.append(
+                f"the machine is too noisy: one contestant against itself reads {self.noise:.3f}, not 1.00 "
+                f"± {QUIET}"
+            )
         return found
 
 

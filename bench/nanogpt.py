@@ -26,7 +26,9 @@ def load_nanogpt(folder: str) -> ModuleType:
     """
     path = Path(folder) / "model.py"
     if not path.is_file():
-        raise InputError(f"--nanogpt: {folder} has no model.py, expected a checkout of https://github.com/karpathy/nanoGPT")
+        raise InputError(
+            f"--nanogpt: {folder} has no model.py, expected a checkout of https://github.com/karpathy/nanoGPT"
+        )
     spec = importlib.util.spec_from_file_location("nanogpt_model", path)
     assert spec is not None
     assert spec.loader is not None
@@ -42,16 +44,21 @@ def nanogpt_step(
 ) -> Callable[[], object]:
     """A training step as nanoGPT's train.py takes it, on a batch that is there.
 
-    On a GPU: bfloat16 autocast, torch.compile, fused AdamW. On a CPU, as its README has it: float32, not compiled, and the loss
-    read after each step.
+    On a GPU: bfloat16 autocast, torch.compile, fused AdamW. On a CPU, as its README has it: float32, not
+    compiled, and the loss read after each step.
     """
-    sizes = {n: getattr(config, n) for n in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")}
+    sizes = {
+        n: getattr(config, n)
+        for n in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias")
+    }
     on_gpu = device.type == "cuda"
     torch.manual_seed(0)
     with contextlib.redirect_stdout(io.StringIO()):  # it counts its parameters aloud
         model: nn.Module = module.GPT(module.GPTConfig(**sizes)).to(device)
         configure: Any = model.configure_optimizers
-        optimizer = configure(train.weight_decay, train.learning_rate, (train.beta1, train.beta2), device.type)
+        optimizer = configure(
+            train.weight_decay, train.learning_rate, (train.beta1, train.beta2), device.type
+        )
     forward = torch.compile(model) if on_gpu else model
     inputs, targets = batch.inputs.to(device), batch.targets.to(device)
 

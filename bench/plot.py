@@ -19,7 +19,8 @@ Panel = tuple[str, str, list[str]]  # op, direction, cases
 
 
 def draw(report: Report, path: Path) -> bool:
-    """Draws the headline of each op: forward + backward (what else there is where it has none), a bar for each contestant.
+    """Draws the headline of each op: forward + backward (what else there is where it has none), a bar for
+    each contestant.
 
     Returns:
         Whether there was anything to draw.
@@ -41,11 +42,21 @@ def draw(report: Report, path: Path) -> bool:
         _panel(axes, rows, panel, colors)
     for axes in places[len(panels) :]:
         axes.remove()
-    handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    handles = {
+        label: handle
+        for axes in figure.axes
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
     order = [name for name in (*colors, LIMIT) if name in handles]
-    figure.legend([handles[n] for n in order], order, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    figure.legend(
+        [handles[n] for n in order], order, loc="outside lower center", ncols=6, frameon=False, fontsize=9
+    )
     about = report.machine
-    figure.suptitle(f"{about.device} · torch {about.torch} · {about.date[:10]} · {about.commit}", fontsize=10, color="#555555")
+    figure.suptitle(
+        f"{about.device} · torch {about.torch} · {about.date[:10]} · {about.commit}",
+        fontsize=10,
+        color="#555555",
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return True
@@ -64,7 +75,11 @@ def _panels(rows: Sequence[Row]) -> list[Panel]:
     for op in dict.fromkeys(row.op for row in rows):
         of_op = [row for row in rows if row.op == op]
         directions = list(dict.fromkeys(row.direction for row in of_op))
-        chosen = directions if directions[0] in WHOLE_MODEL else [("both" if "both" in directions else directions[0])]
+        chosen = (
+            directions
+            if directions[0] in WHOLE_MODEL
+            else [("both" if "both" in directions else directions[0])]
+        )
         for direction in chosen:
             cases = list(dict.fromkeys(row.case for row in of_op if row.direction == direction))
             found += [(op, direction, cases[i : i + PER_PANEL]) for i in range(0, len(cases), PER_PANEL)]
@@ -80,12 +95,17 @@ def _panel(axes: Any, rows: Sequence[Row], panel: Panel, colors: dict[str, str])
     width = min(0.84 / len(names), 0.2)
     few = len(cases) * len(names) <= 12
     for i, name in enumerate(names):
-        heights = [next((value(row) for row in shown if row.case == case and row.contestant == name), None) for case in cases]
+        heights = [
+            next((value(row) for row in shown if row.case == case and row.contestant == name), None)
+            for case in cases
+        ]
         places = [x + (i - (len(names) - 1) / 2) * width for x in range(len(cases))]
         bars = axes.bar(places, [h or 0 for h in heights], width * 0.94, label=name, color=colors[name])
         if few or name == OURS:
             texts = ["" if h is None else f"{h:,.3g}" if h < 1000 else f"{h:,.0f}" for h in heights]
-            axes.bar_label(bars, texts, fontsize=8, padding=1, fontweight="bold" if name == OURS else "normal")
+            axes.bar_label(
+                bars, texts, fontsize=8, padding=1, fontweight="bold" if name == OURS else "normal"
+            )
     for x, case in enumerate(cases):
         limit = next((_at_limit(row, unit) for row in shown if row.case == case), None)
         if limit is not None:
@@ -94,13 +114,18 @@ def _panel(axes: Any, rows: Sequence[Row], panel: Panel, colors: dict[str, str])
     axes.set_xlim(-0.6, len(cases) - 0.4)
     axes.set_ylabel(unit)
     axes.ticklabel_format(style="plain", axis="y")
-    axes.set_title(f"{op}, {TITLES.get(direction, direction)}  ({', '.join([*common, shown[0].dtype])})", loc="left", fontsize=11)
+    axes.set_title(
+        f"{op}, {TITLES.get(direction, direction)}  ({', '.join([*common, shown[0].dtype])})",
+        loc="left",
+        fontsize=11,
+    )
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(y=0.12)
 
 
 def _unit(rows: Sequence[Row]) -> tuple[str, Any]:
-    """What a panel shows: tokens/s of whole models, TFLOP/s where operations set the limit, GB/s where bytes do."""
+    """What a panel shows: tokens/s of whole models, TFLOP/s where operations set the limit, GB/s where bytes
+    do."""
     if all(row.tokens is not None for row in rows):
         return "tokens/s", lambda row: row.tokens_per_second
     if all((row.flops or 0) > 30 * (row.bytes or 1) for row in rows):
@@ -115,7 +140,10 @@ def _at_limit(row: Row, unit: str) -> float | None:
 
 
 def _labels(cases: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(the parts that all cases share, a label for each case from its other parts); Tq and Tk of one size are T."""
+    """(the parts that all cases share, a label for each case from its other parts); Tq and Tk of one size are
+    T."""
     parts = [re.sub(r"\bTq(\d+)-Tk\1\b", r"T\1", case).split("-") for case in cases]
-    common = [part for part in parts[0] if all(part in other for other in parts)] if len(cases) > 1 else parts[0]
+    common = (
+        [part for part in parts[0] if all(part in other for other in parts)] if len(cases) > 1 else parts[0]
+    )
     return common, ["\n".join(part for part in case if part not in common) for case in parts]

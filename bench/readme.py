@@ -1,6 +1,8 @@
-"""`python -m bench.readme`: writes the figures and pictures of bench/results/ into README.md and bench/README.md.
+"""`python -m bench.readme`: writes the figures and pictures of bench/results/ into README.md and
+bench/README.md.
 
-Each `<!-- bench:NAME -->` … `<!-- /bench:NAME -->` is rewritten; NAME is `summary`, `speed`, `pictures` or `targets`.
+Each `<!-- bench:NAME -->` … `<!-- /bench:NAME -->` is rewritten; NAME is `summary`, `speed`, `pictures` or
+`targets`.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ RULE = "|---|---|---|---|"
 class Options:
     """Flags."""
 
-    check: bool = field(default=False, metadata={"help": "write nothing; the exit code is 1 where a file is out of date"})
+    check: bool = field(
+        default=False, metadata={"help": "write nothing; the exit code is 1 where a file is out of date"}
+    )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -54,11 +58,15 @@ def main(argv: Sequence[str]) -> int:
 def results() -> dict[Path, Report]:
     """The kept reports, by their folders; several in one folder, of one machine, count as one.
 
-    Of two that timed the same op at the same case the later one counts: contestants are compared within one run alone.
+    Of two that timed the same op at the same case the later one counts: contestants are compared within one
+    run alone.
     """
     folders = sorted({path.parent for path in RESULTS.glob("*/*.json")})
     reports = {at: [load(path) for path in sorted(at.glob("*.json"))] for at in folders}
-    return {at: reduce(_joined, sorted(found, key=lambda report: report.machine.date)) for at, found in reports.items()}
+    return {
+        at: reduce(_joined, sorted(found, key=lambda report: report.machine.date))
+        for at, found in reports.items()
+    }
 
 
 def _joined(older: Report, newer: Report) -> Report:
@@ -94,10 +102,11 @@ def rewritten(text: str, folder: Path, reports: dict[Path, Report]) -> str:
 
 
 def summary(reports: dict[Path, Report], folder: Path) -> list[str]:
-    """One table, which is to stay short: of the GPU measured last a line for each op, at the case that came first; of processors
-    every case."""
+    """One table, which is to stay short: of the GPU measured last a line for each op, at the case that came
+    first; of processors every case."""
     gpus = sorted(
-        (at for at, report in reports.items() if report.machine.kind == "cuda"), key=lambda at: reports[at].machine.date
+        (at for at, report in reports.items() if report.machine.kind == "cuda"),
+        key=lambda at: reports[at].machine.date,
     )
     told = {at: report for at, report in reports.items() if at not in gpus[:-1]}
     lines: dict[object, str] = {}
@@ -105,12 +114,20 @@ def summary(reports: dict[Path, Report], folder: Path) -> list[str]:
         for rows in table.races(row for row in report.rows if row.status == "measured"):
             line = _headline(rows)
             if line is not None:
-                lines.setdefault((at, rows[0].op if at in gpus else _race(rows[0])), f"| {report.machine.device} {line}")
+                lines.setdefault(
+                    (at, rows[0].op if at in gpus else _race(rows[0])), f"| {report.machine.device} {line}"
+                )
     about = [f"{table.machine(report.machine)}." for report in told.values()]
     drawn = [
-        f"![{told[at].machine.device}]({_seen_from(at / 'report.png', folder)})" for at in told if (at / "report.png").exists()
+        f"![{told[at].machine.device}]({_seen_from(at / 'report.png', folder)})"
+        for at in told
+        if (at / "report.png").exists()
     ]
-    return ["\n".join([f"| machine {COLUMNS}", f"|---{RULE}", *lines.values()]), "\n".join([*drawn, *about])] if lines else []
+    return (
+        ["\n".join([f"| machine {COLUMNS}", f"|---{RULE}", *lines.values()]), "\n".join([*drawn, *about])]
+        if lines
+        else []
+    )
 
 
 def _each(tell: Callable[[Report, Path, Path], str]) -> Callable[[dict[Path, Report], Path], list[str]]:
@@ -121,7 +138,19 @@ def speed(report: Report, at: Path, folder: Path) -> str:
     """Each op's headline at every case, and how many times as long everybody else took."""
     commands = re.sub(r" --json \S+", "", report.title)
     lines = [_headline(rows) for rows in table.races(row for row in report.rows if row.status == "measured")]
-    return "\n".join(["```sh", commands, "```", "", f"{table.machine(report.machine)}:", "", COLUMNS, RULE, *filter(None, lines)])
+    return "\n".join(
+        [
+            "```sh",
+            commands,
+            "```",
+            "",
+            f"{table.machine(report.machine)}:",
+            "",
+            COLUMNS,
+            RULE,
+            *filter(None, lines),
+        ]
+    )
 
 
 def _headline(rows: Sequence[Row]) -> str | None:
@@ -143,7 +172,10 @@ def _figure(row: Row | None) -> str:
         return "-"
     if row.tokens is not None:
         return f"{row.tokens_per_second:,.0f} tokens/s"
-    return f"{table.duration(row.seconds)} ({table.figure(None if row.share is None else 100 * row.share, '.0f')}% of the limit)"
+    return (
+        f"{table.duration(row.seconds)} "
+        f"({table.figure(None if row.share is None else 100 * row.share, '.0f')}% of the limit)"
+    )
 
 
 def pictures(report: Report, at: Path, folder: Path) -> str:
@@ -158,7 +190,9 @@ def _seen_from(path: Path, folder: Path) -> str:
 
 def met(report: Report, at: Path, folder: Path) -> str:
     """The targets for such a machine with their outcomes, where any was measured."""
-    outcomes = [targets.judge(target, report) for target in targets.load() if target.kind == report.machine.kind]
+    outcomes = [
+        targets.judge(target, report) for target in targets.load() if target.kind == report.machine.kind
+    ]
     if all(outcome.status == "not measured" for outcome in outcomes):
         return ""
     return f"{report.machine.device}, {report.machine.date[:10]}:\n\n```\n{table.outcomes(outcomes)}\n```"

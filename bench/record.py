@@ -21,12 +21,17 @@ DIRECTIONS = ("forward", "backward", "both", "step", "first token", "decode")
 FORMULAS = {
     "time": "median of interleaved samples, seconds per call; low and high are the 20th and 80th percentiles",
     "graph": "the same as the replay of a CUDA graph, without launch gaps",
-    "error": "largest error over what kernels/tolerance.py allows, in the output and every gradient; 1 is the limit",
-    "TFLOP/s": "flops / time / 1e12; flops by the op's formula, causal attention counting unmasked pairs alone",
-    "GB/s": "bytes / time / 1e9; bytes is the least that must be moved: each input read, each output written, once",
-    "% of limit": "100 · limit / time; limit is the larger of flops / measured matrix-product rate, bytes / measured copy rate",
+    "error": "largest error over what kernels/tolerance.py allows, in the output and every gradient; 1 is "
+    "the limit",
+    "TFLOP/s": "flops / time / 1e12; flops by the op's formula, causal attention counting unmasked pairs "
+    "alone",
+    "GB/s": "bytes / time / 1e9; bytes is the least that must be moved: each input read, each output "
+    "written, once",
+    "% of limit": "100 · limit / time; limit is the larger of flops / measured matrix-product rate, bytes / "
+    "measured copy rate",
     "MFU": "(6 N + 12 L H D T) · tokens / time / peak; N counts parameters without position embeddings",
-    "memory": "bytes allocated at the peak of one call beyond what was there before it; a step counts model and optimizer too",
+    "memory": "bytes allocated at the peak of one call beyond what was there before it; a step counts model "
+    "and optimizer too",
 }
 
 
@@ -53,7 +58,8 @@ class Machine:
 class Row:
     """One contestant in one direction of one case.
 
-    `limit` is the least time that this machine's measured ceilings allow; `tokens` and `flops_peak` belong to whole models.
+    `limit` is the least time that this machine's measured ceilings allow; `tokens` and `flops_peak` belong to
+    whole models.
     """
 
     op: str
@@ -117,7 +123,9 @@ class Report:
 
     def find(self, **wanted: object) -> list[Row]:
         """The rows whose fields have these values."""
-        return [row for row in self.rows if all(getattr(row, name) == value for name, value in wanted.items())]
+        return [
+            row for row in self.rows if all(getattr(row, name) == value for name, value in wanted.items())
+        ]
 
     def save(self, path: str | Path) -> None:
         write_json(path, dataclasses.asdict(self))
@@ -127,7 +135,8 @@ def load(path: str | Path) -> Report:
     """The report in a file.
 
     Raises:
-        InputError: It is unreadable, or no such report: an unknown or missing field, a wrong type, another format.
+        InputError: It is unreadable, or no such report: an unknown or missing field, a wrong type, another
+            format.
     """
     content = read_json(path)
     if isinstance(content, dict) and content.get("format") != FORMAT:
@@ -136,9 +145,13 @@ def load(path: str | Path) -> Report:
     for row in report.rows:
         for name, valid in (("status", STATUSES), ("direction", DIRECTIONS)):
             if getattr(row, name) not in valid:
-                raise InputError(f"{path}: {name} is {getattr(row, name)!r}, expected one of {', '.join(valid)}")
+                raise InputError(
+                    f"{path}: {name} is {getattr(row, name)!r}, expected one of {', '.join(valid)}"
+                )
         if (row.status == "measured") != (row.seconds is not None):
-            raise InputError(f"{path}: {row.op} {row.case} {row.contestant} is {row.status}, with seconds {row.seconds}")
+            raise InputError(
+                f"{path}: {row.op} {row.case} {row.contestant} is {row.status}, with seconds {row.seconds}"
+            )
     return report
 
 
@@ -168,7 +181,11 @@ def parse(kind: Any, value: object, where: str) -> Any:
     options = arguments if origin in (types.UnionType, typing.Union) else (kind,)
     for option in options:
         accepted = (int, float) if option is float else option
-        if typing.get_origin(option) is None and isinstance(value, accepted) and isinstance(value, bool) == (option is bool):
+        if (
+            typing.get_origin(option) is None
+            and isinstance(value, accepted)
+            and isinstance(value, bool) == (option is bool)
+        ):
             return float(value) if option is float else value  # type: ignore[arg-type]
     expected = " or ".join(getattr(option, "__name__", str(option)) for option in options)
     raise InputError(f"{where} is {value!r}, expected {expected}")

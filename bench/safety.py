@@ -1,6 +1,8 @@
-"""`python -m bench.safety`: the compiled kernels on a GPU, at small shapes: the same bits every time, and nothing else.
+"""`python -m bench.safety`: the compiled kernels on a GPU, at small shapes: the same bits every time, and
+nothing else.
 
-The first case of each op, in each dtype, is repeated most often. `python -m bench.sanitizer` runs the same calls, once each.
+The first case of each op, in each dtype, is repeated most often. `python -m bench.sanitizer` runs the same
+calls, once each.
 """
 
 from __future__ import annotations
@@ -36,9 +38,14 @@ class Options:
 
     op: tuple[str, ...] = field(default=tuple(SPECS), metadata={"help": "ops"})
     repeats: int = field(
-        default=1000, metadata={"help": f"of each op's first case in each dtype; of others {FEW} at most; 0: each call once"}
+        default=1000,
+        metadata={
+            "help": f"of each op's first case in each dtype; of others {FEW} at most; 0: each call once"
+        },
     )
-    budget: str | None = field(default=None, metadata={"help": "as in 90s or 8m: leave out the least important calls beyond it"})
+    budget: str | None = field(
+        default=None, metadata={"help": "as in 90s or 8m: leave out the least important calls beyond it"}
+    )
     json: str | None = field(default=None, metadata={"help": "write what was found to this file"})
 
 
@@ -77,11 +84,15 @@ def check_ops(names: Sequence[str]) -> None:
 
 
 def calls(names: Sequence[str]) -> list[Call]:
-    """The small and edge cases of the ops, the most important first: by dtype, by turns over the ops, in their own order."""
+    """The small and edge cases of the ops, the most important first: by dtype, by turns over the ops, in
+    their own order."""
     found = []
     for dtype in DTYPES:
         lists = [
-            [Call(spec, case, dtype, case is spec.tagged("small")[0]) for case in spec.tagged("small", "edge")]
+            [
+                Call(spec, case, dtype, case is spec.tagged("small")[0])
+                for case in spec.tagged("small", "edge")
+            ]
             for spec in (SPECS[name] for name in names)
             if dtype in spec.dtypes
         ]
@@ -90,7 +101,12 @@ def calls(names: Sequence[str]) -> list[Call]:
 
 
 def run(
-    todo: Sequence[Call], device: torch.device, repeats: int, deadline: float | None, report: Report, backend: str = "triton"
+    todo: Sequence[Call],
+    device: torch.device,
+    repeats: int,
+    deadline: float | None,
+    report: Report,
+    backend: str = "triton",
 ) -> int:
     """Makes the calls, notes what was found, and gives the exit code."""
     bad = done = 0
@@ -106,8 +122,13 @@ def run(
         done += 1
     firsts = sum(call.first for call in todo[:done])
     if repeats:
-        result = f"{bad} of {done} calls gave other bits" if bad else f"{done} calls gave the same bits every time"
-        say(report, f"{result}: {firsts} repeated {repeats:,} times, {done - firsts} {min(repeats, FEW)} times")
+        result = (
+            f"{bad} of {done} calls gave other bits" if bad else f"{done} calls gave the same bits every time"
+        )
+        say(
+            report,
+            f"{result}: {firsts} repeated {repeats:,} times, {done - firsts} {min(repeats, FEW)} times",
+        )
     else:
         say(report, f"{done} calls were made once")
     report.complete = done == len(todo)

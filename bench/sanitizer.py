@@ -1,6 +1,8 @@
-"""`python -m bench.sanitizer TOOL`: the calls of `bench.safety`, once each, under one of compute-sanitizer's tools.
+"""`python -m bench.sanitizer TOOL`: the calls of `bench.safety`, once each, under one of compute-sanitizer's
+tools.
 
-A report about a kernel of this package fails the run. Those about other kernels (torch's, cuBLAS's) are counted and named.
+A report about a kernel of this package fails the run. Those about other kernels (torch's, cuBLAS's) are
+counted and named.
 """
 
 from __future__ import annotations
@@ -32,8 +34,20 @@ TOOLS = {  # with what each takes
     "initcheck": (),
     "synccheck": (),
 }
-COMMON = ("--target-processes", "application-only", "--launch-timeout", "0", "--show-backtrace", "no", "--print-limit", "10000")
-UNCACHED = ("memcheck", "initcheck")  # torch's cache of memory hides what lies beyond a tensor, and who wrote it
+COMMON = (
+    "--target-processes",
+    "application-only",
+    "--launch-timeout",
+    "0",
+    "--show-backtrace",
+    "no",
+    "--print-limit",
+    "10000",
+)
+UNCACHED = (
+    "memcheck",
+    "initcheck",
+)  # torch's cache of memory hides what lies beyond a tensor, and who wrote it
 PREFIX = "========="
 SHOWN = 5  # reports in full
 
@@ -43,7 +57,9 @@ class Options:
     """Flags."""
 
     op: tuple[str, ...] = field(default=tuple(SPECS), metadata={"help": "ops"})
-    budget: str | None = field(default=None, metadata={"help": "as in 90s or 8m: leave out the least important calls beyond it"})
+    budget: str | None = field(
+        default=None, metadata={"help": "as in 90s or 8m: leave out the least important calls beyond it"}
+    )
     json: str | None = field(default=None, metadata={"help": "write what was found to this file"})
 
 
@@ -83,7 +99,9 @@ def run(tool: str, line: Sequence[str], report: Report) -> int:
     """Runs the sanitizer, notes what it found, and gives the exit code."""
     environment = os.environ | ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool in UNCACHED else {})
     names, about_ours, others, summary = kernel_names(), Counter[str](), Counter[str](), False
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as process:
+    with subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
         assert process.stdout is not None
         for block in blocks(process.stdout):
             places = [part for part in block[1:] if "+0x" in part]
@@ -101,14 +119,20 @@ def run(tool: str, line: Sequence[str], report: Report) -> int:
     if failed:
         say(report, f"ended with exit code {process.returncode}{'' if summary else ' and without a summary'}")
     listed = "".join(f"; {name}: {count}" for name, count in others.most_common(SHOWN))
-    say(report, f"{about_ours.total()} reports about this package's kernels, {others.total()} about others{listed}")
-    report.notes += [f"{count} times: {' '.join(text.split())}" for text, count in about_ours.most_common(SHOWN)]
+    say(
+        report,
+        f"{about_ours.total()} reports about this package's kernels, {others.total()} about others{listed}",
+    )
+    report.notes += [
+        f"{count} times: {' '.join(text.split())}" for text, count in about_ours.most_common(SHOWN)
+    ]
     report.complete = not failed
     return 1 if about_ours or failed else 0
 
 
 def blocks(lines: Iterable[str]) -> Iterator[list[str]]:
-    """What the sanitizer says: lines behind its prefix, each with those below that are indented. Other lines are printed."""
+    """What the sanitizer says: lines behind its prefix, each with those below that are indented. Other lines
+    are printed."""
     block: list[str] = []
     for line in map(str.rstrip, lines):
         if not line.startswith(PREFIX):
@@ -134,7 +158,11 @@ def kernel(report: str) -> str:
 def kernel_names() -> set[str]:
     """This package's kernels."""
     source = Path(__file__).parent.parent / "kernels"
-    return {name for path in source.rglob("*.py") for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text("utf-8"), re.M)}
+    return {
+        name
+        for path in source.rglob("*.py")
+        for name in re.findall(r"^def (_\w+_kernel)\(", path.read_text("utf-8"), re.M)
+    }
 
 
 if __name__ == "__main__":

@@ -12,14 +12,28 @@ from bench.targets import Outcome
 
 WHOLE_MODEL = ("step", "first token", "decode")
 TITLES = {"both": "forward + backward"}
-COLUMNS = ("contestant", "time", "±", "graph", "TFLOP/s", "GB/s", "tokens/s", "% limit", f"× {OURS}", "memory", "error")
+COLUMNS = (
+    "contestant",
+    "time",
+    "±",
+    "graph",
+    "TFLOP/s",
+    "GB/s",
+    "tokens/s",
+    "% limit",
+    f"× {OURS}",
+    "memory",
+    "error",
+)
 
 
 def duration(seconds: float | None) -> str:
     """Three digits and a unit."""
     if seconds is None:
         return "-"
-    unit, scale = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)) if seconds * s >= 1), ("ns", 1e9))
+    unit, scale = next(
+        ((u, s) for u, s in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)) if seconds * s >= 1), ("ns", 1e9)
+    )
     return f"{seconds * scale:#.3g} {unit}".replace(". ", " ")
 
 
@@ -36,7 +50,11 @@ def figure(value: float | None, form: str = ".1f") -> str:
 
 def cells(row: Row, ours: Row | None) -> tuple[str, ...]:
     """A measured row under COLUMNS; "×" is its time over ours, above 1 where ours is faster."""
-    spread = None if not row.seconds or row.low is None or row.high is None else 50 * (row.high - row.low) / row.seconds
+    spread = (
+        None
+        if not row.seconds or row.low is None or row.high is None
+        else 50 * (row.high - row.low) / row.seconds
+    )
     ratio = None if ours is None or not ours.seconds or row.seconds is None else row.seconds / ours.seconds
     flag = " !" if row.error is not None and row.error > 1 else ""
     return (
@@ -60,7 +78,9 @@ def grid(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     kept = [i for i in range(len(header)) if i == 0 or any(row[i] != "-" for row in rows)]
     widths = [max(len(row[i]) for row in [list(header), *rows]) for i in kept]
     text = [
-        "  ".join(row[i].ljust(w) if i == 0 else row[i].rjust(w) for i, w in zip(kept, widths, strict=True)).rstrip()
+        "  ".join(
+            row[i].ljust(w) if i == 0 else row[i].rjust(w) for i, w in zip(kept, widths, strict=True)
+        ).rstrip()
         for row in [list(header), *rows]
     ]
     return "\n".join("  " + line for line in text)
@@ -70,19 +90,30 @@ def race(rows: Sequence[Row]) -> str:
     """The rows of one op at one case, a table for each direction; below, who took no part and why."""
     first = rows[0]
     parts = [f"{first.op} {first.case} {first.dtype}"]
-    for direction, group in groupby((row for row in rows if row.status == "measured"), key=lambda row: row.direction):
+    for direction, group in groupby(
+        (row for row in rows if row.status == "measured"), key=lambda row: row.direction
+    ):
         measured = sorted(group, key=lambda row: row.seconds or 0)
         ours = next((row for row in measured if row.contestant == OURS), None)
-        parts += [f" {TITLES.get(direction, direction)}", grid(COLUMNS, [cells(row, ours) for row in measured])]
-    parts += dict.fromkeys(f"  {row.contestant}: {refusal(row)}" for row in rows if row.reason or row.status != "measured")
+        parts += [
+            f" {TITLES.get(direction, direction)}",
+            grid(COLUMNS, [cells(row, ours) for row in measured]),
+        ]
+    parts += dict.fromkeys(
+        f"  {row.contestant}: {refusal(row)}" for row in rows if row.reason or row.status != "measured"
+    )
     return "\n".join(parts)
 
 
 def refusal(row: Row) -> str:
     """Why a contestant has no figure, or not all."""
-    said = {"measured": "", "absent": "", "unavailable": "unavailable: ", "wrong": "WRONG, so not timed: ", "failed": "FAILED: "}[
-        row.status
-    ]
+    said = {
+        "measured": "",
+        "absent": "",
+        "unavailable": "unavailable: ",
+        "wrong": "WRONG, so not timed: ",
+        "failed": "FAILED: ",
+    }[row.status]
     return said + row.reason
 
 
@@ -109,7 +140,9 @@ def machine(about: Machine) -> str:
     """One line."""
     parts = [f"{about.device} ({about.architecture}, {about.memory_bytes / 2**30:.0f} GiB)"]
     parts.append(
-        f"driver {about.driver}, CUDA {about.cuda}" if about.kind == "cuda" else f"{about.threads} threads, no GPU found"
+        f"driver {about.driver}, CUDA {about.cuda}"
+        if about.kind == "cuda"
+        else f"{about.threads} threads, no GPU found"
     )
     parts.append(f"torch {about.torch}, triton {about.triton or 'not installed'}, Python {about.python}")
     return "; ".join([*parts, f"commit {about.commit}", about.date])
@@ -127,7 +160,9 @@ def markdown(report: Report, results: Sequence[Outcome], pictures: Sequence[str]
     if report.notes:
         parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in report.notes))
     if report.rows:
-        parts.append("## Measurements\n\n```\n" + "\n\n".join(race(rows) for rows in races(report.rows)) + "\n```")
+        parts.append(
+            "## Measurements\n\n```\n" + "\n\n".join(race(rows) for rows in races(report.rows)) + "\n```"
+        )
     parts.append("## Formulas\n\n" + "\n".join(f"- {name}: {text}" for name, text in report.formulas.items()))
     return "\n\n".join(parts) + "\n"
 

@@ -1,8 +1,10 @@
-"""`python -m bench.train`: training steps of a whole GPT, this package against the same model on plain PyTorch, in one run.
+"""`python -m bench.train`: training steps of a whole GPT, this package against the same model on plain
+PyTorch, in one run.
 
-Plain PyTorch is its strong form: SDPA, F.layer_norm, F.linear and the loss of whole logits under torch.compile, fused AdamW, the
-same autocast, and a vocabulary padded to a multiple of 64. A step is `gpt.training.step.TrainStep`: forward, backward, clipping,
-AdamW. nanoGPT takes its own step, where --nanogpt names a checkout of it.
+Plain PyTorch is its strong form: SDPA, F.layer_norm, F.linear and the loss of whole logits under
+torch.compile, fused AdamW, the same autocast, and a vocabulary padded to a multiple of 64. A step is
+`gpt.training.step.TrainStep`: forward, backward, clipping, AdamW. nanoGPT takes its own step, where --nanogpt
+names a checkout of it.
 """
 
 from __future__ import annotations
@@ -45,11 +47,21 @@ class Options:
     """Flags."""
 
     quick: bool = field(default=False, metadata={"help": "a short time, and no torch.compile on a CPU"})
-    preset: str | None = field(default=None, metadata={"help": "of the model (default: gpt2 on a GPU, char-cpu on a CPU)"})
-    batch_size: int | None = field(default=None, metadata={"help": "sequences of a step (default: what the GPU's memory holds)"})
-    device: str | None = field(default=None, metadata={"help": "cpu or cuda (default: a GPU if there is one)"})
-    nanogpt: str | None = field(default=None, metadata={"help": "a checkout of nanoGPT, which then takes part"})
-    budget: str | None = field(default=None, metadata={"help": "as in 90s or 8m: bounds the time of the samples"})
+    preset: str | None = field(
+        default=None, metadata={"help": "of the model (default: gpt2 on a GPU, char-cpu on a CPU)"}
+    )
+    batch_size: int | None = field(
+        default=None, metadata={"help": "sequences of a step (default: what the GPU's memory holds)"}
+    )
+    device: str | None = field(
+        default=None, metadata={"help": "cpu or cuda (default: a GPU if there is one)"}
+    )
+    nanogpt: str | None = field(
+        default=None, metadata={"help": "a checkout of nanoGPT, which then takes part"}
+    )
+    budget: str | None = field(
+        default=None, metadata={"help": "as in 90s or 8m: bounds the time of the samples"}
+    )
     json: str | None = field(default=None, metadata={"help": "write every figure to this file"})
 
 
@@ -89,7 +101,9 @@ def main(argv: Sequence[str]) -> int:
     print("\n" + table.race(report.rows))
     if options.json is not None:
         report.save(options.json)
-    return 1 if any(row.status in ("wrong", "failed") and row.contestant == OURS for row in report.rows) else 0
+    return (
+        1 if any(row.status in ("wrong", "failed") and row.contestant == OURS for row in report.rows) else 0
+    )
 
 
 def run(
@@ -102,7 +116,8 @@ def run(
     quick: bool,
     nanogpt: ModuleType | None = None,
 ) -> Iterator[list[Row]]:
-    """The rows of those that are ready, as they come, because compiling the next takes a minute; at last those of all."""
+    """The rows of those that are ready, as they come, because compiling the next takes a minute; at last
+    those of all."""
     tokens = train.batch_size * config.block_size
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (train.batch_size, config.block_size + 1), generator=generator)
@@ -113,7 +128,9 @@ def run(
     padded = replace(config, vocab_size=-(-config.vocab_size // WIDTH) * WIDTH)
     builds: dict[str, Callable[[], Call]] = {
         OURS: lambda: _step(config, train, batch, clock, use_triton=True if clock.on_gpu else "auto"),
-        PLAIN: lambda: _step(padded, train, batch, clock, use_triton=False, forward=_whole_logits, compiled=compiled),
+        PLAIN: lambda: _step(
+            padded, train, batch, clock, use_triton=False, forward=_whole_logits, compiled=compiled
+        ),
     }
     if nanogpt is not None:
         builds["nanoGPT"] = lambda: nanogpt_step(nanogpt, config, train, batch, clock.device)
@@ -123,7 +140,17 @@ def run(
     peak = _peak(clock, report, dtype)
     flops = flops_per_token(config) * tokens
     case = f"{config.n_layer}x{config.n_embd}-V{config.vocab_size}-B{train.batch_size}-T{config.block_size}"
-    template = Row("train", case, SHORT_DTYPE[dtype], "step", "", "failed", limit=flops / peak, flops=flops, tokens=tokens)
+    template = Row(
+        "train",
+        case,
+        SHORT_DTYPE[dtype],
+        "step",
+        "",
+        "failed",
+        limit=flops / peak,
+        flops=flops,
+        tokens=tokens,
+    )
     entrants: dict[str, Entrant] = {}
     for name, build in builds.items():
         entrants[name] = _enter(build, clock)
@@ -138,7 +165,11 @@ def _rows(entrants: Mapping[str, Entrant], clock: Clock, template: Row, seconds:
     rows = []
     for name, entrant in entrants.items():
         row = replace(template, contestant=name, status=entrant.status, reason=entrant.problem)
-        rows.append(row.measured(timings[name], memory=entrant.memory) if name in timings else replace(row, limit=None))
+        rows.append(
+            row.measured(timings[name], memory=entrant.memory)
+            if name in timings
+            else replace(row, limit=None)
+        )
     return rows
 
 
@@ -194,7 +225,8 @@ def _step(
 def _whole_logits(
     model: GPT, inputs: torch.Tensor, targets: torch.Tensor, document_start: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The loss as one writes it first: torch.compile makes one pass of it, and would draw out a loop over chunks for minutes."""
+    """The loss as one writes it first: torch.compile makes one pass of it, and would draw out a loop over
+    chunks for minutes."""
     logits = model(inputs, document_start=document_start)
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
@@ -220,10 +252,15 @@ def _peak(clock: Clock, report: Report, dtype: torch.dtype) -> float:
     stated = stated_peak(report.machine.device) if clock.on_gpu and dtype == torch.bfloat16 else None
     if stated is None:
         say(
-            report, f"% limit is MFU against the measured {measured / 1e12:.3g} TFLOP/s: no stated peak is known for this machine"
+            report,
+            f"% limit is MFU against the measured {measured / 1e12:.3g} TFLOP/s: no stated peak is known "
+            "for this machine",
         )
         return measured
-    say(report, f"% limit is MFU against the stated {stated / 1e12:g} TFLOP/s; measured here: {measured / 1e12:.3g}")
+    say(
+        report,
+        f"% limit is MFU against the stated {stated / 1e12:g} TFLOP/s; measured here: {measured / 1e12:.3g}",
+    )
     return stated
 
 

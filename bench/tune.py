@@ -1,9 +1,9 @@
 """`python -m bench.tune`: searches tiles for the GPU at hand, and says where the reference is faster.
 
-Every function of kernels/tuning.py that returns tiles is a knob, turned for each bench case that asks it: from the tile that it
-gives now, one block size, warp count or stage count at a time, as long as something is faster. A candidate is first held to
-`kernels.tolerance`; one that does not compile, does not fit or is wrong is out. What was found is written as rows, for a person
-to put into kernels/tuning.py.
+Every function of kernels/tuning.py that returns tiles is a knob, turned for each bench case that asks it:
+from the tile that it gives now, one block size, warp count or stage count at a time, as long as something is
+faster. A candidate is first held to `kernels.tolerance`; one that does not compile, does not fit or is wrong
+is out. What was found is written as rows, for a person to put into kernels/tuning.py.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Query(NamedTuple):
     keywords: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.function}({', '.join([*map(repr, self.arguments), *(f'{k}={v!r}' for k, v in self.keywords)])})"
+        keywords = (f"{name}={value!r}" for name, value in self.keywords)
+        return f"{self.function}({', '.join([*map(repr, self.arguments), *keywords])})"
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,10 @@ class Finding:
 
     def __str__(self) -> str:
         gain = self.seconds_before / self.seconds_after
-        text = f"{self.query} -> {self.after}  # {self.op} {self.case} {self.dtype}: {duration(self.seconds_after)}, "
+        text = (
+            f"{self.query} -> {self.after}  # {self.op} "
+            f"{self.case} {self.dtype}: {duration(self.seconds_after)}, "
+        )
         text += f"{gain:.2f}x of {self.before} ({self.tried} tried, {self.rejected} out)"
         if self.seconds_reference < self.seconds_after:
             text += f"; the REFERENCE is faster, {duration(self.seconds_reference)}: {self.slower}"
@@ -87,7 +91,8 @@ class Options:
 
     op: tuple[str, ...] = field(default=tuple(SPECS), metadata={"help": "ops"})
     budget: str = field(
-        default="10m", metadata={"help": "time for the whole search; the least important cases beyond it are left out"}
+        default="10m",
+        metadata={"help": "time for the whole search; the least important cases beyond it are left out"},
     )
     quick: bool = field(default=False, metadata={"help": "the most important case of each op"})
     device: str | None = field(default=None, metadata={"help": "cuda (default: a GPU if there is one)"})
@@ -110,10 +115,14 @@ def main(argv: Sequence[str]) -> int:
     races = plan([SPECS[name] for name in options.op], targets.load(), on_gpu=True, quick=options.quick)
     for number, race in enumerate(races):
         if time.monotonic() > deadline:
-            print("left out for the budget: " + ", ".join(f"{r.spec.name} {r.case.id}" for r in races[number:]))
+            print(
+                "left out for the budget: " + ", ".join(f"{r.spec.name} {r.case.id}" for r in races[number:])
+            )
             break
         share = (deadline - time.monotonic()) / (len(races) - number)
-        runner = Runner(find_bench(race.spec.room), clock, Ceilings(clock), torch.bfloat16, seconds=0.1, compiled=False)
+        runner = Runner(
+            find_bench(race.spec.room), clock, Ceilings(clock), torch.bfloat16, seconds=0.1, compiled=False
+        )
         for finding in search(runner, race, time.monotonic() + share):
             findings.append(finding)
             print(finding, flush=True)
@@ -162,7 +171,9 @@ def _climb(
                 rejected += 1
         lanes = {repr(key): lane(spec, contestant, sets, direction) for key, contestant in field_of.items()}
         lanes[EAGER] = lane(spec, contestants[EAGER], sets, direction)
-        times = {name: timing.median for name, timing in interleave(lanes, runner.clock, runner.seconds).items()}
+        times = {
+            name: timing.median for name, timing in interleave(lanes, runner.clock, runner.seconds).items()
+        }
         reference, here = times[EAGER], times[repr(best)]
         first = min(first, here) if best == start else first
         winner = min(field_of, key=lambda key: times[repr(key)])
@@ -172,7 +183,9 @@ def _climb(
             dtype = SHORT_DTYPE[runner.dtype]
             numbers = (first, fastest, reference, len(entered), rejected)
             row = _slower(race, runner)
-            return Finding(spec.name, race.case.id, dtype, str(query), _show(start), _show(after), *numbers, row)
+            return Finding(
+                spec.name, race.case.id, dtype, str(query), _show(start), _show(after), *numbers, row
+            )
         best = winner
 
 
@@ -228,7 +241,11 @@ def with_answer(contestant: Contestant, query: Query, answer: Any) -> Contestant
 def substituted(name: str, function: Callable[..., Any]) -> Iterator[None]:
     """Puts `function` in the place of the tuning function `name`, in every module of kernels that has it."""
     original = getattr(tuning, name)
-    users = [m for key, m in list(sys.modules.items()) if key.split(".")[0] == "kernels" and vars(m).get(name) is original]
+    users = [
+        m
+        for key, m in list(sys.modules.items())
+        if key.split(".")[0] == "kernels" and vars(m).get(name) is original
+    ]
     for module in users:
         setattr(module, name, function)
     try:
@@ -239,7 +256,8 @@ def substituted(name: str, function: Callable[..., Any]) -> Iterator[None]:
 
 
 def neighbours(answer: Any) -> list[Any]:
-    """Answers that differ from `answer` in one number of one of its tiles; a tile that is None may also start somewhere."""
+    """Answers that differ from `answer` in one number of one of its tiles; a tile that is None may also start
+    somewhere."""
     if answer is None:
         return list(STARTS)
     if not isinstance(answer, Tile):
@@ -249,9 +267,15 @@ def neighbours(answer: Any) -> list[Any]:
             if isinstance(getattr(answer, name), Tile | None)
             for other in neighbours(getattr(answer, name))
         ]
-    moves = [answer._replace(**{name: f(getattr(answer, name))}) for name in answer._fields[:3] for f in (_halve, _double)]
+    moves = [
+        answer._replace(**{name: f(getattr(answer, name))})
+        for name in answer._fields[:3]
+        for f in (_halve, _double)
+    ]
     moves += [answer._replace(num_stages=answer.num_stages + step) for step in (-1, 1)]
-    return [tile for tile in moves if all(a <= b <= c for a, b, c in zip(SMALLEST, tile, LIMITS, strict=True))]
+    return [
+        tile for tile in moves if all(a <= b <= c for a, b, c in zip(SMALLEST, tile, LIMITS, strict=True))
+    ]
 
 
 def _halve(size: int) -> int:
@@ -272,7 +296,8 @@ def _show(answer: Any) -> str:
 
 
 def _slower(race: Race, runner: Runner) -> str:
-    """A row of `tuning.SLOWER` for this very case, as it would be written there: a person widens its sizes."""
+    """A row of `tuning.SLOWER` for this very case, as it would be written there: a person widens its
+    sizes."""
     sizes = {name: (size, size) for name, size in race.case.sizes.items()}
     return f"Slower({tuning.architecture(runner.clock.device)}, {race.spec.name!r}, {runner.dtype}, {sizes})"
 

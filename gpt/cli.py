@@ -29,7 +29,9 @@ def option(default: Any, help: str, **limits: Any) -> Any:
 
 def use_triton_option() -> Any:
     """The flag --use_triton, a key of USE_TRITON."""
-    return option("auto", "fused kernels: where faster, wherever they apply, or never", choices=tuple(USE_TRITON))
+    return option(
+        "auto", "fused kernels: where faster, wherever they apply, or never", choices=tuple(USE_TRITON)
+    )
 
 
 def device_option() -> Any:
@@ -80,7 +82,9 @@ class OptionParser(argparse.ArgumentParser):
             raise unknown("flag", argument.partition("=")[0], flags)
         given = vars(namespace)
         values = {
-            table: {name: convert(f"--{name}", t, given.pop(name)) for name, t in fields.items() if name in given}
+            table: {
+                name: convert(f"--{name}", t, given.pop(name)) for name, t in fields.items() if name in given
+            }
             for table, fields in self._types.items()
         }
         return namespace, values
@@ -89,8 +93,8 @@ class OptionParser(argparse.ArgumentParser):
         """The values in a TOML file's `tables`, by table.
 
         Raises:
-            InputError: The file is unreadable or no TOML, has an unknown table or key (with the nearest valid one), or a value
-                of the wrong type.
+            InputError: The file is unreadable or no TOML, has an unknown table or key (with the nearest valid
+                one), or a value of the wrong type.
         """
         try:
             content = tomllib.loads(Path(path).read_text("utf-8"))
@@ -107,7 +111,9 @@ class OptionParser(argparse.ArgumentParser):
             for name, value in entries.items():
                 if name not in self._types[table]:
                     raise unknown(f"--config: {path}: [{table}] key", name, self._types[table])
-                values[table][name] = convert(f"--config: {path}: [{table}] {name}", self._types[table][name], value)
+                values[table][name] = convert(
+                    f"--config: {path}: [{table}] {name}", self._types[table][name], value
+                )
         return values
 
     def error(self, message: str) -> NoReturn:
@@ -115,7 +121,8 @@ class OptionParser(argparse.ArgumentParser):
 
 
 def run_command(name: str, command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
-    """Runs a command line and returns its exit code: 2 after an InputError, said in one line on stderr; 130 after Ctrl-C."""
+    """Runs a command line and returns its exit code: 2 after an InputError, said in one line on stderr; 130
+    after Ctrl-C."""
 
     def say(message: Warning | str, *_: Any, **__: Any) -> None:
         print(f"{name}: warning: {' '.join(str(message).split())}", file=sys.stderr)
@@ -139,7 +146,9 @@ def field_types(cls: type) -> dict[str, Any]:
     """The annotated type of each field of a dataclass; a Literal where the metadata has `choices`."""
     hints = typing.get_type_hints(cls)
     return {
-        field.name: Literal[tuple(field.metadata["choices"])] if "choices" in field.metadata else hints[field.name]
+        field.name: Literal[tuple(field.metadata["choices"])]
+        if "choices" in field.metadata
+        else hints[field.name]
         for field in dataclasses.fields(cls)
     }
 
@@ -149,7 +158,8 @@ def convert(where: str, expected: Any, value: Any) -> Any:
 
     Args:
         where: What to name in the error.
-        expected: bool, int, float, str, a Literal of strings, tuple[str, ...], or a union of these and None ("none" in text).
+        expected: bool, int, float, str, a Literal of strings, tuple[str, ...], or a union of these and None
+            ("none" in text).
 
     Raises:
         InputError: It is none.
@@ -170,7 +180,9 @@ def describe(expected: Any) -> str:
         return "|".join(get_args(expected))
     if get_origin(expected) is tuple:
         return "text ..."
-    return {bool: "true|false", str: "text", types.NoneType: "none"}.get(expected, getattr(expected, "__name__", str(expected)))
+    return {bool: "true|false", str: "text", types.NoneType: "none"}.get(
+        expected, getattr(expected, "__name__", str(expected))
+    )
 
 
 def show(value: Any) -> str:
@@ -200,7 +212,9 @@ def _parse(expected: Any, value: Any) -> Any:
     raise ValueError
 
 
-def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field[Any], expected: Any, default: Any) -> None:
+def _add_flag(
+    group: argparse._ArgumentGroup, field: dataclasses.Field[Any], expected: Any, default: Any
+) -> None:
     kind: dict[str, Any] = {}
     if expected is bool:
         kind = {"nargs": "?", "const": "true"}

@@ -1,7 +1,8 @@
-"""What a model is and how it is trained: two frozen dataclasses, checked when made, whose fields are the command lines' flags.
+"""What a model is and how it is trained: two frozen dataclasses, checked when made, whose fields are the
+command lines' flags.
 
-`GPTConfig.from_dict` reads the names of other packages. A family of names brings its own package's defaults with it; our own
-names go with any of them.
+`GPTConfig.from_dict` reads the names of other packages. A family of names brings its own package's defaults
+with it; our own names go with any of them.
 """
 
 from __future__ import annotations
@@ -50,25 +51,32 @@ class GPTConfig:
     n_embd: int = _size(768, "width of the residual stream")
     head_dim: int | None = _size(None, "width of a head (default: n_embd / n_head)")
     n_inner: int | None = _size(None, "width inside the feed-forward (default: 4 n_embd)")
-    dropout: float = _number(0.0, "probability of dropping, in embeddings, attention and both branches", high=1)
+    dropout: float = _number(
+        0.0, "probability of dropping, in embeddings, attention and both branches", high=1
+    )
     bias: bool = _plain(True, "biases in linear layers and norms")
     qkv_bias: bool | None = _plain(None, "biases of the query, key and value projections (default: as bias)")
     tie_weights: bool = _plain(True, "share the token embedding with the head")
     head_bias: bool = _plain(False, "a bias in the head")
     final_norm: bool = _plain(True, "a norm before the head")
     activation: str = _choice("gelu_tanh", "of the feed-forward", "gelu_tanh", "gelu", "relu")
-    norm: str = _choice("pre", "normalise before each branch (GPT-2), or after its addition (GPT-1)", "pre", "post")
+    norm: str = _choice(
+        "pre", "normalise before each branch (GPT-2), or after its addition (GPT-1)", "pre", "post"
+    )
     eps: float = _number(1e-5, "added to the variance in norms", above=True, high=1)
 
     def __post_init__(self) -> None:
         _check(self)
         if self.head_dim is None and self.n_embd % self.n_head:
             raise InputError(
-                f"GPTConfig: n_embd is {self.n_embd}, expected a multiple of n_head ({self.n_head}), or head_dim given"
+                f"GPTConfig: n_embd is {self.n_embd}, expected a multiple of n_head ({self.n_head}), or "
+                "head_dim given"
             )
         total = self.parameter_counts()["total"]
         if total > LARGEST_MODEL:
-            raise InputError(f"GPTConfig: these sizes make {total:,} parameters, expected at most {LARGEST_MODEL:,}")
+            raise InputError(
+                f"GPTConfig: these sizes make {total:,} parameters, expected at most {LARGEST_MODEL:,}"
+            )
 
     @property
     def head_size(self) -> int:
@@ -98,14 +106,15 @@ class GPTConfig:
         """The config that a dict of our names or another package's describes.
 
         Args:
-            d: Fields of this class (nanoGPT's names among them), and names of one family: llm-arch-research (embed_dim,
-                max_position_embeddings, …), simple-llm (emb_size, max_seq_len, head_size, …), "Build a Large Language Model
-                From Scratch" (emb_dim, context_length, drop_rate, …) or Hugging Face's GPT-2 (n_positions, activation_function,
-                resid_pdrop, …). The family's defaults fill what is not said.
+            d: Fields of this class (nanoGPT's names among them), and names of one family: llm-arch-research
+                (embed_dim, max_position_embeddings, …), simple-llm (emb_size, max_seq_len, head_size, …),
+                "Build a Large Language Model From Scratch" (emb_dim, context_length, drop_rate, …) or Hugging
+                Face's GPT-2 (n_positions, activation_function, resid_pdrop, …). The family's defaults fill
+                what is not said.
 
         Raises:
-            InputError: A name of no family, names of different families, two names that contradict one another, a Hugging Face
-                setting that this model does not have, or as the constructor.
+            InputError: A name of no family, names of different families, two names that contradict one
+                another, a Hugging Face setting that this model does not have, or as the constructor.
         """
         if not isinstance(d, Mapping):
             raise InputError(f"GPTConfig: the config is {type(d).__name__}, expected a dict")
@@ -118,12 +127,18 @@ class GPTConfig:
                 continue
             if key in family.fixed:
                 if value != family.fixed[key]:
-                    raise InputError(f"GPTConfig: {key} is {value!r}, expected {family.fixed[key]!r} (this GPT has nothing else)")
+                    raise InputError(
+                        f"GPTConfig: {key} is {value!r}, expected {family.fixed[key]!r} (this GPT has "
+                        "nothing else)"
+                    )
                 continue
             name = family.aliases.get(key, key)
             value = family.spellings.get(value, value) if isinstance(value, str) else value
             if name in values and values[name] != value:
-                raise InputError(f"GPTConfig: {key} is {value!r}, expected {values[name]!r} as {source[name]} (both mean {name})")
+                raise InputError(
+                    f"GPTConfig: {key} is {value!r}, expected {values[name]!r} as {source[name]} (both mean "
+                    f"{name})"
+                )
             values[name], source[name] = value, key
         if family.counts_heads and "n_head" not in values and isinstance(values.get("n_embd"), int):
             values["n_head"] = max(1, values["n_embd"] // 64)
@@ -134,7 +149,8 @@ class GPTConfig:
         return asdict(self)
 
     def parameter_counts(self) -> dict[str, int]:
-        """Parameters by component, and their "total"; "block" is one of n_layer, and a tied "head" counts its bias alone."""
+        """Parameters by component, and their "total"; "block" is one of n_layer, and a tied "head" counts its
+        bias alone."""
         c, hd, inner = self.n_embd, self.n_head * self.head_size, self.inner_size
         norm = c * (1 + self.bias)
         attention = 3 * hd * (c + self.has_qkv_bias) + c * (hd + self.bias)
@@ -161,7 +177,9 @@ class TrainConfig:
     max_steps: int = _size(2000, "optimizer steps")
     batch_size: int = _size(12, "sequences of a micro-batch")
     grad_accum: int = _size(1, "micro-batches of a step")
-    optimizer: str = _choice("adamw", "muon is for the blocks' matrices, with adamw for the rest", "adamw", "muon")
+    optimizer: str = _choice(
+        "adamw", "muon is for the blocks' matrices, with adamw for the rest", "adamw", "muon"
+    )
     learning_rate: float = _number(1e-3, "highest learning rate", above=True)
     min_lr: float = _number(1e-4, "learning rate at the end of the cosine")
     warmup_steps: int = _size(100, "steps of linear warm-up", low=0)
@@ -170,7 +188,9 @@ class TrainConfig:
     beta1: float = _number(0.9, "decay of the gradient's average", high=1)
     beta2: float = _number(0.99, "decay of the squared gradient's average", high=1)
     grad_clip: float = _number(1.0, "largest norm of the gradient; 0 for no limit")
-    dtype: str = _choice("auto", "of autocast; auto takes the device's fastest", "auto", "float32", "bfloat16", "float16")
+    dtype: str = _choice(
+        "auto", "of autocast; auto takes the device's fastest", "auto", "float32", "bfloat16", "float16"
+    )
     eval_interval: int = _size(250, "steps between evaluations")
     eval_batches: int = _size(20, "batches of an evaluation, for each split")
     checkpoint_interval: int | None = _size(None, "steps between checkpoints (default: eval_interval)")
@@ -183,7 +203,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check(self)
         if self.min_lr > self.learning_rate:
-            raise InputError(f"TrainConfig: min_lr is {self.min_lr}, expected at most learning_rate ({self.learning_rate})")
+            raise InputError(
+                f"TrainConfig: min_lr is {self.min_lr}, expected at most learning_rate ({self.learning_rate})"
+            )
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> TrainConfig:
@@ -225,7 +247,13 @@ _TRAIN_PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-medium": {**_GPT2_RECIPE, "learning_rate": 3e-4, "min_lr": 3e-5},
     "gpt2-large": {**_GPT2_RECIPE, "learning_rate": 2.5e-4, "min_lr": 2.5e-5},
     "gpt2-xl": {**_GPT2_RECIPE, "learning_rate": 2e-4, "min_lr": 2e-5},
-    "char-cpu": {"max_steps": 5000, "optimizer": "muon", "learning_rate": 1e-2, "min_lr": 1e-4, "eval_interval": 500},
+    "char-cpu": {
+        "max_steps": 5000,
+        "optimizer": "muon",
+        "learning_rate": 1e-2,
+        "min_lr": 1e-4,
+        "eval_interval": 500,
+    },
     "char-gpu": {"max_steps": 5000, "batch_size": 64, "eval_batches": 200},
 }
 
@@ -248,17 +276,26 @@ class _Family:
 _OWN = _Family({}, {})
 # fmt: off
 _HF_IGNORED = frozenset({
-    "_attn_implementation_autoset", "_name_or_path", "architectures", "attn_implementation", "bos_token_id", "dtype",
-    "eos_token_id", "gradient_checkpointing", "id2label", "initializer_range", "label2id", "output_attentions",
-    "output_hidden_states", "output_past", "pad_token_id", "reorder_and_upcast_attn", "return_dict", "summary_activation",
-    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj", "task_specific_params",
+    "_attn_implementation_autoset", "_name_or_path", "architectures", "attn_implementation", "bos_token_id",
+    "dtype",
+    "eos_token_id", "gradient_checkpointing", "id2label", "initializer_range", "label2id",
+    "output_attentions",
+    "output_hidden_states", "output_past", "pad_token_id", "reorder_and_upcast_attn", "return_dict",
+    "summary_activation",
+    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
+    "task_specific_params",
     "torch_dtype", "transformers_version", "use_cache",
 })
 # fmt: on
 _PLAIN_HEAD = {"tie_weights": False, "head_bias": True, "final_norm": False}
 _FAMILIES = {
     "llm-arch-research": _Family(
-        {"embed_dim": "n_embd", "num_heads": "n_head", "num_layers": "n_layer", "max_position_embeddings": "block_size"},
+        {
+            "embed_dim": "n_embd",
+            "num_heads": "n_head",
+            "num_layers": "n_layer",
+            "max_position_embeddings": "block_size",
+        },
         _PLAIN_HEAD,
     ),
     "simple-llm": _Family(
@@ -319,8 +356,13 @@ def _family(d: Mapping[str, Any]) -> _Family:
     for family in _FAMILIES.values():
         if all(family.knows(key) for key in foreign):
             return family
-    owners = [f"{key} ({' or '.join(name for name, family in _FAMILIES.items() if family.knows(key))})" for key in foreign]
-    raise InputError(f"GPTConfig: the names of different packages are mixed: {', '.join(owners)}; expected those of one")
+    owners = [
+        f"{key} ({' or '.join(name for name, family in _FAMILIES.items() if family.knows(key))})"
+        for key in foreign
+    ]
+    raise InputError(
+        f"GPTConfig: the names of different packages are mixed: {', '.join(owners)}; expected those of one"
+    )
 
 
 def _preset(cls: Any, presets: Mapping[str, dict[str, Any]], name: str, overrides: dict[str, Any]) -> Any:
@@ -365,4 +407,6 @@ def _check(config: GPTConfig | TrainConfig) -> None:
         if "below" in limits and not (
             limits["low"] <= value < limits["below"] and not (limits["above"] and value == limits["low"])
         ):
-            raise InputError(f"{wrong} a number in {'(' if limits['above'] else '['}{limits['low']}, {limits['below']})")
+            raise InputError(
+                f"{wrong} a number in {'(' if limits['above'] else '['}{limits['low']}, {limits['below']})"
+            )

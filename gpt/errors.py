@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Something that the user gave is wrong; the message is one line naming it, its value and what was expected."""
+    """Something that the user gave is wrong; the message is one line naming it, its value and what was
+    expected."""
 
 
 def unknown(where: str, name: object, valid: Iterable[str]) -> InputError:

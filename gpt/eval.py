@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 class EvalConfig:
     """Which model, which text, and how."""
 
-    checkpoint: str | None = option(None, "a run (its newest valid checkpoint), a checkpoint, a file of weights, or a hub model")
+    checkpoint: str | None = option(
+        None, "a run (its newest valid checkpoint), a checkpoint, a file of weights, or a hub model"
+    )
     data: tuple[str, ...] = option((), "the text: as in gpt.train, and all of it")
     stride: int | None = option(None, "tokens by which windows of block_size advance (default: half of it)")
     batch_size: int = option(8, "windows at a time")
@@ -62,7 +64,8 @@ def evaluate(
     batch_size: int = 8,
     dtype: torch.dtype = torch.float32,
 ) -> Evaluation:
-    """The loss of every token but the first, given at least the block_size - stride tokens before it, where there are so many.
+    """The loss of every token but the first, given at least the block_size - stride tokens before it, where
+    there are so many.
 
     Args:
         model: In evaluation mode.
@@ -87,7 +90,11 @@ def evaluate(
     device = model.wte.weight.device
     windows = list(range(0, max(1, len(ids) - 1 - block_size + stride), stride))
     nats, count = 0.0, 0
-    with torch.no_grad(), autocast(dtype, device), tqdm(total=len(windows), desc="evaluating", leave=False, delay=2) as bar:
+    with (
+        torch.no_grad(),
+        autocast(dtype, device),
+        tqdm(total=len(windows), desc="evaluating", leave=False, delay=2) as bar,
+    ):
         for i in range(0, len(windows), batch_size):
             batch = _windows(ids, windows[i : i + batch_size], block_size, stride)
             targets = int((batch.targets != IGNORED).sum())
@@ -111,7 +118,9 @@ def _windows(ids: Ids, starts: Sequence[int], block_size: int, stride: int) -> B
 
 
 def _eval(argv: Sequence[str]) -> int:
-    parser = OptionParser("python -m gpt.eval", "Loss, perplexity and bits per byte of a text.", eval=EvalConfig())
+    parser = OptionParser(
+        "python -m gpt.eval", "Loss, perplexity and bits per byte of a text.", eval=EvalConfig()
+    )
     config = EvalConfig(**parser.parse_tables(argv)[1]["eval"])
     if config.checkpoint is None or not config.data:
         missing = "--checkpoint" if config.checkpoint is None else "--data"
@@ -125,7 +134,8 @@ def _eval(argv: Sequence[str]) -> int:
     model = load_pretrained(config.checkpoint, device=device, use_triton=USE_TRITON[config.use_triton]).eval()
     found = evaluate(model, ids, tokenizer, stride=config.stride, batch_size=config.batch_size, dtype=dtype)
     print(
-        f"loss {found.loss:.4f} nats per token, perplexity {found.perplexity:,.2f}, {found.bits_per_byte:.4f} bits per byte, "
+        f"loss {found.loss:.4f} nats per token, perplexity {found.perplexity:,.2f}, "
+        f"{found.bits_per_byte:.4f} bits per byte, "
         f"over {found.tokens:,} tokens"
     )
     return 0

@@ -34,7 +34,8 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def verified_file(places: Sequence[Path], url: str, sha256: str) -> bytes:
-    """The bytes whose hash is `sha256`: from the first of `places` that has them, else from `url`, kept in the last place.
+    """The bytes whose hash is `sha256`: from the first of `places` that has them, else from `url`, kept in
+    the last place.
 
     Raises:
         OSError: No place has them and the network does not answer, or answers with something else.

@@ -45,7 +45,8 @@ def keep_min_p(logits: Tensor, p: float) -> Tensor:
 
 
 def sample(logits: Tensor, generator: torch.Generator | None) -> Tensor:
-    """(B,) int64 from p = softmax(logits): argmax p / e, e ~ Exp(1). `torch.multinomial` draws the same, but waits for a GPU."""
+    """(B,) int64 from p = softmax(logits): argmax p / e, e ~ Exp(1). `torch.multinomial` draws the same, but
+    waits for a GPU."""
     probabilities = logits.softmax(-1)
     noise = torch.empty_like(probabilities).exponential_(1, generator=generator)
     return (probabilities / noise.clamp_(min=torch.finfo(noise.dtype).tiny)).argmax(-1)
@@ -78,11 +79,15 @@ def generate(
         do_sample: False takes the likeliest token and ignores temperature, top_k, top_p and min_p.
         temperature: Divides the logits, > 0.
         top_k: Keeps the k likeliest tokens.
-        top_p: In (0, 1]: keeps the likeliest tokens up to and including the one at which their probabilities reach p.
+        top_p: In (0, 1]: keeps the likeliest tokens up to and including the one at which their probabilities
+            reach p.
         min_p: In [0, 1]: keeps the tokens at least p times as likely as the likeliest.
-        repetition_penalty: > 0; above 1 makes tokens that a row already has less likely. Padding does not count.
-        vocab_size: > 0: no id from it up is generated, as where a vocabulary is padded for speed and a tokenizer has fewer ids.
-        stop_tokens: Ids that end a row, which is filled with the one it met; when all rows have ended, so does generation.
+        repetition_penalty: > 0; above 1 makes tokens that a row already has less likely. Padding does not
+            count.
+        vocab_size: > 0: no id from it up is generated, as where a vocabulary is padded for speed and a
+            tokenizer has fewer ids.
+        stop_tokens: Ids that end a row, which is filled with the one it met; when all rows have ended, so
+            does generation.
         attention_mask: (B, T), 0 for padding on the left, 1 for tokens.
         generator: On the model's device; None is torch's own.
         use_cache: False computes everything anew for each token.
@@ -136,10 +141,13 @@ def generate(
     return ids[:, :length] if stop is None else ids[:, : T + stop.steps()]
 
 
-def _hidden_states(model: GPT, ids: Tensor, length: int, key_start: Tensor | None, use_cache: bool) -> Iterator[Tensor]:
+def _hidden_states(
+    model: GPT, ids: Tensor, length: int, key_start: Tensor | None, use_cache: bool
+) -> Iterator[Tensor]:
     """(B, C) of the last of ids[:, :length], then of each token that the caller writes behind it.
 
-    The cache serves while the tokens fit the block; past it, and without it, the last block_size tokens are computed anew.
+    The cache serves while the tokens fit the block; past it, and without it, the last block_size tokens are
+    computed anew.
     """
     block, end = model.config.block_size, ids.shape[1]
     if use_cache and length <= block:
@@ -179,10 +187,14 @@ def _check_settings(
         raise InputError(f"generate: repetition_penalty is {repetition_penalty!r}, expected a number > 0")
     if vocab_size is not None and (not _is_int(vocab_size) or vocab_size <= 0):
         raise InputError(f"generate: vocab_size is {vocab_size!r}, expected an integer > 0 or None")
-    stops = [] if stop_tokens is None else [stop_tokens] if isinstance(stop_tokens, int) else list(stop_tokens)
+    stops = (
+        [] if stop_tokens is None else [stop_tokens] if isinstance(stop_tokens, int) else list(stop_tokens)
+    )
     for stop in stops:
         if not _is_int(stop) or not 0 <= stop < model.config.vocab_size:
-            raise InputError(f"generate: stop_tokens has {stop!r}, expected ids in [0, {model.config.vocab_size})")
+            raise InputError(
+                f"generate: stop_tokens has {stop!r}, expected ids in [0, {model.config.vocab_size})"
+            )
     device = model.wte.weight.device
     if generator is not None and generator.device.type != device.type:
         raise InputError(f"generate: generator is on {generator.device}, expected {device} (the model's)")
@@ -191,7 +203,9 @@ def _check_settings(
 
 def _check_sampling(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> None:
     if not _is_number(temperature) or temperature <= 0:
-        raise InputError(f"generate: temperature is {temperature!r}, expected a number > 0 (do_sample=False is greedy)")
+        raise InputError(
+            f"generate: temperature is {temperature!r}, expected a number > 0 (do_sample=False is greedy)"
+        )
     if top_k is not None and (not _is_int(top_k) or top_k <= 0):
         raise InputError(f"generate: top_k is {top_k!r}, expected an integer > 0 or None")
     if top_p is not None and (not _is_number(top_p) or not 0 < top_p <= 1):

@@ -20,7 +20,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _info(argv: Sequence[str]) -> int:
-    parser = OptionParser("python -m gpt.info", "Parameters by component, bytes, FLOPs and memory of a model.", model=GPTConfig())
+    parser = OptionParser(
+        "python -m gpt.info",
+        "Parameters by component, bytes, FLOPs and memory of a model.",
+        model=GPTConfig(),
+    )
     parser.add_argument("target", metavar="PRESET|DIR", help="a preset, a run's folder or a checkpoint")
     arguments, flags = parser.parse_tables(argv)
     config = override(_config(arguments.target), flags["model"])
@@ -30,7 +34,9 @@ def _info(argv: Sequence[str]) -> int:
 
 def _config(target: str) -> GPTConfig:
     if Path(target).is_dir():
-        return GPTConfig.from_dict(checkpoint.read_json(checkpoint.find_checkpoint(target) / checkpoint.CONFIG))
+        return GPTConfig.from_dict(
+            checkpoint.read_json(checkpoint.find_checkpoint(target) / checkpoint.CONFIG)
+        )
     return GPTConfig.preset(target)
 
 
@@ -55,10 +61,13 @@ def report(config: GPTConfig) -> str:
         [
             *lines,
             "",
-            f"{flops_per_token(config) / 1e6:,.1f} MFLOP per token, forward and backward, at context T = {config.block_size}:",
+            f"{flops_per_token(config) / 1e6:,.1f} MFLOP per token, forward and backward, at context T = "
+            f"{config.block_size}:",
             "  6 N + 12 n_layer n_head D T, N without embeddings that are only looked up",
-            f"{fixed / MIB:,.0f} MiB to train in float32 with AdamW, {sequence / MIB:,.1f} MiB more per sequence of a batch:",
-            "  16 bytes a parameter, 4 n_layer T (6 C + 4 n_head D + 2 I) for backward; one chunk of logits comes on top",
+            f"{fixed / MIB:,.0f} MiB to train in float32 with AdamW, {sequence / MIB:,.1f} MiB more per "
+            "sequence of a batch:",
+            "  16 bytes a parameter, 4 n_layer T (6 C + 4 n_head D + 2 I) for backward; one chunk of logits "
+            "comes on top",
         ]
     )
 

@@ -1,4 +1,5 @@
-"""Checks of what a model is called with. Values are read on a CPU only, so that a GPU is never waited for; padding always is."""
+"""Checks of what a model is called with. Values are read on a CPU only, so that a GPU is never waited for;
+padding always is."""
 
 from __future__ import annotations
 
@@ -27,22 +28,32 @@ def check_targets(targets: Tensor, idx: Tensor) -> None:
 
 
 def padding(attention_mask: Tensor, idx: Tensor) -> Tensor:
-    """int32 (B,): how many tokens of each row are padding, which must stand on the left of at least one token."""
+    """int32 (B,): how many tokens of each row are padding, which must stand on the left of at least one
+    token."""
     if not isinstance(attention_mask, Tensor) or not _alike(attention_mask, idx):
         expected = f"{tuple(idx.shape)} on {idx.device} (idx's)"
         raise InputError(f"GPT: attention_mask is {describe(attention_mask)}, expected {expected}")
     real = attention_mask == 1
     if not torch.compiler.is_compiling():
         if not (real | (attention_mask == 0)).all():
-            raise InputError("GPT: attention_mask has a value that is neither, expected 0 for padding and 1 for tokens")
+            raise InputError(
+                "GPT: attention_mask has a value that is neither, expected 0 for padding and 1 for tokens"
+            )
         if not (real[:, 1:] >= real[:, :-1]).all() or not real[:, -1].all():
-            raise InputError("GPT: attention_mask has 0 after a 1 or in a whole row, expected padding on the left of a token")
+            raise InputError(
+                "GPT: attention_mask has 0 after a 1 or in a whole row, expected padding on the left of a "
+                "token"
+            )
     return (~real).sum(1, dtype=torch.int32)
 
 
 def check_document_start(document_start: Tensor, idx: Tensor) -> None:
     """Refuses anything but int32 (B, T) and, on a CPU, a start behind its own token or below 0."""
-    if not isinstance(document_start, Tensor) or document_start.dtype != torch.int32 or not _alike(document_start, idx):
+    if (
+        not isinstance(document_start, Tensor)
+        or document_start.dtype != torch.int32
+        or not _alike(document_start, idx)
+    ):
         expected = f"int32 {tuple(idx.shape)} on {idx.device} (idx's)"
         raise InputError(f"GPT: document_start is {describe(document_start)}, expected {expected}")
     if _readable(idx):
@@ -50,7 +61,10 @@ def check_document_start(document_start: Tensor, idx: Tensor) -> None:
         if outside.any():
             row, token = (int(i) for i in outside.nonzero()[0])
             value = int(document_start[row, token])
-            raise InputError(f"GPT: document_start has {value} at row {row}, token {token}, expected a value in [0, {token}]")
+            raise InputError(
+                f"GPT: document_start has {value} at row {row}, token {token}, expected a value in [0, "
+                f"{token}]"
+            )
 
 
 def positions(length: int, key_start: Tensor | None, device: torch.device) -> Tensor:

@@ -1,7 +1,7 @@
 """What decoding keeps between tokens: keys and values, the step that adds one, and who has stopped.
 
-All counters live on the device, so that a step is the same work for every token: on a GPU it is captured once in a CUDA graph and
-replayed, and nothing waits for it.
+All counters live on the device, so that a step is the same work for every token: on a GPU it is captured once
+in a CUDA graph and replayed, and nothing waits for it.
 """
 
 from __future__ import annotations
@@ -71,14 +71,18 @@ class Decoder:
 
     def start(self) -> Tensor:
         """(B, C) after the prompt."""
-        hidden = self.model.hidden(self.prompt, self._prompt_position, self.cache.key_start, cache=self.cache)[:, -1]
+        hidden = self.model.hidden(
+            self.prompt, self._prompt_position, self.cache.key_start, cache=self.cache
+        )[:, -1]
         self.cache.lengths.add_(1)
         return hidden
 
     def step(self, token: Tensor) -> Tensor:
         """(B, C) after one more `token` (B,). On a GPU the result is overwritten by the next step."""
         self.token.copy_(token[:, None])
-        if not self._captures or not self._warm:  # the first step compiles kernels and fills the allocator's pools
+        if (
+            not self._captures or not self._warm
+        ):  # the first step compiles kernels and fills the allocator's pools
             self._warm = True
             return self._run()
         if self._graph is None:
@@ -87,7 +91,8 @@ class Decoder:
         return self._hidden
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        """A step as a graph, which leaves its result in `_hidden`. Other threads may use the GPU meanwhile."""
+        """A step as a graph, which leaves its result in `_hidden`. Other threads may use the GPU
+        meanwhile."""
         graph, device = torch.cuda.CUDAGraph(), self.token.device
         with (
             torch.cuda.device(device),
@@ -104,13 +109,15 @@ class Decoder:
 
 
 def captures(device: torch.device) -> bool:
-    """Whether steps on `device` are captured: on a GPU, but for autocast, which keeps casts that a graph would not refresh."""
+    """Whether steps on `device` are captured: on a GPU, but for autocast, which keeps casts that a graph
+    would not refresh."""
     return device.type == "cuda" and not torch.is_autocast_enabled("cuda")
 
 
 @cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The one for all captures on `device`: torch's own is on the device of the first capture, whichever that was."""
+    """The one for all captures on `device`: torch's own is on the device of the first capture, whichever that
+    was."""
     return torch.cuda.Stream(device)
 
 
@@ -121,7 +128,8 @@ class Stops:
         ids: The stop tokens, at least one.
         batch: B.
         device: The tokens'.
-        waits: Whether `all` may wait for the device; otherwise it answers with what has arrived, some steps late.
+        waits: Whether `all` may wait for the device; otherwise it answers with what has arrived, some steps
+            late.
     """
 
     def __init__(self, ids: Sequence[int], batch: int, device: torch.device, *, waits: bool) -> None:
@@ -135,7 +143,9 @@ class Stops:
         """Takes in a step's (B,) tokens."""
         self._steps += ~self.stopped.all()
         self.stopped |= (token[:, None] == self.ids).any(1)  # torch.isin sorts many ids, and waits
-        self._all.copy_(self.stopped.all(), non_blocking=not self._waits)  # only ever becomes True: a late read is a safe one
+        self._all.copy_(
+            self.stopped.all(), non_blocking=not self._waits
+        )  # only ever becomes True: a late read is a safe one
 
     def all(self) -> bool:
         """Whether every row has stopped."""

@@ -1,4 +1,5 @@
-"""A GPT: embedding, blocks of attention and feed-forward, head. Every fused op of `kernels` has its place here.
+"""A GPT: embedding, blocks of attention and feed-forward, head. Every fused op of `kernels` has its place
+here.
 
 Shapes: B sequences, T tokens, C = n_embd, H heads of D = head_size, V = vocab_size.
 """
@@ -60,7 +61,9 @@ class Norm(nn.Module):
 
     def add(self, branch: Tensor, residual: Tensor, dropout_p: float, seed: Seed) -> tuple[Tensor, Tensor]:
         """(the norm of the sum, the sum) of residual and dropout(branch)."""
-        return kernels.add_layer_norm(branch, residual, self.weight, self.bias, self.eps, dropout_p=dropout_p, seed=seed)
+        return kernels.add_layer_norm(
+            branch, residual, self.weight, self.bias, self.eps, dropout_p=dropout_p, seed=seed
+        )
 
 
 class Attention(nn.Module):
@@ -98,13 +101,17 @@ class FeedForward(nn.Module):
         if self.activation == "relu":
             return self.down(F.relu(self.up(x)))
         approximate = "tanh" if self.activation == "gelu_tanh" else "none"
-        return kernels.gelu_ffn(x, self.up.weight, self.up.bias, self.down.weight, self.down.bias, approximate=approximate)
+        return kernels.gelu_ffn(
+            x, self.up.weight, self.up.bias, self.down.weight, self.down.bias, approximate=approximate
+        )
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each added to the stream before (norm="pre") or behind which (norm="post") a norm stands.
+    """Attention and feed-forward, each added to the stream before (norm="pre") or behind which (norm="post")
+    a norm stands.
 
-    A pre-norm block hands its last branch on unadded, because the norm that fuses the addition is the next block's.
+    A pre-norm block hands its last branch on unadded, because the norm that fuses the addition is the next
+    block's.
     """
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
@@ -131,7 +138,9 @@ class Head(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.weight = None if config.tie_weights else nn.Parameter(torch.empty(config.vocab_size, config.n_embd))
+        self.weight = (
+            None if config.tie_weights else nn.Parameter(torch.empty(config.vocab_size, config.n_embd))
+        )
         self.bias = nn.Parameter(torch.empty(config.vocab_size)) if config.head_bias else None
 
 
@@ -139,10 +148,11 @@ class GPT(nn.Module):
     """A GPT whose fused ops run in Triton or in plain PyTorch, with the same parameters.
 
     Args:
-        config: A GPTConfig, a dict in any package's names that `GPTConfig.from_dict` knows, or a preset's name. Left out, the
-            overrides alone count, in any of those names, over GPTConfig's defaults (GPT-2 124M).
-        use_triton: False for the references, True for kernels wherever they apply, "auto" for the faster of the two. It can be
-            set at any time.
+        config: A GPTConfig, a dict in any package's names that `GPTConfig.from_dict` knows, or a preset's
+            name. Left out, the overrides alone count, in any of those names, over GPTConfig's defaults (GPT-2
+            124M).
+        use_triton: False for the references, True for kernels wherever they apply, "auto" for the faster of
+            the two. It can be set at any time.
         device, dtype: Of the parameters; torch's defaults.
         **overrides: Fields of GPTConfig to change.
 
@@ -176,7 +186,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws each parameter as GPT-2 does: deviation 0.02, 0.02 / sqrt(2 n_layer) where a branch ends; biases 0, norms 1."""
+        """Draws each parameter as GPT-2 does: deviation 0.02, 0.02 / sqrt(2 n_layer) where a branch ends;
+        biases 0, norms 1."""
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
@@ -188,7 +199,8 @@ class GPT(nn.Module):
 
     @property
     def use_triton(self) -> bool | str:
-        """False, True or "auto". True gives a FallbackWarning where Triton cannot be had, and the references run there."""
+        """False, True or "auto". True gives a FallbackWarning where Triton cannot be had, and the references
+        run there."""
         return self._use_triton
 
     @use_triton.setter
@@ -221,24 +233,30 @@ class GPT(nn.Module):
         Args:
             idx: int64 (B, T), ids in [0, V), T <= block_size.
             targets: int64 (B, T), ids or -100 where the loss does not look; they are not shifted here.
-            attention_mask: (B, T), 0 for padding, which stands on the left, 1 for tokens. Positions count from the first token.
-            document_start: int32 (B, T), for each token the index at which its document starts. Documents do not see each other,
-                and positions restart.
+            attention_mask: (B, T), 0 for padding, which stands on the left, 1 for tokens. Positions count
+                from the first token.
+            document_start: int32 (B, T), for each token the index at which its document starts. Documents do
+                not see each other, and positions restart.
 
         Returns:
             (B, T, V) logits; with targets a float32 scalar, for which the logits are never held.
 
         Raises:
-            InputError: Any of these of another type, shape or device; T > block_size; padding that is not on the left; both
-                attention_mask and document_start; on a CPU also ids outside [0, V), or a document_start behind its token.
+            InputError: Any of these of another type, shape or device; T > block_size; padding that is not on
+                the left; both attention_mask and document_start; on a CPU also ids outside [0, V), or a
+                document_start behind its token.
         """
         check_ids(idx, self.config.vocab_size, self.wte.weight.device)
         if targets is not None:
             check_targets(targets, idx)
         if idx.shape[1] > self.config.block_size:
-            raise InputError(f"GPT: idx has {idx.shape[1]} tokens, expected at most {self.config.block_size} (block_size)")
+            raise InputError(
+                f"GPT: idx has {idx.shape[1]} tokens, expected at most {self.config.block_size} (block_size)"
+            )
         if attention_mask is not None and document_start is not None:
-            raise InputError("GPT: attention_mask and document_start are both given, expected at most one of them")
+            raise InputError(
+                "GPT: attention_mask and document_start are both given, expected at most one of them"
+            )
         key_start = None
         if attention_mask is not None:
             key_start = padding(attention_mask, idx)
@@ -253,7 +271,12 @@ class GPT(nn.Module):
             return kernels.linear_cross_entropy(x, self.head_weight, targets, self.lm_head.bias)
 
     def hidden(
-        self, idx: Tensor, position: Tensor, key_start: Tensor | None, dropout_p: float = 0.0, cache: KVCache | None = None
+        self,
+        idx: Tensor,
+        position: Tensor,
+        key_start: Tensor | None,
+        dropout_p: float = 0.0,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """The head's input (B, T, C) for tokens (B, T) at positions (T,) or (B, T)."""
         seeds = _site_seeds(self.dropout_seed if dropout_p else None, SITES * self.config.n_layer + 2)
@@ -283,15 +306,29 @@ class GPT(nn.Module):
     generate = generate
 
     def preflight(self, batch_size: int, seq_len: int, dtype: torch.dtype | None = None) -> kernels.Report:
-        """Each fused op, forward and backward, against its reference, at this model's shapes: see `gpt.preflight.preflight`."""
+        """Each fused op, forward and backward, against its reference, at this model's shapes: see
+        `gpt.preflight.preflight`."""
         weight = self.wte.weight
         prefer = BACKENDS[self._use_triton or "auto"]
-        return preflight(self.config, weight.device, batch_size, seq_len, dtype or weight.dtype, weight.dtype, prefer=prefer)
+        return preflight(
+            self.config,
+            weight.device,
+            batch_size,
+            seq_len,
+            dtype or weight.dtype,
+            weight.dtype,
+            prefer=prefer,
+        )
 
     def save_pretrained(
-        self, directory: str | os.PathLike[str], format: str = "fused-gpt", *, tokenizer: Tokenizer | None = None
+        self,
+        directory: str | os.PathLike[str],
+        format: str = "fused-gpt",
+        *,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
-        """Writes config, parameters and tokenizer into `directory`, hashed: a checkpoint, or what `transformers` loads.
+        """Writes config, parameters and tokenizer into `directory`, hashed: a checkpoint, or what
+        `transformers` loads.
 
         Args:
             directory: A new or empty folder, or one written before.
@@ -299,7 +336,8 @@ class GPT(nn.Module):
             tokenizer: Saved along.
 
         Raises:
-            InputError: Another format, a model that transformers' GPT-2 cannot be, or a directory that cannot be written.
+            InputError: Another format, a model that transformers' GPT-2 cannot be, or a directory that cannot
+                be written.
         """
         from gpt.weights.checkpoint import save_model
         from gpt.weights.pretrained import save_huggingface

@@ -16,7 +16,9 @@ class Layout:
     modules: Mapping[str, tuple[str, ...]]  # ours -> theirs; several are stacked into one of ours
     transposed: bool = False  # the blocks' matrices are (in, out)
     kinds: dict[str, str] = field(default_factory=dict)  # of a norm's parameters: ours -> theirs
-    assumed: dict[str, Any] = field(default_factory=dict)  # what the package's models are and its files do not say
+    assumed: dict[str, Any] = field(
+        default_factory=dict
+    )  # what the package's models are and its files do not say
 
     def names(self, name: str) -> list[str]:
         """Their names of our parameter `name`."""
@@ -29,7 +31,9 @@ class Layout:
         return [f"{block}{theirs}.{kind}" for theirs in self.modules[module]]
 
     def is_transposed(self, name: str) -> bool:
-        return self.transposed and name.startswith("blocks.") and name.endswith("weight") and ".ln_" not in name
+        return (
+            self.transposed and name.startswith("blocks.") and name.endswith("weight") and ".ln_" not in name
+        )
 
 
 _GPT2_MODULES = {

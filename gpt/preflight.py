@@ -21,7 +21,8 @@ def preflight(
     prefer: str = "triton",
     use_cache: bool = True,
 ) -> kernels.Report:
-    """Checks each op of a model, forward and backward, at the shapes of a forward pass over (batch_size, seq_len) tokens.
+    """Checks each op of a model, forward and backward, at the shapes of a forward pass over (batch_size,
+    seq_len) tokens.
 
     Args:
         config: The model's.
@@ -32,10 +33,14 @@ def preflight(
         parameters: The parameters' own dtype, which the residual stream shares.
         prefer, use_cache: As in `kernels.preflight`.
     """
-    return kernels.preflight(cases(config, batch_size, seq_len, parameters), device, dtype, prefer=prefer, use_cache=use_cache)
+    return kernels.preflight(
+        cases(config, batch_size, seq_len, parameters), device, dtype, prefer=prefer, use_cache=use_cache
+    )
 
 
-def cases(config: GPTConfig, batch_size: int, seq_len: int, parameters: torch.dtype) -> list[tuple[str, kernels.Case]]:
+def cases(
+    config: GPTConfig, batch_size: int, seq_len: int, parameters: torch.dtype
+) -> list[tuple[str, kernels.Case]]:
     """(op, case) for each op that the model calls, with its options and layouts."""
     n, c = batch_size * seq_len, config.n_embd
     heads = {"B": batch_size, "H": config.n_head, "D": config.head_size}
@@ -51,5 +56,11 @@ def cases(config: GPTConfig, batch_size: int, seq_len: int, parameters: torch.dt
         found.append(("layer_norm", {"N": n, "C": c}, norm))
     if config.activation != "relu":
         approximate = "tanh" if config.activation == "gelu_tanh" else "none"
-        found.append(("gelu_ffn", {"N": n, "C": c, "I": config.inner_size}, {"bias": config.bias, "approximate": approximate}))
+        found.append(
+            (
+                "gelu_ffn",
+                {"N": n, "C": c, "I": config.inner_size},
+                {"bias": config.bias, "approximate": approximate},
+            )
+        )
     return [(op, kernels.Case(sizes, options)) for op, sizes, options in found]

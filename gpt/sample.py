@@ -26,7 +26,9 @@ from gpt.weights.pretrained import load_pretrained, load_pretrained_tokenizer
 class SampleConfig:
     """What to continue, and how tokens are chosen."""
 
-    checkpoint: str | None = option(None, "a run (its newest valid checkpoint), a checkpoint, a file of weights, or a hub model")
+    checkpoint: str | None = option(
+        None, "a run (its newest valid checkpoint), a checkpoint, a file of weights, or a hub model"
+    )
     prompt: str | None = option(None, "text to continue; - reads it from stdin (default: a new line)")
     prompt_file: str | None = option(None, "a UTF-8 file with the text to continue")
     num_samples: int = option(1, "how many continuations")
@@ -50,13 +52,16 @@ class Stopped(Exception):
 class TextStream:
     """Turns token ids into text as they come, whole characters only, and ends before the first of `stops`."""
 
-    def __init__(self, tokenizer: Tokenizer, write: Callable[[str], object], stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, write: Callable[[str], object], stops: Sequence[str] = ()
+    ) -> None:
         self.tokenizer, self.write, self.stops = tokenizer, write, stops
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""  # could be the beginning of a stop text
 
     def token(self, ids: Tensor) -> None:
-        """Takes the next token, as generate's `on_token` gives it, for one row; raises Stopped at a stop text."""
+        """Takes the next token, as generate's `on_token` gives it, for one row; raises Stopped at a stop
+        text."""
         self._take(self._decoder.decode(self.tokenizer.decode_bytes(ids.tolist())))
 
     def end(self) -> None:
@@ -73,7 +78,8 @@ class TextStream:
             self._held = ""
             raise Stopped
         begin = next(
-            (i for i in range(len(self._held)) if any(s.startswith(self._held[i:]) for s in self.stops)), len(self._held)
+            (i for i in range(len(self._held)) if any(s.startswith(self._held[i:]) for s in self.stops)),
+            len(self._held),
         )
         self.write(self._held[:begin])
         self._held = self._held[begin:]
@@ -85,7 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _sample(argv: Sequence[str]) -> int:
-    parser = OptionParser("python -m gpt.sample", "Continues a prompt with a trained model.", sample=SampleConfig())
+    parser = OptionParser(
+        "python -m gpt.sample", "Continues a prompt with a trained model.", sample=SampleConfig()
+    )
     config = SampleConfig(**parser.parse_tables(argv)[1]["sample"])
     prompt = _prompt(config)
     if config.checkpoint is None:
@@ -122,7 +130,12 @@ def _prompt(config: SampleConfig) -> str:
 
 
 def _continue(
-    model: GPT, tokenizer: Tokenizer, prompt: str, ids: Sequence[int], config: SampleConfig, generator: torch.Generator
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    ids: Sequence[int],
+    config: SampleConfig,
+    generator: torch.Generator,
 ) -> None:
     """Prints one continuation of the prompt, behind the prompt."""
 

@@ -1,4 +1,5 @@
-"""`python -m gpt.train`: trains a GPT on text; with no arguments on Python's own sources, for about three minutes."""
+"""`python -m gpt.train`: trains a GPT on text; with no arguments on Python's own sources, for about three
+minutes."""
 
 from __future__ import annotations
 
@@ -39,16 +40,24 @@ class RunConfig:
     """What belongs to one call of the command, and to no table of a file."""
 
     preset: str | None = option(
-        None, "gpt2, gpt2-medium, gpt2-large, gpt2-xl, char-cpu or char-gpu (default: char-gpu with a GPU, else char-cpu)"
+        None,
+        "gpt2, gpt2-medium, gpt2-large, gpt2-xl, char-cpu or char-gpu (default: char-gpu with a GPU, else "
+        "char-cpu)",
     )
     config: str | None = option(
-        None, "a TOML file with tables [model], [train] and [data]; it wins over the preset, flags win over it"
+        None,
+        "a TOML file with tables [model], [train] and [data]; it wins over the preset, flags win over it",
     )
-    out: str | None = option(None, "folder for checkpoints, log, plot and sample (default: runs/1, or the next number)")
-    resume: bool = option(False, "go on from the newest valid checkpoint in --out, with its settings where no flag changes them")
+    out: str | None = option(
+        None, "folder for checkpoints, log, plot and sample (default: runs/1, or the next number)"
+    )
+    resume: bool = option(
+        False, "go on from the newest valid checkpoint in --out, with its settings where no flag changes them"
+    )
     init: str | None = option(
         None,
-        "start from the model and tokenizer of a run, a checkpoint, a file of weights or the hub; the preset's learning rate is "
+        "start from the model and tokenizer of a run, a checkpoint, a file of weights or the hub; the "
+        "preset's learning rate is "
         f"then {FINE_TUNING['learning_rate']}",
     )
     use_triton: str = use_triton_option()
@@ -58,7 +67,8 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Start:
-    """What a run starts from: settings, and where they come from an earlier model its tokenizer and weights."""
+    """What a run starts from: settings, and where they come from an earlier model its tokenizer and
+    weights."""
 
     model: GPTConfig
     train: TrainConfig
@@ -115,7 +125,8 @@ def _settings(argv: Sequence[str]) -> tuple[RunConfig, Start]:
     preset = "char-gpu" if torch.cuda.is_available() else "char-cpu"
     parser = OptionParser(
         "python -m gpt.train",
-        f"Trains a GPT on text. Flags are spelt with underscores or hyphens. Defaults of model and train are {preset}'s; "
+        "Trains a GPT on text. Flags are spelt with underscores or hyphens. Defaults of model and train "
+        f"are {preset}'s; "
         "with another --preset, they are that one's.",
         skip=("vocab_size",),
         run=RunConfig(),
@@ -130,12 +141,16 @@ def _settings(argv: Sequence[str]) -> tuple[RunConfig, Start]:
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    return run, _saved(run, given) if run.resume else _initial(run, given) if run.init else _preset(run, given)
+    return run, _saved(run, given) if run.resume else _initial(run, given) if run.init else _preset(
+        run, given
+    )
 
 
 def _preset(run: RunConfig, given: Values) -> Start:
     """From the preset, or the one for the device."""
-    name = run.preset or ("char-cpu" if pick_device(given["train"].get("device")).type == "cpu" else "char-gpu")
+    name = run.preset or (
+        "char-cpu" if pick_device(given["train"].get("device")).type == "cpu" else "char-gpu"
+    )
     data = DataConfig(tokenizer="gpt2" if name.startswith("gpt2") else None)
     return Start(
         override(GPTConfig.preset(name), given["model"]),
@@ -196,8 +211,10 @@ def _introduce(trainer: Trainer, data: DataConfig, out: Path) -> None:
     config, tokens = trainer.model.config, trainer.data
     processes = f", {trainer.ranks.size} processes" if trainer.ranks.size > 1 else ""
     print(
-        f"model: {trainer.model.num_parameters() / 1e6:.2f} M parameters, {config.n_layer} layers, {config.n_head} heads, "
-        f"{config.n_embd} wide, context {config.block_size}; {trainer.precision} on {trainer.device}{processes}\n"
+        f"model: {trainer.model.num_parameters() / 1e6:.2f} M parameters, {config.n_layer} layers, "
+        f"{config.n_head} heads, "
+        f"{config.n_embd} wide, context {config.block_size}; {trainer.precision} on "
+        f"{trainer.device}{processes}\n"
         f"data: {' '.join(data.data)}, {len(tokens.tokens('train')):,} tokens to train on and "
         f"{len(tokens.tokens('validation')):,} to validate, of {tokens.tokenizer.vocab_size:,} kinds\n"
         f"out: {out}",
@@ -206,7 +223,8 @@ def _introduce(trainer: Trainer, data: DataConfig, out: Path) -> None:
 
 
 def _preflight(trainer: Trainer, *, strict: bool) -> bool:
-    """Checks the kernels that would run, and leaves those that fail to their references; False where that is not wanted."""
+    """Checks the kernels that would run, and leaves those that fail to their references; False where that is
+    not wanted."""
     if trainer.model.use_triton is False:
         return True
     report = trainer.ranks.on_first(trainer.preflight)
@@ -221,7 +239,9 @@ def _preflight(trainer: Trainer, *, strict: bool) -> bool:
         print(f"gpt.train: --strict: preflight failed, nothing was trained: {failed}", file=sys.stderr)
         return False
     report.enforce()
-    warnings.warn(f"PREFLIGHT FAILED, the references run instead: {failed}", kernels.FallbackWarning, stacklevel=2)
+    warnings.warn(
+        f"PREFLIGHT FAILED, the references run instead: {failed}", kernels.FallbackWarning, stacklevel=2
+    )
     return True
 
 
@@ -242,7 +262,9 @@ def _python() -> str:
     if (found := shutil.which("python")) and Path(found).parent == Path(sys.executable).parent:
         return "python"
     executable = Path(sys.executable)
-    return shlex.quote(str(executable.relative_to(Path.cwd()) if executable.is_relative_to(Path.cwd()) else executable))
+    return shlex.quote(
+        str(executable.relative_to(Path.cwd()) if executable.is_relative_to(Path.cwd()) else executable)
+    )
 
 
 if __name__ == "__main__":

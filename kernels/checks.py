@@ -15,13 +15,15 @@ Dims = tuple[str, ...]
 
 
 def shapes(op: str, optional: Dims = (), /, **arguments: tuple[torch.Tensor | None, Dims]) -> dict[str, int]:
-    """Checks ranks, extents and devices of tensors against named dimensions, and returns the dimensions' sizes.
+    """Checks ranks, extents and devices of tensors against named dimensions, and returns the dimensions'
+    sizes.
 
     Args:
         op: The op's name, for messages.
         optional: Names of the arguments that may be None; they are skipped then.
-        **arguments: name=(tensor, dimension names). The first use of a dimension fixes its size; a leading "..." stands for any
-            leading dimensions, the same for all that have it, whose product is the size "N".
+        **arguments: name=(tensor, dimension names). The first use of a dimension fixes its size; a leading
+            "..." stands for any leading dimensions, the same for all that have it, whose product is the size
+            "N".
 
     Raises:
         TypeError: An argument is no tensor.
@@ -51,7 +53,9 @@ def shapes(op: str, optional: Dims = (), /, **arguments: tuple[torch.Tensor | No
                 raise ValueError(f"{op}: {name} has shape {shape}, expected {wanted} ({owner['...']}'s)")
             shape = shape[split:]
         elif len(shape) != len(dims):
-            raise ValueError(f"{op}: {name} has {len(shape)} dimensions, expected {len(dims)} ({', '.join(dims)})")
+            raise ValueError(
+                f"{op}: {name} has {len(shape)} dimensions, expected {len(dims)} ({', '.join(dims)})"
+            )
         for dim, size in zip(named, shape, strict=True):
             if dim not in sizes:
                 sizes[dim], owner[dim] = size, name
@@ -67,7 +71,12 @@ def shapes(op: str, optional: Dims = (), /, **arguments: tuple[torch.Tensor | No
 def floating(op: str, /, **tensors: torch.Tensor | None) -> None:
     """Each tensor is float16, bfloat16, float32 or float64."""
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        if tensor is not None and tensor.dtype not in (
+            torch.float32,
+            torch.bfloat16,
+            torch.float16,
+            torch.float64,
+        ):
             raise TypeError(f"{op}: {name} is {tensor.dtype}, expected a floating-point dtype")
 
 
@@ -102,7 +111,9 @@ def number(op: str, name: str, value: Any, low: float, high: float, *, open_high
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} is {type(value).__name__}, expected a number")
     if not (low <= value < high if open_high else low <= value <= high):
-        raise ValueError(f"{op}: {name} is {value}, expected a number in [{low}, {high}{')' if open_high else ']'}")
+        raise ValueError(
+            f"{op}: {name} is {value}, expected a number in [{low}, {high}{')' if open_high else ']'}"
+        )
 
 
 def integer(op: str, name: str, value: Any) -> None:
@@ -137,7 +148,9 @@ def seed(op: str, value: Any, device: torch.device) -> None:
         return
     if isinstance(value, torch.Tensor):
         if value.dtype != torch.int64 or value.ndim != 0:
-            raise TypeError(f"{op}: seed is {value.dtype} with {value.ndim} dimensions, expected a 0-d int64 tensor")
+            raise TypeError(
+                f"{op}: seed is {value.dtype} with {value.ndim} dimensions, expected a 0-d int64 tensor"
+            )
         if value.device != device:
             raise ValueError(f"{op}: seed is on {value.device}, expected {device}")
     elif isinstance(value, bool) or not isinstance(value, int):

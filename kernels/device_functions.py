@@ -10,7 +10,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def dropout_keep(seed, index, threshold):
-    """True where the element at row-major int64 `index` is kept: word index % 4 of Philox counter index // 4 is >= threshold.
+    """True where the element at row-major int64 `index` is kept: word index % 4 of Philox counter index // 4
+    is >= threshold.
 
     `threshold` is uint32 floor(p * 2**32); the same bits as `kernels.philox.keep_mask`.
     """
@@ -22,7 +23,8 @@ def dropout_keep(seed, index, threshold):
 
 @triton.jit
 def dropout_keep_quads(seed, counter, threshold):
-    """As `dropout_keep` for the four elements of each int64 Philox `counter` (M, K), side by side: a mask (M, 4 K)."""
+    """As `dropout_keep` for the four elements of each int64 Philox `counter` (M, K), side by side: a mask (M,
+    4 K)."""
     word0, word1, word2, word3 = tl.randint4x(seed, counter)
     words = tl.interleave(tl.interleave(word0, word2), tl.interleave(word1, word3))
     return words >= tl.cast(threshold, tl.uint32)

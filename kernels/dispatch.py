@@ -1,8 +1,8 @@
 """The one choice between a Triton kernel and its reference, and the reason for it.
 
-Precedence, highest first: ``use_backend(op=...)``, ``use_backend("...")``, the model's ``use_triton``, the environment variable
-``FUSED_GPT_BACKEND``, then ``"auto"``. The state is a plain module global and the environment is read once, at import, so that
-``torch.compile(fullgraph=True)`` can trace every choice.
+Precedence, highest first: ``use_backend(op=...)``, ``use_backend("...")``, the model's ``use_triton``, the
+environment variable ``FUSED_GPT_BACKEND``, then ``"auto"``. The state is a plain module global and the
+environment is read once, at import, so that ``torch.compile(fullgraph=True)`` can trace every choice.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ class Op:
             raise _Explained(choice)
         return choice
 
-    def _choose(self, device: torch.device, dtype: torch.dtype, limit: str | None, slower: str | None) -> Choice:
+    def _choose(
+        self, device: torch.device, dtype: torch.dtype, limit: str | None, slower: str | None
+    ) -> Choice:
         wanted, source, binding = self._wanted()
         if wanted == "reference":
             return Choice("reference", source)
@@ -123,7 +125,10 @@ class Op:
         if triton_version is None:
             return "triton is not installed"
         if triton_version < OLDEST_TRITON:
-            return f"triton {'.'.join(map(str, triton_version))} is older than {'.'.join(map(str, OLDEST_TRITON))}"
+            return (
+                f"triton {'.'.join(map(str, triton_version))} "
+                f"is older than {'.'.join(map(str, OLDEST_TRITON))}"
+            )
         if dtype not in self.dtypes:
             return f"the kernel takes {', '.join(_short(d) for d in self.dtypes)}, not {_short(dtype)}"
         if interpreting:
@@ -155,17 +160,21 @@ class use_backend:
 
     Args:
         backend: "triton", "reference" or "auto" for every op; None leaves the others as they are.
-        **per_op: The same for single ops (``causal_attention=``) or rooms (``attention=``, ``norm=``, ``ffn=``, ``loss=``).
+        **per_op: The same for single ops (``causal_attention=``) or rooms (``attention=``, ``norm=``,
+            ``ffn=``, ``loss=``).
 
     Raises:
-        ValueError: Unknown backend, op or room. A "triton" that a call cannot honour raises RuntimeError there.
+        ValueError: Unknown backend, op or room. A "triton" that a call cannot honour raises RuntimeError
+            there.
     """
 
     def __init__(self, backend: str | None = None, /, **per_op: str) -> None:
         known = {op.name for op in _ops.values()} | {op.room for op in _ops.values()}
         for key in per_op:
             if key not in known:
-                raise ValueError(f"use_backend: {key!r} is no op or room, expected one of {', '.join(sorted(known))}")
+                raise ValueError(
+                    f"use_backend: {key!r} is no op or room, expected one of {', '.join(sorted(known))}"
+                )
         self._settings = dict(per_op) if backend is None else {"all": backend, **per_op}
         for key, value in self._settings.items():
             if value not in BACKENDS:
@@ -203,7 +212,8 @@ class model_backend:
 
 
 def warn_if_unavailable(device: torch.device, dtype: torch.dtype) -> None:
-    """Gives one FallbackWarning for each reason that keeps ops from Triton on `device` in `dtype`, naming the ops."""
+    """Gives one FallbackWarning for each reason that keeps ops from Triton on `device` in `dtype`, naming the
+    ops."""
     reasons: dict[str, list[str]] = {}
     for op in _ops.values():
         obstacle = op.obstacle(device, dtype)
@@ -254,10 +264,14 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def autocast(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
-    """`tensors` in the autocast dtype where autocast is enabled; float64, integers and None pass unchanged."""
+    """`tensors` in the autocast dtype where autocast is enabled; float64, integers and None pass
+    unchanged."""
     dtype = next((autocast_dtype(t.device) for t in tensors if isinstance(t, torch.Tensor)), None)
     if dtype is None:
         return tensors
     return tuple(
-        t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors
+        t.to(dtype)
+        if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        else t
+        for t in tensors
     )

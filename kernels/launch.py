@@ -19,12 +19,14 @@ _TYPES = {
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up; `triton.cdiv` unwraps constexprs first, which costs a launch more than the division."""
+    """a / b, rounded up; `triton.cdiv` unwraps constexprs first, which costs a launch more than the
+    division."""
     return -(-a // b)
 
 
 def options(tile: Tile) -> dict[str, Any]:
-    """What Triton is told beside a kernel's arguments; fused multiply-adds are named since their default is to change."""
+    """What Triton is told beside a kernel's arguments; fused multiply-adds are named since their default is
+    to change."""
     return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
 
 
@@ -38,7 +40,8 @@ class Launch(NamedTuple):
 
     @classmethod
     def of(cls, kernel: Any, grid: tuple[int, ...], available: dict[str, Any], tile: Tile) -> Launch:
-        """A launch with those of the `available` arguments that the kernel takes, and the tile's block sizes."""
+        """A launch with those of the `available` arguments that the kernel takes, and the tile's block
+        sizes."""
         available = available | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
         return cls(kernel, grid, {name: available[name] for name in kernel.arg_names}, tile)
 
@@ -70,4 +73,6 @@ class Launch(NamedTuple):
 
 def precision(dtype: torch.dtype) -> str:
     """`tl.dot`'s input_precision: float32 stays float32 unless torch's own products may use tf32."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return (
+        "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    )

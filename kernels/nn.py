@@ -33,7 +33,9 @@ class LayerNorm(nn.LayerNorm):
     ) -> None:
         super().__init__(normalized_shape, eps, True, bias, device=device, dtype=dtype)
         if len(self.normalized_shape) != 1:
-            raise ValueError(f"LayerNorm: normalized_shape is {self.normalized_shape}, expected one dimension")
+            raise ValueError(
+                f"LayerNorm: normalized_shape is {self.normalized_shape}, expected one dimension"
+            )
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
@@ -41,7 +43,8 @@ class LayerNorm(nn.LayerNorm):
 
 
 class GELUFeedForward(nn.Sequential):
-    """y = gelu(x w_upᵀ + b_up) w_downᵀ + b_down; the state_dict of `nn.Sequential(nn.Linear, nn.GELU, nn.Linear)`.
+    """y = gelu(x w_upᵀ + b_up) w_downᵀ + b_down; the state_dict of `nn.Sequential(nn.Linear, nn.GELU,
+    nn.Linear)`.
 
     Args:
         embed_dim: C, the width of input and output.
@@ -70,13 +73,17 @@ class GELUFeedForward(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
         up, gelu, down = cast(tuple[nn.Linear, nn.GELU, nn.Linear], tuple(self))
-        return kernels.gelu_ffn(input, up.weight, up.bias, down.weight, down.bias, approximate=gelu.approximate)
+        return kernels.gelu_ffn(
+            input, up.weight, up.bias, down.weight, down.bias, approximate=gelu.approximate
+        )
 
 
 class CausalSelfAttention(nn.Module):
-    """y = out_proj(causal_attention(q, k, v)), q, k, v = x in_projᵀ; the state_dict of `nn.MultiheadAttention`.
+    """y = out_proj(causal_attention(q, k, v)), q, k, v = x in_projᵀ; the state_dict of
+    `nn.MultiheadAttention`.
 
-    It gives what `nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)` gives for (x, x, x) under a causal mask.
+    It gives what `nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)` gives for (x, x, x) under a
+    causal mask.
 
     Args:
         embed_dim: C, the width of input and output.
@@ -102,7 +109,10 @@ class CausalSelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         if num_heads < 1 or embed_dim % num_heads:
-            raise ValueError(f"CausalSelfAttention: num_heads is {num_heads}, expected a divisor of embed_dim ({embed_dim})")
+            raise ValueError(
+                f"CausalSelfAttention: num_heads is {num_heads}, expected a divisor of embed_dim "
+                f"({embed_dim})"
+            )
         self.num_heads, self.dropout = num_heads, dropout
         self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim, device=device, dtype=dtype))
         bias_vector = nn.Parameter(torch.zeros(3 * embed_dim, device=device, dtype=dtype)) if bias else None

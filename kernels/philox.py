@@ -1,6 +1,7 @@
 """Philox4x32-10 in torch: counter-based random words, the same bits as Triton's.
 
-Word ``i % 4`` of counter ``i // 4`` belongs to element ``i`` of a row-major tensor; the 64-bit seed is the key.
+Word ``i % 4`` of counter ``i // 4`` belongs to element ``i`` of a row-major tensor; the 64-bit seed is the
+key.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3" (SC11), section 4.3.
 """
@@ -32,7 +33,8 @@ def philox(seed: int | torch.Tensor, counter: torch.Tensor, rounds: int = 10) ->
     c0, c1 = counter & _MASK, (counter >> 32) & _MASK
     c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
     for _ in range(rounds):
-        # A product of two 32-bit words wraps in int64 to the bits of the unsigned product, whose halves masking recovers.
+        # A product of two 32-bit words wraps in int64 to the bits of the unsigned product, whose halves
+        # masking recovers.
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             ((product1 >> 32) & _MASK) ^ c1 ^ key0,
@@ -52,5 +54,6 @@ def random_words(seed: int | torch.Tensor, shape: Sequence[int], device: torch.d
 
 
 def keep_mask(seed: int | torch.Tensor, shape: Sequence[int], p: float, device: torch.device) -> torch.Tensor:
-    """Dropout's mask: True where the element's word is at least ``floor(p * 2**32)``, so it is kept with probability 1 - p."""
+    """Dropout's mask: True where the element's word is at least ``floor(p * 2**32)``, so it is kept with
+    probability 1 - p."""
     return random_words(seed, shape, device) >= math.floor(p * 2**32)

@@ -1,4 +1,5 @@
-"""Every op against its reference at given shapes, forward and backward, by the one rule of `kernels.tolerance`."""
+"""Every op against its reference at given shapes, forward and backward, by the one rule of
+`kernels.tolerance`."""
 
 from __future__ import annotations
 
@@ -30,11 +31,14 @@ def run_case(
 ) -> dict[str, torch.Tensor | None]:
     """Outputs and gradients of one call: ``{"out": …, "dq": …}``, several outputs as ``out0``, ``out1``.
 
-    The gradients are those of the outputs' product with fixed standard normal numbers, drawn from `seed` on their device. A
-    scalar, which is a mean over rows, is multiplied by their number: else many rows make its gradients vanish beneath any
-    rounding floor.
+    The gradients are those of the outputs' product with fixed standard normal numbers, drawn from `seed` on
+    their device. A scalar, which is a mean over rows, is multiplied by their number: else many rows make its
+    gradients vanish beneath any rounding floor.
     """
-    leaves = {n: v.detach().requires_grad_(n in gradients) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
+    leaves = {
+        n: v.detach().requires_grad_(n in gradients) if isinstance(v, torch.Tensor) else v
+        for n, v in inputs.items()
+    }
     result = function(**leaves)
     outputs = result if isinstance(result, tuple) else (result,)
     results: dict[str, torch.Tensor | None] = {
@@ -46,7 +50,10 @@ def run_case(
         generator = torch.Generator(device).manual_seed(seed)
         first = next(iter(leaves.values()))
         rows = first.numel() // max(1, first.shape[-1])
-        drawn = [torch.randn(o.shape, device=device, generator=generator).mul_(1 if o.ndim else rows) for o in outputs]
+        drawn = [
+            torch.randn(o.shape, device=device, generator=generator).mul_(1 if o.ndim else rows)
+            for o in outputs
+        ]
         weights = [weight.to(o.dtype) for weight, o in zip(drawn, outputs, strict=True)]
         found = torch.autograd.grad(outputs, [leaves[n] for n in wanted], weights, allow_unused=True)
         results |= {f"d{n}": g for n, g in zip(wanted, found, strict=True)}
@@ -81,7 +88,8 @@ class Truth:
         self.scale = max((t.detach().abs().max().item() for t in tensors if t.numel()), default=1.0)
 
     def judge(self, results: Mapping[str, torch.Tensor | None]) -> list[Verdict]:
-        """A verdict for each output and gradient of `results`, as `run_case` gives them, by the rule of `kernels.tolerance`."""
+        """A verdict for each output and gradient of `results`, as `run_case` gives them, by the rule of
+        `kernels.tolerance`."""
         return [
             compare(name, results.get(name), self.plain[name], oracle, dtype=self.dtype, scale=self.scale)
             for name, oracle in self.oracle.items()
@@ -102,7 +110,8 @@ def check(
     seed: int = 0,
     oracle_dtype: torch.dtype = torch.float64,
 ) -> list[Verdict]:
-    """One case of one op on `backend`, forward and every gradient, against the reference: a verdict per tensor."""
+    """One case of one op on `backend`, forward and every gradient, against the reference: a verdict per
+    tensor."""
     inputs = spec.make_inputs(case, dtype, device, torch.Generator(device).manual_seed(seed))
     with dispatch.use_backend(**{spec.name: backend}):
         results = run_case(spec.function, inputs, spec.gradients)
@@ -113,9 +122,9 @@ def check(
 class Row:
     """What preflight found for one op at one shape.
 
-    `forward` and `backward` are the worst errors as shares of what is allowed (1 is the limit; None: nothing to check); `speedup`
-    is the reference's time over the kernel's, forward and backward together; `problem` says what failed, `skipped` why the
-    reference runs anyway.
+    `forward` and `backward` are the worst errors as shares of what is allowed (1 is the limit; None: nothing
+    to check); `speedup` is the reference's time over the kernel's, forward and backward together; `problem`
+    says what failed, `skipped` why the reference runs anyway.
     """
 
     op: str
@@ -168,7 +177,13 @@ class Report:
         lines.append(f"{'op':<22} {'case':<{width}} {'forward':>8} {'backward':>8} {'speed-up':>8}  verdict")
         for row in self.rows:
             numbers = "".join(f" {_number(value):>8}" for value in (row.forward, row.backward, row.speedup))
-            verdict = f"FAILED: {row.problem}" if row.problem else f"reference: {row.skipped}" if row.skipped else "ok"
+            verdict = (
+                f"FAILED: {row.problem}"
+                if row.problem
+                else f"reference: {row.skipped}"
+                if row.skipped
+                else "ok"
+            )
             lines.append(f"{row.op:<22} {row.case:<{width}}{numbers}  {verdict}")
         return "\n".join(lines)
 
@@ -186,15 +201,19 @@ def preflight(
     isolate: bool | None = None,
     use_cache: bool = True,
 ) -> Report:
-    """Checks ops at given shapes against their float32 references (float64 for float32), forward and backward.
+    """Checks ops at given shapes against their float32 references (float64 for float32), forward and
+    backward.
 
     Args:
         cases: (op name, Case) pairs, e.g. a model's own shapes.
         device: Where to run.
         dtype: The dtype that the ops compute in.
-        prefer: What the caller would run, "triton" or "auto"; an op that would take its reference all the same is only listed.
-        isolate: Run in a process of its own, so that an illegal memory access is caught and the op named; None: on CUDA only.
-        use_cache: Take the verdicts of an earlier run with the same GPU, driver, versions, kernel sources and shapes.
+        prefer: What the caller would run, "triton" or "auto"; an op that would take its reference all the
+            same is only listed.
+        isolate: Run in a process of its own, so that an illegal memory access is caught and the op named;
+            None: on CUDA only.
+        use_cache: Take the verdicts of an earlier run with the same GPU, driver, versions, kernel sources and
+            shapes.
 
     Returns:
         A Report; an op whose reference would run anyway is listed with the reason.
@@ -235,13 +254,17 @@ def _examine(spec: OpSpec, case: Case, device: torch.device, dtype: torch.dtype,
     except RuntimeError as error:
         return Row(spec.name, case.id, problem=str(error).partition("\n")[0] or type(error).__name__)
     forward = max(max(v.max_ratio, v.rms_ratio) for v in verdicts if v.name.startswith("out"))
-    backward = max((max(v.max_ratio, v.rms_ratio) for v in verdicts if not v.name.startswith("out")), default=None)
+    backward = max(
+        (max(v.max_ratio, v.rms_ratio) for v in verdicts if not v.name.startswith("out")), default=None
+    )
     problem = "; ".join(str(v) for v in verdicts if not v.ok)
     seconds = [_seconds(spec, inputs, backend, device) for backend in ("reference", "triton")]
     return Row(spec.name, case.id, forward, backward, seconds[0] / seconds[1], problem)
 
 
-def _seconds(spec: OpSpec, inputs: dict[str, Any], backend: str, device: torch.device, repeats: int = 3) -> float:
+def _seconds(
+    spec: OpSpec, inputs: dict[str, Any], backend: str, device: torch.device, repeats: int = 3
+) -> float:
     """The fastest of a few timed calls, forward and backward."""
     fastest = math.inf
     with dispatch.use_backend(**{spec.name: backend}):
@@ -259,26 +282,35 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _run_isolated(cases: Sequence[tuple[str, Case]], device: torch.device, dtype: torch.dtype, prefer: str) -> list[Row]:
+def _run_isolated(
+    cases: Sequence[tuple[str, Case]], device: torch.device, dtype: torch.dtype, prefer: str
+) -> list[Row]:
     """Runs the cases in a child process, and the rest in another one whenever a child dies."""
     rows: list[Row] = []
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the same packages, wherever they were found
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(sys.path)
+    }  # the same packages, wherever they were found
     while len(rows) < len(cases):
         rest = cases[len(rows) :]
         encoded = [(name, _encode(case)) for name, case in rest]
         order = {"device": str(device), "dtype": _name(dtype), "prefer": prefer, "cases": encoded}
-        child = subprocess.run(CHILD, input=json.dumps(order), capture_output=True, text=True, check=False, env=environment)
+        child = subprocess.run(
+            CHILD, input=json.dumps(order), capture_output=True, text=True, check=False, env=environment
+        )
         found = [Row(**json.loads(line)) for line in child.stdout.splitlines() if line.startswith("{")]
         rows += found
         if len(rows) < len(cases) and (child.returncode != 0 or not found):
             name, case = cases[len(rows)]
             last = child.stderr.strip().splitlines()[-1] if child.stderr.strip() else "no message"
-            rows.append(Row(name, case.id, problem=f"its process died with exit code {child.returncode}: {last}"))
+            rows.append(
+                Row(name, case.id, problem=f"its process died with exit code {child.returncode}: {last}")
+            )
     return rows
 
 
 def serve() -> None:
-    """The child's side: reads an order from standard input and prints a row per case, up to the first that raises.
+    """The child's side: reads an order from standard input and prints a row per case, up to the first that
+    raises.
 
     After a CUDA error nothing in the same process can be believed, so a fresh child takes the rest.
     """
@@ -321,12 +353,19 @@ def _sources() -> str:
     return digest.hexdigest()
 
 
-def _cache_path(cases: Sequence[tuple[str, Case]], device: torch.device, dtype: torch.dtype, prefer: str) -> Path:
+def _cache_path(
+    cases: Sequence[tuple[str, Case]], device: torch.device, dtype: torch.dtype, prefer: str
+) -> Path:
     driver = torch.version.cuda, _driver() if device.type == "cuda" else None
     versions = torch.__version__, dispatch.triton_version, dispatch.interpreting, driver
     choice = prefer, dispatch.environment
-    key = repr((_device_name(device), versions, choice, _sources(), _name(dtype), [(n, c.id) for n, c in cases]))
-    root = os.environ.get("FUSED_GPT_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused-gpt"
+    key = repr(
+        (_device_name(device), versions, choice, _sources(), _name(dtype), [(n, c.id) for n, c in cases])
+    )
+    root = (
+        os.environ.get("FUSED_GPT_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused-gpt"
+    )
     return Path(root) / "preflight" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 

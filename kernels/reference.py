@@ -5,4 +5,11 @@ from kernels.ffn.reference import gelu_ffn
 from kernels.loss.reference import linear_cross_entropy
 from kernels.norm.reference import add_layer_norm, layer_norm
 
-__all__ = ["add_layer_norm", "causal_attention", "decode_attention", "gelu_ffn", "layer_norm", "linear_cross_entropy"]
+__all__ = [
+    "add_layer_norm",
+    "causal_attention",
+    "decode_attention",
+    "gelu_ffn",
+    "layer_norm",
+    "linear_cross_entropy",
+]

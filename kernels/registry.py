@@ -1,4 +1,5 @@
-"""The rooms. Tests, benches, preflight and the ahead-of-time report enumerate `SPECS`, so that a new op needs one line here."""
+"""The rooms. Tests, benches, preflight and the ahead-of-time report enumerate `SPECS`, so that a new op needs
+one line here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What an op says about itself: everything that tests, benches, preflight and the ahead-of-time report enumerate."""
+"""What an op says about itself: everything that tests, benches, preflight and the ahead-of-time report
+enumerate."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ class Case:
     Args:
         sizes: Dimension name -> size, e.g. ``{"B": 2, "H": 3, "T": 63, "D": 64}``.
         options: What differs from the op's defaults; the op's `make_inputs` gives the names their meaning.
-        tags: "small" and "edge" run everywhere, "slow" is the long grid, "bench" is timed, "gpu" needs a GPU's memory or speed.
+        tags: "small" and "edge" run everywhere, "slow" is the long grid, "bench" is timed, "gpu" needs a
+            GPU's memory or speed.
     """
 
     sizes: Mapping[str, int]
@@ -31,7 +33,9 @@ class Case:
     @property
     def id(self) -> str:
         """``B2-H3-T63-D64``, then each option as ``name=value``."""
-        return "-".join([f"{k}{v}" for k, v in self.sizes.items()] + [f"{k}={v}" for k, v in self.options.items()])
+        return "-".join(
+            [f"{k}{v}" for k, v in self.sizes.items()] + [f"{k}={v}" for k, v in self.options.items()]
+        )
 
     def __getitem__(self, name: str) -> int:
         return self.sizes[name]
@@ -115,7 +119,8 @@ class OpSpec:
         cases: The calls to test and to time.
         flops: ``(case, "forward" | "backward") -> floating-point operations``.
         bytes: ``(case, dtype, "forward" | "backward") -> least bytes moved``.
-        builds: ``(architecture) -> Build``s, e.g. for 90; imports Triton when called. None while the op has no kernel.
+        builds: ``(architecture) -> Build``s, e.g. for 90; imports Triton when called. None while the op has
+            no kernel.
         dtypes: What the kernels take; float64 runs on the reference alone.
     """
 
@@ -137,7 +142,10 @@ class OpSpec:
         return tuple(case for case in self.cases if case.tags & set(tags))
 
 
-def randn(shape: Iterable[int], dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> torch.Tensor:
-    """Standard normal values, drawn in float32 and rounded once, so that every dtype sees the same numbers."""
+def randn(
+    shape: Iterable[int], dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> torch.Tensor:
+    """Standard normal values, drawn in float32 and rounded once, so that every dtype sees the same
+    numbers."""
     values = torch.randn(tuple(shape), dtype=torch.float32, device=generator.device, generator=generator)
     return values.to(device=device, dtype=dtype)

@@ -5,9 +5,10 @@ With y the result, r the reference in the same dtype and r64 the reference in fl
     max|y - r64| <= 2 max|r - r64| + eps max|r64|           + 4 eps32 scale
     rms(y - r64) <= 2 rms(r - r64) + eps rms(r64) / sqrt(n) + 4 eps32 scale
 
-A result may thus be twice as wrong as plain PyTorch in the same dtype, plus a rounding floor: one unit in the last place of
-the largest value, and float32 cancellation at the case's own `scale` (the largest input, gradient or output), which alone
-counts where the true value is zero. The second line holds the bulk of a tensor where the first only holds its worst element.
+A result may thus be twice as wrong as plain PyTorch in the same dtype, plus a rounding floor: one unit in the
+last place of the largest value, and float32 cancellation at the case's own `scale` (the largest input,
+gradient or output), which alone counts where the true value is zero. The second line holds the bulk of a
+tensor where the first only holds its worst element.
 """
 
 from __future__ import annotations
@@ -35,11 +36,20 @@ class Verdict(NamedTuple):
 
     def __str__(self) -> str:
         state = "ok" if self.ok else "FAILED"
-        return f"{self.name}: {state} max {self.max_ratio:.2f} rms {self.rms_ratio:.2f} of the bound {self.problem}".rstrip()
+        return (
+            f"{self.name}: {state} max {self.max_ratio:.2f} "
+            f"rms {self.rms_ratio:.2f} of the bound {self.problem}".rstrip()
+        )
 
 
 def compare(
-    name: str, y: torch.Tensor | None, r: torch.Tensor | None, r64: torch.Tensor | None, *, dtype: torch.dtype, scale: float
+    name: str,
+    y: torch.Tensor | None,
+    r: torch.Tensor | None,
+    r64: torch.Tensor | None,
+    *,
+    dtype: torch.dtype,
+    scale: float,
 ) -> Verdict:
     """Holds `y` to the rule.
 
@@ -54,7 +64,9 @@ def compare(
     if y is None or r is None or r64 is None:
         if y is None and r64 is None:
             return Verdict(name, 0.0, 0.0)
-        return Verdict(name, math.inf, math.inf, "missing" if y is None else "unexpected: the reference has none")
+        return Verdict(
+            name, math.inf, math.inf, "missing" if y is None else "unexpected: the reference has none"
+        )
     if y.shape != r64.shape:
         return Verdict(name, math.inf, math.inf, f"shape {tuple(y.shape)}, expected {tuple(r64.shape)}")
     if y.dtype != r.dtype:

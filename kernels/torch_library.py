@@ -40,13 +40,16 @@ def refuse(op: str) -> Callable[..., Any]:
     """The `differentiate` of a backward pass of `op`, which has no derivative of its own."""
 
     def differentiate(ctx: Any, *gradients: Tensor) -> None:
-        raise RuntimeError(f"{op}: a gradient of its gradient is asked for, expected one derivative (use the reference)")
+        raise RuntimeError(
+            f"{op}: a gradient of its gradient is asked for, expected one derivative (use the reference)"
+        )
 
     return differentiate
 
 
 def dropout_seed(dropout_p: float, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
-    """The seed of a mask as a tensor on `device`, drawn from torch's generator for None; None where nothing is dropped."""
+    """The seed of a mask as a tensor on `device`, drawn from torch's generator for None; None where nothing
+    is dropped."""
     if dropout_p == 0:
         return None
     if seed is None:

@@ -1,8 +1,8 @@
 """The table of tiles, and of where the reference is the faster choice.
 
-A tile is looked up by (architecture, op, shape class, dtype). Until a GPU has measured a row, it holds what compiles ahead of
-time without spilling (`python -m bench.aot`); an architecture without rows takes tiles that fit the smallest shared memory of
-the supported GPUs (99 KB).
+A tile is looked up by (architecture, op, shape class, dtype). Until a GPU has measured a row, it holds what
+compiles ahead of time without spilling (`python -m bench.aot`); an architecture without rows takes tiles that
+fit the smallest shared memory of the supported GPUs (99 KB).
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ import torch
 
 from kernels.dispatch import capability_of
 
-SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB that one block may take, by architecture
+SHARED_MEMORY = {
+    80: 163,
+    86: 99,
+    89: 99,
+    90: 227,
+    100: 227,
+    120: 99,
+}  # KB that one block may take, by architecture
 REGISTERS = 65536  # of a multiprocessor, on all of them
 
 
@@ -49,12 +56,16 @@ SLOWER: tuple[Slower, ...] = ()
 
 
 def slower(op: str, tensor: torch.Tensor, **sizes: int) -> str | None:
-    """Why "auto" takes the reference for a call of `op` with `sizes` in `tensor`'s dtype and on its device, if it does."""
+    """Why "auto" takes the reference for a call of `op` with `sizes` in `tensor`'s dtype and on its device,
+    if it does."""
     if not SLOWER or tensor.device.type != "cuda":
         return None
     major, minor = capability_of(tensor.device)
     call = (major * 10 + minor, op, tensor.dtype)
-    if any(row[:3] == call and all(low <= sizes[n] <= high for n, (low, high) in row.sizes.items()) for row in SLOWER):
+    if any(
+        row[:3] == call and all(low <= sizes[n] <= high for n, (low, high) in row.sizes.items())
+        for row in SLOWER
+    ):
         return f"the tuning table has the reference faster on sm_{call[0]}"
     return None
 
@@ -63,7 +74,8 @@ Row = TypeVar("Row")
 
 
 class AttentionTiles(NamedTuple):
-    """Causal attention's tiles at one head dimension: of the forward pass, of dQ, of dK with dV, and of the smaller passes."""
+    """Causal attention's tiles at one head dimension: of the forward pass, of dQ, of dK with dV, and of the
+    smaller passes."""
 
     forward: Tile
     dq: Tile
@@ -101,8 +113,15 @@ _ATTENTION_DROPOUT = {  # every generation: the mask takes registers
     128: AttentionTiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 64, 8, 2)),
     256: AttentionTiles(Tile(64, 32, 8, 2), Tile(32, 32, 4, 1), Tile(16, 32, 4, 1)),
 }
-_ATTENTION_GROUPED = {64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 32, 4, 1)}  # dK with dV, over query heads
-ATTENTION_FIVE = {64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2)}  # fits every generation: compiled, chosen by none
+_ATTENTION_GROUPED = {
+    64: Tile(32, 128, 8, 2),
+    128: Tile(32, 64, 8, 2),
+    256: Tile(16, 32, 4, 1),
+}  # dK with dV, over query heads
+ATTENTION_FIVE = {
+    64: Tile(32, 128, 8, 2),
+    128: Tile(32, 64, 8, 2),
+}  # fits every generation: compiled, chosen by none
 _ATTENTION_FLOAT32 = {
     32: AttentionTiles(Tile(64, 32), Tile(32, 32), Tile(32, 32)),
     64: AttentionTiles(Tile(32, 32), Tile(32, 32), Tile(32, 32)),
@@ -111,8 +130,11 @@ _ATTENTION_FLOAT32 = {
 }
 
 
-def attention_tiles(architecture: int, itemsize: int, d: int, *, dropout: bool, grouped: bool) -> AttentionTiles:
-    """For float32 (`itemsize` 4) or 16-bit inputs and head dimension `d`; `grouped` if query heads share key heads."""
+def attention_tiles(
+    architecture: int, itemsize: int, d: int, *, dropout: bool, grouped: bool
+) -> AttentionTiles:
+    """For float32 (`itemsize` 4) or 16-bit inputs and head dimension `d`; `grouped` if query heads share key
+    heads."""
     if architecture == 0:
         return _ATTENTION_INTERPRETED
     if itemsize == 4:
@@ -136,7 +158,9 @@ def attention_decode_tile(architecture: int, itemsize: int, d: int) -> Tile:
 
 def attention_decode_splits(device: torch.device, programs: int, keys: int, block_n: int) -> int:
     """Into how many parts the keys are split, so that `programs` times as many fill the GPU twice."""
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    multiprocessors = (
+        torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    )
     wanted = -(-2 * multiprocessors // max(1, programs))
     return max(1, min(wanted, -(-keys // block_n), 64))
 
@@ -146,9 +170,11 @@ NORM_COLUMNS = 32768  # the longest row that LayerNorm's kernels hold in registe
 
 @functools.cache
 def norm_tile(c: int) -> Tile:
-    """LayerNorm: rows and width of the sub-tiles, whose cdiv(c, block_n) <= 8 make up whole rows with the fewest dead columns.
+    """LayerNorm: rows and width of the sub-tiles, whose cdiv(c, block_n) <= 8 make up whole rows with the
+    fewest dead columns.
 
-    Pieces of 256, where they do, let one warp hold a row with 16-byte accesses; a thread holds at most 32 elements of a row.
+    Pieces of 256, where they do, let one warp hold a row with 16-byte accesses; a thread holds at most 32
+    elements of a row.
     """
     widths = [width for width in (2**i for i in range(4, 16)) if -(-c // width) <= 8]
     width = min(widths, key=lambda w: (-(-c // w) * w, w != 256, -w))
@@ -171,8 +197,11 @@ def norm_programs(device: torch.device, n: int, c: int) -> int:
 
 
 def _at_once(device: torch.device, num_warps: int, registers: int) -> int:
-    """How many programs a device runs at once: more of them would begin when the first have ended, and find it idle."""
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    """How many programs a device runs at once: more of them would begin when the first have ended, and find
+    it idle."""
+    multiprocessors = (
+        torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    )
     return multiprocessors * max(1, REGISTERS // (32 * num_warps * registers))
 
 
@@ -191,7 +220,9 @@ def loss_chunk_rows(device: torch.device, v: int) -> int:
     return max(16, (2**28 if device.type == "cuda" else 2**25) // v // 16 * 16)
 
 
-GELU_REGISTERS = 96  # the most that a thread of the derivative's pass takes, by the ahead-of-time report for sm_90
+GELU_REGISTERS = (
+    96  # the most that a thread of the derivative's pass takes, by the ahead-of-time report for sm_90
+)
 
 
 def gelu_tile(f: int) -> Tile:
@@ -208,5 +239,6 @@ def gelu_programs(device: torch.device, n: int, f: int) -> int:
 
 
 def gelu_gemm_tile(architecture: int, itemsize: int, m: int, n: int, k: int) -> Tile | None:
-    """The tile of the product with bias and GELU in its epilogue, where a GPU has shown it faster than two steps: nowhere yet."""
+    """The tile of the product with bias and GELU in its epilogue, where a GPU has shown it faster than two
+    steps: nowhere yet."""
     return None

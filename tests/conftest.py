@@ -14,8 +14,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Triton reads the variable when it is first imported, which torch does on its own (constructing an optimizer, say).
-    # Interpreted and compiled kernels do not mix in one process.
+    # Triton reads the variable when it is first imported, which torch does on its own (constructing an
+    # optimizer, say). Interpreted and compiled kernels do not mix in one process.
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["TRITON_INTERPRET"] = "1"
     import hypothesis
@@ -24,7 +24,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
     else:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a run that is stopped still says what failed so far
+        signal.signal(
+            signal.SIGTERM, signal.default_int_handler
+        )  # a run that is stopped still says what failed so far
     hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
     hypothesis.settings.load_profile("repeatable")
     if HAS_TRITON and interpreting():
@@ -40,7 +42,9 @@ def interpreting() -> bool:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
-    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)  # a GPU's time is short: what matters most first
+    items.sort(
+        key=lambda item: item.get_closest_marker("slow") is not None
+    )  # a GPU's time is short: what matters most first
     for item in items:
         if item.get_closest_marker("gpu"):
             if not torch.cuda.is_available():
@@ -51,7 +55,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if not HAS_TRITON:
                 item.add_marker(pytest.mark.skip(reason="triton is not installed"))
             elif not interpreting():
-                item.add_marker(pytest.mark.skip(reason="kernels are compiled in this run, and CPU tensors need the interpreter"))
+                item.add_marker(
+                    pytest.mark.skip(
+                        reason="kernels are compiled in this run, and CPU tensors need the interpreter"
+                    )
+                )
 
 
 @pytest.fixture(autouse=True)

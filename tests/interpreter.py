@@ -1,7 +1,9 @@
-"""Triton's interpreter, mended for bfloat16 and made faster. The conftest calls `mend` once, before any kernel runs.
+"""Triton's interpreter, mended for bfloat16 and made faster. The conftest calls `mend` once, before any
+kernel runs.
 
-Triton 3.6 to 3.9 keep bfloat16 values as uint16 bits and then multiply, add and compare those bits; conversions from float32
-truncate. `test_interpreter.py` holds the mended semantics, and notices when upstream no longer needs them.
+Triton 3.6 to 3.9 keep bfloat16 values as uint16 bits and then multiply, add and compare those bits;
+conversions from float32 truncate. `test_interpreter.py` holds the mended semantics, and notices when upstream
+no longer needs them.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ import kernels.dispatch
 
 
 def mend() -> None:
-    """Replaces what is wrong or slow in the interpreter, and tells the dispatcher that bfloat16 can be had."""
+    """Replaces what is wrong or slow in the interpreter, and tells the dispatcher that bfloat16 can be
+    had."""
     for name in ("cast_impl", "create_fp_to_fp", "create_dot", "binary_op"):
         setattr(InterpreterBuilder, name, _MENDED[name])
     ReduceOps.sum = _sum
@@ -55,7 +58,9 @@ def _cast_impl(self: InterpreterBuilder, src: TensorHandle, dst_type: Any) -> Te
     return _cast(self, _widen(src), dst_type)
 
 
-def _create_fp_to_fp(self: InterpreterBuilder, src: TensorHandle, dst_type: Any, rounding_mode: Any) -> TensorHandle:
+def _create_fp_to_fp(
+    self: InterpreterBuilder, src: TensorHandle, dst_type: Any, rounding_mode: Any
+) -> TensorHandle:
     if tl.bfloat16 in (src.dtype.scalar, dst_type.scalar):
         return _cast_impl(self, src, dst_type)
     return _custom_cast(self, src, dst_type, rounding_mode)
@@ -79,11 +84,17 @@ def _sum(self: ReduceOps, values: Any) -> Any:
     return self.to_tensor(_narrow(total).data, tl.bfloat16)
 
 
-_MENDED = {"cast_impl": _cast_impl, "create_fp_to_fp": _create_fp_to_fp, "create_dot": _create_dot, "binary_op": _binary_op}
+_MENDED = {
+    "cast_impl": _cast_impl,
+    "create_fp_to_fp": _create_fp_to_fp,
+    "create_dot": _create_dot,
+    "binary_op": _binary_op,
+}
 
 
 def _patch_language_once() -> None:
-    """The interpreter exchanges triton.language's functions at every launch and every call of a device function; once will do."""
+    """The interpreter exchanges triton.language's functions at every launch and every call of a device
+    function; once will do."""
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     tl.tensor.__index__ = lambda self: int(self.handle.data.squeeze())  # 3.6's fails with numpy 2.4
     kept = SimpleNamespace(restore=lambda: None)

@@ -1,4 +1,5 @@
-"""Tensors in memory with sharp edges: a guard page right behind them, or addresses far apart in memory that is never touched."""
+"""Tensors in memory with sharp edges: a guard page right behind them, or addresses far apart in memory that
+is never touched."""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ def _guarded_memory(elements: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def guard_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on what torch.empty, zeros, full, their `_like`s and their `new_`s return has a guard page behind it."""
+    """From now on what torch.empty, zeros, full, their `_like`s and their `new_`s return has a guard page
+    behind it."""
     places: tuple[tuple[Any, Sequence[str]], ...] = (
         (torch, ("empty", "empty_like", "zeros", "zeros_like", "full", "empty_strided")),
         (torch.Tensor, ("new_empty", "new_zeros", "new_full", "contiguous", "new_empty_strided")),
@@ -53,7 +55,9 @@ def guard_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
     for owner, names in places:
         for name in names:
             plain = getattr(owner, name)
-            monkeypatch.setattr(owner, name, lambda *args, plain=plain, **kwargs: guarded(plain(*args, **kwargs)))
+            monkeypatch.setattr(
+                owner, name, lambda *args, plain=plain, **kwargs: guarded(plain(*args, **kwargs))
+            )
 
 
 def sparse(elements: int, dtype: torch.dtype) -> torch.Tensor:
@@ -66,7 +70,9 @@ def exit_status(function: Callable[[], None]) -> int:
     """Runs `function` in a forked child: 0 if it returned, 1 if it raised, -signal if it died of one."""
     sys.stdout.flush()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # forking while threads exist: the child starts none
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # forking while threads exist: the child starts none
         child = os.fork()
     if child == 0:
         faulthandler.disable()  # where a fault is expected, its stack is noise
@@ -81,7 +87,8 @@ def exit_status(function: Callable[[], None]) -> int:
 
 
 def start_at_program(monkeypatch: pytest.MonkeyPatch, *first: int) -> None:
-    """Interpreted kernels see program ids that begin at `first`, by axis, so that a launch of one program is a far one."""
+    """Interpreted kernels see program ids that begin at `first`, by axis, so that a launch of one program is
+    a far one."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     plain = InterpreterBuilder.create_get_program_id

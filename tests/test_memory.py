@@ -24,7 +24,12 @@ def test_a_guard_page_bites() -> None:
 
 def test_strides_are_kept() -> None:
     """A guarded copy with other strides than the tensor that it stands for."""
-    for tensor in (torch.randn(4, 6)[:, ::2], torch.randn(3, 1).expand(3, 5), torch.randn(2, 3).mT, torch.randn(0, 3)):
+    for tensor in (
+        torch.randn(4, 6)[:, ::2],
+        torch.randn(3, 1).expand(3, 5),
+        torch.randn(2, 3).mT,
+        torch.randn(0, 3),
+    ):
         copy = guarded(tensor)
         assert copy.stride() == tensor.stride()
         assert torch.equal(copy, tensor)
@@ -34,7 +39,13 @@ def test_allocations_are_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
     """An output that a launcher allocates without a guard page."""
     guard_allocations(monkeypatch)
     x = torch.empty(5)
-    for tensor in (x, x.new_empty(3, 3), torch.empty_like(x), x.new_zeros(2), torch.randn(3, 2).mT.contiguous()):
+    for tensor in (
+        x,
+        x.new_empty(3, 3),
+        torch.empty_like(x),
+        x.new_zeros(2),
+        torch.randn(3, 2).mT.contiguous(),
+    ):
         end = tensor.data_ptr() + tensor.numel() * tensor.element_size()
         assert exit_status(lambda end=end: ctypes.string_at(end, 1) and None) == -signal.SIGSEGV
 

@@ -1,4 +1,5 @@
-"""The README: its code runs, its results are what comes out, its flags and names exist, and it stays short."""
+"""The README: its code runs, its results are what comes out, its flags and names exist, and it stays
+short."""
 
 from __future__ import annotations
 
@@ -32,17 +33,22 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The README's presets at a size that takes no time, on a CPU, in a folder with the text that it reads."""
+    """The README's presets at a size that takes no time, on a CPU, in a folder with the text that it
+    reads."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FUSED_GPT_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "input.txt").write_text(SHAKESPEARE + "".join(c for c in TEXT[:2000] if c in SHAKESPEARE), encoding="utf-8")
+    (tmp_path / "input.txt").write_text(
+        SHAKESPEARE + "".join(c for c in TEXT[:2000] if c in SHAKESPEARE), encoding="utf-8"
+    )
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16}
     steps = {"max_steps": 2, "batch_size": 2, "eval_batches": 1}
     monkeypatch.setitem(gpt.config._MODEL_PRESETS, "gpt2", shape)
     monkeypatch.setitem(gpt.config._MODEL_PRESETS, "char-cpu", shape)
     monkeypatch.setitem(gpt.config._TRAIN_PRESETS, "char-cpu", steps)
     monkeypatch.setattr("gpt.training.trainer.SAMPLE_TOKENS", 5)
-    monkeypatch.setattr(dispatch, "interpreting", False)  # use_triton=True then takes the references, as on any CPU
+    monkeypatch.setattr(
+        dispatch, "interpreting", False
+    )  # use_triton=True then takes the references, as on any CPU
 
 
 def outcomes(code: str) -> Iterator[tuple[ast.stmt, Any]]:
@@ -87,16 +93,27 @@ def flags_of(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("command", sorted({name for name, _ in COMMANDS if "." in name}))
-def test_its_flags_exist(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_its_flags_exist(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A flag that was renamed and is still recommended."""
     known = flags_of(command, monkeypatch, capsys)
-    recommended = {flag for name, line in COMMANDS if name == command for flag in re.findall(r"--\w+", line.split("#")[0])}
+    recommended = {
+        flag
+        for name, line in COMMANDS
+        if name == command
+        for flag in re.findall(r"--\w+", line.split("#")[0])
+    }
     assert recommended <= known, recommended - known
 
 
-def test_every_flag_in_its_prose_exists(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_flag_in_its_prose_exists(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The same, between the code blocks."""
-    known = set.union(*(flags_of(f"gpt.{name}", monkeypatch, capsys) for name in ("train", "sample", "eval", "info")))
+    known = set.union(
+        *(flags_of(f"gpt.{name}", monkeypatch, capsys) for name in ("train", "sample", "eval", "info"))
+    )
     prose = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
     assert set(re.findall(r"(?<=`)--\w+", prose)) <= known
 

@@ -27,10 +27,12 @@ class Document(NamedTuple):
 
 
 def open_corpus(sources: Iterable[str]) -> list[Document]:
-    """The documents of `sources`: "stdlib", "shakespeare", files, folders (all files below, sorted) and globs.
+    """The documents of `sources`: "stdlib", "shakespeare", files, folders (all files below, sorted) and
+    globs.
 
     Raises:
-        InputError: A source is missing, or holds no file. Reading raises it for what is empty, binary or not UTF-8.
+        InputError: A source is missing, or holds no file. Reading raises it for what is empty, binary or not
+            UTF-8.
     """
     documents: list[Document] = []
     for source in sources:
@@ -62,7 +64,9 @@ def read_text(path: Path) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"data: {path} is not UTF-8 at byte {error.start} (0x{content[error.start]:02x})") from error
+        raise InputError(
+            f"data: {path} is not UTF-8 at byte {error.start} (0x{content[error.start]:02x})"
+        ) from error
 
 
 def _files(source: str) -> list[Path]:
@@ -70,11 +74,17 @@ def _files(source: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        below = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
+        below = (
+            file
+            for file in path.rglob("*")
+            if not any(p.startswith(".") for p in file.relative_to(path).parts)
+        )
     elif glob.has_magic(source):
         below = (Path(match) for match in glob.glob(str(path), recursive=True))
     else:
-        raise InputError(f"data: {source} does not exist, expected {STDLIB}, {SHAKESPEARE}, a file, a folder or a glob")
+        raise InputError(
+            f"data: {source} does not exist, expected {STDLIB}, {SHAKESPEARE}, a file, a folder or a glob"
+        )
     files = sorted(file for file in below if file.is_file())
     if not files:
         raise InputError(f"data: {source} holds no file, expected at least one of UTF-8 text")
@@ -87,7 +97,8 @@ def _shakespeare() -> str:
         return verified_file([place], SHAKESPEARE_URL, SHAKESPEARE_SHA256).decode("utf-8")
     except OSError as error:
         raise InputError(
-            f"data: cannot download {SHAKESPEARE_URL} ({error}), expected a network, that file as {place}, or --data PATH"
+            f"data: cannot download {SHAKESPEARE_URL} ({error}), expected a network, that file as {place}, "
+            "or --data PATH"
         ) from error
 
 
@@ -108,12 +119,20 @@ def _stdlib() -> list[Document]:
     length = 0
     for name in sorted(texts, key=lambda name: hashlib.sha256(name.encode()).digest()):
         text = texts[name]
-        if text.isascii() and text.replace("\n", "").isprintable() and 0 < len(text) <= STDLIB_CHARACTERS - length:
+        if (
+            text.isascii()
+            and text.replace("\n", "").isprintable()
+            and 0 < len(text) <= STDLIB_CHARACTERS - length
+        ):
             chosen.append(Document(name, functools.partial(str, text)))
             length += len(text)
     if not chosen:
-        raise InputError(f"data: no standard library sources in {sysconfig.get_path('stdlib')}, expected --data PATH")
+        raise InputError(
+            f"data: no standard library sources in {sysconfig.get_path('stdlib')}, expected --data PATH"
+        )
     return chosen
 
 
-_TYPOGRAPHY = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "--", "…": "...", "°": " degrees", "ß": "ss"})
+_TYPOGRAPHY = str.maketrans(
+    {"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "--", "…": "...", "°": " degrees", "ß": "ss"}
+)

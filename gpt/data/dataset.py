@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 
 from gpt.data.corpus import STDLIB, Document, open_corpus
-from gpt.data.token_files import CHUNK, bin_files, bin_identity, cached_tokens, document_begins, ids_dtype, map_bin
+from gpt.data.token_files import (
+    CHUNK,
+    bin_files,
+    bin_identity,
+    cached_tokens,
+    document_begins,
+    ids_dtype,
+    map_bin,
+)
 from gpt.data.tokenizers import FILE_NAME, BPETokenizer, CharTokenizer, Tokenizer, fingerprint, load_tokenizer
 from gpt.errors import InputError
 from gpt.files import cache_folder
@@ -33,19 +41,24 @@ class DataConfig:
     data: tuple[str, ...] = field(
         default=(STDLIB,),
         metadata={
-            "help": "stdlib (Python's own sources and documentation), shakespeare (a download), or UTF-8 files, folders, globs"
+            "help": "stdlib (Python's own sources and documentation), shakespeare (a download), or UTF-8 "
+            "files, folders, globs"
         },
     )
     tokenizer: str | None = field(
         default=None,
         metadata={
-            "help": "char, gpt2, bpe (trained on the text), or the path of a tokenizer.json (default: char, with a gpt2 preset "
+            "help": "char, gpt2, bpe (trained on the text), or the path of a tokenizer.json (default: char, "
+            "with a gpt2 preset "
             "gpt2, with .bin files the tokenizer.json beside them)"
         },
     )
-    bpe_vocab_size: int = field(default=4096, metadata={"help": "the most tokens that --tokenizer bpe learns"})
+    bpe_vocab_size: int = field(
+        default=4096, metadata={"help": "the most tokens that --tokenizer bpe learns"}
+    )
     pack_documents: bool = field(
-        default=False, metadata={"help": "no token attends to, or is predicted from, another document (file) than its own"}
+        default=False,
+        metadata={"help": "no token attends to, or is predicted from, another document (file) than its own"},
     )
 
 
@@ -62,7 +75,8 @@ class Batch(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """A split: its tokens, the number of ids, and for packed documents the sorted positions at which they begin."""
+    """A split: its tokens, the number of ids, and for packed documents the sorted positions at which they
+    begin."""
 
     tokens: Ids
     vocab_size: int
@@ -76,7 +90,8 @@ class TokenData:
         tokens: (N,) unsigned ids; an array or a memory map.
         tokenizer: What made them, kept for samples and checkpoints.
         validation: Ids to validate on; all of `tokens` are then trained on.
-        documents: Where documents begin, sorted, counted through `tokens` and `validation`; they are then kept apart.
+        documents: Where documents begin, sorted, counted through `tokens` and `validation`; they are then
+            kept apart.
         identity: A hash of the corpus and tokenizer, by which a resumed run knows its data.
     """
 
@@ -93,7 +108,11 @@ class TokenData:
         cut = len(tokens) * 9 // 10 if validation is None else len(tokens)
         validation = tokens[cut:] if validation is None else validation
         later = None if documents is None else documents[documents >= cut] - cut
-        content = [fingerprint(tokenizer).encode(), tokens[:cut].tobytes(), validation.tobytes()] if identity is None else []
+        content = (
+            [fingerprint(tokenizer).encode(), tokens[:cut].tobytes(), validation.tobytes()]
+            if identity is None
+            else []
+        )
         self.identity = identity or hashlib.sha256(b"".join(content)).hexdigest()
         self._parts = {
             "train": _Part(tokens[:cut], tokenizer.vocab_size, documents),
@@ -110,7 +129,8 @@ class TokenData:
 
     @classmethod
     def load(cls, config: DataConfig, tokenizer: Tokenizer | None = None) -> TokenData:
-        """Reads the corpus that `config` names; its tokens are mapped from a cache keyed by the hash of text and tokenizer.
+        """Reads the corpus that `config` names; its tokens are mapped from a cache keyed by the hash of text
+        and tokenizer.
 
         Args:
             config: The corpus.
@@ -143,9 +163,17 @@ class TokenData:
         documents = None
         if config.pack_documents:
             offsets = [0, *(len(part) for part in parts)]
-            documents = np.concatenate([document_begins(p, tokenizer) + o for p, o in zip(parts, offsets, strict=False)])
+            documents = np.concatenate(
+                [document_begins(p, tokenizer) + o for p, o in zip(parts, offsets, strict=False)]
+            )
         identity = hashlib.sha256(f"{bin_identity(files)} {fingerprint(tokenizer)}".encode()).hexdigest()
-        return cls(parts[0], tokenizer, validation=parts[1] if parts[1:] else None, documents=documents, identity=identity)
+        return cls(
+            parts[0],
+            tokenizer,
+            validation=parts[1] if parts[1:] else None,
+            documents=documents,
+            identity=identity,
+        )
 
     def tokens(self, split: Split) -> Ids:
         """The ids of a split."""
@@ -158,7 +186,8 @@ class TokenData:
         return np.concatenate([part.tokens for part in self._parts.values()])
 
     def check(self, block_size: int) -> None:
-        """Raises InputError where a split is too short for one window of `block_size` tokens and their targets."""
+        """Raises InputError where a split is too short for one window of `block_size` tokens and their
+        targets."""
         for split, part in self._parts.items():
             if len(part.tokens) <= block_size:
                 raise InputError(
@@ -176,19 +205,23 @@ class TokenData:
         step: int,
         micro_step: int = 0,
     ) -> Batch:
-        """Windows of a split, drawn by Philox at counter (step, micro_step): the same arguments give the same batch, at any time.
+        """Windows of a split, drawn by Philox at counter (step, micro_step): the same arguments give the same
+        batch, at any time.
 
         "estimate" draws from the train split, independently of the training batches.
         """
         import numpy as np
 
         part = self._parts["validation" if stream == "validation" else "train"]
-        words = np.random.Philox(key=seed, counter=[0, micro_step, step, _STREAMS[stream]]).random_raw(batch_size)
+        words = np.random.Philox(key=seed, counter=[0, micro_step, step, _STREAMS[stream]]).random_raw(
+            batch_size
+        )
         starts = (words % np.uint64(len(part.tokens) - block_size)).astype(np.int64)
         return _windows(part, starts, block_size)
 
     def windows(self, split: Split, batch_size: int, block_size: int) -> Iterator[Batch]:
-        """The whole split in windows that meet without overlapping: each token but the first is a target once."""
+        """The whole split in windows that meet without overlapping: each token but the first is a target
+        once."""
         import numpy as np
 
         part = self._parts[split]
@@ -197,9 +230,11 @@ class TokenData:
             yield _windows(part, starts[i : i + batch_size], block_size)
 
     def bigram_loss(self) -> float:
-        """Mean of -log((count(a, b) + 1) / (count(a) + V)) over the validation split, counted on the train split.
+        """Mean of -log((count(a, b) + 1) / (count(a) + V)) over the validation split, counted on the train
+        split.
 
-        Memory grows with the distinct pairs of the validation split, so a large vocabulary or corpus is no obstacle.
+        Memory grows with the distinct pairs of the validation split, so a large vocabulary or corpus is no
+        obstacle.
         """
         import numpy as np
 
@@ -238,23 +273,31 @@ def _windows(part: _Part, starts: Positions, block_size: int) -> Batch:
     positions = starts[:, None] + np.arange(block_size + 1)
     rows = tokens[np.minimum(positions, len(tokens) - 1)].astype(np.int64)
     if (largest := int(rows.max())) >= vocab_size:
-        raise InputError(f"data: the tokens have id {largest}, expected 0 to {vocab_size - 1} (the tokenizer's)")
+        raise InputError(
+            f"data: the tokens have id {largest}, expected 0 to {vocab_size - 1} (the tokenizer's)"
+        )
     missing = positions[:, 1:] >= len(tokens)
     begins = None
     if documents is not None:
         begins = np.concatenate(([0], documents))[np.searchsorted(documents, positions, side="right")]
         missing |= begins[:, 1:] == positions[:, 1:]
-    batch = Batch(torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(np.where(missing, IGNORED, rows[:, 1:])))
+    batch = Batch(
+        torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(np.where(missing, IGNORED, rows[:, 1:]))
+    )
     if begins is None:
         return batch
-    return batch._replace(document_start=torch.from_numpy(np.maximum(begins[:, :-1] - starts[:, None], 0).astype(np.int32)))
+    return batch._replace(
+        document_start=torch.from_numpy(np.maximum(begins[:, :-1] - starts[:, None], 0).astype(np.int32))
+    )
 
 
 def _bin_tokenizer(file: Path, config: DataConfig) -> Tokenizer:
     beside = file.with_name(FILE_NAME)
     if config.tokenizer in ("char", "bpe") or (config.tokenizer is None and not beside.exists()):
         given = config.tokenizer or "not given"
-        raise InputError(f"tokenizer is {given}, expected gpt2 or a path: {file} does not say what its ids mean")
+        raise InputError(
+            f"tokenizer is {given}, expected gpt2 or a path: {file} does not say what its ids mean"
+        )
     return _tokenizer(config, set(), []) if config.tokenizer else load_tokenizer(beside)
 
 

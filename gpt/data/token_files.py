@@ -79,7 +79,8 @@ def _tokenize(documents: Sequence[Document], tokenizer: Tokenizer, ends: list[in
 def _chunks(text: str) -> Iterator[tuple[int, str]]:
     """Pieces of `text` and where they begin.
 
-    A cut is between a character and a newline, which GPT-2's split never joins, so the ids are those of the whole text.
+    A cut is between a character and a newline, which GPT-2's split never joins, so the ids are those of the
+    whole text.
     """
     cut = re.compile(r"(?<=\S)(?=\n)")
     start = 0
@@ -90,7 +91,8 @@ def _chunks(text: str) -> Iterator[tuple[int, str]]:
 
 
 def bin_files(sources: Sequence[str]) -> list[Path]:
-    """nanoGPT's files, where `sources` names them: [train.bin, val.bin] of a folder that holds train.bin, or one .bin file.
+    """nanoGPT's files, where `sources` names them: [train.bin, val.bin] of a folder that holds train.bin, or
+    one .bin file.
 
     Raises:
         InputError: A folder without val.bin, or .bin files beside other sources.
@@ -102,7 +104,8 @@ def bin_files(sources: Sequence[str]) -> list[Path]:
         return [paths[0] / "train.bin", paths[0] / "val.bin"]
     if any(path.suffix == ".bin" for path in paths) and len(paths) > 1:
         raise InputError(
-            f"data: {' '.join(sources)} has .bin files among others, expected one, or the folder of train.bin and val.bin"
+            f"data: {' '.join(sources)} has .bin files among others, expected one, or the folder of "
+            "train.bin and val.bin"
         )
     return [path for path in paths if path.suffix == ".bin"]
 
@@ -125,7 +128,8 @@ def map_bin(path: Path) -> Ids:
 
 
 def bin_identity(files: Sequence[Path]) -> str:
-    """A hash of each file's size, beginning and end: enough to tell corpora apart without reading them whole."""
+    """A hash of each file's size, beginning and end: enough to tell corpora apart without reading them
+    whole."""
     hashed = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:

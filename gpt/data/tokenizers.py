@@ -1,7 +1,8 @@
-"""Tokenizers: the corpus's own characters, and byte-level byte-pair encodings (GPT-2's, or trained on the user's text).
+"""Tokenizers: the corpus's own characters, and byte-level byte-pair encodings (GPT-2's, or trained on the
+user's text).
 
-Each is one `tokenizer.json`. Byte-pair encodings are trained by Hugging Face `tokenizers`, kept in its format, and encoded by
-tiktoken.
+Each is one `tokenizer.json`. Byte-pair encodings are trained by Hugging Face `tokenizers`, kept in its
+format, and encoded by tiktoken.
 """
 
 from __future__ import annotations
@@ -50,7 +51,10 @@ class CharTokenizer:
         self.characters = "".join(sorted(characters))
         self._ids = {character: i for i, character in enumerate(self.characters)}
         if not characters or len(self._ids) != len(characters):
-            raise InputError(f"CharTokenizer: characters has {len(characters)} with repeats, expected distinct ones, at least 1")
+            raise InputError(
+                f"CharTokenizer: characters has {len(characters)} with repeats, expected distinct ones, at "
+                "least 1"
+            )
 
     @classmethod
     def train(cls, texts: str | Iterable[str]) -> CharTokenizer:
@@ -75,7 +79,8 @@ class CharTokenizer:
         except KeyError:
             position, character = next((i, c) for i, c in enumerate(text) if c not in self._ids)
         raise InputError(
-            f"CharTokenizer: character {character!a} (U+{ord(character):04X}) at position {position} of the text, "
+            f"CharTokenizer: character {character!a} (U+{ord(character):04X}) at position {position} of the "
+            "text, "
             f"expected one of the {self.vocab_size} characters that the tokenizer was made from"
         )
 
@@ -101,7 +106,8 @@ class BPETokenizer:
     """Byte-level byte-pair encoding in GPT-2's pre-tokenization; any Unicode text makes the round trip.
 
     Args:
-        ranks: Each token's bytes and its id; ids are the order of merging, and all 256 single bytes are tokens.
+        ranks: Each token's bytes and its id; ids are the order of merging, and all 256 single bytes are
+            tokens.
         special_tokens: Name and id of tokens outside the merges; encoded only when asked for.
     """
 
@@ -112,8 +118,13 @@ class BPETokenizer:
         self.special_tokens = special_tokens or {}
         used = sorted([*ranks.values(), *self.special_tokens.values()])
         if used != list(range(len(used))) or any(bytes([b]) not in ranks for b in range(256)):
-            raise InputError("BPETokenizer: expected distinct ids from 0 up, without gaps, and a token for each of the 256 bytes")
-        self._encoding = tiktoken.Encoding("bpe", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=self.special_tokens)
+            raise InputError(
+                "BPETokenizer: expected distinct ids from 0 up, without gaps, and a token for each of the "
+                "256 bytes"
+            )
+        self._encoding = tiktoken.Encoding(
+            "bpe", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=self.special_tokens
+        )
 
     @classmethod
     def gpt2(cls) -> BPETokenizer:
@@ -126,12 +137,16 @@ class BPETokenizer:
 
     @classmethod
     def train(cls, texts: str | Iterable[str], vocab_size: int = 4096) -> BPETokenizer:
-        """A byte-pair encoding of at most `vocab_size` tokens, learned from `texts`, with `<|endoftext|>` as the last."""
+        """A byte-pair encoding of at most `vocab_size` tokens, learned from `texts`, with `<|endoftext|>` as
+        the last."""
         from tokenizers import Tokenizer as HuggingFaceTokenizer
         from tokenizers import models, pre_tokenizers, trainers
 
         if vocab_size < 257:
-            raise InputError(f"BPETokenizer: vocab_size is {vocab_size}, expected at least 257 (256 bytes and {END_OF_TEXT})")
+            raise InputError(
+                f"BPETokenizer: vocab_size is {vocab_size}, expected at least 257 (256 bytes and "
+                f"{END_OF_TEXT})"
+            )
         learner = HuggingFaceTokenizer(models.BPE())
         learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         learner.train_from_iterator(
@@ -187,7 +202,8 @@ class BPETokenizer:
         _write_json(self, path)
 
     def _merges(self) -> list[list[bytes]]:
-        """The pair that each longer token was merged from: its bytes, encoded with the earlier tokens alone."""
+        """The pair that each longer token was merged from: its bytes, encoded with the earlier tokens
+        alone."""
         return [
             _merge([bytes([b]) for b in token], self.ranks, below=rank)
             for token, rank in sorted(self.ranks.items(), key=lambda item: item[1])
@@ -214,8 +230,15 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         if model["type"] == "characters":
             return CharTokenizer(model["vocab"])
         pre_tokenizer = state.get("pre_tokenizer") or {}
-        if model["type"] != "BPE" or pre_tokenizer.get("type") != "ByteLevel" or pre_tokenizer.get("add_prefix_space"):
-            raise InputError(f"{file}: a {model['type']} tokenizer, expected characters, or BPE with GPT-2's ByteLevel split")
+        if (
+            model["type"] != "BPE"
+            or pre_tokenizer.get("type") != "ByteLevel"
+            or pre_tokenizer.get("add_prefix_space")
+        ):
+            raise InputError(
+                f"{file}: a {model['type']} tokenizer, expected characters, or BPE with GPT-2's ByteLevel "
+                "split"
+            )
         special = {token["content"]: token["id"] for token in state.get("added_tokens", [])}
         ranks = {_from_printable(token): i for token, i in model["vocab"].items() if token not in special}
         pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
@@ -225,15 +248,20 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"tokenizer: {file} is no tokenizer.json ({type(error).__name__}: {error})") from error
+        raise InputError(
+            f"tokenizer: {file} is no tokenizer.json ({type(error).__name__}: {error})"
+        ) from error
     merged = list(dict.fromkeys(merged))
     if merged != sorted(merged):
-        raise InputError(f"tokenizer: {file} has ids that do not follow its merges, expected ids in the order of merging")
+        raise InputError(
+            f"tokenizer: {file} has ids that do not follow its merges, expected ids in the order of merging"
+        )
     return BPETokenizer(ranks, special)
 
 
 def first_ids(tokenizer: Tokenizer) -> list[int]:
-    """What generation starts from when there is no prompt: a new line, or the first token where there is none."""
+    """What generation starts from when there is no prompt: a new line, or the first token where there is
+    none."""
     try:
         return tokenizer.encode("\n")
     except InputError:
@@ -257,7 +285,10 @@ def _write_json(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> None:
 def _check_ids(ids: Sequence[int], vocab_size: int, name: str) -> None:
     for position, i in enumerate(ids):
         if not 0 <= i < vocab_size:
-            raise InputError(f"{name}: id {i} at position {position}, expected 0 to {vocab_size - 1} (vocab_size {vocab_size})")
+            raise InputError(
+                f"{name}: id {i} at position {position}, expected 0 to {vocab_size - 1} (vocab_size "
+                f"{vocab_size})"
+            )
 
 
 def _merge(parts: list[bytes], ranks: dict[bytes, int], below: int) -> list[bytes]:
@@ -271,7 +302,8 @@ def _merge(parts: list[bytes], ranks: dict[bytes, int], below: int) -> list[byte
 
 
 def _printable_bytes() -> dict[int, str]:
-    """GPT-2's bijection from bytes to printable characters: printable Latin-1 stands for itself, the rest follows from U+0100."""
+    """GPT-2's bijection from bytes to printable characters: printable Latin-1 stands for itself, the rest
+    follows from U+0100."""
     itself = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = [b for b in range(256) if b not in itself]
     return {b: chr(b) for b in itself} | {b: chr(256 + i) for i, b in enumerate(rest)}
@@ -290,21 +322,26 @@ def _from_printable(token: str) -> bytes:
 
 
 def _ranks_from_merges(text: str) -> tuple[dict[bytes, int], dict[str, int]]:
-    """GPT-2's merges file: a header, then a pair on each line. The single bytes come first, printable ones ahead."""
+    """GPT-2's merges file: a header, then a pair on each line. The single bytes come first, printable ones
+    ahead."""
     merged = [_from_printable("".join(line.split(" "))) for line in text.splitlines()[1:] if line]
     ranks = {token: i for i, token in enumerate([*(bytes([b]) for b in _PRINTABLE), *merged])}
     return ranks, {END_OF_TEXT: len(ranks)}
 
 
 def _gpt2_merges() -> str:
-    """GPT-2's merges from tiktoken's cache, our own, or the network; tiktoken itself downloads without a timeout."""
+    """GPT-2's merges from tiktoken's cache, our own, or the network; tiktoken itself downloads without a
+    timeout."""
     named = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
-    theirs = Path(named or Path(tempfile.gettempdir(), "data-gym-cache"), hashlib.sha1(GPT2_MERGES.encode()).hexdigest())
+    theirs = Path(
+        named or Path(tempfile.gettempdir(), "data-gym-cache"), hashlib.sha1(GPT2_MERGES.encode()).hexdigest()
+    )
     ours = cache_folder() / "gpt2-vocab.bpe"
     try:
         return verified_file([theirs, ours], GPT2_MERGES, GPT2_MERGES_SHA256).decode("utf-8")
     except OSError as error:
         raise InputError(
-            f"gpt2 tokenizer: cannot download {GPT2_MERGES} ({error}), expected a network, that file as {ours}, "
+            f"gpt2 tokenizer: cannot download {GPT2_MERGES} ({error}), expected a network, that file as "
+            f"{ours}, "
             "or --tokenizer PATH of GPT-2's tokenizer.json, vocab.bpe or merges.txt"
         ) from error

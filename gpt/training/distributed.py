@@ -1,6 +1,8 @@
-"""The few lines between the trainer and torch.distributed: what the processes of one `torchrun` say to one another.
+"""The few lines between the trainer and torch.distributed: what the processes of one `torchrun` say to one
+another.
 
-Small objects travel through gloo, tensors through the backend of their device: NCCL for CUDA, gloo for the CPU.
+Small objects travel through gloo, tensors through the backend of their device: NCCL for CUDA, gloo for the
+CPU.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from gpt.errors import InputError
 T = TypeVar("T")
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-TIMEOUT = timedelta(days=1)  # the others wait for what rank 0 does alone; whom a dead process leaves waiting, torchrun ends
+TIMEOUT = timedelta(
+    days=1
+)  # the others wait for what rank 0 does alone; whom a dead process leaves waiting, torchrun ends
 BUCKET = 1 << 24  # numbers that are summed at a time
 
 
@@ -34,7 +38,8 @@ class SharedError(InputError):
 class Ranks:
     """This process among those of a run; the methods with an underscore work in place, as torch's do.
 
-    Every rank makes the same calls in the same order. A single process makes them too, and they then do nothing.
+    Every rank makes the same calls in the same order. A single process makes them too, and they then do
+    nothing.
     """
 
     rank: int = 0
@@ -49,14 +54,20 @@ class Ranks:
         if config.grad_accum % self.size:
             fitting = -(-config.grad_accum // self.size) * self.size
             raise InputError(
-                f"grad_accum is {config.grad_accum}, expected a multiple of {self.size}, the processes to which a step's "
-                f"micro-batches are dealt (--grad_accum {fitting}; a step has batch_size times grad_accum sequences in all)"
+                f"grad_accum is {config.grad_accum}, expected a multiple of {self.size}, the processes to "
+                "which a step's "
+                f"micro-batches are dealt (--grad_accum {fitting}; a step has batch_size times grad_accum "
+                "sequences in all)"
             )
         device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if device not in ("cpu", "cuda", f"cuda:{self.local_rank}"):
-            raise InputError(f"device is {device!r}, expected cpu or cuda: process {self.rank} has cuda:{self.local_rank}")
+            raise InputError(
+                f"device is {device!r}, expected cpu or cuda: process {self.rank} has cuda:{self.local_rank}"
+            )
         if device != "cpu" and self.local_size > (gpus := torch.cuda.device_count()):
-            raise InputError(f"torchrun: --nproc_per_node is {self.local_size}, expected at most {gpus}, the GPUs here")
+            raise InputError(
+                f"torchrun: --nproc_per_node is {self.local_size}, expected at most {gpus}, the GPUs here"
+            )
 
     def share(self, items: Iterable[T]) -> Iterator[T]:
         """Items rank, rank + size, rank + 2 size, …"""
@@ -82,7 +93,8 @@ class Ranks:
 
     @contextmanager
     def agreement(self) -> Iterator[None]:
-        """Ends together: an InputError of one rank is raised by all, the lowest rank's if they differ. No collectives within."""
+        """Ends together: an InputError of one rank is raised by all, the lowest rank's if they differ. No
+        collectives within."""
         if self.size == 1:
             yield
             return
@@ -125,10 +137,11 @@ ALONE = Ranks()
 
 @contextmanager
 def join() -> Iterator[Ranks]:
-    """Meets the other processes of a `torchrun`, if this is one of several; "cuda" is then the GPU of its LOCAL_RANK.
+    """Meets the other processes of a `torchrun`, if this is one of several; "cuda" is then the GPU of its
+    LOCAL_RANK.
 
-    Rank 0 alone speaks: what the others print is dropped, and a SharedError ends them in silence with exit code 2. Any other
-    exception ends one process, and torchrun the rest.
+    Rank 0 alone speaks: what the others print is dropped, and a SharedError ends them in silence with exit
+    code 2. Any other exception ends one process, and torchrun the rest.
 
     Raises:
         InputError: WORLD_SIZE is above 1, and other variables that torchrun sets are missing.
@@ -137,7 +150,10 @@ def join() -> Iterator[Ranks]:
         yield ALONE
         return
     if missing := [name for name in VARIABLES if name not in os.environ]:
-        raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} without {missing[0]}, expected both, as torchrun sets them")
+        raise InputError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} without {missing[0]}, expected both, as torchrun "
+            "sets them"
+        )
     ranks = Ranks(*(int(os.environ[name]) for name in VARIABLES[:4]))
     if ranks.local_rank < torch.cuda.device_count():
         torch.cuda.set_device(ranks.local_rank)
@@ -163,7 +179,11 @@ def _leave(ranks: Ranks) -> None:
 @contextmanager
 def _silence() -> Iterator[None]:
     """Drops what is printed, but for the traceback of an exception that leaves it."""
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+    with (
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
+        redirect_stdout(nowhere),
+        redirect_stderr(nowhere),
+    ):
         yield
 
 

@@ -32,7 +32,9 @@ class EarlyStopping:
 
     def __init__(self, patience: int = 1, min_delta: float = 0.0) -> None:
         if patience < 1 or min_delta < 0:
-            raise InputError(f"EarlyStopping: patience is {patience} and min_delta {min_delta}, expected >= 1 and >= 0")
+            raise InputError(
+                f"EarlyStopping: patience is {patience} and min_delta {min_delta}, expected >= 1 and >= 0"
+            )
         self.patience, self.min_delta = patience, min_delta
 
     def __call__(self, model: GPT, epoch: int) -> bool:
@@ -53,10 +55,12 @@ def fit(
     learning_rate: float = 1e-3,
     callbacks: Sequence[Callback] = (),
 ) -> None:
-    """Trains with AdamW, on a GPU if there is one; model.train_loss and model.validation_loss are then the epochs' mean losses.
+    """Trains with AdamW, on a GPU if there is one; model.train_loss and model.validation_loss are then the
+    epochs' mean losses.
 
     Args:
-        train_loader: Batches (inputs, targets), (B, T) int64 each, as a DataLoader gives them; targets of -100 do not count.
+        train_loader: Batches (inputs, targets), (B, T) int64 each, as a DataLoader gives them; targets of
+            -100 do not count.
         valid_loader: Batches to validate on after each epoch.
         num_epoch: How often to go through `train_loader`.
         learning_rate: Constant.
@@ -74,11 +78,15 @@ def fit(
     model.train_loss, model.validation_loss = [], []
     for epoch in range(1, num_epoch + 1):
         model.train()
-        model.train_loss.append(_mean((step([batch], learning_rate).loss, batch) for batch in _batches(train_loader)))
+        model.train_loss.append(
+            _mean((step([batch], learning_rate).loss, batch) for batch in _batches(train_loader))
+        )
         if valid_loader is not None:
             model.eval()
             with torch.no_grad():
-                model.validation_loss.append(_mean((step.loss(batch).item(), batch) for batch in _batches(valid_loader)))
+                model.validation_loss.append(
+                    _mean((step.loss(batch).item(), batch) for batch in _batches(valid_loader))
+                )
         stops = [callback(model, epoch) for callback in callbacks]
         if any(stops):
             break
@@ -87,8 +95,14 @@ def fit(
 
 def _batches(loader: Iterable[Sequence[Any]]) -> Iterator[Batch]:
     for pair in loader:
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not all(isinstance(t, Tensor) for t in pair):
-            raise InputError(f"fit: the loader gave a {type(pair).__name__}, expected (inputs, targets), two tensors")
+        if (
+            not isinstance(pair, (tuple, list))
+            or len(pair) != 2
+            or not all(isinstance(t, Tensor) for t in pair)
+        ):
+            raise InputError(
+                f"fit: the loader gave a {type(pair).__name__}, expected (inputs, targets), two tensors"
+            )
         yield Batch(*pair)
 
 

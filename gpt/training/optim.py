@@ -1,4 +1,5 @@
-"""Muon: momentum whose update is made orthogonal, matrix by matrix (Jordan et al., https://kellerjordan.github.io/posts/muon)."""
+"""Muon: momentum whose update is made orthogonal, matrix by matrix (Jordan et al.,
+https://kellerjordan.github.io/posts/muon)."""
 
 from __future__ import annotations
 
@@ -14,11 +15,12 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x, x³ and x⁵: steep at 0, and 
 class Muon(torch.optim.Optimizer):
     """p ← p - lr (0.2 √max(m, n) orthogonal(g + μ v) + weight_decay p), with v ← μ v + g.
 
-    The factor gives an update the root mean square of AdamW's, so that both take the same learning rate (Liu et al. 2025,
-    arXiv 2502.16982). Matrices of one shape are made orthogonal together.
+    The factor gives an update the root mean square of AdamW's, so that both take the same learning rate (Liu
+    et al. 2025, arXiv 2502.16982). Matrices of one shape are made orthogonal together.
 
     Args:
-        params: Matrices, or groups of them; a group's `parts` is the number of matrices stacked in each, as q, k and v are.
+        params: Matrices, or groups of them; a group's `parts` is the number of matrices stacked in each, as
+            q, k and v are.
         lr: The learning rate.
         momentum: μ.
         weight_decay: Decoupled, as AdamW's.
@@ -34,7 +36,10 @@ class Muon(torch.optim.Optimizer):
         steps: int = 5,
         parts: int = 1,
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "steps": steps, "parts": parts})
+        super().__init__(
+            params,
+            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "steps": steps, "parts": parts},
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

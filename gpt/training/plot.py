@@ -7,7 +7,8 @@ from pathlib import Path
 
 
 def plot_log(log: Path, image: Path) -> None:
-    """Draws the training and validation losses in a `log.jsonl`, and the bigram baseline when it is there, into `image`."""
+    """Draws the training and validation losses in a `log.jsonl`, and the bigram baseline when it is there,
+    into `image`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -15,7 +16,10 @@ def plot_log(log: Path, image: Path) -> None:
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for key, style in (("train_loss", {"linewidth": 0.8, "alpha": 0.7}), ("validation_loss", {"marker": "o", "markersize": 3})):
+    for key, style in (
+        ("train_loss", {"linewidth": 0.8, "alpha": 0.7}),
+        ("validation_loss", {"marker": "o", "markersize": 3}),
+    ):
         points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
         axes.plot(*zip(*points, strict=True), label=key.replace("_", " "), **style)
     if (bigram := records[-1].get("bigram_loss")) is not None:

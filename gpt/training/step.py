@@ -1,4 +1,5 @@
-"""One step of training: gradients over micro-batches, clipping, the optimizer, and its state as named tensors."""
+"""One step of training: gradients over micro-batches, clipping, the optimizer, and its state as named
+tensors."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ class StepResult(NamedTuple):
 class TrainStep:
     """Steps `model` as `config` says.
 
-    The gradient is that of the mean loss over all targets of a step, whatever share of them each micro-batch, or rank, has.
+    The gradient is that of the mean loss over all targets of a step, whatever share of them each micro-batch,
+    or rank, has.
 
     Args:
         model: On its device, with float32 parameters.
@@ -51,7 +53,11 @@ class TrainStep:
     """
 
     def __init__(
-        self, model: nn.Module, config: TrainConfig, forward: Callable[..., torch.Tensor] | None = None, ranks: Ranks = ALONE
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        forward: Callable[..., torch.Tensor] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         self.device = next(iter(self.names)).device
@@ -69,11 +75,12 @@ class TrainStep:
         Args:
             batches: This rank's micro-batches.
             rate: Of all parameters.
-            stop: Not empty, at the latest behind the backward pass, where this rank wants all to stop after the step.
+            stop: Not empty, at the latest behind the backward pass, where this rank wants all to stop after
+                the step.
 
         Raises:
-            NonFiniteError: Before the parameters or the optimizer change. In float16 a gradient that overflows is no error while
-                the scaler can lower its scale: the step is left out.
+            NonFiniteError: Before the parameters or the optimizer change. In float16 a gradient that
+                overflows is no error while the scaler can lower its scale: the step is left out.
         """
         self._zero_gradients()
         loss, count = self._accumulate(batches)
@@ -87,7 +94,11 @@ class TrainStep:
         overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
         if not math.isfinite(result.loss) or not (math.isfinite(result.gradient_norm) or overflow):
             self._zero_gradients()
-            name, value = ("gradient norm", result.gradient_norm) if math.isfinite(result.loss) else ("loss", result.loss)
+            name, value = (
+                ("gradient norm", result.gradient_norm)
+                if math.isfinite(result.loss)
+                else ("loss", result.loss)
+            )
             raise NonFiniteError(f"the {name} is {value}")
         if math.isfinite(result.gradient_norm):
             for optimizer in self.optimizers:
@@ -99,7 +110,8 @@ class TrainStep:
         return result
 
     def gradient_norms(self) -> dict[str, float]:
-        """The last step's norms before clipping, of each block ("blocks.0") and of what is outside them ("wte")."""
+        """The last step's norms before clipping, of each block ("blocks.0") and of what is outside them
+        ("wte")."""
         layers: dict[str, list[torch.Tensor]] = {}
         for p, name in self.names.items():
             if p.grad is not None:
@@ -114,10 +126,13 @@ class TrainStep:
         return autocast(self.dtype, self.device)
 
     def loss(self, batch: Batch, forward: Callable[..., torch.Tensor] | None = None) -> torch.Tensor:
-        """The mean loss over a batch's targets, by the model itself: its compiled form would be made again for each shape."""
+        """The mean loss over a batch's targets, by the model itself: its compiled form would be made again
+        for each shape."""
         inputs, targets, document_start = (None if t is None else self._to_device(t) for t in batch)
         with self.precision():
-            return (self._model if forward is None else forward)(inputs, targets, document_start=document_start)
+            return (self._model if forward is None else forward)(
+                inputs, targets, document_start=document_start
+            )
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The optimizers' state by parameter and entry, as in "wte.weight/exp_avg"."""
@@ -139,23 +154,31 @@ class TrainStep:
         for key, tensor in tensors.items():
             name, _, entry = key.rpartition("/")
             if name not in entries or (tensor.dim() and tensor.shape != shapes[name]):
-                raise InputError(f"checkpoint: {source} has {key} of shape {tuple(tensor.shape)}, which fits no parameter")
+                raise InputError(
+                    f"checkpoint: {source} has {key} of shape {tuple(tensor.shape)}, which fits no parameter"
+                )
             entries[name][entry] = tensor
         for optimizer in self.optimizers:
             state = {i: entries[self.names[p]] for i, p in enumerate(_parameters(optimizer))}
             expected = STATE_ENTRIES[type(optimizer)]
-            if wrong := [self.names[p] for p in _parameters(optimizer) if entries[self.names[p]].keys() != expected]:
+            if wrong := [
+                self.names[p] for p in _parameters(optimizer) if entries[self.names[p]].keys() != expected
+            ]:
                 raise InputError(
-                    f"checkpoint: {source} has for {wrong[0]} the state of another optimizer than {type(optimizer).__name__}"
+                    f"checkpoint: {source} has for {wrong[0]} the state of another optimizer than "
+                    f"{type(optimizer).__name__}"
                 )
-            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            optimizer.load_state_dict(
+                {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+            )
 
     def _zero_gradients(self) -> None:
         for p in self.names:
             p.grad = None
 
     def _accumulate(self, batches: Sequence[Batch]) -> tuple[torch.Tensor, int]:
-        """The mean loss over the batches' targets, whose gradient is left in the parameters, and how many targets there are."""
+        """The mean loss over the batches' targets, whose gradient is left in the parameters, and how many
+        targets there are."""
         counts = [int((batch.targets != IGNORED).sum()) for batch in batches]
         total = torch.zeros((), device=self.device)
         for batch, count in zip(batches, counts, strict=True):
@@ -165,10 +188,13 @@ class TrainStep:
         return total, sum(counts)
 
     def _combine(self, loss: torch.Tensor, count: int, stop: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """The mean over the targets of all ranks, of losses and of gradients, and how many ranks want to stop: one sum."""
+        """The mean over the targets of all ranks, of losses and of gradients, and how many ranks want to
+        stop: one sum."""
         gradients = [p.grad for p in self.names if p.grad is not None]
         torch._foreach_mul_(gradients, float(count))
-        sums = torch.cat(((loss * count)[None], torch.tensor((count, stop), dtype=loss.dtype, device=self.device)))
+        sums = torch.cat(
+            ((loss * count)[None], torch.tensor((count, stop), dtype=loss.dtype, device=self.device))
+        )
         self._ranks.sum_([*gradients, sums])
         total, targets, stopping = sums.unbind()
         torch._foreach_div_(gradients, targets.clamp_(min=1))
@@ -192,12 +218,15 @@ def pick_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device is {name!r}, expected a device of this machine ({first_line(error)})") from error
+        raise InputError(
+            f"device is {name!r}, expected a device of this machine ({first_line(error)})"
+        ) from error
     return device
 
 
 def autocast_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that `name` means on `device`; "auto" is bfloat16 where the device multiplies it in hardware, else float32.
+    """The dtype that `name` means on `device`; "auto" is bfloat16 where the device multiplies it in hardware,
+    else float32.
 
     Raises:
         InputError: float16 on a CPU, where its products are many times slower than float32's.
@@ -205,7 +234,9 @@ def autocast_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto" and device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     if name == "auto":
-        able = device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") and torch.cpu.get_capabilities()
+        able = (
+            device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") and torch.cpu.get_capabilities()
+        )
         return torch.bfloat16 if able and (able.get("avx512_bf16") or able.get("amx_bf16")) else torch.float32
     if name == "float16" and device.type == "cpu":
         raise InputError("TrainConfig: dtype is 'float16' on a CPU, expected float32 or bfloat16 there")
@@ -218,7 +249,8 @@ def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """The rate of step `step`, from 0: linear warm-up to learning_rate, half a cosine to min_lr at decay_steps, then min_lr."""
+    """The rate of step `step`, from 0: linear warm-up to learning_rate, half a cosine to min_lr at
+    decay_steps, then min_lr."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     end = config.decay_steps or config.max_steps
@@ -229,8 +261,13 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def make_optimizers(names: Mapping[nn.Parameter, str], config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for all, or "muon": Muon for the blocks' matrices and AdamW for the rest. Biases and norms do not decay."""
-    muon = [p for p, name in names.items() if config.optimizer == "muon" and p.dim() == 2 and name.startswith("blocks.")]
+    """AdamW for all, or "muon": Muon for the blocks' matrices and AdamW for the rest. Biases and norms do not
+    decay."""
+    muon = [
+        p
+        for p, name in names.items()
+        if config.optimizer == "muon" and p.dim() == 2 and name.startswith("blocks.")
+    ]
     chosen = set(muon)
     rest = [p for p in names if p not in chosen]
     groups: list[dict[str, Any]] = [

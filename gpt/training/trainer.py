@@ -1,4 +1,5 @@
-"""The training loop: evaluation, log, checkpoints, and a stop at any moment that can be taken up again bit by bit."""
+"""The training loop: evaluation, log, checkpoints, and a stop at any moment that can be taken up again bit by
+bit."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ SAMPLE_TOKENS = 500
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended: `signal` is the one that stopped it, and the losses are over the whole validation split, if it was not."""
+    """How a run ended: `signal` is the one that stopped it, and the losses are over the whole validation
+    split, if it was not."""
 
     step: int
     validation_loss: float | None = None
@@ -58,12 +60,13 @@ class Trainer:
         model: Moved to `config.device`.
         data: The tokens; batches are functions of (config.seed, step).
         config: How long and how.
-        out: The run's folder, for log, checkpoints, plot and sample, which all ranks can read; None writes nothing.
+        out: The run's folder, for log, checkpoints, plot and sample, which all ranks can read; None writes
+            nothing.
         resume: Go on from the newest valid checkpoint in `out`.
         options: What else a checkpoint should tell about the run; ready for JSON.
-        ranks: The processes that train together, as `gpt.training.distributed.join` gives them: they share each step's
-            micro-batches and each evaluation, and rank 0 writes. Another number of them may go on with a run, though bit by bit
-            only the same.
+        ranks: The processes that train together, as `gpt.training.distributed.join` gives them: they share
+            each step's micro-batches and each evaluation, and rank 0 writes. Another number of them may go on
+            with a run, though bit by bit only the same.
 
     Raises:
         InputError: Model, data, config and folder do not fit one another.
@@ -95,7 +98,10 @@ class Trainer:
             data.check(self.block_size)
             if data.tokenizer.vocab_size > model.config.vocab_size:
                 vocab_size, needed = model.config.vocab_size, data.tokenizer.vocab_size
-                raise InputError(f"Trainer: the model's vocab_size is {vocab_size}, expected at least the tokenizer's {needed}")
+                raise InputError(
+                    f"Trainer: the model's vocab_size is {vocab_size}, expected at least the tokenizer's "
+                    f"{needed}"
+                )
             self.model = model.to(pick_device(config.device))
             self._step = TrainStep(model, config, torch.compile(model) if config.compile else None, ranks)
             self._peak = peak_flops(self.device)
@@ -118,14 +124,17 @@ class Trainer:
         return str(self._step.dtype).removeprefix("torch.")
 
     def preflight(self) -> kernels.Report:
-        """Each fused op against its reference, at the shapes, dtype and strides of a micro-batch: see `GPT.preflight`."""
+        """Each fused op against its reference, at the shapes, dtype and strides of a micro-batch: see
+        `GPT.preflight`."""
         return self.model.preflight(self.config.batch_size, self.block_size, self._step.dtype)
 
     def run(self) -> TrainResult:
-        """Trains until max_steps, until patience is spent, or until Ctrl-C or SIGTERM, which finish the step, save and return.
+        """Trains until max_steps, until patience is spent, or until Ctrl-C or SIGTERM, which finish the step,
+        save and return.
 
         Raises:
-            NonFiniteError: A loss or gradient was not finite; that step changed nothing, and its batch is kept in `out`.
+            NonFiniteError: A loss or gradient was not finite; that step changed nothing, and its batch is
+                kept in `out`.
             InputError: The folder cannot be written.
         """
         from tqdm import tqdm
@@ -139,14 +148,27 @@ class Trainer:
         self.model.train()
         with (
             _stop_signals() as received,
-            tqdm(total=self.config.max_steps, initial=self.step, unit="step", mininterval=wait, dynamic_ncols=True) as bar,
+            tqdm(
+                total=self.config.max_steps,
+                initial=self.step,
+                unit="step",
+                mininterval=wait,
+                dynamic_ncols=True,
+            ) as bar,
         ):
             while not done and not stop:
                 record, stop = self._train_step(received)
                 done = self.step >= self.config.max_steps
                 if self._due(self.config.eval_interval):
-                    record |= {"train_estimate": self.estimate("train"), "validation_loss": self.estimate("validation")}
-                    bar.write("step {step}: train {train_estimate:.4f}, validation {validation_loss:.4f}".format(**record))
+                    record |= {
+                        "train_estimate": self.estimate("train"),
+                        "validation_loss": self.estimate("validation"),
+                    }
+                    bar.write(
+                        "step {step}: train {train_estimate:.4f}, validation {validation_loss:.4f}".format(
+                            **record
+                        )
+                    )
                     done |= self._patience_spent(record["validation_loss"])
                 if done:
                     losses = self._final_losses()
@@ -174,7 +196,8 @@ class Trainer:
         return self._mean_loss(self._draw(stream, i) for i in range(self.config.eval_batches))
 
     def _train_step(self, received: Sequence[int]) -> tuple[dict[str, Any], bool]:
-        """One step, counted and timed; returns its line for the log, and whether a rank has received a signal."""
+        """One step, counted and timed; returns its line for the log, and whether a rank has received a
+        signal."""
         rate = learning_rate(self.step, self.config)
         started = time.perf_counter()
         batches = [self._draw("train", self.step, i) for i in self.ranks.share(range(self.config.grad_accum))]
@@ -182,12 +205,18 @@ class Trainer:
             loss, norm, stop = self._step(batches, rate, received)
         except NonFiniteError as error:
             kept = self.ranks.on_first(self._keep)
-            raise NonFiniteError(f"step {self.step + 1}: {error}; stopped before it changed anything{kept}") from error
+            raise NonFiniteError(
+                f"step {self.step + 1}: {error}; stopped before it changed anything{kept}"
+            ) from error
         self.step += 1
         self.tokens += self.ranks.size * sum(batch.inputs.numel() for batch in batches)
         self.seconds += time.perf_counter() - started
         speed = (self.tokens - self._logged[0]) / (self.seconds - self._logged[1])
-        use = None if self._peak is None else flops_per_token(self.model.config) * speed / (self._peak * self.ranks.size)
+        use = (
+            None
+            if self._peak is None
+            else flops_per_token(self.model.config) * speed / (self._peak * self.ranks.size)
+        )
         record = {
             "step": self.step,
             "seconds": self.seconds,
@@ -202,7 +231,9 @@ class Trainer:
 
     def _draw(self, stream: Stream, step: int, micro_step: int = 0) -> Batch:
         config = self.config
-        return self.data.batch(stream, config.batch_size, self.block_size, seed=config.seed, step=step, micro_step=micro_step)
+        return self.data.batch(
+            stream, config.batch_size, self.block_size, seed=config.seed, step=step, micro_step=micro_step
+        )
 
     def _due(self, interval: int) -> bool:
         return self.step % interval == 0
@@ -217,10 +248,15 @@ class Trainer:
                 count += targets
         self.model.train()
         shares, counts = zip(*self.ranks.gather((totals, count)), strict=True)
-        return math.fsum(itertools.chain(*shares)) / max(1, sum(counts))  # exact, so that the order does not matter
+        return math.fsum(itertools.chain(*shares)) / max(
+            1, sum(counts)
+        )  # exact, so that the order does not matter
 
     def _final_losses(self) -> dict[str, float]:
-        return {"validation_loss": self.evaluate("validation"), "bigram_loss": self.ranks.on_first(self.data.bigram_loss)}
+        return {
+            "validation_loss": self.evaluate("validation"),
+            "bigram_loss": self.ranks.on_first(self.data.bigram_loss),
+        }
 
     def _patience_spent(self, loss: float) -> bool:
         self._worse = 0 if loss < self._best else self._worse + 1
@@ -231,14 +267,22 @@ class Trainer:
         if out.exists() and not out.is_dir():
             raise InputError(f"out: {out} is no folder, expected one to write to")
         if not resume and checkpoint.list_checkpoints(out):
-            raise InputError(f"out: {out} holds the checkpoints of a run, expected --resume to go on with it, or another folder")
+            raise InputError(
+                f"out: {out} holds the checkpoints of a run, expected --resume to go on with it, or another "
+                "folder"
+            )
         parent = next(path for path in (out, *out.absolute().parents) if path.is_dir())
-        needed = (checkpoint.KEPT + 1) * 3 * sum(p.nbytes for p in self.model.parameters())  # weights and AdamW's two averages
+        needed = (
+            (checkpoint.KEPT + 1) * 3 * sum(p.nbytes for p in self.model.parameters())
+        )  # weights and AdamW's two averages
         free = shutil.disk_usage(parent).free
         if not os.access(parent, os.W_OK):
             raise InputError(f"out: cannot write to {parent}, expected a writable folder")
         if free < needed:
-            raise InputError(f"out: {parent} has {free / 1e6:,.0f} MB free, expected {needed / 1e6:,.0f} MB for the checkpoints")
+            raise InputError(
+                f"out: {parent} has {free / 1e6:,.0f} MB free, expected {needed / 1e6:,.0f} MB for the "
+                "checkpoints"
+            )
 
     def _prepare(self, out: Path, keep_final: bool) -> None:
         """Makes the folder, and cuts the log behind the checkpoint that the run goes on from."""
@@ -266,7 +310,12 @@ class Trainer:
             return ""
         batches = [self._draw("train", self.step, i) for i in range(self.config.grad_accum)]
         path = self.out / f"non-finite-step-{self.step + 1}.safetensors"
-        named = {f"{i}/{name}": t for i, batch in enumerate(batches) for name, t in batch._asdict().items() if t is not None}
+        named = {
+            f"{i}/{name}": t
+            for i, batch in enumerate(batches)
+            for name, t in batch._asdict().items()
+            if t is not None
+        }
         with _writing(self.out):
             checkpoint.write_tensors(path, named)
         return f", its batch is in {path}"
@@ -297,16 +346,31 @@ class Trainer:
         try:
             if not isinstance(state["rng"], list):
                 kind = type(state["rng"]).__name__
-                raise InputError(f"resume: {source} has as rng a {kind}, expected a list, one state for each process")
+                raise InputError(
+                    f"resume: {source} has as rng a {kind}, expected a list, one state for each process"
+                )
             if state["data_identity"] != self.data.identity:
-                raise InputError(f"resume: the text or the tokenizer is not the one that {folder} was trained on")
+                raise InputError(
+                    f"resume: the text or the tokenizer is not the one that {folder} was trained on"
+                )
             for name in own:
                 if saved[name] != own[name]:
-                    raise InputError(f"resume: {name} is {own[name]!r}, expected {saved[name]!r} as in {folder}")
-            self.step, self.tokens, self.seconds = int(state["step"]), int(state["tokens"]), float(state["seconds"])
-            self._best, self._worse = math.inf if state["best"] is None else float(state["best"]), int(state["worse"])
+                    raise InputError(
+                        f"resume: {name} is {own[name]!r}, expected {saved[name]!r} as in {folder}"
+                    )
+            self.step, self.tokens, self.seconds = (
+                int(state["step"]),
+                int(state["tokens"]),
+                float(state["seconds"]),
+            )
+            self._best, self._worse = (
+                math.inf if state["best"] is None else float(state["best"]),
+                int(state["worse"]),
+            )
             checkpoint.copy_tensors(
-                dict(self.model.named_parameters()), checkpoint.read_tensors(folder / checkpoint.MODEL), folder / checkpoint.MODEL
+                dict(self.model.named_parameters()),
+                checkpoint.read_tensors(folder / checkpoint.MODEL),
+                folder / checkpoint.MODEL,
             )
             optimizer = folder / checkpoint.OPTIMIZER
             self._step.load_tensors(checkpoint.read_tensors(optimizer), optimizer)
@@ -322,7 +386,8 @@ class Trainer:
             rng.set_state(states[self.ranks.rank], self.device)
             return
         warnings.warn(
-            f"resume: the run was saved by {len(states)} process(es) and goes on with {self.ranks.size}: near what it would "
+            f"resume: the run was saved by {len(states)} process(es) and goes on with {self.ranks.size}: "
+            "near what it would "
             "have been, not bit by bit, and with other random numbers",
             stacklevel=2,
         )
@@ -336,7 +401,9 @@ class Trainer:
         generator = torch.Generator(self.device).manual_seed(self.config.seed)
         idx = torch.tensor([prompt], device=self.device)
         vocab_size = tokenizer.vocab_size  # the model's may be padded
-        ids = self.model.generate(idx, SAMPLE_TOKENS, temperature=0.8, vocab_size=vocab_size, generator=generator)
+        ids = self.model.generate(
+            idx, SAMPLE_TOKENS, temperature=0.8, vocab_size=vocab_size, generator=generator
+        )
         sample = tokenizer.decode(ids[0, len(prompt) :].tolist())
         if self.out is not None:
             with _writing(self.out):
@@ -359,7 +426,8 @@ def _progress(record: Mapping[str, Any]) -> str:
 
 
 def _belongs(line: str, step: int, keep_final: bool) -> bool:
-    """Whether a line of an earlier log is part of the run up to `step`; what a kill left half-written is not."""
+    """Whether a line of an earlier log is part of the run up to `step`; what a kill left half-written is
+    not."""
     try:
         record = json.loads(line)
     except ValueError:

@@ -1,7 +1,8 @@
-"""Checkpoints that cannot lie: safetensors and JSON, hashed, written beside their place and renamed into it; no pickle.
+"""Checkpoints that cannot lie: safetensors and JSON, hashed, written beside their place and renamed into it;
+no pickle.
 
-A checkpoint is a folder: model.safetensors, config.json, tokenizer.json, for training optimizer.safetensors and state.json, and
-SHA256SUMS, which `sha256sum -c` understands and which covers every other file.
+A checkpoint is a folder: model.safetensors, config.json, tokenizer.json, for training optimizer.safetensors
+and state.json, and SHA256SUMS, which `sha256sum -c` understands and which covers every other file.
 """
 
 from __future__ import annotations
@@ -27,7 +28,13 @@ from gpt.errors import InputError
 if TYPE_CHECKING:
     from gpt.model import GPT
 
-SUMS, MODEL, CONFIG, OPTIMIZER, STATE = "SHA256SUMS", "model.safetensors", "config.json", "optimizer.safetensors", "state.json"
+SUMS, MODEL, CONFIG, OPTIMIZER, STATE = (
+    "SHA256SUMS",
+    "model.safetensors",
+    "config.json",
+    "optimizer.safetensors",
+    "state.json",
+)
 FOLDER = "checkpoints"
 KEPT = 3
 
@@ -45,12 +52,19 @@ def save_model(model: GPT, directory: str | os.PathLike[str], tokenizer: Tokeniz
     """
     target = Path(directory)
     if target.is_dir() and any(target.iterdir()) and not (target / SUMS).exists():
-        raise InputError(f"checkpoint: {target} holds other files, expected a new or empty folder, or a checkpoint")
+        raise InputError(
+            f"checkpoint: {target} holds other files, expected a new or empty folder, or a checkpoint"
+        )
     commit(target, lambda folder: _write_model(folder, model, tokenizer))
 
 
 def save_checkpoint(
-    out: Path, step: int, model: GPT, tokenizer: Tokenizer, optimizer: Mapping[str, torch.Tensor], state: Mapping[str, Any]
+    out: Path,
+    step: int,
+    model: GPT,
+    tokenizer: Tokenizer,
+    optimizer: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any],
 ) -> Path:
     """Saves a run at `step` in its folder `out`, keeps the last few checkpoints, and returns the new one.
 
@@ -71,7 +85,9 @@ def save_checkpoint(
     return target
 
 
-def load_model(directory: str | os.PathLike[str], device: torch.device | str | None = None, use_triton: Any = "auto") -> GPT:
+def load_model(
+    directory: str | os.PathLike[str], device: torch.device | str | None = None, use_triton: Any = "auto"
+) -> GPT:
     """Loads the model of a checkpoint, or of the newest valid checkpoint of a run.
 
     Raises:
@@ -82,8 +98,15 @@ def load_model(directory: str | os.PathLike[str], device: torch.device | str | N
     folder = find_checkpoint(directory)
     config = GPTConfig.from_dict(read_json(folder / CONFIG))
     tensors = read_tensors(folder / MODEL)
-    check_tensors(dict(GPT(config, device="meta").named_parameters()), tensors, folder / MODEL)  # before anything is allocated
-    model = GPT(config, use_triton=use_triton, device=device, dtype=next(iter(tensors.values())).dtype if tensors else None)
+    check_tensors(
+        dict(GPT(config, device="meta").named_parameters()), tensors, folder / MODEL
+    )  # before anything is allocated
+    model = GPT(
+        config,
+        use_triton=use_triton,
+        device=device,
+        dtype=next(iter(tensors.values())).dtype if tensors else None,
+    )
     copy_tensors(dict(model.named_parameters()), tensors, folder / MODEL)
     return model
 
@@ -92,7 +115,9 @@ def load_checkpoint_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     """The tokenizer of a checkpoint, or of the newest valid checkpoint of a run."""
     folder = find_checkpoint(directory)
     if not (folder / TOKENIZER).exists():
-        raise InputError(f"checkpoint: {folder} has no {TOKENIZER}, expected one that was saved with its tokenizer")
+        raise InputError(
+            f"checkpoint: {folder} has no {TOKENIZER}, expected one that was saved with its tokenizer"
+        )
     return load_tokenizer(folder)
 
 
@@ -103,7 +128,8 @@ def list_checkpoints(out: Path) -> list[Path]:
 
 
 def find_checkpoint(directory: str | os.PathLike[str]) -> Path:
-    """The checkpoint at `directory`, or in a run's folder the newest valid one, with a warning if newer ones are damaged.
+    """The checkpoint at `directory`, or in a run's folder the newest valid one, with a warning if newer ones
+    are damaged.
 
     Raises:
         InputError: There is none, or none is valid.
@@ -122,9 +148,14 @@ def find_checkpoint(directory: str | os.PathLike[str]) -> Path:
             damage.append(str(error))
             continue
         if damage:
-            warnings.warn(f"using {path}, which is not the newest checkpoint: {'; '.join(damage)}", stacklevel=2)
+            warnings.warn(
+                f"using {path}, which is not the newest checkpoint: {'; '.join(damage)}", stacklevel=2
+            )
         return path
-    raise InputError("; ".join(damage) or f"checkpoint: {folder} holds no checkpoint, expected {FOLDER}/step-N or {SUMS} in it")
+    raise InputError(
+        "; ".join(damage)
+        or f"checkpoint: {folder} holds no checkpoint, expected {FOLDER}/step-N or {SUMS} in it"
+    )
 
 
 def verify(folder: Path) -> None:
@@ -143,7 +174,10 @@ def verify(folder: Path) -> None:
         raise InputError(f"checkpoint: {folder} has {extra[0]}, which its {SUMS} does not list")
     for name in sorted(found):
         if listed[name] != found[name]:
-            raise InputError(f"checkpoint: {folder / name} is damaged: sha256 {found[name][:12]}…, expected {listed[name][:12]}…")
+            raise InputError(
+                f"checkpoint: {folder / name} is damaged: sha256 {found[name][:12]}…, expected "
+                f"{listed[name][:12]}…"
+            )
     raise InputError(f"checkpoint: {folder / SUMS} is damaged")
 
 
@@ -171,15 +205,20 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"checkpoint: cannot read {path}: {error}") from error
 
 
-def copy_tensors(targets: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], source: Path) -> None:
-    """Copies `tensors` into `targets`, which `check_tensors` compares first; where it raises, nothing is copied."""
+def copy_tensors(
+    targets: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], source: Path
+) -> None:
+    """Copies `tensors` into `targets`, which `check_tensors` compares first; where it raises, nothing is
+    copied."""
     check_tensors(targets, tensors, source)
     with torch.no_grad():
         for name, tensor in tensors.items():
             targets[name].copy_(tensor)
 
 
-def check_tensors(targets: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], source: Path) -> None:
+def check_tensors(
+    targets: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], source: Path
+) -> None:
     """Raises InputError where `tensors` have other names or shapes than `targets`."""
     for name in targets:
         if name not in tensors:
@@ -189,11 +228,14 @@ def check_tensors(targets: Mapping[str, torch.Tensor], tensors: Mapping[str, tor
             raise InputError(f"checkpoint: {source} has {name}, which the model of its {CONFIG} does not")
         if tensor.shape != targets[name].shape:
             shape, expected = tuple(tensor.shape), tuple(targets[name].shape)
-            raise InputError(f"checkpoint: {source}: {name} has shape {shape}, expected {expected} (from {CONFIG})")
+            raise InputError(
+                f"checkpoint: {source}: {name} has shape {shape}, expected {expected} (from {CONFIG})"
+            )
 
 
 def clean(out: Path, step: int) -> None:
-    """Readies a run's folder to go on from `step`: removes interrupted saves and sets later, damaged checkpoints aside."""
+    """Readies a run's folder to go on from `step`: removes interrupted saves and sets later, damaged
+    checkpoints aside."""
     for path in (out / FOLDER).glob(f"{_UNFINISHED}*"):
         shutil.rmtree(path, ignore_errors=True)
     for path in list_checkpoints(out):
@@ -202,7 +244,8 @@ def clean(out: Path, step: int) -> None:
 
 
 def commit(target: Path, write: Callable[[Path], None]) -> None:
-    """Makes the folder `target` whole or not at all: written beside it, hashed, flushed to disk and renamed."""
+    """Makes the folder `target` whole or not at all: written beside it, hashed, flushed to disk and
+    renamed."""
     unfinished = target.parent / f"{_UNFINISHED}{target.name}-{os.getpid()}"
     try:
         unfinished.mkdir(parents=True)

@@ -1,4 +1,5 @@
-"""Weights that other packages wrote, read without running what a file asks for or allocating what it claims."""
+"""Weights that other packages wrote, read without running what a file asks for or allocating what it
+claims."""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ class Weights(NamedTuple):
 
 
 def locate(source: str | os.PathLike[str]) -> Path:
-    """The file or folder that `source` names: a path, or a model of the Hugging Face hub, which is downloaded once.
+    """The file or folder that `source` names: a path, or a model of the Hugging Face hub, which is downloaded
+    once.
 
     Raises:
         InputError: There is no such path and the hub has or gives no such model; said within a few seconds.
@@ -48,7 +50,10 @@ def locate(source: str | os.PathLike[str]) -> Path:
         return path
     name = os.fspath(source)
     if not isinstance(source, str) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise InputError(f"from_pretrained: {path} does not exist, expected a file, a folder or the name of a model on the hub")
+        raise InputError(
+            f"from_pretrained: {path} does not exist, expected a file, a folder or the name of a model on "
+            "the hub"
+        )
     return _download(name)
 
 
@@ -76,7 +81,9 @@ def weights_file(path: Path) -> Path:
     if len(found) == 1:
         return found[0]
     held = f"several: {', '.join(file.name for file in found[:3])}" if found else "none"
-    raise InputError(f"from_pretrained: {path} holds {held}, expected one file of weights ({', '.join(WEIGHTS[::2])})")
+    raise InputError(
+        f"from_pretrained: {path} holds {held}, expected one file of weights ({', '.join(WEIGHTS[::2])})"
+    )
 
 
 def read_weights(path: Path) -> Weights:
@@ -94,23 +101,36 @@ def read_weights(path: Path) -> Weights:
     except OSError as error:
         raise InputError(f"from_pretrained: cannot read {path}: {error.strerror}") from error
     if head.startswith(b"version https://git-lfs"):
-        raise InputError(f"from_pretrained: {path} is a pointer of Git LFS, expected the file itself (git lfs pull)")
+        raise InputError(
+            f"from_pretrained: {path} is a pointer of Git LFS, expected the file itself (git lfs pull)"
+        )
     if head.startswith(b"PK"):
         if path.suffix == ".safetensors":  # torch.load goes by this name
-            raise InputError(f"from_pretrained: {path} is no safetensors but a torch.save, expected its name to end in .pt")
+            raise InputError(
+                f"from_pretrained: {path} is no safetensors but a torch.save, expected its name to end in .pt"
+            )
         return _read_torch(path, size)
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
         return Weights(path, read_tensors(path), {}, size)
     old = head.startswith(b"\x80")
-    way_out = "; torch.save(torch.load(FILE, weights_only=True), FILE) renews a file from before torch 1.6" if old else ""
-    raise InputError(f"from_pretrained: {path} is damaged or no file of weights, expected safetensors or a torch.save{way_out}")
+    way_out = (
+        "; torch.save(torch.load(FILE, weights_only=True), FILE) renews a file from before torch 1.6"
+        if old
+        else ""
+    )
+    raise InputError(
+        f"from_pretrained: {path} is damaged or no file of weights, expected safetensors or a "
+        f"torch.save{way_out}"
+    )
 
 
 def _read_shards(index: Path) -> Weights:
     """The tensors of all the files that an index lists, each where the index says."""
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise InputError(f"from_pretrained: {index} has no weight_map, expected the name of a file for each tensor")
+        raise InputError(
+            f"from_pretrained: {index} has no weight_map, expected the name of a file for each tensor"
+        )
     tensors: dict[str, torch.Tensor] = {}
     size = 0
     for name in sorted(set(places.values())):
@@ -121,7 +141,8 @@ def _read_shards(index: Path) -> Weights:
         tensors |= {key: tensor for key, tensor in shard.tensors.items() if places.get(key) == name}
     if missing := sorted(places.keys() - tensors.keys()):
         raise InputError(
-            f"from_pretrained: {index.parent / places[missing[0]]} lacks {missing[0]}, which {index.name} says it has"
+            f"from_pretrained: {index.parent / places[missing[0]]} lacks {missing[0]}, which {index.name} "
+            "says it has"
         )
     return Weights(index, tensors, {}, size)
 
@@ -132,34 +153,48 @@ def _read_torch(path: Path, size: int) -> Weights:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged pickle can fail in any way
-        raise InputError(f"from_pretrained: {path} is damaged ({type(error).__name__}: {first_line(error)})") from error
+        raise InputError(
+            f"from_pretrained: {path} is damaged ({type(error).__name__}: {first_line(error)})"
+        ) from error
     extra: Mapping[str, Any] = {}
     for key in ("model", "model_state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content, extra = content[key], content
     if not isinstance(content, dict) or not content:
-        raise InputError(f"from_pretrained: {path} holds a {type(content).__name__}, expected a state_dict of tensors")
+        raise InputError(
+            f"from_pretrained: {path} holds a {type(content).__name__}, expected a state_dict of tensors"
+        )
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise InputError(f"from_pretrained: {path} holds {name!r}: {type(tensor).__name__}, expected a state_dict of tensors")
+            raise InputError(
+                f"from_pretrained: {path} holds {name!r}: {type(tensor).__name__}, expected a state_dict of "
+                "tensors"
+            )
     return Weights(path, dict(content), dict(extra), size)
 
 
 def _check_archive(path: Path, size: int) -> None:
-    """Refuses an archive that unpacks to more than it is, or whose pickle names anything but tensors and their storages.
+    """Refuses an archive that unpacks to more than it is, or whose pickle names anything but tensors and
+    their storages.
 
     torch's weights_only=True also admits `bytearray(n)`, which allocates what it is told to.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-            if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or sum(e.file_size for e in entries) > size:
+            if (
+                any(e.compress_type != zipfile.ZIP_STORED for e in entries)
+                or sum(e.file_size for e in entries) > size
+            ):
                 raise InputError(
-                    f"from_pretrained: {path} is compressed or claims more than its {size:,} bytes, expected a torch.save"
+                    f"from_pretrained: {path} is compressed or claims more than its {size:,} bytes, "
+                    "expected a torch.save"
                 )
             pickles = [archive.read(e) for e in entries if e.filename.endswith("/data.pkl")]
         if len(pickles) != 1:
-            raise InputError(f"from_pretrained: {path} is a zip of {len(entries)} files, expected a torch.save")
+            raise InputError(
+                f"from_pretrained: {path} is a zip of {len(entries)} files, expected a torch.save"
+            )
         needed = _needed(pickles[0])
     except InputError:
         raise
@@ -199,8 +234,10 @@ def _download(name: str) -> Path:
     except Exception as error:  # the hub's client lets its transport's errors through
         reason = first_line(error)
         raise InputError(
-            f"from_pretrained: {name} is no path here, and the hub does not give it ({reason}): expected a network, or "
-            f"{CONFIG}, {MODEL} and tokenizer.json from https://huggingface.co/{name}/tree/main in a folder, and its path"
+            f"from_pretrained: {name} is no path here, and the hub does not give it ({reason}): expected a "
+            "network, or "
+            f"{CONFIG}, {MODEL} and tokenizer.json from https://huggingface.co/{name}/tree/main in a "
+            "folder, and its path"
         ) from error
 
 
@@ -209,7 +246,9 @@ def _wanted_files(names: list[str]) -> list[str]:
     top = [name for name in names if "/" not in name]
     safe = [name for name in top if re.fullmatch(r"model.*\.safetensors(\.index\.json)?", name)]
     weights = safe or [name for name in top if re.fullmatch(r"pytorch_model.*\.bin(\.index\.json)?", name)]
-    return weights + [name for name in top if name in (CONFIG, "tokenizer.json", "merges.txt", SUMS, OPTIMIZER, STATE)]
+    return weights + [
+        name for name in top if name in (CONFIG, "tokenizer.json", "merges.txt", SUMS, OPTIMIZER, STATE)
+    ]
 
 
 def _within(seconds: float, ask: Callable[[], Answer]) -> Answer:

@@ -1,4 +1,5 @@
-"""Weights in from Hugging Face's GPT-2, nanoGPT and "Build a Large Language Model From Scratch", and out to Hugging Face.
+"""Weights in from Hugging Face's GPT-2, nanoGPT and "Build a Large Language Model From Scratch", and out to
+Hugging Face.
 
 Which layout a file has is read from its contents, never from its name.
 """
@@ -22,20 +23,33 @@ from gpt.data.tokenizers import END_OF_TEXT, FILE_NAME, BPETokenizer, CharTokeni
 from gpt.errors import InputError
 from gpt.files import replacing
 from gpt.names import BOOK, HUGGING_FACE, NANOGPT, Layout
-from gpt.weights.checkpoint import CONFIG, MODEL, SUMS, commit, find_checkpoint, load_checkpoint_tokenizer, load_model, read_json
+from gpt.weights.checkpoint import (
+    CONFIG,
+    MODEL,
+    SUMS,
+    commit,
+    find_checkpoint,
+    load_checkpoint_tokenizer,
+    load_model,
+    read_json,
+)
 from gpt.weights.files import Weights, is_own, locate, read_weights, weights_file
 
 if TYPE_CHECKING:
     from gpt.model import GPT
 
-WRAPPERS = re.compile(r"(?:_orig_mod\.|module\.)*(?:transformer\.)?")  # of torch.compile, of DDP, and of the model itself
+WRAPPERS = re.compile(
+    r"(?:_orig_mod\.|module\.)*(?:transformer\.)?"
+)  # of torch.compile, of DDP, and of the model itself
 MASKS = re.compile(r".*\.(?:attn\.(?:masked_)?bias|att\.mask)")  # buffers that some versions save
 HEADS = ("n_head", "n_heads", "num_heads")
 UNSEEN = ("n_head", "activation", "eps")  # a contradiction here changes the logits and no shape
 # fmt: off
 HUGGING_FACE_KEYS = (
-    "model_type", "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "activation_function",
-    "layer_norm_epsilon", "resid_pdrop", "embd_pdrop", "attn_pdrop", "tie_word_embeddings", "scale_attn_weights",
+    "model_type", "vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner",
+    "activation_function",
+    "layer_norm_epsilon", "resid_pdrop", "embd_pdrop", "attn_pdrop", "tie_word_embeddings",
+    "scale_attn_weights",
     "scale_attn_by_inverse_layer_idx", "add_cross_attention",
 )  # the rest of a config.json changes nothing in a GPT-2
 # fmt: on
@@ -50,13 +64,14 @@ def load_pretrained(
     device: torch.device | str | None = None,
     use_triton: bool | str = "auto",
 ) -> GPT:
-    """The model in a file or folder, or of the Hugging Face hub: ours, Hugging Face's GPT-2, nanoGPT's or the book's.
+    """The model in a file or folder, or of the Hugging Face hub: ours, Hugging Face's GPT-2, nanoGPT's or the
+    book's.
 
     Args:
-        source: A run, a checkpoint, a folder or file of safetensors or of `torch.save`, or the name of a model on the hub, whose
-            files are kept in the hub's own cache.
-        config: What the file does not say, in any names that `GPTConfig.from_dict` knows: a bare state_dict has no number of
-            heads.
+        source: A run, a checkpoint, a folder or file of safetensors or of `torch.save`, or the name of a
+            model on the hub, whose files are kept in the hub's own cache.
+        config: What the file does not say, in any names that `GPTConfig.from_dict` knows: a bare state_dict
+            has no number of heads.
         device: Of the parameters, which keep the file's dtype; torch's default.
         use_triton: As in `GPT`.
 
@@ -64,8 +79,8 @@ def load_pretrained(
         The model in training mode, as `GPT` makes it.
 
     Raises:
-        InputError: Nothing there; a file that is damaged, would run code, claims more than it holds or is of no known layout; a
-            config that is missing or contradicts the file.
+        InputError: Nothing there; a file that is damaged, would run code, claims more than it holds or is of
+            no known layout; a config that is missing or contradicts the file.
     """
     path = locate(source)
     if is_own(path):
@@ -93,7 +108,9 @@ def load_pretrained_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
     raise InputError(f"tokenizer: {folder} holds none, expected {FILE_NAME} or merges.txt beside the weights")
 
 
-def save_huggingface(model: GPT, directory: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> None:
+def save_huggingface(
+    model: GPT, directory: str | os.PathLike[str], tokenizer: Tokenizer | None = None
+) -> None:
     """Writes a folder that `transformers` loads as a GPT2LMHeadModel, with its tokenizer.
 
     Args:
@@ -101,16 +118,20 @@ def save_huggingface(model: GPT, directory: str | os.PathLike[str], tokenizer: T
         tokenizer: Saved along; its end of text becomes the model's.
 
     Raises:
-        InputError: The model is none that their GPT-2 can be, the tokenizer has more ids than the model, or the folder holds
-            something else or cannot be written.
+        InputError: The model is none that their GPT-2 can be, the tokenizer has more ids than the model, or
+            the folder holds something else or cannot be written.
     """
     config, target = model.config, Path(directory)
     _check_exportable(config)
     if target.is_dir() and any(target.iterdir()) and not (target / SUMS).exists():
-        raise InputError(f"save_pretrained: {target} holds other files, expected a new or empty folder, or one written before")
+        raise InputError(
+            f"save_pretrained: {target} holds other files, expected a new or empty folder, or one written "
+            "before"
+        )
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise InputError(
-            f"save_pretrained: the tokenizer has {tokenizer.vocab_size} ids, expected at most {config.vocab_size} (vocab_size)"
+            f"save_pretrained: the tokenizer has {tokenizer.vocab_size} ids, expected at most "
+            f"{config.vocab_size} (vocab_size)"
         )
 
     def write(folder: Path) -> None:
@@ -132,7 +153,8 @@ def save_huggingface(model: GPT, directory: str | os.PathLike[str], tokenizer: T
 
 
 def save_bin(data: TokenData, directory: str | os.PathLike[str]) -> None:
-    """Writes the splits of `data` as nanoGPT's train.bin and val.bin (raw little-endian uint16 ids), and tokenizer.json beside.
+    """Writes the splits of `data` as nanoGPT's train.bin and val.bin (raw little-endian uint16 ids), and
+    tokenizer.json beside.
 
     Raises:
         InputError: The vocabulary has more ids than 16 bits do, or a file cannot be written.
@@ -140,7 +162,9 @@ def save_bin(data: TokenData, directory: str | os.PathLike[str]) -> None:
     import numpy as np
 
     if data.tokenizer.vocab_size > 1 << 16:
-        raise InputError(f"save_bin: the vocabulary has {data.tokenizer.vocab_size} ids, expected at most 65536 (uint16)")
+        raise InputError(
+            f"save_bin: the vocabulary has {data.tokenizer.vocab_size} ids, expected at most 65536 (uint16)"
+        )
     folder = Path(directory)
     try:
         for split, name in SPLITS.items():
@@ -181,21 +205,29 @@ def _recognise(weights: Weights) -> _Found:
             raise InputError(f"from_pretrained: {weights.path} has {plain} twice, once as {name}")
         if tensor.layout != torch.strided or not tensor.is_floating_point() or tensor.is_meta:
             kind = f"{tensor.dtype} {tensor.layout}".replace("torch.", "")
-            raise InputError(f"from_pretrained: {weights.path}: {name} is {kind}, expected floating-point strided")
+            raise InputError(
+                f"from_pretrained: {weights.path}: {name} is {kind}, expected floating-point strided"
+            )
         tensors[plain] = tensor
     layout = _layout(tensors)
     if layout is None:
         some = ", ".join(sorted(tensors)[:3])
         raise InputError(
-            f"from_pretrained: {weights.path} has no known layout ({some}, ...), expected a checkpoint's folder, or the tensors "
+            f"from_pretrained: {weights.path} has no known layout ({some}, ...), expected a checkpoint's "
+            "folder, or the tensors "
             "of Hugging Face's GPT-2, nanoGPT or LLMs-from-scratch"
         )
     head = tensors.get(layout.names("lm_head.weight")[0])
     claimed = sum(tensor.nbytes for tensor in tensors.values() if tensor is not head)
     if max(claimed, 0 if head is None else head.nbytes) > weights.size:
-        raise InputError(f"from_pretrained: {weights.path} claims {claimed:,} bytes of parameters, but has {weights.size:,}")
+        raise InputError(
+            f"from_pretrained: {weights.path} claims {claimed:,} bytes of parameters, but has "
+            f"{weights.size:,}"
+        )
     embedding = tensors.get(layout.names("wte.weight")[0])
-    return _Found(layout, weights, tensors, head is None or (embedding is not None and torch.equal(head, embedding)))
+    return _Found(
+        layout, weights, tensors, head is None or (embedding is not None and torch.equal(head, embedding))
+    )
 
 
 def _layout(tensors: Mapping[str, Tensor]) -> Layout | None:
@@ -208,7 +240,9 @@ def _layout(tensors: Mapping[str, Tensor]) -> Layout | None:
 def _config(found: _Found, given: GPTConfig | Mapping[str, Any] | None) -> GPTConfig:
     """The model's config: what the file states, what the shapes show, and for the rest `given`."""
     if not isinstance(given, (GPTConfig, Mapping, NoneType)):
-        raise InputError(f"from_pretrained: config is {type(given).__name__}, expected a GPTConfig, a dict or None")
+        raise InputError(
+            f"from_pretrained: config is {type(given).__name__}, expected a GPTConfig, a dict or None"
+        )
     stated = _stated(found)
     if given is not None:
         stated.pop("dropout", None)
@@ -217,11 +251,16 @@ def _config(found: _Found, given: GPTConfig | Mapping[str, Any] | None) -> GPTCo
     known = {**found.layout.assumed, **_shown(found), **stated}
     if not isinstance(given, GPTConfig) and not {*HEADS} & {*known, *(given or ())}:
         width = found.first("wte.weight").shape[1]
-        raise found.fail(f"does not say how many heads there are, expected config={{'n_head': ...}}, a divisor of {width}")
+        raise found.fail(
+            f"does not say how many heads there are, expected config={{'n_head': ...}}, a divisor of {width}"
+        )
     config = given if isinstance(given, GPTConfig) else GPTConfig.from_dict({**known, **(given or {})})
     for name in UNSEEN:
         if name in stated and getattr(config, name) != stated[name]:
-            raise found.fail(f"says that {name} is {stated[name]!r}, expected no other in config= ({getattr(config, name)!r})")
+            raise found.fail(
+                f"says that {name} is {stated[name]!r}, expected no other in config= "
+                f"({getattr(config, name)!r})"
+            )
     return config
 
 
@@ -233,7 +272,9 @@ def _stated(found: _Found) -> dict[str, Any]:
     settings = found.weights.path.parent / CONFIG
     if found.layout is HUGGING_FACE and settings.exists():
         content = read_json(settings)
-        return GPTConfig.from_dict({key: content[key] for key in HUGGING_FACE_KEYS if key in content}).to_dict()
+        return GPTConfig.from_dict(
+            {key: content[key] for key in HUGGING_FACE_KEYS if key in content}
+        ).to_dict()
     return {}
 
 
@@ -242,7 +283,10 @@ def _shown(found: _Found) -> dict[str, Any]:
     layout, names = found.layout, found.tensors
     for name in ("wte.weight", "wpe.weight", "blocks.0.ffn.up.weight"):
         if found.first(name).ndim != 2:
-            raise found.fail(f"has {layout.names(name)[0]} of shape {tuple(found.first(name).shape)}, expected two dimensions")
+            raise found.fail(
+                f"has {layout.names(name)[0]} of shape {tuple(found.first(name).shape)}, expected two "
+                "dimensions"
+            )
     vocab_size, n_embd = found.first("wte.weight").shape
     inner = found.first("blocks.0.ffn.up.weight").shape[1 if layout.transposed else 0]
     return {
@@ -264,7 +308,9 @@ def _layers(found: _Found) -> int:
     return len({match.group(1) for match in map(blocks.match, found.tensors) if match})
 
 
-def _build(found: _Found, config: GPTConfig, device: torch.device | str | None, use_triton: bool | str) -> GPT:
+def _build(
+    found: _Found, config: GPTConfig, device: torch.device | str | None, use_triton: bool | str
+) -> GPT:
     """The model of `config` with the file's parameters, made once every name and shape has been checked."""
     from gpt.model import GPT
 
@@ -283,7 +329,9 @@ def _build(found: _Found, config: GPTConfig, device: torch.device | str | None, 
             if part not in found.tensors:
                 raise found.fail(f"lacks {part}")
             if found.tensors[part].shape != expected:
-                raise found.fail(f"has {part} of shape {tuple(found.tensors[part].shape)}, expected {expected}")
+                raise found.fail(
+                    f"has {part} of shape {tuple(found.tensors[part].shape)}, expected {expected}"
+                )
         left -= {*theirs}
     if left:
         raise found.fail(f"has {min(left)}, which a model of its config does not: {config}")
@@ -303,11 +351,13 @@ def _check_exportable(config: GPTConfig) -> None:
     for name, expected in {"norm": "pre", "final_norm": True, "head_bias": False}.items():
         if getattr(config, name) != expected:
             raise InputError(
-                f"save_pretrained: {name} is {getattr(config, name)!r}, expected {expected!r} for a GPT-2 of transformers"
+                f"save_pretrained: {name} is {getattr(config, name)!r}, expected {expected!r} for a GPT-2 "
+                "of transformers"
             )
     if config.n_head * config.head_size != config.n_embd:
         raise InputError(
-            f"save_pretrained: head_dim is {config.head_size}, expected n_embd / n_head for a GPT-2 of transformers "
+            f"save_pretrained: head_dim is {config.head_size}, expected n_embd / n_head for a GPT-2 of "
+            "transformers "
             f"({config.n_embd} / {config.n_head})"
         )
 
@@ -352,16 +402,29 @@ def _word_level(tokenizer: CharTokenizer) -> dict[str, Any]:
     return {
         "version": "1.0",
         "added_tokens": [],
-        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "[\\s\\S]"}, "behavior": "Isolated", "invert": False},
+        "pre_tokenizer": {
+            "type": "Split",
+            "pattern": {"Regex": "[\\s\\S]"},
+            "behavior": "Isolated",
+            "invert": False,
+        },
         "decoder": {"type": "Fuse"},
-        "model": {"type": "WordLevel", "vocab": {c: i for i, c in enumerate(tokenizer.characters)}, "unk_token": "<unk>"},
+        "model": {
+            "type": "WordLevel",
+            "vocab": {c: i for i, c in enumerate(tokenizer.characters)},
+            "unk_token": "<unk>",
+        },
     }
 
 
 def _characters(content: Mapping[str, Any]) -> CharTokenizer | None:
     """The tokenizer that `_word_level` describes, if `content` is such a description."""
     model = content.get("model")
-    if not isinstance(model, dict) or model.get("type") != "WordLevel" or not isinstance(model.get("vocab"), dict):
+    if (
+        not isinstance(model, dict)
+        or model.get("type") != "WordLevel"
+        or not isinstance(model.get("vocab"), dict)
+    ):
         return None
     tokenizer = CharTokenizer("".join(model["vocab"]))
     return tokenizer if _word_level(tokenizer) == content else None

@@ -13,7 +13,8 @@ from kernels.tuning import slower
 
 _CAUSAL = Op("causal_attention", room="attention")
 _DECODE = Op("decode_attention", room="attention")
-SHORT = 128  # keys up to which a CPU's bfloat16 attention takes longer than float32 with its casts: bench/README.md
+# Up to this many keys, float32 attention with its casts is faster than bfloat16 on a CPU: bench/README.md.
+SHORT = 128
 
 
 def causal_attention(
@@ -27,18 +28,22 @@ def causal_attention(
     seed: int | torch.Tensor | None = None,
     deterministic: bool | None = None,
 ) -> torch.Tensor:
-    """out_i = Σ_j softmax_j(scale q_i·k_j) v_j over the keys j in [key_start_i, position_i], position_i = Tk - Tq + i.
+    """out_i = Σ_j softmax_j(scale q_i·k_j) v_j over the keys j in [key_start_i, position_i], position_i = Tk
+    - Tq + i.
 
     Args:
         q: (B, H, Tq, D), float16, bfloat16, float32 or float64; any strides with a contiguous last dimension.
-        k: (B, Hkv, Tk, D) of the same dtype, Tk >= Tq; Hkv divides H, and query head h reads key head h // (H / Hkv).
+        k: (B, Hkv, Tk, D) of the same dtype, Tk >= Tq; Hkv divides H, and query head h reads key head h // (H
+            / Hkv).
         v: Like k.
-        key_start: int32, (B,) or (B, Tq): the first key that each query may see. It serves left padding, packed documents and
-            sliding windows. Values are clamped to [0, Tk]; an empty range gives a zero row and zero gradients.
+        key_start: int32, (B,) or (B, Tq): the first key that each query may see. It serves left padding,
+            packed documents and sliding windows. Values are clamped to [0, Tk]; an empty range gives a zero
+            row and zero gradients.
         scale: Positive factor of the logits, default 1 / sqrt(D).
-        dropout_p: Probability in [0, 1) of dropping a weight after the softmax; the kept ones are scaled by 1 / (1 - p).
-        seed: None draws the mask from torch's generator. An int or a 0-d int64 tensor on q's device makes it the Philox mask of
-            the row-major index in (B, H, Tq, Tk), the same from kernel and reference.
+        dropout_p: Probability in [0, 1) of dropping a weight after the softmax; the kept ones are scaled by 1
+            / (1 - p).
+        seed: None draws the mask from torch's generator. An int or a 0-d int64 tensor on q's device makes it
+            the Philox mask of the row-major index in (B, H, Tq, Tk), the same from kernel and reference.
         deterministic: Whether gradients must be the same bits every time; None follows
             `torch.are_deterministic_algorithms_enabled()`.
 
@@ -47,26 +52,29 @@ def causal_attention(
 
     Raises:
         TypeError: A tensor of another dtype, or something that is no tensor or number.
-        ValueError: Ranks, sizes, devices or strides that do not fit; dropout_p outside [0, 1); a scale that is not positive and
-            finite.
+        ValueError: Ranks, sizes, devices or strides that do not fit; dropout_p outside [0, 1); a scale that
+            is not positive and finite.
         RuntimeError: ``use_backend("triton")`` cannot be honoured.
 
     Numerics:
-        Logits, softmax and sums are float32, in base 2; one rounding at the store. Saved for backward: q, k, v, out and 4 BHTq
-        bytes of log-sum-exp. Backward starts from out as it was rounded, so a gradient that is truly zero may carry that
-        rounding. No sum is taken in a varying order, unless the tuning table holds a faster backward that does so;
-        `deterministic` forbids it.
+        Logits, softmax and sums are float32, in base 2; one rounding at the store. Saved for backward: q, k,
+        v, out and 4 BHTq bytes of log-sum-exp. Backward starts from out as it was rounded, so a gradient that
+        is truly zero may carry that rounding. No sum is taken in a varying order, unless the tuning table
+        holds a faster backward that does so; `deterministic` forbids it.
 
     Backend:
-        The reference runs for float64, for D > 256, and wherever `kernels.explain` says that Triton cannot run; on a CPU it takes
-        up to 128 keys of bfloat16 in float32, which is faster there.
+        The reference runs for float64, for D > 256, and wherever `kernels.explain` says that Triton cannot
+        run; on a CPU it takes up to 128 keys of bfloat16 in float32, which is faster there.
 
     Source:
-        Dao, "FlashAttention-2" (2023), section 3; Vaswani et al., "Attention Is All You Need" (2017), section 3.2.1.
+        Dao, "FlashAttention-2" (2023), section 3; Vaswani et al., "Attention Is All You Need" (2017), section
+        3.2.1.
     """
     op = "causal_attention"
     q, k, v = autocast(q, k, v)
-    sizes = checks.shapes(op, q=(q, ("B", "H", "Tq", "D")), k=(k, ("B", "Hkv", "Tk", "D")), v=(v, ("B", "Hkv", "Tk", "D")))
+    sizes = checks.shapes(
+        op, q=(q, ("B", "H", "Tq", "D")), k=(k, ("B", "Hkv", "Tk", "D")), v=(v, ("B", "Hkv", "Tk", "D"))
+    )
     checks.same_dtype(op, q=q, k=k, v=v)
     checks.last_contiguous(op, q=q, k=k, v=v)
     if sizes["Tq"] > sizes["Tk"]:
@@ -104,8 +112,8 @@ def decode_attention(
         q: (B, H, Tq, D) with Tq small: the newest queries, whose keys and values are already in the caches.
         k_cache: (B, Hkv, Tmax, D) of q's dtype; Hkv divides H.
         v_cache: Like k_cache.
-        cache_len: int32 (B,) on the device: valid keys, those of these queries included. It is read on the device, so that a CUDA
-            graph can be replayed as the cache grows. Values are clamped to [0, Tmax].
+        cache_len: int32 (B,) on the device: valid keys, those of these queries included. It is read on the
+            device, so that a CUDA graph can be replayed as the cache grows. Values are clamped to [0, Tmax].
         key_start: int32 (B,): the first key that each sequence may see (left padding).
         scale: Positive factor of the logits, default 1 / sqrt(D).
 
@@ -113,7 +121,8 @@ def decode_attention(
         (B, H, Tq, D) in q's dtype. Inference only: there is no backward.
 
     Raises:
-        TypeError, ValueError, RuntimeError: As `causal_attention`; RuntimeError also where gradients are asked for.
+        TypeError, ValueError, RuntimeError: As `causal_attention`; RuntimeError also where gradients are
+            asked for.
 
     Numerics:
         As `causal_attention`; a query without keys gives zeros.
@@ -143,7 +152,9 @@ def decode_attention(
     _check_key_start(op, key_start, q, per_query=False)
     _check_scale(op, scale)
     if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad):
-        raise RuntimeError(f"{op}: an input requires a gradient, expected inference (torch.no_grad) or causal_attention")
+        raise RuntimeError(
+            f"{op}: an input requires a gradient, expected inference (torch.no_grad) or causal_attention"
+        )
     choice = _DECODE.choose(q, limit=_limit(sizes["D"]), slower=slower(op, q, **sizes))
     if choice.backend == "reference":
         return reference.decode_attention(q, k_cache, v_cache, cache_len, key_start=key_start, scale=scale)
@@ -173,6 +184,8 @@ def _check_heads(op: str, name: str, sizes: dict[str, int]) -> None:
 def _check_key_start(op: str, key_start: torch.Tensor | None, q: torch.Tensor, *, per_query: bool) -> None:
     if key_start is None:
         return
-    dims = ("B", "Tq") if per_query and isinstance(key_start, torch.Tensor) and key_start.ndim == 2 else ("B",)
+    dims = (
+        ("B", "Tq") if per_query and isinstance(key_start, torch.Tensor) and key_start.ndim == 2 else ("B",)
+    )
     checks.shapes(op, q=(q, ("B", "H", "Tq", "D")), key_start=(key_start, dims))
     checks.dtype(op, "key_start", key_start, torch.int32)

@@ -1,7 +1,8 @@
 """The backward pass: P is computed again from lse2, tile by tile.
 
-The deterministic form takes seven products: dQ over tiles of keys (three), then dK and dV over tiles of queries (four). The
-other form takes five: one pass over tiles of keys, which adds dQ into float32 memory in no fixed order.
+The deterministic form takes seven products: dQ over tiles of keys (three), then dK and dV over tiles of
+queries (four). The other form takes five: one pass over tiles of keys, which adds dQ into float32 memory in
+no fixed order.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from kernels.tuning import AttentionTiles
 
 @triton.jit
 def _row_statistics(
-    out_ptr, do_ptr, delta_ptr, start, first_ptr, last_ptr, pid_m, pid_h, pid_bh, num_m, pid_b, offs_m, stride_ot, stride_dot,
+    out_ptr, do_ptr, delta_ptr, start, first_ptr, last_ptr, pid_m, pid_h, pid_bh, num_m, pid_b, offs_m,
+    stride_ot, stride_dot,
     Tq, D: tl.constexpr, HAS_START: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dO, and delta = rowsum(dO * O), which is also stored; head 0 stores the tile's smallest and largest key_start."""
+    """dO, and delta = rowsum(dO * O), which is also stored; head 0 stores the tile's smallest and largest
+    key_start."""
     do = load_rows(do_ptr, offs_m, stride_dot, Tq, D, BLOCK_D, True)
     out = load_rows(out_ptr, offs_m, stride_ot, Tq, D, BLOCK_D, True)
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
@@ -47,7 +50,8 @@ def _row_statistics(
 def _add_dq(
     dq, q, do, lse2, delta, k_ptr, v_ptr, start, seed, pid_bh, offs_m, begin, stride_kt, stride_vt,
     Tq, Tk, scale2, threshold, keep_scale,
-    D: tl.constexpr, HAS_START: tl.constexpr, HAS_DROPOUT: tl.constexpr, QUADS: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, HAS_START: tl.constexpr, HAS_DROPOUT: tl.constexpr, QUADS: tl.constexpr,
+    PRECISION: tl.constexpr,
     MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dQ's share from one tile of keys, from `begin`."""
@@ -70,11 +74,14 @@ def _add_dq(
 
 @triton.jit
 def _attention_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, start_ptr, seed_ptr, lse2_ptr, delta_ptr, first_ptr, last_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, start_ptr, seed_ptr, lse2_ptr, delta_ptr, first_ptr, last_ptr,
+    dq_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    stride_ob, stride_oh, stride_ot, stride_dob, stride_doh, stride_dot, stride_dqb, stride_dqh, stride_dqt, stride_sb, stride_st,
+    stride_ob, stride_oh, stride_ot, stride_dob, stride_doh, stride_dot, stride_dqb, stride_dqh, stride_dqt,
+    stride_sb, stride_st,
     H, Tq, Tk, scale, scale2, threshold, keep_scale,
-    GROUPS: tl.constexpr, D: tl.constexpr, HAS_START: tl.constexpr, HAS_DROPOUT: tl.constexpr, QUADS: tl.constexpr,
+    GROUPS: tl.constexpr, D: tl.constexpr, HAS_START: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    QUADS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     num_m = tl.cdiv(Tq, BLOCK_M)
@@ -92,8 +99,10 @@ def _attention_bwd_dq_kernel(
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
     do, delta = _row_statistics(
-        out_ptr + pid_b * stride_ob + pid_h * stride_oh, do_ptr + pid_b * stride_dob + pid_h * stride_doh, delta_ptr,
-        start, first_ptr, last_ptr, pid_m, pid_h, pid_bh, num_m, pid_b, offs_m, stride_ot, stride_dot, Tq, D, HAS_START, BLOCK_D,
+        out_ptr + pid_b * stride_ob + pid_h * stride_oh, do_ptr + pid_b * stride_dob + pid_h * stride_doh,
+        delta_ptr,
+        start, first_ptr, last_ptr, pid_m, pid_h, pid_bh, num_m, pid_b, offs_m, stride_ot, stride_dot, Tq,
+        D, HAS_START, BLOCK_D,
     )  # fmt: skip
     q = load_rows(q_ptr + pid_b * stride_qb + pid_h * stride_qh, offs_m, stride_qt, Tq, D, BLOCK_D, True)
     lse2 = tl.load(lse2_ptr + pid_bh * Tq + offs_m, mask=offs_m < Tq, other=float("inf"))
@@ -103,15 +112,19 @@ def _attention_bwd_dq_kernel(
     for begin in tl.range(full_lo, full_hi, BLOCK_N):
         dq = _add_dq(
             dq, q, do, lse2, delta, k_ptr, v_ptr, start, seed, pid_bh, offs_m, begin, stride_kt, stride_vt,
-            Tq, Tk, scale2, threshold, keep_scale, D, HAS_START, HAS_DROPOUT, QUADS, PRECISION, False, BLOCK_N, BLOCK_D,
+            Tq, Tk, scale2, threshold, keep_scale, D, HAS_START, HAS_DROPOUT, QUADS, PRECISION, False,
+            BLOCK_N, BLOCK_D,
         )  # fmt: skip
     for i in tl.range(0, masked_tiles(lo, full_lo, full_hi, hi, BLOCK_N)):
         begin = masked_tile(i, lo, full_lo, full_hi, BLOCK_N)
         dq = _add_dq(
             dq, q, do, lse2, delta, k_ptr, v_ptr, start, seed, pid_bh, offs_m, begin, stride_kt, stride_vt,
-            Tq, Tk, scale2, threshold, keep_scale, D, HAS_START, HAS_DROPOUT, QUADS, PRECISION, True, BLOCK_N, BLOCK_D,
+            Tq, Tk, scale2, threshold, keep_scale, D, HAS_START, HAS_DROPOUT, QUADS, PRECISION, True,
+            BLOCK_N, BLOCK_D,
         )  # fmt: skip
-    store_rows(dq_ptr + pid_b * stride_dqb + pid_h * stride_dqh, dq * scale, offs_m, stride_dqt, Tq, D, BLOCK_D)
+    store_rows(
+        dq_ptr + pid_b * stride_dqb + pid_h * stride_dqh, dq * scale, offs_m, stride_dqt, Tq, D, BLOCK_D
+    )
 
 
 @triton.jit
@@ -130,12 +143,18 @@ def _attention_bwd_delta_kernel(
     if HAS_START:
         start = load_start(start_ptr + pid_b * stride_sb, offs_m, stride_st, Tq, Tk)
     _row_statistics(
-        out_ptr + pid_b * stride_ob + pid_h * stride_oh, do_ptr + pid_b * stride_dob + pid_h * stride_doh, delta_ptr,
-        start, first_ptr, last_ptr, pid_m, pid_h, pid_bh, num_m, pid_b, offs_m, stride_ot, stride_dot, Tq, D, HAS_START, BLOCK_D,
+        out_ptr + pid_b * stride_ob + pid_h * stride_oh, do_ptr + pid_b * stride_dob + pid_h * stride_doh,
+        delta_ptr,
+        start, first_ptr, last_ptr, pid_m, pid_h, pid_bh, num_m, pid_b, offs_m, stride_ot, stride_dot, Tq,
+        D, HAS_START, BLOCK_D,
     )  # fmt: skip
     if sum_ptr is not None:
         sums = sum_ptr + pid_bh * Tq * D + offs_d[:, None].to(tl.int64) * Tq + offs_m[None, :]
-        tl.store(sums, tl.zeros([BLOCK_D, BLOCK_M], tl.float32), mask=(offs_d < D)[:, None] & (offs_m < Tq)[None, :])
+        tl.store(
+            sums,
+            tl.zeros([BLOCK_D, BLOCK_M], tl.float32),
+            mask=(offs_d < D)[:, None] & (offs_m < Tq)[None, :],
+        )
 
 
 @triton.jit
@@ -166,7 +185,8 @@ def _query_range(
     full_lo = tl.cdiv(tl.maximum(key + BLOCK_N - 1 - (Tk - Tq), 0), BLOCK_M) * BLOCK_M
     full_hi = Tq // BLOCK_M * BLOCK_M
     if HAS_START:
-        # By tiles of ROWS queries: none after `hi` starts early enough, none before `full_hi` starts too late.
+        # By tiles of ROWS queries: none after `hi` starts early enough, none before `full_hi` starts too
+        # late.
         hi = 0
         for begin in tl.range(0, num_rows, 256):
             offs = begin + tl.arange(0, 256)
@@ -186,8 +206,10 @@ def _query_range(
 def _add_dkdv(
     dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, start_ptr, sum_ptr, seed, pid_bh, key, begin,
     stride_qt, stride_dot, stride_st, Tq, Tk, scale2, threshold, keep_scale,
-    D: tl.constexpr, HAS_START: tl.constexpr, HAS_DROPOUT: tl.constexpr, QUADS: tl.constexpr, PRECISION: tl.constexpr,
-    MASKED: tl.constexpr, ADD_DQ: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    D: tl.constexpr, HAS_START: tl.constexpr, HAS_DROPOUT: tl.constexpr, QUADS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, ADD_DQ: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dK's and dV's share, for the keys from `key`, of one tile of queries, from `begin`.
 
@@ -230,12 +252,15 @@ def _add_dkdv(
 
 @triton.jit
 def _attention_bwd_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, start_ptr, seed_ptr, lse2_ptr, delta_ptr, first_ptr, last_ptr, dk_ptr, dv_ptr, sum_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, start_ptr, seed_ptr, lse2_ptr, delta_ptr, first_ptr, last_ptr, dk_ptr,
+    dv_ptr, sum_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    stride_dob, stride_doh, stride_dot, stride_dkb, stride_dkh, stride_dkt, stride_dvb, stride_dvh, stride_dvt,
+    stride_dob, stride_doh, stride_dot, stride_dkb, stride_dkh, stride_dkt, stride_dvb, stride_dvh,
+    stride_dvt,
     stride_sb, stride_st,
     H, Tq, Tk, scale, scale2, threshold, keep_scale,
-    GROUPS: tl.constexpr, D: tl.constexpr, HAS_START: tl.constexpr, HAS_DROPOUT: tl.constexpr, QUADS: tl.constexpr,
+    GROUPS: tl.constexpr, D: tl.constexpr, HAS_START: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    QUADS: tl.constexpr,
     PRECISION: tl.constexpr, ADD_DQ: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -256,7 +281,9 @@ def _attention_bwd_dkdv_kernel(
         last_ptr += pid_b * num_rows
     if HAS_DROPOUT:
         seed = tl.load(seed_ptr)
-    lo, full_lo, full_hi, hi = _query_range(key, first_ptr, last_ptr, num_rows, Tq, Tk, HAS_START, BLOCK_M, BLOCK_N, ROWS)
+    lo, full_lo, full_hi, hi = _query_range(
+        key, first_ptr, last_ptr, num_rows, Tq, Tk, HAS_START, BLOCK_M, BLOCK_N, ROWS
+    )
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -271,18 +298,22 @@ def _attention_bwd_dkdv_kernel(
             sum_head = sum_ptr + pid_bh * Tq * D
         for begin in tl.range(full_lo, full_hi, BLOCK_M):
             dk, dv = _add_dkdv(
-                dk, dv, k, v, q_head, do_head, lse2_head, delta_head, start_ptr, sum_head, seed, pid_bh, key, begin,
+                dk, dv, k, v, q_head, do_head, lse2_head, delta_head, start_ptr, sum_head, seed, pid_bh,
+                key, begin,
                 stride_qt, stride_dot, stride_st, Tq, Tk, scale2, threshold, keep_scale,
                 D, HAS_START, HAS_DROPOUT, QUADS, PRECISION, False, ADD_DQ, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
         for i in tl.range(0, masked_tiles(lo, full_lo, full_hi, hi, BLOCK_M)):
             begin = masked_tile(i, lo, full_lo, full_hi, BLOCK_M)
             dk, dv = _add_dkdv(
-                dk, dv, k, v, q_head, do_head, lse2_head, delta_head, start_ptr, sum_head, seed, pid_bh, key, begin,
+                dk, dv, k, v, q_head, do_head, lse2_head, delta_head, start_ptr, sum_head, seed, pid_bh,
+                key, begin,
                 stride_qt, stride_dot, stride_st, Tq, Tk, scale2, threshold, keep_scale,
                 D, HAS_START, HAS_DROPOUT, QUADS, PRECISION, True, ADD_DQ, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
-    store_rows(dk_ptr + pid_b * stride_dkb + pid_k * stride_dkh, dk * scale, offs_n, stride_dkt, Tk, D, BLOCK_D)
+    store_rows(
+        dk_ptr + pid_b * stride_dkb + pid_k * stride_dkh, dk * scale, offs_n, stride_dkt, Tk, D, BLOCK_D
+    )
     store_rows(dv_ptr + pid_b * stride_dvb + pid_k * stride_dvh, dv, offs_n, stride_dvt, Tk, D, BLOCK_D)
 
 
@@ -302,7 +333,8 @@ def launch_backward(
     dropout_p: float,
     tiles: AttentionTiles,
 ) -> list[Launch]:
-    """The launches, in order, that fill dq, or dk and dv, or all three. `grad` has a contiguous last dimension."""
+    """The launches, in order, that fill dq, or dk and dv, or all three. `grad` has a contiguous last
+    dimension."""
     b, h, tq, d = q.shape
     five = tiles.five if dq is not None and dk is not None else None
     dq_alone = dq is not None and five is None

@@ -19,7 +19,8 @@ _VARIANTS: tuple[dict[str, Any], ...] = ({}, {"key_start": True}, {"dropout_p": 
 
 
 def causal_builds(architecture: int) -> Iterator[Build]:
-    """Forward and backward at every head dimension and dtype; key_start, dropout and grouped heads where it is gated."""
+    """Forward and backward at every head dimension and dtype; key_start, dropout and grouped heads where it
+    is gated."""
     for dtype in FLOAT_DTYPES:
         for d in _SIZES:
             for variant in _VARIANTS if d in _GATED else _VARIANTS[:1]:
@@ -27,7 +28,13 @@ def causal_builds(architecture: int) -> Iterator[Build]:
 
 
 def _causal(
-    architecture: int, dtype: torch.dtype, d: int, *, key_start: bool = False, dropout_p: float = 0.0, hkv: int = 4
+    architecture: int,
+    dtype: torch.dtype,
+    d: int,
+    *,
+    key_start: bool = False,
+    dropout_p: float = 0.0,
+    hkv: int = 4,
 ) -> Iterator[Build]:
     b, h, t = 2, 4, 1024
     options = {"start": key_start, "dropout": dropout_p > 0, "grouped": hkv < h}
@@ -41,7 +48,9 @@ def _causal(
     gated = dtype != torch.float32 and d in _GATED and architecture in (80, 90)
 
     tiles = tuning.attention_tiles(architecture, dtype.itemsize, d, dropout=dropout_p > 0, grouped=hkv < h)
-    yield launch_forward(q, k, v, start, seed, out, lse2, 0.125, dropout_p, tiles.forward).build(label, gated=gated)
+    yield launch_forward(q, k, v, start, seed, out, lse2, 0.125, dropout_p, tiles.forward).build(
+        label, gated=gated
+    )
     inputs = (grad, q, k, v, out, lse2, start, seed)
     for launch in launch_backward(*inputs, dq, dk, dv, 0.125, dropout_p, tiles._replace(five=None)):
         yield launch.build(label, gated=gated)

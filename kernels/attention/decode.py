@@ -1,4 +1,5 @@
-"""Decoding: few queries against a long cache. The keys are split over programs, a second kernel joins the parts."""
+"""Decoding: few queries against a long cache. The keys are split over programs, a second kernel joins the
+parts."""
 
 from __future__ import annotations
 
@@ -16,9 +17,11 @@ from kernels.tuning import Tile
 @triton.jit
 def _attention_decode_kernel(
     q_ptr, k_ptr, v_ptr, len_ptr, start_ptr, part_ptr, lse2_ptr,
-    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt, stride_lb, stride_sb,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_lb, stride_sb,
     H, Tq, Tmax, scale2,
-    SPLITS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, HAS_START: tl.constexpr, PRECISION: tl.constexpr,
+    SPLITS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr, HAS_START: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One part of the keys for a tile of the (GROUPS * Tq) queries that read the same key head."""
@@ -90,7 +93,9 @@ def _attention_join_kernel(
         row_max = tl.maximum(row_max, tl.load(lse2_ptr + row * SPLITS + split))
     for split in tl.range(SPLITS):
         part = tl.load(part_ptr + (row * SPLITS + split) * D + offs_d, mask=mask, other=0.0)
-        weight = tl.exp2(tl.load(lse2_ptr + row * SPLITS + split) - tl.where(row_max == float("-inf"), 0.0, row_max))
+        weight = tl.exp2(
+            tl.load(lse2_ptr + row * SPLITS + split) - tl.where(row_max == float("-inf"), 0.0, row_max)
+        )
         acc += part * weight
         total += weight
     out = acc / tl.where(total == 0, 1.0, total)

@@ -45,7 +45,8 @@ def load_start(start_ptr, rows, stride, Tq, Tk):
 
 @triton.jit
 def key_range(pid_m, start, Tq, Tk, HAS_START: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """[lo, hi) holds the keys of a tile of queries; every query sees all of [full_lo, full_hi). All but hi in whole tiles."""
+    """[lo, hi) holds the keys of a tile of queries; every query sees all of [full_lo, full_hi). All but hi in
+    whole tiles."""
     first = Tk - Tq + pid_m * BLOCK_M  # the position of the tile's first query
     hi = tl.minimum(first + BLOCK_M, Tk)
     full_hi = (first + 1) // BLOCK_N * BLOCK_N
@@ -94,7 +95,8 @@ def keep_tile(seed, rows, begin, Tk, threshold, QUADS: tl.constexpr, BLOCK_N: tl
 def _attend(
     acc, row_sum, row_max, q, k_ptr, v_ptr, start, seed, pid_bh, offs_m, begin, stride_kt, stride_vt,
     Tq, Tk, scale2, threshold,
-    D: tl.constexpr, HAS_START: tl.constexpr, HAS_DROPOUT: tl.constexpr, QUADS: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, HAS_START: tl.constexpr, HAS_DROPOUT: tl.constexpr, QUADS: tl.constexpr,
+    PRECISION: tl.constexpr,
     MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys, from `begin`, into the running softmax."""
@@ -126,7 +128,8 @@ def _attention_fwd_kernel(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     stride_ob, stride_oh, stride_ot, stride_sb, stride_st,
     H, Tq, Tk, scale2, threshold, keep_scale,
-    GROUPS: tl.constexpr, D: tl.constexpr, HAS_START: tl.constexpr, HAS_DROPOUT: tl.constexpr, QUADS: tl.constexpr,
+    GROUPS: tl.constexpr, D: tl.constexpr, HAS_START: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    QUADS: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     num_m = tl.cdiv(Tq, BLOCK_M)
@@ -181,7 +184,8 @@ def launch_forward(
     dropout_p: float,
     tile: Tile,
 ) -> Launch:
-    """The forward pass of (B, H, Tq, D) queries into `out`, with log2-sum-exp2 of the scaled logits in `lse2` (B, H, Tq)."""
+    """The forward pass of (B, H, Tq, D) queries into `out`, with log2-sum-exp2 of the scaled logits in `lse2`
+    (B, H, Tq)."""
     b, h, tq, _ = q.shape
     arguments = {
         "q_ptr": q,

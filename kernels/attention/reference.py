@@ -31,7 +31,9 @@ def causal_attention(
         return _attention_with_mask(q, k, v, allowed, empty, scale, dropout_p, seed)
     if key_start is None and (tq == tk or tq == 1):
         is_causal = tq > 1
-        return F.scaled_dot_product_attention(q, k, v, None, dropout_p, is_causal, scale=scale, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(
+            q, k, v, None, dropout_p, is_causal, scale=scale, enable_gqa=grouped
+        )
     allowed, empty = _mask(tq, tk, key_start, q.device)
     # A row without keys would be NaN in some of torch's kernels: let it see everything, then zero it.
     out = F.scaled_dot_product_attention(q, k, v, allowed | empty, dropout_p, scale=scale, enable_gqa=grouped)
@@ -39,14 +41,18 @@ def causal_attention(
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """`x`, or on a GPU a copy of it where a row does not begin at 16 bytes: torch's fused kernels load so many at once."""
+    """`x`, or on a GPU a copy of it where a row does not begin at 16 bytes: torch's fused kernels load so
+    many at once."""
     if x.device.type != "cuda" or all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1]):
         return x
     return x.contiguous()
 
 
-def _mask(tq: int, tk: int, key_start: torch.Tensor | None, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B or 1, 1, Tq, Tk), True where a query may look; (B or 1, 1, Tq, 1), True where it may look nowhere."""
+def _mask(
+    tq: int, tk: int, key_start: torch.Tensor | None, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B or 1, 1, Tq, Tk), True where a query may look; (B or 1, 1, Tq, 1), True where it may look
+    nowhere."""
     keys = torch.arange(tk, device=device)
     position = torch.arange(tk - tq, tk, device=device)
     allowed = (keys <= position[:, None])[None]  # (1, Tq, Tk)
@@ -92,7 +98,9 @@ def decode_attention(
     q, k_cache, v_cache = (_aligned(x) for x in (q, k_cache, v_cache))
     tq, tmax = q.shape[2], k_cache.shape[2]
     grouped = q.shape[1] != k_cache.shape[1]
-    if q.device.type == "cpu" and q.shape[0] > 0 and not torch.compiler.is_compiling():  # a CPU may look at the lengths
+    if (
+        q.device.type == "cpu" and q.shape[0] > 0 and not torch.compiler.is_compiling()
+    ):  # a CPU may look at the lengths
         shortest, longest = (int(n) for n in cache_len.aminmax())
         tmax = min(max(longest, tq), tmax)
         k_cache, v_cache = k_cache[:, :, :tmax], v_cache[:, :, :tmax]
@@ -105,5 +113,7 @@ def decode_attention(
         allowed = allowed & (keys >= key_start[:, None, None])
     allowed = allowed[:, None]
     empty = ~allowed.any(-1, keepdim=True)
-    out = F.scaled_dot_product_attention(q, k_cache, v_cache, allowed | empty, scale=scale, enable_gqa=grouped)
+    out = F.scaled_dot_product_attention(
+        q, k_cache, v_cache, allowed | empty, scale=scale, enable_gqa=grouped
+    )
     return out.masked_fill(empty, 0)

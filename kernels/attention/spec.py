@@ -10,7 +10,16 @@ import torch
 import torch.nn.functional as F
 
 from kernels.attention import causal_attention, decode_attention, reference
-from kernels.spec import Build, Case, ChoiceArgument, NumberArgument, OpSpec, SeedArgument, TensorArgument, randn
+from kernels.spec import (
+    Build,
+    Case,
+    ChoiceArgument,
+    NumberArgument,
+    OpSpec,
+    SeedArgument,
+    TensorArgument,
+    randn,
+)
 
 
 def _heads(case: Case) -> int:
@@ -18,7 +27,8 @@ def _heads(case: Case) -> int:
 
 
 def _key_start(case: Case, device: torch.device) -> torch.Tensor | None:
-    """The `key_start` option: "padding" (B,), "documents" or "window" (B, Tq), "empty" with rows that see nothing."""
+    """The `key_start` option: "padding" (B,), "documents" or "window" (B, Tq), "empty" with rows that see
+    nothing."""
     kind = case.options.get("key_start")
     if kind is None:
         return None
@@ -37,20 +47,30 @@ def _key_start(case: Case, device: torch.device) -> torch.Tensor | None:
     return starts.to(torch.int32).expand(b, tq).contiguous()
 
 
-def _causal_inputs(case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> dict[str, Any]:
+def _causal_inputs(
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> dict[str, Any]:
     b, h, tq, tk, d = (case[n] for n in ("B", "H", "Tq", "Tk", "D"))
-    if case.options.get("layout") == "qkv":  # views of one fused projection (B, T, 3, H, D), as the model hands them over
+    if (
+        case.options.get("layout") == "qkv"
+    ):  # views of one fused projection (B, T, 3, H, D), as the model hands them over
         q, k, v = randn((b, tq, 3, h, d), dtype, device, generator).permute(2, 0, 3, 1, 4)
     else:
         shapes = (b, h, tq, d), (b, _heads(case), tk, d), (b, _heads(case), tk, d)
         q, k, v = (randn(shape, dtype, device, generator) for shape in shapes)
-    if case.options.get("layout") == "padded":  # odd strides, and data behind every row that no kernel may read
+    if (
+        case.options.get("layout") == "padded"
+    ):  # odd strides, and data behind every row that no kernel may read
         q, k, v = (F.pad(x, (0, 3), value=math.nan)[..., :-3] for x in (q, k, v))
-    options = {n: case.options[n] for n in ("scale", "dropout_p", "seed", "deterministic") if n in case.options}
+    options = {
+        n: case.options[n] for n in ("scale", "dropout_p", "seed", "deterministic") if n in case.options
+    }
     return {"q": q, "k": k, "v": v, "key_start": _key_start(case, device), **options}
 
 
-def _decode_inputs(case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> dict[str, Any]:
+def _decode_inputs(
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> dict[str, Any]:
     b, h, tq, tmax, d = (case[n] for n in ("B", "H", "Tq", "Tmax", "D"))
     shortest = 0 if case.options.get("cache_len") == "short" else tq  # 0: queries without keys
     lengths = torch.linspace(tmax, shortest, b, device=device).to(torch.int32)
@@ -85,7 +105,11 @@ def _decode_flops(case: Case, direction: str) -> int:
 
 def _decode_bytes(case: Case, dtype: torch.dtype, direction: str) -> int:
     cache = 2 * case["B"] * _heads(case) * case["Tmax"] * case["D"]
-    return (cache + 2 * case["B"] * case["H"] * case["Tq"] * case["D"]) * dtype.itemsize if direction == "forward" else 0
+    return (
+        (cache + 2 * case["B"] * case["H"] * case["Tq"] * case["D"]) * dtype.itemsize
+        if direction == "forward"
+        else 0
+    )
 
 
 def _causal_builds(architecture: int) -> Iterable[Build]:
@@ -111,21 +135,38 @@ _KEY_STARTS = ("padding", "documents", "window", "empty")
 _LENGTHS = (1, 2, 17, 63, 64, 65, 127, 128, 129, 257)
 _HEAD_DIMENSIONS = (8, 16, 32, 40, 64, 72, 80, 96, 128, 256)
 _EDGES = (
-    *(_causal_case(1, 1, t, d, "edge") for t, d in zip(_LENGTHS, (256, 72, 128, 8, 64, 96, 40, 80, 32, 16), strict=True)),
+    *(
+        _causal_case(1, 1, t, d, "edge")
+        for t, d in zip(_LENGTHS, (256, 72, 128, 8, 64, 96, 40, 80, 32, 16), strict=True)
+    ),
     _causal_case(1, 1, 1, 16, "edge", tk=129),
-    *(_causal_case(1, 1, 33, 16, "edge", tk=33 + more) for more in (1, 14)),  # the diagonal just inside, just outside a tile
+    *(
+        _causal_case(1, 1, 33, 16, "edge", tk=33 + more) for more in (1, 14)
+    ),  # the diagonal just inside, just outside a tile
     _causal_case(1, 2, 17, 24, "edge", tk=63, key_start="empty"),
     _causal_case(2, 2, 70, 24, "edge", hkv=1, key_start="padding", layout="padded"),
     _causal_case(1, 2, 35, 16, "edge", tk=70, dropout_p=0.5, seed=-1, key_start="window"),
     _causal_case(2, 2, 40, 16, "edge", hkv=1, tk=44, dropout_p=0.1, seed=2**40),
-    _causal_case(2, 4, 33, 16, "edge", scale=8.0),  # heads enough that the reference's own worst error is no accident
+    _causal_case(
+        2, 4, 33, 16, "edge", scale=8.0
+    ),  # heads enough that the reference's own worst error is no accident
     _causal_case(1, 1, 65, 16, "edge", deterministic=True),
 )
 _LONG_GRID = (
     *(_causal_case(1, 1, t, d, "slow") for t in _LENGTHS for d in _HEAD_DIMENSIONS),
-    *(_causal_case(2, 2, t, 16, "slow", tk=t + 33, hkv=1, key_start=kind) for t in _LENGTHS for kind in _KEY_STARTS),
-    # Not with a single key: dQ and dK are then zero but for the rounding of the output, from which backward starts.
-    *(_causal_case(1, 2, t, 24, "slow", tk=t + more, dropout_p=0.2, seed=t) for t in _LENGTHS for more in (0, 3) if t + more > 1),
+    *(
+        _causal_case(2, 2, t, 16, "slow", tk=t + 33, hkv=1, key_start=kind)
+        for t in _LENGTHS
+        for kind in _KEY_STARTS
+    ),
+    # Not with a single key: dQ and dK are then zero but for the rounding of the output, from which backward
+    # starts.
+    *(
+        _causal_case(1, 2, t, 24, "slow", tk=t + more, dropout_p=0.2, seed=t)
+        for t in _LENGTHS
+        for more in (0, 3)
+        if t + more > 1
+    ),
     *(_causal_case(2, 2, t, 40, "slow", layout=layout) for t in _LENGTHS for layout in ("qkv", "padded")),
 )
 _FULL_SIZE = (
@@ -166,7 +207,11 @@ CAUSAL = OpSpec(
         *_LONG_GRID,
         *_FULL_SIZE,
         _causal_case(64, 12, 1024, 64, "bench"),
-        *(_causal_case(max(1, 16384 // t), 16, t, d, "bench") for t in (1024, 2048, 4096, 512, 8192, 16384) for d in (64, 128)),
+        *(
+            _causal_case(max(1, 16384 // t), 16, t, d, "bench")
+            for t in (1024, 2048, 4096, 512, 8192, 16384)
+            for d in (64, 128)
+        ),
     ),
     flops=_causal_flops,
     builds=_causal_builds,
@@ -191,22 +236,37 @@ DECODE = OpSpec(
     cases=(
         Case({"B": 3, "H": 2, "Tq": 1, "Tmax": 70, "D": 16}),
         Case({"B": 2, "H": 4, "Hkv": 2, "Tq": 3, "Tmax": 33, "D": 32}, {"key_start": "padding"}),
-        Case({"B": 3, "H": 4, "Hkv": 1, "Tq": 5, "Tmax": 129, "D": 72}, {"key_start": "padding"}, frozenset({"edge"})),
+        Case(
+            {"B": 3, "H": 4, "Hkv": 1, "Tq": 5, "Tmax": 129, "D": 72},
+            {"key_start": "padding"},
+            frozenset({"edge"}),
+        ),
         Case({"B": 2, "H": 1, "Tq": 17, "Tmax": 64, "D": 8}, {"cache_len": "short"}, frozenset({"edge"})),
         Case({"B": 1, "H": 2, "Tq": 1, "Tmax": 1, "D": 256}, {}, frozenset({"edge"})),
         *(
-            Case({"B": 2, "H": 6, "Hkv": hkv, "Tq": tq, "Tmax": 257, "D": d}, {"key_start": "padding"}, frozenset({"slow"}))
+            Case(
+                {"B": 2, "H": 6, "Hkv": hkv, "Tq": tq, "Tmax": 257, "D": d},
+                {"key_start": "padding"},
+                frozenset({"slow"}),
+            )
             for hkv in (1, 3, 6)
             for tq in (1, 4, 17)
             for d in (8, 40, 64, 96, 256)
         ),
         *(
-            Case({"B": 4, "H": 8, "Hkv": hkv, "Tq": tq, "Tmax": 4096, "D": d}, {"key_start": "padding"}, frozenset({"gpu"}))
+            Case(
+                {"B": 4, "H": 8, "Hkv": hkv, "Tq": tq, "Tmax": 4096, "D": d},
+                {"key_start": "padding"},
+                frozenset({"gpu"}),
+            )
             for hkv in (1, 8)
             for tq in (1, 5)
             for d in (64, 128)
         ),
-        *(Case({"B": b, "H": 12, "Tq": 1, "Tmax": 1024, "D": 64}, {}, frozenset({"bench"})) for b in (1, 8, 64)),
+        *(
+            Case({"B": b, "H": 12, "Tq": 1, "Tmax": 1024, "D": 64}, {}, frozenset({"bench"}))
+            for b in (1, 8, 64)
+        ),
     ),
     flops=_decode_flops,
     builds=_decode_builds,

@@ -29,7 +29,8 @@ def gelu_ffn(
         b_up: (I,) or None.
         w_down: (Cout, I).
         b_down: (Cout,) or None.
-        approximate: "tanh": gelu(h) = h/2 (1 + tanh(sqrt(2/π) (h + 0.044715 h³))); "none": gelu(h) = h/2 (1 + erf(h/√2)).
+        approximate: "tanh": gelu(h) = h/2 (1 + tanh(sqrt(2/π) (h + 0.044715 h³))); "none": gelu(h) = h/2 (1 +
+            erf(h/√2)).
 
     Returns:
         (..., Cout) in x's dtype (the autocast dtype under autocast).
@@ -40,8 +41,8 @@ def gelu_ffn(
         RuntimeError: ``use_backend("triton")`` cannot be honoured.
 
     Numerics:
-        Products accumulate in float32; bias and GELU are float32. Saved for backward: the weights, x and the product x w_upᵀ;
-        GELU is computed again. The same bits every time.
+        Products accumulate in float32; bias and GELU are float32. Saved for backward: the weights, x and the
+        product x w_upᵀ; GELU is computed again. The same bits every time.
 
     Backend:
         The reference runs for float64, and wherever `kernels.explain` says that Triton cannot run.

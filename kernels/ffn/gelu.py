@@ -70,9 +70,17 @@ def launch_forward(h: Tensor, bias: Tensor | None, a: Tensor, tanh: bool) -> Lau
 
 
 def launch_backward(
-    da: Tensor, h: Tensor, bias: Tensor | None, dh: Tensor, a: Tensor | None, dbias: Tensor | None, tanh: bool, programs: int
+    da: Tensor,
+    h: Tensor,
+    bias: Tensor | None,
+    dh: Tensor,
+    a: Tensor | None,
+    dbias: Tensor | None,
+    tanh: bool,
+    programs: int,
 ) -> Launch:
-    """dh = da gelu'(h + bias), which may be da, and a = gelu(h + bias), all (N, F); float32 partial sums of dh (programs, F)."""
+    """dh = da gelu'(h + bias), which may be da, and a = gelu(h + bias), all (N, F); float32 partial sums of
+    dh (programs, F)."""
     n, f = h.shape
     tile = gelu_tile(f)
     arguments = {

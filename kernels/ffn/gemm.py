@@ -49,7 +49,9 @@ def _gelu_gemm_kernel(
     tl.store(a_ptr + offs, gelu(h, TANH).to(a_ptr.dtype.element_ty), mask=mask)
 
 
-def launch_gelu_gemm(x: Tensor, w: Tensor, bias: Tensor | None, h: Tensor, a: Tensor, tanh: bool, tile: Tile) -> Launch:
+def launch_gelu_gemm(
+    x: Tensor, w: Tensor, bias: Tensor | None, h: Tensor, a: Tensor, tanh: bool, tile: Tile
+) -> Launch:
     """h = x wᵀ and a = gelu(h + bias), both contiguous (M, N), of x (M, K) and w (N, K) with any strides."""
     (m, k), n = x.shape, w.shape[0]
     arguments = {

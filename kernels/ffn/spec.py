@@ -16,7 +16,9 @@ def _case(n: int, c: int, i: int, *tags: str, **options: Any) -> Case:
     return Case({"N": n, "C": c, "I": i}, options, frozenset(tags or ("small",)))
 
 
-def _inputs(case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> dict[str, Any]:
+def _inputs(
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> dict[str, Any]:
     n, c, i = case["N"], case["C"], case["I"]
     bias = case.options.get("bias", True)
     return {

@@ -15,7 +15,9 @@ from kernels.tuning import architecture, gelu_gemm_tile, gelu_programs
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def gelu_ffn(x: Tensor, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, b_down: Tensor | None, approximate: str) -> Tensor:
+def gelu_ffn(
+    x: Tensor, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, b_down: Tensor | None, approximate: str
+) -> Tensor:
     """`kernels.gelu_ffn` for arguments that were checked."""
     tensors = x, w_up, b_up, w_down, b_down
     save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
@@ -28,9 +30,16 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _forward(
-    x: Tensor, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, b_down: Tensor | None, tanh: bool, save: bool
+    x: Tensor,
+    w_up: Tensor,
+    b_up: Tensor | None,
+    w_down: Tensor,
+    b_down: Tensor | None,
+    tanh: bool,
+    save: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y, and h = x w_upᵀ (N, I) for backward; without `save`, GELU overwrites h, and an empty tensor stands for it."""
+    """y, and h = x w_upᵀ (N, I) for backward; without `save`, GELU overwrites h, and an empty tensor stands
+    for it."""
     rows, (i, c) = _rows(x), w_up.shape
     h = x.new_empty(rows.shape[0], i)
     a = torch.empty_like(h) if save else h
@@ -51,16 +60,26 @@ def _forward(
 
 
 def _forward_fake(
-    x: Tensor, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, b_down: Tensor | None, tanh: bool, save: bool
+    x: Tensor,
+    w_up: Tensor,
+    b_up: Tensor | None,
+    w_down: Tensor,
+    b_down: Tensor | None,
+    tanh: bool,
+    save: bool,
 ) -> tuple[Tensor, Tensor]:
     h = x.new_empty(x.numel() // x.shape[-1], w_up.shape[0]) if save else x.new_empty(0)
     return x.new_empty(*x.shape[:-1], w_down.shape[0]), h
 
 
-def _gradient_buffers(dy: Tensor, x: Tensor, h: Tensor, w_up: Tensor, w_down: Tensor, needs: tuple[bool, ...]) -> Gradients:
+def _gradient_buffers(
+    dy: Tensor, x: Tensor, h: Tensor, w_up: Tensor, w_down: Tensor, needs: tuple[bool, ...]
+) -> Gradients:
     """Gradients to fill; an empty tensor stands for each that is not needed."""
     shapes = x.shape, w_up.shape, w_up.shape[:1], w_down.shape, w_down.shape[:1]
-    dx, dw_up, db_up, dw_down, db_down = (x.new_empty(s if need else 0) for s, need in zip(shapes, needs, strict=True))
+    dx, dw_up, db_up, dw_down, db_down = (
+        x.new_empty(s if need else 0) for s, need in zip(shapes, needs, strict=True)
+    )
     return dx, dw_up, db_up, dw_down, db_down
 
 
@@ -101,7 +120,14 @@ def _backward(
 
 
 def _backward_fake(
-    dy: Tensor, x: Tensor, h: Tensor, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, tanh: bool, *needs: bool
+    dy: Tensor,
+    x: Tensor,
+    h: Tensor,
+    w_up: Tensor,
+    b_up: Tensor | None,
+    w_down: Tensor,
+    tanh: bool,
+    *needs: bool,
 ) -> Gradients:
     return _gradient_buffers(dy, x, h, w_up, w_down, needs)
 
@@ -120,7 +146,8 @@ def _differentiate(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
 
 
 register(
-    "gelu_ffn_forward(Tensor x, Tensor w_up, Tensor? b_up, Tensor w_down, Tensor? b_down, bool tanh, bool save)"
+    "gelu_ffn_forward(Tensor x, Tensor w_up, Tensor? b_up, Tensor w_down, Tensor? b_down, bool tanh, bool "
+    "save)"
     " -> (Tensor y, Tensor h)",
     _forward,
     _forward_fake,
@@ -128,7 +155,8 @@ register(
     _save,
 )
 register(
-    "gelu_ffn_backward(Tensor dy, Tensor x, Tensor h, Tensor w_up, Tensor? b_up, Tensor w_down, bool tanh, bool need_dx,"
+    "gelu_ffn_backward(Tensor dy, Tensor x, Tensor h, Tensor w_up, Tensor? b_up, Tensor w_down, bool tanh, "
+    "bool need_dx,"
     " bool need_dw_up, bool need_db_up, bool need_dw_down, bool need_db_down)"
     " -> (Tensor dx, Tensor dw_up, Tensor db_up, Tensor dw_down, Tensor db_down)",
     _backward,

@@ -1,4 +1,5 @@
-"""The kernels in models of Hugging Face `transformers`: attention in any decoder, and GPT-2's norms, feed-forward and loss.
+"""The kernels in models of Hugging Face `transformers`: attention in any decoder, and GPT-2's norms,
+feed-forward and loss.
 
 Importing this module registers "fused_gpt" as an attention implementation::
 
@@ -46,7 +47,8 @@ def attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """`kernels.causal_attention` as transformers calls an attention; sdpa, with a FallbackWarning once, for what it cannot be.
+    """`kernels.causal_attention` as transformers calls an attention; sdpa, with a FallbackWarning once, for
+    what it cannot be.
 
     Args:
         module: The model's attention layer.
@@ -65,13 +67,23 @@ def attention(
     """
     for name in _REFUSED:
         if kwargs.get(name) is not None:
-            raise ValueError(f"{NAME} attention: the model sets {name}, expected attn_implementation='eager' for it")
+            raise ValueError(
+                f"{NAME} attention: the model sets {name}, expected attn_implementation='eager' for it"
+            )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     obstacle = _obstacle(query, key, value, attention_mask, causal, kwargs)
     if obstacle is not None:
         _say(obstacle)
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            **kwargs,
         )
     key_start = None if attention_mask is None else attention_mask[:, 0, :, 0]  # (B, 1) or (B, Tq)
     if key_start is not None and key_start.shape[1] != query.shape[2]:
@@ -102,10 +114,20 @@ def attention_mask(
         **kwargs: As transformers' own mask functions take them.
 
     Returns:
-        None: as transformers' sdpa means it. int32 (B, 1, 1 or Tq, 1): causal from that key on. bool (B, 1, Tq, Tk): anything
-        else, and whatever torch.compile traces.
+        None: as transformers' sdpa means it. int32 (B, 1, 1 or Tq, 1): causal from that key on. bool (B, 1,
+        Tq, Tk): anything else, and whatever torch.compile traces.
     """
-    mask = sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, device=device, **kwargs)
+    mask = sdpa_mask(
+        batch_size,
+        q_length,
+        kv_length,
+        q_offset,
+        kv_offset,
+        mask_function,
+        attention_mask,
+        device=device,
+        **kwargs,
+    )
     if mask is None or torch.compiler.is_compiling():
         return mask
     start = _key_start(mask)
@@ -113,7 +135,8 @@ def attention_mask(
 
 
 def _key_start(mask: Tensor) -> Tensor | None:
-    """int32 (B, 1, 1 or Tq, 1): where each row of a bool mask (B, 1, Tq, Tk) begins, if every row is causal from there on."""
+    """int32 (B, 1, 1 or Tq, 1): where each row of a bool mask (B, 1, Tq, Tk) begins, if every row is causal
+    from there on."""
     Tq, Tk = mask.shape[-2:]
     keys = torch.arange(Tk, device=mask.device)
     position = torch.arange(Tk - Tq, Tk, device=mask.device)[:, None]
@@ -126,7 +149,9 @@ def _key_start(mask: Tensor) -> Tensor | None:
     return start.to(torch.int32)
 
 
-def _obstacle(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, kwargs: dict[str, Any]) -> str | None:
+def _obstacle(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, kwargs: dict[str, Any]
+) -> str | None:
     """Why a call is no causal attention from a first key on, or None."""
     if not causal:
         return "the layer is not causal"
@@ -145,17 +170,22 @@ def _obstacle(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, ca
 def _say(obstacle: str) -> None:
     if obstacle not in _said and not torch.compiler.is_compiling():
         _said.add(obstacle)
-        warnings.warn(f"{NAME} attention: {obstacle}; sdpa runs instead", kernels.FallbackWarning, stacklevel=3)
+        warnings.warn(
+            f"{NAME} attention: {obstacle}; sdpa runs instead", kernels.FallbackWarning, stacklevel=3
+        )
 
 
 class GPT2MLP(modeling_gpt2.GPT2MLP):
-    """dropout(gelu(x c_fc + b) c_proj + b) through `kernels.gelu_ffn`; Conv1D holds its weights transposed."""
+    """dropout(gelu(x c_fc + b) c_proj + b) through `kernels.gelu_ffn`; Conv1D holds its weights
+    transposed."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         up, down = self.c_fc, self.c_proj
         approximate = _APPROXIMATE[type(self.act)]
         return self.dropout(
-            kernels.gelu_ffn(hidden_states, up.weight.T, up.bias, down.weight.T, down.bias, approximate=approximate)
+            kernels.gelu_ffn(
+                hidden_states, up.weight.T, up.bias, down.weight.T, down.bias, approximate=approximate
+            )
         )
 
 
@@ -192,7 +222,12 @@ def _causal_loss(
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     reduction = "mean" if num_items_in_batch is None else "sum"
     loss = kernels.linear_cross_entropy(
-        hidden, head.weight, shift_labels.to(hidden.device), head.bias, ignore_index=ignore_index, reduction=reduction
+        hidden,
+        head.weight,
+        shift_labels.to(hidden.device),
+        head.bias,
+        ignore_index=ignore_index,
+        reduction=reduction,
     )
     return loss if num_items_in_batch is None else loss / num_items_in_batch
 
@@ -203,7 +238,8 @@ _LOSS: dict[type, type] = {modeling_gpt2.GPT2LMHeadModel: GPT2LMHeadModel}
 
 
 def fuse(model: PreTrainedModel, *, norm: bool = True, ffn: bool = True, loss: bool = True) -> int:
-    """Puts `layer_norm`, `gelu_ffn` and `linear_cross_entropy` into a GPT-2; parameters, names and files stay as they are.
+    """Puts `layer_norm`, `gelu_ffn` and `linear_cross_entropy` into a GPT-2; parameters, names and files stay
+    as they are.
 
     Args:
         model: A GPT-2 of transformers, with or without a head.

@@ -25,7 +25,8 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> torch.Tensor:
-    """loss = -(1 - ε) log p_target - ε/V Σ_v log p_v + z lse², with p = softmax(x weightᵀ + bias) and lse = log Σ exp.
+    """loss = -(1 - ε) log p_target - ε/V Σ_v log p_v + z lse², with p = softmax(x weightᵀ + bias) and lse =
+    log Σ exp.
 
     Args:
         x: (..., C), any floating-point dtype.
@@ -42,27 +43,31 @@ def linear_cross_entropy(
 
     Raises:
         TypeError: A tensor of another dtype, or something that is no tensor or number.
-        ValueError: Sizes or devices that do not fit; an unknown reduction; a number outside its range; on a CPU, a target
-            outside [0, V).
+        ValueError: Sizes or devices that do not fit; an unknown reduction; a number outside its range; on a
+            CPU, a target outside [0, V).
         RuntimeError: ``use_backend("triton")`` cannot be honoured.
 
     Numerics:
-        Softmax, loss and the gradients of the logits in float32; the weight's gradient accumulates in float32. At most one chunk
-        of logits is held at a time, and no number is read back from the device. Saved for backward: the reference and "none"
-        keep x, weight and targets, and draw the logits again; else the kernel computes dx and the float32 dweight beside the
-        loss, keeps them, and scales them in backward. The same bits every time.
+        Softmax, loss and the gradients of the logits in float32; the weight's gradient accumulates in
+        float32. At most one chunk of logits is held at a time, and no number is read back from the device.
+        Saved for backward: the reference and "none" keep x, weight and targets, and draw the logits again;
+        else the kernel computes dx and the float32 dweight beside the loss, keeps them, and scales them in
+        backward. The same bits every time.
 
     Backend:
-        The reference runs for float64, and wherever `kernels.explain` says that Triton cannot run. On a GPU nothing can be raised
-        for a target outside [0, V) without waiting for the device: there, its loss is NaN from the kernel.
+        The reference runs for float64, and wherever `kernels.explain` says that Triton cannot run. On a GPU
+        nothing can be raised for a target outside [0, V) without waiting for the device: there, its loss is
+        NaN from the kernel.
 
     Source:
-        Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (2024), section 3, for the problem; Chowdhery et
-        al., PaLM (2022), section 5, for z-loss.
+        Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (2024), section 3, for the
+        problem; Chowdhery et al., PaLM (2022), section 5, for z-loss.
     """
     op = "linear_cross_entropy"
     x, weight, bias = autocast(x, weight, bias)
-    sizes = checks.shapes(op, ("bias",), x=(x, ("...", "C")), weight=(weight, ("V", "C")), bias=(bias, ("V",)))
+    sizes = checks.shapes(
+        op, ("bias",), x=(x, ("...", "C")), weight=(weight, ("V", "C")), bias=(bias, ("V",))
+    )
     checks.same_dtype(op, x=x, weight=weight, bias=bias)
     checks.shapes(op, x=(x, ("...", "C")), targets=(targets, ("...",)))
     checks.dtype(op, "targets", targets, torch.int64)
@@ -77,7 +82,9 @@ def linear_cross_entropy(
     if choice.backend == "triton":
         from kernels.loss import torch_op
 
-        return torch_op.linear_cross_entropy(x, weight, targets, bias, ignore_index, reduction, label_smoothing, z_loss)
+        return torch_op.linear_cross_entropy(
+            x, weight, targets, bias, ignore_index, reduction, label_smoothing, z_loss
+        )
     return reference.linear_cross_entropy(
         x,
         weight,
@@ -94,5 +101,6 @@ def _check_targets(op: str, targets: torch.Tensor, ignore_index: int, vocabulary
     wrong = ((targets < 0) | (targets >= vocabulary)) & (targets != ignore_index)
     if wrong.any():
         raise ValueError(
-            f"{op}: targets has {targets[wrong][0].item()}, expected values in [0, {vocabulary}) or ignore_index={ignore_index}"
+            f"{op}: targets has {targets[wrong][0].item()}, expected values in [0, {vocabulary}) or "
+            f"ignore_index={ignore_index}"
         )

@@ -44,11 +44,16 @@ def linear_cross_entropy(
 def token_losses(
     x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None, options: Options
 ) -> torch.Tensor:
-    """The definition: (N,) losses in float32 (float64 for float64) of x (N, C); 0 where the target is ignored."""
+    """The definition: (N,) losses in float32 (float64 for float64) of x (N, C); 0 where the target is
+    ignored."""
     logits = F.linear(x, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(
-        logits, targets, ignore_index=options.ignore_index, reduction="none", label_smoothing=options.label_smoothing
+        logits,
+        targets,
+        ignore_index=options.ignore_index,
+        reduction="none",
+        label_smoothing=options.label_smoothing,
     )
     if options.z_loss:
         square = torch.logsumexp(logits, -1).square()
@@ -57,7 +62,8 @@ def token_losses(
 
 
 class _Chunked(torch.autograd.Function):
-    """`token_losses` over chunks of rows: backward draws each chunk's logits again instead of holding them all."""
+    """`token_losses` over chunks of rows: backward draws each chunk's logits again instead of holding them
+    all."""
 
     @staticmethod
     def forward(
@@ -72,7 +78,10 @@ class _Chunked(torch.autograd.Function):
         ctx.options = options
         size = _rows_per_chunk(weight)
         return torch.cat(
-            [token_losses(xs, weight, ts, bias, options) for xs, ts in zip(x.split(size), targets.split(size), strict=True)]
+            [
+                token_losses(xs, weight, ts, bias, options)
+                for xs, ts in zip(x.split(size), targets.split(size), strict=True)
+            ]
         )
 
     @staticmethod
@@ -115,7 +124,8 @@ def _dlogits(
     grad: torch.Tensor,
     options: Options,
 ) -> torch.Tensor:
-    """grad ((1 + 2 z lse) softmax(logits) - (1 - ε) onehot - ε / V), 0 for ignored rows; one (rows, V) buffer throughout."""
+    """grad ((1 + 2 z lse) softmax(logits) - (1 - ε) onehot - ε / V), 0 for ignored rows; one (rows, V) buffer
+    throughout."""
     logits = F.linear(x, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     lse = torch.logsumexp(logits, -1, keepdim=True)

@@ -1,4 +1,5 @@
-"""Logits to losses and, in place, to their gradients; and the scaling of finished gradients by a number on the device."""
+"""Logits to losses and, in place, to their gradients; and the scaling of finished gradients by a number on
+the device."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from kernels.tuning import Tile, loss_tile
 
 @triton.jit
 def _load_logits(logits_ptr, bias_ptr, offs_v, counted, V, width):
-    """Logits (BLOCK_M, BLOCK_V), -inf past V. The mask ends at the padded width: at an odd V it would split every access."""
+    """Logits (BLOCK_M, BLOCK_V), -inf past V. The mask ends at the padded width: at an odd V it would split
+    every access."""
     mask = counted[:, None] & (offs_v < width)[None, :]
     logits = tl.load(logits_ptr + offs_v[None, :], mask=mask, other=float("-inf")).to(tl.float32)
     logits = tl.where((offs_v < V)[None, :], logits, float("-inf"))
@@ -34,7 +36,9 @@ def _cross_entropy_kernel(
     counted = mask_m & (target != ignore_index)
     # A target outside [0, V) cannot raise here without a synchronisation: its loss is NaN.
     inside = counted & (target >= 0) & (target < V)
-    target_logit = tl.load(logits_ptr + offs_m * stride_ln + target, mask=inside, other=float("nan")).to(tl.float32)
+    target_logit = tl.load(logits_ptr + offs_m * stride_ln + target, mask=inside, other=float("nan")).to(
+        tl.float32
+    )
     if bias_ptr is not None:
         target_logit += tl.load(bias_ptr + target, mask=inside, other=0.0)
     logits_ptr += offs_m[:, None] * stride_ln
@@ -46,7 +50,9 @@ def _cross_entropy_kernel(
         offs_v = start + tl.arange(0, BLOCK_V)
         logits = _load_logits(logits_ptr, bias_ptr, offs_v, counted, V, stride_ln)
         new_max = tl.maximum(row_max, tl.max(logits, 1))
-        row_sum = row_sum * tl.exp2((row_max - new_max) * LOG2E) + tl.sum(tl.exp2((logits - new_max[:, None]) * LOG2E), 1)
+        row_sum = row_sum * tl.exp2((row_max - new_max) * LOG2E) + tl.sum(
+            tl.exp2((logits - new_max[:, None]) * LOG2E), 1
+        )
         row_max = new_max
         if HAS_SMOOTHING:
             row_total += tl.sum(tl.where(counted[:, None] & (offs_v < V)[None, :], logits, 0.0), 1)
@@ -68,7 +74,9 @@ def _cross_entropy_kernel(
             offs_v = start + tl.arange(0, BLOCK_V)
             logits = _load_logits(logits_ptr, bias_ptr, offs_v, counted, V, stride_ln)
             dlogits = tl.exp2((logits - row_max[:, None]) * LOG2E) * factor[:, None]
-            dlogits -= tl.where(offs_v[None, :] == target[:, None], (grad * (1 - label_smoothing))[:, None], 0.0)
+            dlogits -= tl.where(
+                offs_v[None, :] == target[:, None], (grad * (1 - label_smoothing))[:, None], 0.0
+            )
             if HAS_SMOOTHING:
                 dlogits -= (grad * (label_smoothing / V))[:, None]
             mask = mask_m[:, None] & (offs_v < stride_ln)[None, :]
@@ -86,10 +94,11 @@ def launch_cross_entropy(
     z_loss: float,
     gradient: bool,
 ) -> Launch:
-    """Losses (N,) of logits + bias; with `gradient`, the logits become grad (N,), or one, times their gradients.
+    """Losses (N,) of logits + bias; with `gradient`, the logits become grad (N,), or one, times their
+    gradients.
 
-    The logits are (N, V), the first columns of a contiguous buffer, whose others are overwritten; the float32 bias has an element
-    for each column of the buffer.
+    The logits are (N, V), the first columns of a contiguous buffer, whose others are overwritten; the float32
+    bias has an element for each column of the buffer.
     """
     n, v = logits.shape
     tile = loss_tile(v)
@@ -122,7 +131,8 @@ def _scale_kernel(in_ptr, scale_ptr, out_ptr, N, BLOCK_N: tl.constexpr):
 
 
 def launch_scale(x: Tensor, scale: Tensor, out: Tensor) -> Launch:
-    """out = x * scale, in float32 and rounded once, for contiguous tensors and a float32 scale () on their device."""
+    """out = x * scale, in float32 and rounded once, for contiguous tensors and a float32 scale () on their
+    device."""
     tile = Tile(1, 4096, num_warps=8, num_stages=1)
     arguments = {"in_ptr": x, "scale_ptr": scale, "out_ptr": out, "N": x.numel(), "BLOCK_N": tile.block_n}
     return Launch(_scale_kernel, (cdiv(x.numel(), tile.block_n),), arguments, tile)

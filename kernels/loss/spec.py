@@ -16,7 +16,9 @@ def _case(n: int, c: int, v: int, *tags: str, **options: Any) -> Case:
     return Case({"N": n, "C": c, "V": v}, options, frozenset(tags or ("small",)))
 
 
-def _inputs(case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> dict[str, Any]:
+def _inputs(
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> dict[str, Any]:
     n, c, v = case["N"], case["C"], case["V"]
     targets = torch.randint(v, (n,), generator=generator, device=generator.device).to(device)
     ignored = case.options.get("ignored")
@@ -26,7 +28,10 @@ def _inputs(case: Case, dtype: torch.dtype, device: torch.device, generator: tor
         targets.fill_(-100)
     options = {o: case.options[o] for o in ("reduction", "label_smoothing", "z_loss") if o in case.options}
     peak = case.options.get("peak", 1.0)
-    x, weight = randn((n, c), dtype, device, generator), randn((v, c), dtype, device, generator) * (peak / math.sqrt(c))
+    x, weight = (
+        randn((n, c), dtype, device, generator),
+        randn((v, c), dtype, device, generator) * (peak / math.sqrt(c)),
+    )
     if case.options.get("confident"):  # every target has a probability of about 0.999
         x = 12 * weight[targets]
     return {
@@ -88,7 +93,17 @@ LINEAR_CROSS_ENTROPY = OpSpec(
         _case(5, 16, 130, "edge", bias=True),
         _case(4, 16, 33, "edge", ignored="all", reduction="none"),
         *(
-            _case(67, c, v, "slow", reduction=reduction, bias=bias, label_smoothing=smoothing, z_loss=z, ignored="some")
+            _case(
+                67,
+                c,
+                v,
+                "slow",
+                reduction=reduction,
+                bias=bias,
+                label_smoothing=smoothing,
+                z_loss=z,
+                ignored="some",
+            )
             for c, v in ((17, 2), (64, 65), (255, 1000), (768, 1000), (17, 50257))
             for reduction in ("mean", "sum", "none")
             for bias in (True, False)

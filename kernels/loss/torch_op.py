@@ -1,7 +1,7 @@
 """The room's ops as torch.library sees them, and the loop over chunks of rows that all of them share.
 
-For "mean" and "sum" the gradients are computed beside the losses, while a chunk's logits are there, and backward only scales
-them. For "none" each token has its own factor, so that backward draws the logits again.
+For "mean" and "sum" the gradients are computed beside the losses, while a chunk's logits are there, and
+backward only scales them. For "none" each token has its own factor, so that backward draws the logits again.
 """
 
 from __future__ import annotations
@@ -30,11 +30,21 @@ def linear_cross_entropy(
     """`kernels.linear_cross_entropy` for arguments that were checked."""
     rows, flat = x.reshape(targets.numel(), x.shape[-1]), targets.reshape(-1)
     options = ignore_index, float(label_smoothing), float(z_loss)
-    needs = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
+    needs = torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
     if needs and reduction != "none":
         need_bias = bias is not None and bias.requires_grad
         return torch.ops.fused_gpt.linear_cross_entropy_gradients(
-            rows, weight, flat, bias, *options, reduction == "mean", x.requires_grad, weight.requires_grad, need_bias
+            rows,
+            weight,
+            flat,
+            bias,
+            *options,
+            reduction == "mean",
+            x.requires_grad,
+            weight.requires_grad,
+            need_bias,
         )[0]
     losses = torch.ops.fused_gpt.linear_cross_entropy_losses(rows, weight, flat, bias, *options)
     if reduction == "none":
@@ -60,7 +70,8 @@ def _run_chunks(
     dweight: Tensor | None = None,
     dbias: Tensor | None = None,
 ) -> Tensor:
-    """Losses (N,); fills dx and adds to the float32 dweight and dbias, the gradients of the sum of grad * losses."""
+    """Losses (N,); fills dx and adds to the float32 dweight and dbias, the gradients of the sum of grad *
+    losses."""
     (n, _), v = x.shape, weight.shape[0]
     width = -(-v // 64) * 64  # rows start at aligned addresses, whatever the vocabulary
     size = min(n, loss_chunk_rows(x.device, v))
@@ -192,7 +203,10 @@ def _differentiate_gradients(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor |
     return dx, dweight, None, dbias, *(None,) * 7
 
 
-_INPUTS = "Tensor x, Tensor weight, Tensor targets, Tensor? bias, int ignore_index, float label_smoothing, float z_loss"
+_INPUTS = (
+    "Tensor x, Tensor weight, Tensor targets, Tensor? "
+    "bias, int ignore_index, float label_smoothing, float z_loss"
+)
 _NEEDS = "bool need_dx, bool need_dweight, bool need_dbias"
 _GRADIENTS = "Tensor dx, Tensor dweight, Tensor dbias"
 _refuse = refuse("linear_cross_entropy")
@@ -211,14 +225,16 @@ register(
     _refuse,
 )
 register(
-    f"linear_cross_entropy_gradients({_INPUTS}, bool mean, {_NEEDS}) -> (Tensor loss, Tensor scale, {_GRADIENTS})",
+    f"linear_cross_entropy_gradients({_INPUTS}, bool mean, {_NEEDS}) -> (Tensor loss, Tensor scale, "
+    f"{_GRADIENTS})",
     _gradients,
     _gradients_fake,
     _differentiate_gradients,
     _save_gradients,
 )
 register(
-    f"linear_cross_entropy_scale(Tensor grad, Tensor scale, {_GRADIENTS}, ScalarType dtype) -> ({_GRADIENTS})",
+    f"linear_cross_entropy_scale(Tensor grad, Tensor scale, {_GRADIENTS}, ScalarType dtype) -> "
+    f"({_GRADIENTS})",
     _scale,
     _scale_fake,
     _refuse,

@@ -13,8 +13,11 @@ _LAYER_NORM = Op("layer_norm", room="norm")
 _ADD_LAYER_NORM = Op("add_layer_norm", room="norm")
 
 
-def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, eps: float = 1e-5) -> torch.Tensor:
-    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension, with the biased variance.
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, eps: float = 1e-5
+) -> torch.Tensor:
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension, with the biased
+    variance.
 
     Args:
         x: (..., C), any floating-point dtype.
@@ -31,11 +34,12 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
         RuntimeError: ``use_backend("triton")`` cannot be honoured.
 
     Numerics:
-        Mean, two-pass variance and normalisation in float32; one rounding at the store. Saved for backward: x, weight and 8
-        bytes a row. The gradients are the same bits every time.
+        Mean, two-pass variance and normalisation in float32; one rounding at the store. Saved for backward:
+        x, weight and 8 bytes a row. The gradients are the same bits every time.
 
     Backend:
-        The reference runs for float64, for C > 32,768, and wherever `kernels.explain` says that Triton cannot run.
+        The reference runs for float64, for C > 32,768, and wherever `kernels.explain` says that Triton cannot
+        run.
 
     Source:
         Ba, Kiros, Hinton, "Layer Normalization" (2016), section 3.
@@ -73,17 +77,19 @@ def add_layer_norm(
         bias: (C,) or None.
         eps: Added to the variance, >= 0.
         dropout_p: Probability in [0, 1) of dropping an element of x; the kept ones are scaled by 1 / (1 - p).
-        seed: None draws the mask from torch's generator. An int or a 0-d int64 tensor on x's device makes it the Philox mask of
-            the row-major index in (N, C), the same from kernel and reference.
+        seed: None draws the mask from torch's generator. An int or a 0-d int64 tensor on x's device makes it
+            the Philox mask of the row-major index in (N, C), the same from kernel and reference.
 
     Returns:
-        y (..., C) in x's dtype (the autocast dtype under autocast), and new_residual (..., C) in residual's dtype.
+        y (..., C) in x's dtype (the autocast dtype under autocast), and new_residual (..., C) in residual's
+        dtype.
 
     Raises:
         TypeError, ValueError, RuntimeError: As `layer_norm`; ValueError also for dropout_p outside [0, 1).
 
     Numerics:
-        As `layer_norm`; the norm sees new_residual as it was stored. The mask is drawn again in backward, never stored.
+        As `layer_norm`; the norm sees new_residual as it was stored. The mask is drawn again in backward,
+        never stored.
 
     Backend:
         As `layer_norm`.
@@ -93,7 +99,9 @@ def add_layer_norm(
     """
     op = "add_layer_norm"
     dims = ("...", "C")
-    sizes = checks.shapes(op, ("bias",), x=(x, dims), residual=(residual, dims), weight=(weight, ("C",)), bias=(bias, ("C",)))
+    sizes = checks.shapes(
+        op, ("bias",), x=(x, dims), residual=(residual, dims), weight=(weight, ("C",)), bias=(bias, ("C",))
+    )
     checks.floating(op, x=x, residual=residual, weight=weight, bias=bias)
     checks.number(op, "eps", eps, 0, torch.finfo(torch.float32).max)
     checks.number(op, "dropout_p", dropout_p, 0, 1, open_high=True)

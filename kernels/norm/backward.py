@@ -1,4 +1,5 @@
-"""The backward pass: dx in one pass over the rows, dweight and dbias through partial sums of a fixed number of programs."""
+"""The backward pass: dx in one pass over the rows, dweight and dbias through partial sums of a fixed number
+of programs."""
 
 from __future__ import annotations
 
@@ -35,8 +36,12 @@ def _layer_norm_bwd_kernel(
         for i in tl.static_range(TILES):
             cols = i * BLOCK_C + offs_c
             mask = mask_m[:, None] & (cols < C)[None, :]
-            h = tl.load(h_ptr + offs_m[:, None] * stride_hn + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-            dy = tl.load(dy_ptr + offs_m[:, None] * stride_dyn + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+            h = tl.load(h_ptr + offs_m[:, None] * stride_hn + cols[None, :], mask=mask, other=0.0).to(
+                tl.float32
+            )
+            dy = tl.load(dy_ptr + offs_m[:, None] * stride_dyn + cols[None, :], mask=mask, other=0.0).to(
+                tl.float32
+            )
             weight = load_columns(weight_ptr, offs_m, cols, mask)
             z = (h - mean[:, None]) * rstd[:, None]
             wdy = dy * weight
@@ -57,7 +62,9 @@ def _layer_norm_bwd_kernel(
                 out = offs_m[:, None] * C + cols[None, :]
                 dh = (scaled[i] - total_row - normed[i] * projection_row) * rstd[:, None]
                 if dnew_ptr is not None:
-                    dh += tl.load(dnew_ptr + offs_m[:, None] * stride_dnn + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+                    dh += tl.load(
+                        dnew_ptr + offs_m[:, None] * stride_dnn + cols[None, :], mask=mask, other=0.0
+                    ).to(tl.float32)
                 if dresidual_ptr is not None:
                     tl.store(dresidual_ptr + out, dh.to(dresidual_ptr.dtype.element_ty), mask=mask)
                 if dx_ptr is not None:
@@ -112,7 +119,8 @@ def launch_backward(
     dropout_p: float,
     programs: int,
 ) -> Launch:
-    """dx and dresidual (N, C), and each program's float32 partial sums of dweight and dbias (programs, C), where h was normed."""
+    """dx and dresidual (N, C), and each program's float32 partial sums of dweight and dbias (programs, C),
+    where h was normed."""
     n, c = h.shape
     arguments = {
         "dy_ptr": dy,

@@ -19,10 +19,18 @@ def layer_norm_builds() -> Iterator[Build]:
         for c in (64, 384, 768, 1024, 1600, 4096, 16384):
             gated = dtype == torch.bfloat16 and c in (768, 1600, 4096)
             label = f"{SHORT_DTYPE[dtype]}-C{c}"
-            x, weight, stats = _empty(dtype, _ROWS, c), _empty(torch.float32, c), _empty(torch.float32, 2, _ROWS)
+            x, weight, stats = (
+                _empty(dtype, _ROWS, c),
+                _empty(torch.float32, c),
+                _empty(torch.float32, 2, _ROWS),
+            )
             partial = _empty(torch.float32, _PROGRAMS, c)
-            yield launch_forward(x, None, weight, weight, None, x, None, stats, 1e-5, 0.0).build(label, gated=gated)
-            backward = launch_backward(x, None, x, weight, None, stats, x, None, partial, partial, 0.0, _PROGRAMS)
+            yield launch_forward(x, None, weight, weight, None, x, None, stats, 1e-5, 0.0).build(
+                label, gated=gated
+            )
+            backward = launch_backward(
+                x, None, x, weight, None, stats, x, None, partial, partial, 0.0, _PROGRAMS
+            )
             yield backward.build(label, gated=gated)
             yield launch_sum(partial, partial, weight, weight).build(label)
 
@@ -36,16 +44,22 @@ def add_layer_norm_builds() -> Iterator[Build]:
                 yield from _add_layer_norm(dtype, residual_dtype, c, dropout_p)
 
 
-def _add_layer_norm(dtype: torch.dtype, residual_dtype: torch.dtype, c: int, dropout_p: float) -> Iterator[Build]:
+def _add_layer_norm(
+    dtype: torch.dtype, residual_dtype: torch.dtype, c: int, dropout_p: float
+) -> Iterator[Build]:
     gated = residual_dtype == torch.bfloat16 and c == 768
     label = f"{SHORT_DTYPE[dtype]}+{SHORT_DTYPE[residual_dtype]}-C{c}" + ("-dropout" if dropout_p else "")
     x, residual, weight = _empty(dtype, _ROWS, c), _empty(residual_dtype, _ROWS, c), _empty(torch.float32, c)
     stats, partial = _empty(torch.float32, 2, _ROWS), _empty(torch.float32, _PROGRAMS, c)
     seed = _empty(torch.int64) if dropout_p else None
-    yield launch_forward(x, residual, weight, weight, seed, x, residual, stats, 1e-5, dropout_p).build(label, gated=gated)
+    yield launch_forward(x, residual, weight, weight, seed, x, residual, stats, 1e-5, dropout_p).build(
+        label, gated=gated
+    )
     dx = x if dropout_p or dtype != residual_dtype else None
     gradients = dx, residual, partial, partial
-    yield launch_backward(x, residual, residual, weight, seed, stats, *gradients, dropout_p, _PROGRAMS).build(label, gated=gated)
+    yield launch_backward(x, residual, residual, weight, seed, stats, *gradients, dropout_p, _PROGRAMS).build(
+        label, gated=gated
+    )
 
 
 def _empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:

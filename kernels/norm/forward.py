@@ -27,7 +27,8 @@ def keep_tile(seed, offs_m, threshold, START: tl.constexpr, C: tl.constexpr, BLO
 
 @triton.jit
 def load_columns(ptr, offs_m, cols, mask):
-    """A vector's `cols` for each of the rows: each warp loads its own copy, for one to share goes through shared memory."""
+    """A vector's `cols` for each of the rows: each warp loads its own copy, for one to share goes through
+    shared memory."""
     return tl.load(ptr + tl.zeros_like(offs_m)[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
@@ -52,7 +53,9 @@ def _layer_norm_fwd_kernel(
             if seed_ptr is not None:
                 keep = keep_tile(tl.load(seed_ptr), offs_m, threshold, i * BLOCK_C, C, BLOCK_C)
                 h = tl.where(keep, h * keep_scale, 0.0)
-            residual = tl.load(residual_ptr + offs_m[:, None] * stride_rn + cols[None, :], mask=mask, other=0.0)
+            residual = tl.load(
+                residual_ptr + offs_m[:, None] * stride_rn + cols[None, :], mask=mask, other=0.0
+            )
             stored = (residual.to(tl.float32) + h).to(new_residual_ptr.dtype.element_ty)
             tl.store(new_residual_ptr + offs_m[:, None] * C + cols[None, :], stored, mask=mask)
             h = stored.to(tl.float32)
@@ -90,7 +93,8 @@ def launch_forward(
     eps: float,
     dropout_p: float,
 ) -> Launch:
-    """y (N, C), new_residual (N, C) and stats (2, N), the rows' mean and 1 / std, of rows with a contiguous last dimension."""
+    """y (N, C), new_residual (N, C) and stats (2, N), the rows' mean and 1 / std, of rows with a contiguous
+    last dimension."""
     n, c = x.shape
     tile = norm_tile(c)
     arguments = {

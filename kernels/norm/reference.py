@@ -8,12 +8,16 @@ import torch.nn.functional as F
 from kernels.philox import keep_mask
 
 
-def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, eps: float = 1e-5) -> torch.Tensor:
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, eps: float = 1e-5
+) -> torch.Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension; see `kernels.layer_norm`."""
     if x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype):
         return F.layer_norm(x, weight.shape, weight, bias, eps)
     wide = torch.promote_types(x.dtype, torch.float32)
-    return F.layer_norm(x.to(wide), weight.shape, weight.to(wide), None if bias is None else bias.to(wide), eps).to(x.dtype)
+    return F.layer_norm(
+        x.to(wide), weight.shape, weight.to(wide), None if bias is None else bias.to(wide), eps
+    ).to(x.dtype)
 
 
 def add_layer_norm(
@@ -37,6 +41,6 @@ def add_layer_norm(
     if x.dtype == new_residual.dtype:
         return layer_norm(new_residual, weight, bias, eps), new_residual
     wide = torch.promote_types(new_residual.dtype, torch.float32)
-    return layer_norm(new_residual.to(wide), weight.to(wide), None if bias is None else bias.to(wide), eps).to(
-        x.dtype
-    ), new_residual
+    return layer_norm(
+        new_residual.to(wide), weight.to(wide), None if bias is None else bias.to(wide), eps
+    ).to(x.dtype), new_residual

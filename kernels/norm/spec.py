@@ -15,7 +15,9 @@ def _case(n: int, c: int, *tags: str, **options: Any) -> Case:
     return Case({"N": n, "C": c}, options, frozenset(tags or ("small",)))
 
 
-def _inputs(case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> dict[str, Any]:
+def _inputs(
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> dict[str, Any]:
     n, c = case["N"], case["C"]
     parameter_dtype = case.options.get("parameters", dtype)
     x = randn((n, c), torch.float32, device, generator)
@@ -30,7 +32,9 @@ def _inputs(case: Case, dtype: torch.dtype, device: torch.device, generator: tor
     }
 
 
-def _add_inputs(case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> dict[str, Any]:
+def _add_inputs(
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> dict[str, Any]:
     inputs = _inputs(case, dtype, device, generator)
     inputs["residual"] = randn((case["N"], case["C"]), case.options.get("residual", dtype), device, generator)
     return inputs | {n: case.options[n] for n in ("dropout_p", "seed") if n in case.options}
@@ -51,7 +55,9 @@ def _add_bytes(case: Case, dtype: torch.dtype, direction: str) -> int:
 
 
 _COLUMNS = (1, 17, 64, 255, 256, 768, 1023, 1600, 4096)
-_BENCH = tuple(_case(n, c, "bench", "gpu") for n, c in ((65536, 768), (32768, 768), (16384, 1600), (8192, 4096)))
+_BENCH = tuple(
+    _case(n, c, "bench", "gpu") for n, c in ((65536, 768), (32768, 768), (16384, 1600), (8192, 4096))
+)
 _PARAMETERS: dict[str, Argument] = {
     "weight": TensorArgument(("C",), any_float=True),
     "bias": TensorArgument(("C",), optional=True, any_float=True),
@@ -91,7 +97,12 @@ LAYER_NORM = OpSpec(
         _case(3, 16384, "edge"),
         _case(5, 768, "edge", mean=1000, parameters=torch.float32),
         _case(3, 768, "edge", magnitude=60000),
-        *(_case(n, c, "slow", bias=bias) for n in (1, 129, 301) for c in (*_COLUMNS, 5120, 32768) for bias in (True, False)),
+        *(
+            _case(n, c, "slow", bias=bias)
+            for n in (1, 129, 301)
+            for c in (*_COLUMNS, 5120, 32768)
+            for bias in (True, False)
+        ),
         *_BENCH,
     ),
     flops=_flops,

@@ -1,4 +1,5 @@
-"""The room's ops as torch.library sees them: one forward and one backward, which serve both public functions."""
+"""The room's ops as torch.library sees them: one forward and one backward, which serve both public
+functions."""
 
 from __future__ import annotations
 
@@ -44,12 +45,16 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _forward_outputs(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _forward_outputs(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     stats = x.new_empty((2, x.numel() // x.shape[-1]), dtype=torch.float32)
     return x.new_empty(x.shape, dtype=dtype), stats
 
 
-def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     y, stats = _forward_outputs(x, weight, bias, eps, dtype)
     bias = None if bias is None else bias.contiguous()
     with torch.cuda.device_of(x):
@@ -120,12 +125,14 @@ def _backward(
     dx, dresidual, dweight, dbias = (grad if need else None for grad, need in zip(found, needed, strict=True))
     programs = norm_programs(h.device, stats.shape[1], h.shape[-1])
     partial_dweight, partial_dbias = (
-        None if grad is None else h.new_empty((programs, h.shape[-1]), dtype=torch.float32) for grad in (dweight, dbias)
+        None if grad is None else h.new_empty((programs, h.shape[-1]), dtype=torch.float32)
+        for grad in (dweight, dbias)
     )
     dnew_residual = None if dnew_residual is None else _rows(dnew_residual)
     with torch.cuda.device_of(h):
         launch_backward(
-            _rows(dy), dnew_residual, _rows(h), weight.contiguous(), seed, stats, dx, dresidual, partial_dweight, partial_dbias,
+            _rows(dy), dnew_residual, _rows(h), weight.contiguous(), seed, stats, dx, dresidual,
+            partial_dweight, partial_dbias,
             dropout_p, programs,
         ).run()  # fmt: skip
         if dweight is not None or dbias is not None:
@@ -175,7 +182,9 @@ def _add_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, T
     ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
 
 
-def _add_differentiate(ctx: Any, dy: Tensor | None, dnew_residual: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _add_differentiate(
+    ctx: Any, dy: Tensor | None, dnew_residual: Tensor | None, _: None
+) -> tuple[Tensor | None, ...]:
     new_residual, weight, seed, stats = ctx.saved_tensors
     need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
     if dy is None:
@@ -197,19 +206,23 @@ def _add_differentiate(ctx: Any, dy: Tensor | None, dnew_residual: Tensor | None
     )
     if shared:
         dx = dresidual
-    needed = zip((dx, dresidual, dweight, dbias), (need_x, need_residual, need_weight, need_bias), strict=True)
+    needed = zip(
+        (dx, dresidual, dweight, dbias), (need_x, need_residual, need_weight, need_bias), strict=True
+    )
     return *(grad if need else None for grad, need in needed), None, None, None, None
 
 
 register(
-    "layer_norm_forward(Tensor x, Tensor weight, Tensor? bias, float eps, ScalarType dtype) -> (Tensor y, Tensor stats)",
+    "layer_norm_forward(Tensor x, Tensor weight, Tensor? bias, float eps, ScalarType dtype) -> (Tensor y, "
+    "Tensor stats)",
     _forward,
     _forward_outputs,
     _differentiate,
     _save,
 )
 register(
-    "add_layer_norm_forward(Tensor x, Tensor residual, Tensor weight, Tensor? bias, Tensor? seed, float eps, float dropout_p,"
+    "add_layer_norm_forward(Tensor x, Tensor residual, Tensor weight, Tensor? bias, Tensor? seed, float "
+    "eps, float dropout_p,"
     " ScalarType dtype) -> (Tensor y, Tensor new_residual, Tensor stats)",
     _add_forward,
     _add_forward_outputs,
@@ -217,7 +230,8 @@ register(
     _add_save,
 )
 register(
-    "layer_norm_backward(Tensor dy, Tensor? dnew_residual, Tensor h, Tensor weight, Tensor? seed, Tensor stats, float dropout_p,"
+    "layer_norm_backward(Tensor dy, Tensor? dnew_residual, Tensor h, Tensor weight, Tensor? seed, Tensor "
+    "stats, float dropout_p,"
     " ScalarType? dx_dtype, ScalarType? dresidual_dtype, bool need_dweight, ScalarType? dbias_dtype)"
     " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
     _backward,

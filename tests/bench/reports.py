@@ -23,23 +23,53 @@ MACHINE = Machine(
     "0" * 12,
     "2000-01-01T00:00:00+00:00",
 )
-RIVALS = {"eager": 1.3, "torch.compile": 1.15, "SDPA flash": 1.25, "SDPA cudnn": 1.1, "SDPA math": 9.0, "FlexAttention": 1.4}
+RIVALS = {
+    "eager": 1.3,
+    "torch.compile": 1.15,
+    "SDPA flash": 1.25,
+    "SDPA cudnn": 1.1,
+    "SDPA math": 9.0,
+    "FlexAttention": 1.4,
+}
 
 
 def models() -> list[Row]:
     """Invented rows of whole models on a GPU: a training step, and decoding at two batch sizes."""
-    training = Row("train", "12x768-V50257-B64-T1024", "bf16", "step", "", "measured", tokens=65536, limit=0.05, samples=9)
-    rows = [replace(training, contestant=name, seconds=s) for name, s in ((OURS, 0.1), ("plain PyTorch", 0.12))]
+    training = Row(
+        "train",
+        "12x768-V50257-B64-T1024",
+        "bf16",
+        "step",
+        "",
+        "measured",
+        tokens=65536,
+        limit=0.05,
+        samples=9,
+    )
+    rows = [
+        replace(training, contestant=name, seconds=s) for name, s in ((OURS, 0.1), ("plain PyTorch", 0.12))
+    ]
     for batch in (1, 64):
         decoding = Row(
-            "generate", f"12x768-V50257-B{batch}-T128-new128", "bf16", "decode", "", "measured", tokens=batch, samples=9
+            "generate",
+            f"12x768-V50257-B{batch}-T128-new128",
+            "bf16",
+            "decode",
+            "",
+            "measured",
+            tokens=batch,
+            samples=9,
         )
-        rows += [replace(decoding, contestant=name, seconds=s) for name, s in ((OURS, 2e-4), ("transformers", 9e-3))]
+        rows += [
+            replace(decoding, contestant=name, seconds=s)
+            for name, s in ((OURS, 2e-4), ("transformers", 9e-3))
+        ]
     return rows
 
 
 def invented(*ops: str, kind: str = "cuda") -> Report:
-    """A report over all bench cases of `ops`, in which ours takes half the limit's speed and the rivals RIVALS times as long."""
+    """A report over all bench cases of `ops`, in which ours takes half the limit's speed and the rivals
+    RIVALS times as long."""
     report = Report("invented", Machine(**{**vars(MACHINE), "kind": kind}), complete=True)
     for spec in (SPECS[op] for op in ops):
         for case in spec.tagged("bench"):
@@ -57,5 +87,17 @@ def invented(*ops: str, kind: str = "cuda") -> Report:
                         "flops": flops,
                         "bytes": 10**8,
                     }
-                    report.rows.append(Row(spec.name, case.id, "bf16", direction, name, "measured", limit=limit, **times, **more))
+                    report.rows.append(
+                        Row(
+                            spec.name,
+                            case.id,
+                            "bf16",
+                            direction,
+                            name,
+                            "measured",
+                            limit=limit,
+                            **times,
+                            **more,
+                        )
+                    )
     return report

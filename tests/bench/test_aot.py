@@ -34,19 +34,25 @@ def dot(m, n, stages, dtype="bf16"):
     blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 64}
     return Build(toys.toy_dot_kernel, kinds, blocks, Tile(m, n, 4, stages), "toy", True, frozenset(signature))
 broken = Build(toys.toy_broken_kernel, {"x_ptr": "*fp32"}, {"BLOCK": 64}, Tile(64, 64), "toy")
-found = [(dot(64, 64, 3), 90), (dot(64, 64, 3), 80), (dot(256, 256, 4), 90), (dot(32, 32, 1, "fp32"), 90), (broken, 90)]
+small, large, single = dot(64, 64, 3), dot(256, 256, 4), dot(32, 32, 1, "fp32")
+found = [(small, 90), (small, 80), (large, 90), (single, 90), (broken, 90)]
 print(json.dumps([asdict(examine("toy", *pair)) for pair in found]))
 """
 
 
 def triton_environment() -> dict[str, str]:
-    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_DEFAULT_FP_FUSION": "1"}
+    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "TRITON_DEFAULT_FP_FUSION": "1"
+    }
 
 
 def test_machine_code_is_read() -> None:
-    """A column that stays 0 whatever is compiled, or a gate that lets through what is too large, wrong or does not compile."""
+    """A column that stays 0 whatever is compiled, or a gate that lets through what is too large, wrong or
+    does not compile."""
     pytest.importorskip("triton", reason="triton is not installed")
-    done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=ROOT, env=triton_environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=ROOT, env=triton_environment(), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     hopper, ampere, large, plain, broken = (Compiled(**row) for row in json.loads(done.stdout))
     assert hopper.hgmma > 0
@@ -66,7 +72,8 @@ def test_machine_code_is_read() -> None:
 
 
 def test_gates() -> None:
-    """A gate that asks of every build what only gated ones promise, or of a kernel without products what it cannot have."""
+    """A gate that asks of every build what only gated ones promise, or of a kernel without products what it
+    cannot have."""
     assert broken_gate(GOOD, True) == ""
     assert broken_gate(replace(GOOD, spills=3), True) == "3 spill instructions"
     assert broken_gate(replace(GOOD, spills=3, gated=False), True) == ""
@@ -74,7 +81,9 @@ def test_gates() -> None:
     assert broken_gate(replace(GOOD, hgmma=0), False) == ""
     assert broken_gate(replace(GOOD, hgmma=0, hmma=5, architecture=80), True) == ""
     for gated in (True, False):
-        assert "limit is 99 KB" in broken_gate(replace(GOOD, shared=100 * 1024, architecture=86, gated=gated), True)
+        assert "limit is 99 KB" in broken_gate(
+            replace(GOOD, shared=100 * 1024, architecture=86, gated=gated), True
+        )
     assert broken_gate(replace(GOOD, shared=99 * 1024, architecture=86), True) == ""
     assert "64/227 KB" in line(GOOD)
     assert line(replace(GOOD, problem="no HGMMA")).endswith("BROKEN: no HGMMA")
@@ -83,7 +92,9 @@ def test_gates() -> None:
 def test_what_changed_is_said() -> None:
     """A spill that came, or a build that went, between two reports."""
     other = replace(GOOD, label="fp16-D64")
-    lines = differences([GOOD, other], [replace(GOOD, spills=2, registers=255), replace(GOOD, label="bf16-D128")])
+    lines = differences(
+        [GOOD, other], [replace(GOOD, spills=2, registers=255), replace(GOOD, label="bf16-D128")]
+    )
     assert lines == [
         f"{GOOD.id}: registers 128 -> 255, spills 0 -> 2",
         f"{replace(GOOD, label='bf16-D128').id}: new",
@@ -101,12 +112,16 @@ def declared(monkeypatch: pytest.MonkeyPatch) -> None:
             self.__name__ = name
 
     def builds(architecture: int) -> list[Build]:
-        return [Build(Kernel("_a"), {}, {}, Tile(1, 1), "x", gated=True), Build(Kernel("_b"), {}, {}, Tile(1, 1), "y")]
+        return [
+            Build(Kernel("_a"), {}, {}, Tile(1, 1), "x", gated=True),
+            Build(Kernel("_b"), {}, {}, Tile(1, 1), "y"),
+        ]
 
     def examine(chosen: list[aot.Key]) -> list[Compiled]:
         wrong = {0: "no HGMMA", 1: ""}
         return [
-            replace(GOOD, op=k.op, kernel="_ab"[k.place], architecture=k.architecture, problem=wrong[k.place]) for k in chosen
+            replace(GOOD, op=k.op, kernel="_ab"[k.place], architecture=k.architecture, problem=wrong[k.place])
+            for k in chosen
         ]
 
     monkeypatch.setitem(SPECS, "layer_norm", replace(SPECS["layer_norm"], builds=builds))
@@ -132,7 +147,9 @@ def test_a_broken_gate_fails_the_command(tmp_path: Path, capsys: pytest.CaptureF
     assert [key.place for key in keys(["layer_norm"], [90])] == [0, 1]
 
 
-def test_bad_flags_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_flags_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A traceback, or a silent empty report, for what the user got wrong."""
     (tmp_path / "other.json").write_text('{"builds": [{"a": 1}]}', encoding="utf-8")
     for arguments, said in (
@@ -183,6 +200,13 @@ class Crash:
 def test_a_crash_of_the_compiler_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """One build that crashes the compiler takes the others' rows away, or hangs the report."""
     monkeypatch.setattr(aot, "_workers", lambda count: Crash(2))
-    monkeypatch.setattr(aot, "builds", lambda op, architecture: [Build(int, {}, {}, Tile(1, 1), str(i)) for i in range(4)])
+    monkeypatch.setattr(
+        aot, "builds", lambda op, architecture: [Build(int, {}, {}, Tile(1, 1), str(i)) for i in range(4)]
+    )
     found = list(examine_all([aot.Key("op", 90, place) for place in range(4)]))
-    assert [row if isinstance(row, int) else row.problem for row in found] == [0, 1, "the compiler crashed", 3]
+    assert [row if isinstance(row, int) else row.problem for row in found] == [
+        0,
+        1,
+        "the compiler crashed",
+        3,
+    ]

@@ -61,7 +61,9 @@ def runner(*peers: Contestant, names: tuple[str, ...] = ()) -> Runner:
     clock.sample_seconds = 0.0
     ceilings = Ceilings(clock, 0.0)
     ceilings._copy = 1e9
-    return Runner(Bench("norm", lambda spec, compiled: list(peers)), clock, ceilings, torch.float32, 0.0, False, names)
+    return Runner(
+        Bench("norm", lambda spec, compiled: list(peers)), clock, ceilings, torch.float32, 0.0, False, names
+    )
 
 
 def rows_of(name: str, *peers: Contestant) -> list[Row]:
@@ -69,7 +71,13 @@ def rows_of(name: str, *peers: Contestant) -> list[Row]:
 
 
 @pytest.mark.parametrize(
-    "function", [planted(forward=1 + 12 * EPS), planted(forward=1.001), planted(gradient=1.001), planted(forward=float("nan"))]
+    "function",
+    [
+        planted(forward=1 + 12 * EPS),
+        planted(forward=1.001),
+        planted(gradient=1.001),
+        planted(forward=float("nan")),
+    ],
 )
 def test_a_wrong_kernel_gets_no_time(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The speed of a kernel whose output, or only whose gradient, is wrong."""
@@ -104,8 +112,12 @@ def test_who_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     (ours,) = rows_of(OURS)
     assert ours.status == "unavailable"
     assert "need TRITON_INTERPRET=1" in ours.reason
-    assert [(r.status, r.reason) for r in rows_of("p", Contestant("p", fails))] == [("unavailable", "has no such thing")]
-    assert [(r.status, r.reason) for r in rows_of("p", Contestant("p", exhausts))] == [("failed", "out of memory")]
+    assert [(r.status, r.reason) for r in rows_of("p", Contestant("p", fails))] == [
+        ("unavailable", "has no such thing")
+    ]
+    assert [(r.status, r.reason) for r in rows_of("p", Contestant("p", exhausts))] == [
+        ("failed", "out of memory")
+    ]
     absent = Contestant("p", None, absent="not installed")
     assert [(r.status, r.reason) for r in rows_of("p", absent)] == [("absent", "not installed")]
     monkeypatch.setattr(bench.engine, "shared", lambda spec, compiled: [Contestant(OURS, fails, peer=False)])
@@ -115,7 +127,11 @@ def test_who_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rows_carry_the_work_of_their_direction() -> None:
     """Forward's operations or bytes shown for forward and backward, or a limit of the wrong direction."""
     found = {row.direction: row for row in rows_of("eager")}
-    for direction, parts in (("forward", ["forward"]), ("backward", ["backward"]), ("both", ["forward", "backward"])):
+    for direction, parts in (
+        ("forward", ["forward"]),
+        ("backward", ["backward"]),
+        ("both", ["forward", "backward"]),
+    ):
         row = found[direction]
         assert row.flops == sum(NORM.flops(RACE.case, part) for part in parts)
         assert row.bytes == sum(NORM.bytes(RACE.case, torch.float32, part) for part in parts)
@@ -159,7 +175,8 @@ def test_backward_builds_a_graph_for_each_sample() -> None:
 
 
 def test_a_graph_that_memory_left_behind_is_freed() -> None:
-    """Out of memory in the middle of a sample: the graphs it had built stay, and every later sample has less memory."""
+    """Out of memory in the middle of a sample: the graphs it had built stay, and every later sample has less
+    memory."""
     inputs = runner().input_sets(NORM, RACE.case)
     backward = lane(NORM, Contestant("eager", NORM.reference), inputs, "backward")
     assert backward.prepare is not None
@@ -188,7 +205,8 @@ def test_peaks_are_those_of_the_very_gpu(name: str, peak: float | None) -> None:
 
 
 def test_a_copy_of_the_sources_knows_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Results of a GPU to which the sources travelled without their repository, and that nobody can lay to a commit."""
+    """Results of a GPU to which the sources travelled without their repository, and that nobody can lay to a
+    commit."""
     monkeypatch.setattr(bench.machine, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert bench.machine.commit() == "unknown"
@@ -197,7 +215,8 @@ def test_a_copy_of_the_sources_knows_its_commit(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_the_loss_is_compiled_in_one_piece() -> None:
-    """A loop over a hundred chunks that torch.compile draws out for minutes, in the place of every other figure."""
+    """A loop over a hundred chunks that torch.compile draws out for minutes, in the place of every other
+    figure."""
     clock = Clock(CPU)
     here = Runner(find_bench("loss"), clock, Ceilings(clock), torch.float32, 0.0, True)
     found = {c.name: c for c in here.contestants(SPECS["linear_cross_entropy"])}
@@ -249,7 +268,8 @@ def test_every_room_has_a_bench(room: str) -> None:
 
 
 def test_cases_are_cut_to_size() -> None:
-    """A processor that is given a GPU's case; heads that no longer divide, or more queries than keys, after the cut."""
+    """A processor that is given a GPU's case; heads that no longer divide, or more queries than keys, after
+    the cut."""
     for spec in SPECS.values():
         for case in spec.tagged("bench"):
             cut = fit(spec, case, 10**9)
@@ -285,7 +305,8 @@ class FakeGraph:
 
 
 def test_the_gpu_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graph times or memory that are lost on their way into the rows; a contestant that cannot be captured taken as failed."""
+    """Graph times or memory that are lost on their way into the rows; a contestant that cannot be captured
+    taken as failed."""
     allocated = iter(range(0, 10**6, 1000))
     fakes = {
         "CUDAGraph": FakeGraph,

@@ -10,7 +10,18 @@ import pytest
 import torch
 
 import bench.measure
-from bench.measure import Ceilings, Clock, Lane, SelfCheck, Timing, capture, input_sets, interleave, self_check, total_bytes
+from bench.measure import (
+    Ceilings,
+    Clock,
+    Lane,
+    SelfCheck,
+    Timing,
+    capture,
+    input_sets,
+    interleave,
+    self_check,
+    total_bytes,
+)
 from tests.bench.clocks import Graph, Time, fake_cuda, kernel
 
 CPU = torch.device("cpu")
@@ -34,7 +45,9 @@ def test_seconds_are_per_call(virtual: Time) -> None:
     """Rounds, sets of inputs or the calls in a graph that are not divided out."""
     lane = Lane([virtual.spend(1), virtual.spend(3)], units=2)
     assert Clock(CPU).sample(lane, 5) == pytest.approx(1.0)
-    assert interleave({"a": lane, "b": Lane([virtual.spend(5)])}, Clock(CPU), 0)["b"].median == pytest.approx(5)
+    assert interleave({"a": lane, "b": Lane([virtual.spend(5)])}, Clock(CPU), 0)["b"].median == pytest.approx(
+        5
+    )
 
 
 def test_events_are_read_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +58,8 @@ def test_events_are_read_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_graph_has_no_launch_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph that is timed as one call, though it makes one for each set of inputs, or that is not replayed at all."""
+    """A graph that is timed as one call, though it makes one for each set of inputs, or that is not replayed
+    at all."""
     virtual = Time()
     fake_cuda(monkeypatch, virtual)
     clock = Clock(CUDA)
@@ -55,12 +69,15 @@ def test_a_graph_has_no_launch_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_waits_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A capture that is bound to fail, begun all the same; a failed one after which torch frees no memory any more."""
+    """A capture that is bound to fail, begun all the same; a failed one after which torch frees no memory any
+    more."""
     virtual = Time()
     fake_cuda(monkeypatch, virtual)
     ended: list[Any] = []
     streams: list[Any] = []
-    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *where: ended.append(where), raising=False)
+    monkeypatch.setattr(
+        torch._C, "_cuda_endAllocateToPool", lambda *where: ended.append(where), raising=False
+    )
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "default_stream", lambda device: "the default stream")
     monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
@@ -86,16 +103,20 @@ def test_what_waits_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_drift_meets_all_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Contestants timed one after the other while the machine slows down: the later one looks slower than its twin."""
+    """Contestants timed one after the other while the machine slows down: the later one looks slower than its
+    twin."""
     virtual = Time(slowdown=0.05)
     monkeypatch.setattr(bench.measure, "time", virtual)
-    twins = interleave({"first": Lane([virtual.spend(0.1)]), "second": Lane([virtual.spend(0.1)])}, Clock(CPU), 10)
+    twins = interleave(
+        {"first": Lane([virtual.spend(0.1)]), "second": Lane([virtual.spend(0.1)])}, Clock(CPU), 10
+    )
     assert twins["first"].median / twins["second"].median == pytest.approx(1, abs=0.03)
     assert twins["first"].high > 1.1 * twins["first"].low
 
 
 def test_a_rhythm_meets_all_alike(virtual: Time) -> None:
-    """Contestants that take turns in a fixed order while something else on the machine keeps the same beat."""
+    """Contestants that take turns in a fixed order while something else on the machine keeps the same
+    beat."""
     beat = iter([1.0, 2.0] * 1000)
     call = Lane([lambda: virtual.sleep(next(beat))])
     twins = interleave({"first": call, "second": call}, Clock(CPU), 1e9)
@@ -104,7 +125,8 @@ def test_a_rhythm_meets_all_alike(virtual: Time) -> None:
 
 
 def test_preparation_and_context_are_not_timed(virtual: Time) -> None:
-    """A forward pass, or the entering of a context, that is charged to backward; preparation that is left out of a sample."""
+    """A forward pass, or the entering of a context, that is charged to backward; preparation that is left out
+    of a sample."""
     prepared = []
 
     def prepare() -> None:
@@ -178,7 +200,8 @@ def test_the_clock_checks_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ceilings_count_what_moves(virtual: Time, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes read but not written left out of the copy, a factor of two lost in the product, or zeros multiplied."""
+    """Bytes read but not written left out of the copy, a factor of two lost in the product, or zeros
+    multiplied."""
     ceilings = Ceilings(Clock(CPU), 0.01)
     copied: list[int] = []
 

@@ -65,18 +65,43 @@ def test_what_is_no_report_is_refused(saved: Path, change: Any, said: str) -> No
 def test_derived_figures() -> None:
     """A rate that is off by a thousand, or over the wrong time."""
     row = Row(
-        "op", "B1", "bf16", "both", OURS, "measured", seconds=0.002, flops=4 * 10**12, bytes=6 * 10**9, tokens=100, limit=0.001
+        "op",
+        "B1",
+        "bf16",
+        "both",
+        OURS,
+        "measured",
+        seconds=0.002,
+        flops=4 * 10**12,
+        bytes=6 * 10**9,
+        tokens=100,
+        limit=0.001,
     )
     assert (row.tflops, row.gbps, row.tokens_per_second, row.share) == (2000, 3000, 50_000, 0.5)
     assert replace(row, seconds=None).share is None
-    assert [table.duration(s) for s in (1.5, 0.0123, 4.2e-5, 3e-9)] == ["1.50 s", "12.3 ms", "42.0 µs", "3.00 ns"]
-    assert [table.seconds(t) for t in ("8m", "90s", "1.5h", "7", "soon", "-3s")] == [480, 90, 5400, 7, None, None]
+    assert [table.duration(s) for s in (1.5, 0.0123, 4.2e-5, 3e-9)] == [
+        "1.50 s",
+        "12.3 ms",
+        "42.0 µs",
+        "3.00 ns",
+    ]
+    assert [table.seconds(t) for t in ("8m", "90s", "1.5h", "7", "soon", "-3s")] == [
+        480,
+        90,
+        5400,
+        7,
+        None,
+        None,
+    ]
 
 
 def test_the_table_shows_everybody() -> None:
-    """A contestant that is left out of the table, a ratio the wrong way round, or a refusal without its reason."""
+    """A contestant that is left out of the table, a ratio the wrong way round, or a refusal without its
+    reason."""
     rows = [row for row in REPORT.rows if row.op == "causal_attention"][:21]
-    rows.append(replace(rows[0], contestant="bad", status="wrong", seconds=None, reason="dq: FAILED max 9.00"))
+    rows.append(
+        replace(rows[0], contestant="bad", status="wrong", seconds=None, reason="dq: FAILED max 9.00")
+    )
     rows.append(replace(rows[0], contestant="mute", status="failed", seconds=None))
     text = table.race(rows)
     assert "  mute: FAILED" in text
@@ -108,21 +133,27 @@ def test_targets_speak_of_what_there_is() -> None:
         assert set(target.against) <= known
         assert bool(target.against) == (target.metric in ("speedup", "memory"))
         if target.op in SPECS:
-            assert any(target.names(target.op, case.id) for case in SPECS[target.op].tagged("bench")), target.name
+            assert any(target.names(target.op, case.id) for case in SPECS[target.op].tagged("bench")), (
+                target.name
+            )
         else:
             assert target.op in ("train", "generate")
 
 
 def test_targets_are_judged_by_their_worst_case() -> None:
     """A target met on average, against the slower rival, or with a processor's figures."""
-    forward = Target("f", "causal_attention", "forward", "speedup", {"D": 64}, ["SDPA flash", "SDPA cudnn"], at_least=1.05)
+    forward = Target(
+        "f", "causal_attention", "forward", "speedup", {"D": 64}, ["SDPA flash", "SDPA cudnn"], at_least=1.05
+    )
     outcome = judge(forward, REPORT)
     assert outcome.status == "met"
     assert outcome.value == pytest.approx(1.1)
     assert judge(replace(forward, at_least=1.15), REPORT).status == "missed"
     slow = Report(**{**vars(REPORT), "rows": list(REPORT.rows)})
     at = next(
-        i for i, r in enumerate(slow.rows) if r.direction == "forward" and r.contestant == OURS and "Tq4096-Tk4096-D64" in r.case
+        i
+        for i, r in enumerate(slow.rows)
+        if r.direction == "forward" and r.contestant == OURS and "Tq4096-Tk4096-D64" in r.case
     )
     slow.rows[at] = replace(slow.rows[at], seconds=2 * (slow.rows[at].seconds or 0))
     worst = judge(forward, slow)
@@ -138,7 +169,14 @@ def test_targets_are_judged_by_their_worst_case() -> None:
 
 def test_markdown_says_all(tmp_path: Path) -> None:
     """A report without its machine, its notes, its targets, its formulas, or that it was cut short."""
-    report = Report(**{**vars(REPORT), "complete": False, "notes": ["the machine is too noisy"], "ceilings": {"copy": 4e12}})
+    report = Report(
+        **{
+            **vars(REPORT),
+            "complete": False,
+            "notes": ["the machine is too noisy"],
+            "ceilings": {"copy": 4e12},
+        }
+    )
     outcomes = [judge(target, report) for target in targets.load()]
     text = table.markdown(report, outcomes, ["report.png"])
     for part in (
@@ -177,12 +215,15 @@ def test_the_readmes_say_what_was_measured() -> None:
 
 
 def test_blocks_are_rewritten(tmp_path: Path) -> None:
-    """A stale figure that stays, text around a block that does not, or a picture that the README cannot find."""
+    """A stale figure that stays, text around a block that does not, or a picture that the README cannot
+    find."""
     at = tmp_path / "bench" / "results" / "gpu"
     at.mkdir(parents=True)
     (at / "attention.png").touch()
     text = "a\n<!-- bench:NAME -->\nold 9.99\n<!-- /bench:NAME -->\nb"
-    fresh = {name: readme.rewritten(text.replace("NAME", name), tmp_path, {at: REPORT}) for name in readme.BLOCKS}
+    fresh = {
+        name: readme.rewritten(text.replace("NAME", name), tmp_path, {at: REPORT}) for name in readme.BLOCKS
+    }
     for name, found in fresh.items():
         assert found.startswith(f"a\n<!-- bench:{name} -->\n")
         assert found.endswith(f"\n<!-- /bench:{name} -->\nb")
@@ -207,7 +248,8 @@ def whole(name: str, date: str) -> Report:
 
 
 def test_a_gpu_fits_into_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Results of a GPU that make the README longer than it may be, or that leave out an op, a loss, or the machine."""
+    """Results of a GPU that make the README longer than it may be, or that leave out an op, a loss, or the
+    machine."""
     kept = readme.results()
     monkeypatch.setattr(readme, "RESULTS", tmp_path / "bench" / "results")
     for at, report in kept.items():
@@ -229,7 +271,13 @@ def test_a_gpu_fits_into_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "H100" not in block
     assert readme.NOTHING not in block
     everything = readme.rewritten(readme.FILES[1].read_text("utf-8"), tmp_path / "bench", readme.results())
-    for found in ("H100 80GB HBM3", "H200", "B64-T128-new128", "```sh\npython -m bench\n```", "decoding at batch 1, tokens/s"):
+    for found in (
+        "H100 80GB HBM3",
+        "H200",
+        "B64-T128-new128",
+        "```sh\npython -m bench\n```",
+        "decoding at batch 1, tokens/s",
+    ):
         assert found in everything
     assert everything.count("| layer_norm |") == 2 * len(SPECS["layer_norm"].tagged("bench"))
 

@@ -1,4 +1,5 @@
-"""The checks of a GPU, as far as a processor can hold them: repeats, budgets, and what is made of a sanitizer's reports."""
+"""The checks of a GPU, as far as a processor can hold them: repeats, budgets, and what is made of a
+sanitizer's reports."""
 
 from __future__ import annotations
 
@@ -48,24 +49,33 @@ def test_bits_that_change_are_seen() -> None:
 
 
 def test_the_first_calls_are_those_of_every_op() -> None:
-    """A budget that is spent on one op, or on float32, before bfloat16 has been looked at; a call that is left out for good."""
+    """A budget that is spent on one op, or on float32, before bfloat16 has been looked at; a call that is
+    left out for good."""
     found = calls(list(SPECS))
     firsts = found[: 3 * len(SPECS)]
-    assert [(call.spec.name, call.dtype) for call in firsts] == [(name, d) for d in bench.safety.DTYPES for name in SPECS]
+    assert [(call.spec.name, call.dtype) for call in firsts] == [
+        (name, d) for d in bench.safety.DTYPES for name in SPECS
+    ]
     assert all(call.first and call.case is call.spec.tagged("small")[0] for call in firsts)
     rest = found[len(firsts) :]
     assert not any(call.first for call in rest)
     assert [call.spec.name for call in rest[: len(SPECS)]] == list(SPECS)
-    assert [call.dtype for call in rest] == sorted((call.dtype for call in rest), key=bench.safety.DTYPES.index)
+    assert [call.dtype for call in rest] == sorted(
+        (call.dtype for call in rest), key=bench.safety.DTYPES.index
+    )
     everything = {
-        (name, case.id, d) for name, spec in SPECS.items() for case in spec.tagged("small", "edge") for d in spec.dtypes
+        (name, case.id, d)
+        for name, spec in SPECS.items()
+        for case in spec.tagged("small", "edge")
+        for d in spec.dtypes
     }
     assert {(call.spec.name, call.case.id, call.dtype) for call in found} == everything
     assert len(found) == len(everything)
 
 
 def test_repeats_and_what_they_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A first call that is repeated ten times, others a thousand; a budget that is ignored; a difference that is not said."""
+    """A first call that is repeated ten times, others a thousand; a budget that is ignored; a difference that
+    is not said."""
     made: list[int] = []
 
     def counted(spec: Any, case: Any, dtype: Any, device: Any, repeats: int, backend: str) -> list[str]:
@@ -132,9 +142,20 @@ CLEAN = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
         (CLEAN, 0, 0, "0 reports about this package's kernels, 0 about others"),
         (OURS, 0, 1, "2 reports about this package's kernels, 0 about others"),
         (RACE, 0, 1, "1 reports about this package's kernels, 0 about others"),
-        (OTHERS, 0, 0, "0 reports about this package's kernels, 2 about others; vectorized_elementwise_kernel: 1; Kernel2: 1"),
+        (
+            OTHERS,
+            0,
+            0,
+            "0 reports about this package's kernels, 2 about others; vectorized_elementwise_kernel: 1; "
+            "Kernel2: 1",
+        ),
         (CLEAN, 1, 1, "ended with exit code 1"),
-        ("========= Error: No attachable process found\n", 0, 1, "ended with exit code 0 and without a summary"),
+        (
+            "========= Error: No attachable process found\n",
+            0,
+            1,
+            "ended with exit code 0 and without a summary",
+        ),
     ],
 )
 def test_reports_are_told_apart(
@@ -148,7 +169,8 @@ def test_reports_are_told_apart(
     assert note in report.notes
     if said == OURS:
         assert report.notes[1] == (
-            "2 times: Invalid __global__ read of size 2 bytes at _attention_fwd_kernel+0x1a70 in forward.py:150"
+            "2 times: Invalid __global__ read of size 2 bytes at _attention_fwd_kernel+0x1a70 in "
+            "forward.py:150"
         )
         out = capsys.readouterr().out
         assert "says the program" in out
@@ -157,7 +179,8 @@ def test_reports_are_told_apart(
 
 @pytest.mark.parametrize("tool", bench.sanitizer.TOOLS)
 def test_a_tool_is_called_as_it_must_be(tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tool that looks at repeats, at torch's cached memory, or only until its tenth second; flags that are not its own."""
+    """A tool that looks at repeats, at torch's cached memory, or only until its tenth second; flags that are
+    not its own."""
     program = tmp_path / "compute-sanitizer"
     program.write_text(
         f'#!/bin/sh\necho "$@" > {tmp_path}/line\necho $PYTORCH_NO_CUDA_MEMORY_CACHING >> {tmp_path}/line\n'
@@ -183,7 +206,12 @@ def test_a_tool_is_called_as_it_must_be(tool: str, tmp_path: Path, monkeypatch: 
 def test_every_kernel_is_known() -> None:
     """A kernel whose reports would count as somebody else's."""
     names = bench.sanitizer.kernel_names()
-    assert {"_attention_fwd_kernel", "_layer_norm_bwd_kernel", "_cross_entropy_kernel", "_bias_gelu_kernel"} <= names
+    assert {
+        "_attention_fwd_kernel",
+        "_layer_norm_bwd_kernel",
+        "_cross_entropy_kernel",
+        "_bias_gelu_kernel",
+    } <= names
     assert not any(name in OTHERS for name in names)
 
 

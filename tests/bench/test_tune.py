@@ -106,7 +106,9 @@ def test_where_the_reference_wins_is_said(landscape: dict[str, Any]) -> None:
     found = climb()
     assert f"the REFERENCE is faster, 100 µs: {found.slower}" in str(found)
     row = eval(found.slower, {"Slower": tuning.Slower, "torch": torch})
-    assert row == tuning.Slower(0, "layer_norm", torch.float32, {n: (size, size) for n, size in RACE.case.sizes.items()})
+    assert row == tuning.Slower(
+        0, "layer_norm", torch.float32, {n: (size, size) for n, size in RACE.case.sizes.items()}
+    )
 
 
 def test_time_is_kept(landscape: dict[str, Any]) -> None:
@@ -129,7 +131,8 @@ def test_an_answer_is_for_one_question(landscape: dict[str, Any]) -> None:
 
 
 def test_neighbours_differ_in_one_number() -> None:
-    """A move that changes two things at once, leaves what hardware takes, or forgets a tile within a tuple of them."""
+    """A move that changes two things at once, leaves what hardware takes, or forgets a tile within a tuple of
+    them."""
     tile = Tile(64, 32, 4, 2)
     assert all(sum(a != b for a, b in zip(tile, other, strict=True)) == 1 for other in neighbours(tile))
     assert len(set(neighbours(tile))) == 8
@@ -137,9 +140,9 @@ def test_neighbours_differ_in_one_number() -> None:
     assert neighbours(None) == list(bench.tune.STARTS)
     tiles = Pair(tile, None)
     moved = neighbours(tiles)
-    assert {name for other in moved for name in tiles._fields if getattr(other, name) != getattr(tiles, name)} == set(
-        tiles._fields
-    )
+    assert {
+        name for other in moved for name in tiles._fields if getattr(other, name) != getattr(tiles, name)
+    } == set(tiles._fields)
 
 
 @pytest.mark.interpreter
@@ -147,7 +150,9 @@ def test_the_knobs_of_an_op_are_found() -> None:
     """A function of the tuning table that the search never sees turned."""
     assert {"norm_tile", "attention_tiles", "loss_tile", "gelu_tile"} <= set(knobs())
     assert not [name for name in knobs() if name.startswith("_")]
-    ours = Contestant(OURS, NORM.function, lambda: bench.contestants.kernels.use_backend("triton"), peer=False)
+    ours = Contestant(
+        OURS, NORM.function, lambda: bench.contestants.kernels.use_backend("triton"), peer=False
+    )
     inputs = NORM.make_inputs(RACE.case, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0))
     found = queries(runner(), RACE, ours, inputs, Truth(NORM, inputs, torch.float32))
     assert found == {Query("norm_tile", (17,)): tuning.norm_tile(17)}

@@ -1,4 +1,5 @@
-"""CUDA graphs on a CPU: what is captured leaves no trace, and a replay does the same operations on the same memory."""
+"""CUDA graphs on a CPU: what is captured leaves no trace, and a replay does the same operations on the same
+memory."""
 
 from __future__ import annotations
 
@@ -19,18 +20,26 @@ class Recording(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._operations: list[tuple[Any, Any, Any, Any]] = []
-        self._before: dict[int, tuple[Tensor, Tensor]] = {}  # of what was there before, and is written: the tensor and its values
+        self._before: dict[
+            int, tuple[Tensor, Tensor]
+        ] = {}  # of what was there before, and is written: the tensor and its values
         self._own: dict[int, Tensor] = {}  # memory of the graph, kept as its pool would be
         self.replays = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         for argument, value in zip(function._schema.arguments, args, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write and _memory(value) not in self._own:
+            if (
+                argument.alias_info is not None
+                and argument.alias_info.is_write
+                and _memory(value) not in self._own
+            ):
                 self._before.setdefault(_memory(value), (value, value.clone()))
         given = {_memory(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         result = function(*args, **kwargs)
-        self._own |= {_memory(t): t for t in tree_leaves(result) if isinstance(t, Tensor) and _memory(t) not in given}
+        self._own |= {
+            _memory(t): t for t in tree_leaves(result) if isinstance(t, Tensor) and _memory(t) not in given
+        }
         self._operations.append((function, args, kwargs, result))
         return result
 

@@ -37,6 +37,10 @@ def tokens(batch: int, length: int) -> torch.Tensor:
 def padded(prompts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts (1, T) of different lengths as one batch with padding on the left, and its attention mask."""
     longest = max(prompt.shape[1] for prompt in prompts)
-    idx = torch.cat([torch.nn.functional.pad(prompt, (longest - prompt.shape[1], 0), value=1) for prompt in prompts])
-    mask = torch.cat([(torch.arange(longest) >= longest - prompt.shape[1]).long()[None] for prompt in prompts])
+    idx = torch.cat(
+        [torch.nn.functional.pad(prompt, (longest - prompt.shape[1], 0), value=1) for prompt in prompts]
+    )
+    mask = torch.cat(
+        [(torch.arange(longest) >= longest - prompt.shape[1]).long()[None] for prompt in prompts]
+    )
     return idx, mask

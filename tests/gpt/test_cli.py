@@ -57,10 +57,13 @@ def parse(*argv: str) -> dict[str, Any]:
     ],
 )
 def test_values(argv: str, values: dict[str, Any]) -> None:
-    """A flag read as another type, a hyphen changed inside a value, a default mistaken for a choice of the user's."""
+    """A flag read as another type, a hyphen changed inside a value, a default mistaken for a choice of the
+    user's."""
     given = parse(*argv.split())
     assert given == values
-    assert {name: type(value) for name, value in given.items()} == {name: type(value) for name, value in values.items()}
+    assert {name: type(value) for name, value in given.items()} == {
+        name: type(value) for name, value in values.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -106,7 +109,14 @@ def test_help_shows_type_default_and_meaning(capsys: pytest.CaptureFixture[str])
 def test_every_field_of_the_configs_is_a_flag() -> None:
     """A field whose annotation the parser does not understand."""
     parser = OptionParser("x", "", model=GPTConfig(), train=TrainConfig(), data=DataConfig())
-    flags = {"n_layer": "3", "tie_weights": "false", "head_dim": "none", "learning_rate": "1", "patience": "2", "data": "a"}
+    flags = {
+        "n_layer": "3",
+        "tie_weights": "false",
+        "head_dim": "none",
+        "learning_rate": "1",
+        "patience": "2",
+        "data": "a",
+    }
     argv = [part for name, value in flags.items() for part in (f"--{name}", value)]
     _, values = parser.parse_tables(argv)
     assert values["model"] == {"n_layer": 3, "tie_weights": False, "head_dim": None}
@@ -121,9 +131,20 @@ def write(path: Path, text: str) -> str:
 
 def test_toml_values(tmp_path: Path) -> None:
     """A TOML value that becomes another than the same flag would."""
-    text = '[fruit]\nmax_count = 4\nweight = 2\nripe = true\nlimit = "none"\nnames = ["x", "y"]\nkind = "pear"\n'
+    text = (
+        '[fruit]\nmax_count = 4\nweight = 2\nripe = true\nlimit = "none"\nnames = ["x", "y"]\nkind = "pear"\n'
+    )
     values = parser().read_file(write(tmp_path / "f.toml", text), ["fruit"])
-    assert values == {"fruit": {"max_count": 4, "weight": 2.0, "ripe": True, "limit": None, "names": ("x", "y"), "kind": "pear"}}
+    assert values == {
+        "fruit": {
+            "max_count": 4,
+            "weight": 2.0,
+            "ripe": True,
+            "limit": None,
+            "names": ("x", "y"),
+            "kind": "pear",
+        }
+    }
     assert type(values["fruit"]["weight"]) is float
 
 

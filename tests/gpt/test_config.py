@@ -60,37 +60,71 @@ PLAIN_HEAD = {"tie_weights": False, "head_bias": True, "final_norm": False}
     ("given", "expected"),
     [
         pytest.param({}, {}, id="nothing"),
-        pytest.param({**SMALL, "dropout": 0.2, "bias": False}, {**SMALL, "dropout": 0.2, "bias": False}, id="nanoGPT"),
         pytest.param(
-            {"vocab_size": 65, "embed_dim": 64, "num_heads": 4, "num_layers": 2, "max_position_embeddings": 32, "dropout": 0.1},
+            {**SMALL, "dropout": 0.2, "bias": False}, {**SMALL, "dropout": 0.2, "bias": False}, id="nanoGPT"
+        ),
+        pytest.param(
+            {
+                "vocab_size": 65,
+                "embed_dim": 64,
+                "num_heads": 4,
+                "num_layers": 2,
+                "max_position_embeddings": 32,
+                "dropout": 0.1,
+            },
             {**SMALL, "dropout": 0.1, **PLAIN_HEAD},
             id="llm-arch-research",
         ),
         pytest.param(
-            {"vocab_size": 65, "max_seq_len": 32, "emb_size": 64, "num_heads": 4, "head_size": 8, "num_layers": 2, "dropout": 0},
+            {
+                "vocab_size": 65,
+                "max_seq_len": 32,
+                "emb_size": 64,
+                "num_heads": 4,
+                "head_size": 8,
+                "num_layers": 2,
+                "dropout": 0,
+            },
             {**SMALL, "head_dim": 8, **PLAIN_HEAD},
             id="simple-llm",
         ),
         pytest.param({"emb_size": 640}, {"n_embd": 640, "n_head": 10, **PLAIN_HEAD}, id="simple-llm-heads"),
         pytest.param({"emb_size": 32}, {"n_embd": 32, "n_head": 1, **PLAIN_HEAD}, id="simple-llm-one-head"),
         pytest.param(BOOK, {"dropout": 0.1, "qkv_bias": False, "tie_weights": False}, id="LLMs-from-scratch"),
-        pytest.param({"emb_dim": 96}, {"n_embd": 96, "qkv_bias": False, "tie_weights": False}, id="LLMs-from-scratch-short"),
+        pytest.param(
+            {"emb_dim": 96},
+            {"n_embd": 96, "qkv_bias": False, "tie_weights": False},
+            id="LLMs-from-scratch-short",
+        ),
         pytest.param(HUGGING_FACE, {"dropout": 0.1}, id="Hugging-Face"),
         pytest.param(
-            {"n_positions": 32, "activation_function": "gelu", "layer_norm_epsilon": 1e-6, "tie_word_embeddings": False},
+            {
+                "n_positions": 32,
+                "activation_function": "gelu",
+                "layer_norm_epsilon": 1e-6,
+                "tie_word_embeddings": False,
+            },
             {"block_size": 32, "activation": "gelu", "eps": 1e-6, "tie_weights": False, "dropout": 0.1},
             id="Hugging-Face-short",
         ),
         pytest.param({"model_type": "gpt2", "dropout": 0.3}, {"dropout": 0.3}, id="Hugging-Face-with-ours"),
         pytest.param(
             {"embed_dim": 64, "num_heads": 4, "norm": "post", "activation": "relu", "head_bias": False},
-            {"n_embd": 64, "n_head": 4, "norm": "post", "activation": "relu", **PLAIN_HEAD, "head_bias": False},
+            {
+                "n_embd": 64,
+                "n_head": 4,
+                "norm": "post",
+                "activation": "relu",
+                **PLAIN_HEAD,
+                "head_bias": False,
+            },
             id="ours-over-a-family",
         ),
     ],
 )
 def test_families(given: dict[str, Any], expected: dict[str, Any]) -> None:
-    """A name that sets another field, or a family whose defaults or tying are lost, or that overrule what was said."""
+    """A name that sets another field, or a family whose defaults or tying are lost, or that overrule what was
+    said."""
     assert GPTConfig.from_dict(given) == GPTConfig(**expected)
 
 
@@ -100,13 +134,22 @@ def test_families(given: dict[str, Any], expected: dict[str, Any]) -> None:
         ({"n_embed": 64}, "'n_embed' is unknown, the nearest valid one is 'n_embd'"),
         ({"emb_dimm": 64}, "'emb_dimm' is unknown, the nearest valid one is 'emb_dim'"),
         ({7: 64}, "7 is unknown"),
-        ({"emb_dim": 64, "num_heads": 4}, "emb_dim (LLMs-from-scratch), num_heads (llm-arch-research or simple-llm)"),
+        (
+            {"emb_dim": 64, "num_heads": 4},
+            "emb_dim (LLMs-from-scratch), num_heads (llm-arch-research or simple-llm)",
+        ),
         ({"n_embd": 64, "emb_dim": 32}, "both mean n_embd"),
         ({"n_positions": 64, "n_ctx": 32}, "both mean block_size"),
         ({"resid_pdrop": 0.0}, "embd_pdrop is 0.1, expected 0.0 as resid_pdrop (both mean dropout)"),
         ({"model_type": "llama"}, "model_type is 'llama', expected 'gpt2'"),
-        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True, expected False"),
-        ({"activation_function": "silu"}, "activation is 'silu', expected one of 'gelu_tanh', 'gelu', 'relu'"),
+        (
+            {"scale_attn_by_inverse_layer_idx": True},
+            "scale_attn_by_inverse_layer_idx is True, expected False",
+        ),
+        (
+            {"activation_function": "silu"},
+            "activation is 'silu', expected one of 'gelu_tanh', 'gelu', 'relu'",
+        ),
         ([("n_embd", 64)], "list, expected a dict"),
     ],
 )
@@ -123,10 +166,19 @@ def test_what_no_family_says(given: Any, said: str) -> None:
     [
         ({"n_embd": 100, "n_head": 3}, "n_embd is 100, expected a multiple of n_head (3), or head_dim given"),
         ({"vocab_size": 2**31}, "vocab_size is 2147483648, expected an integer in [1, 2147483647]"),
-        ({"block_size": 2**30, "n_embd": 2**14, "n_head": 1}, "parameters, expected at most 1,000,000,000,000"),
+        (
+            {"block_size": 2**30, "n_embd": 2**14, "n_head": 1},
+            "parameters, expected at most 1,000,000,000,000",
+        ),
         ({"n_layer": 10_001}, "n_layer is 10001"),
-        *[({name: 0}, f"{name} is 0, expected an integer in [1,") for name in ("vocab_size", "block_size", "n_layer", "n_head")],
-        *[({name: -4}, f"{name} is -4, expected an integer in [1,") for name in ("n_embd", "head_dim", "n_inner")],
+        *[
+            ({name: 0}, f"{name} is 0, expected an integer in [1,")
+            for name in ("vocab_size", "block_size", "n_layer", "n_head")
+        ],
+        *[
+            ({name: -4}, f"{name} is -4, expected an integer in [1,")
+            for name in ("n_embd", "head_dim", "n_inner")
+        ],
         ({"n_head": True}, "n_head is True, expected int"),
         ({"n_head": 2.0}, "n_head is 2.0, expected int"),
         ({"n_embd": None}, "n_embd is None, expected int"),

@@ -81,14 +81,17 @@ def by_hand(model: GPT, idx: Tensor, new: int, seed: int | None = None, **settin
         logits = model(idx[:, -SMALL.block_size :])[:, -1].tolist()
         rows = [processed(z, set(row), **settings) for z, row in zip(logits, idx.tolist(), strict=True)]
         p = torch.tensor(rows)
-        new_tokens = p.argmax(-1, keepdim=True) if seed is None else torch.multinomial(p, 1, generator=generator)
+        new_tokens = (
+            p.argmax(-1, keepdim=True) if seed is None else torch.multinomial(p, 1, generator=generator)
+        )
         idx = torch.cat([idx, new_tokens], 1)
     return idx
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_sampling_by_hand(settings: dict[str, Any]) -> None:
-    """A processor that is wrong, or in another place than Hugging Face's; a nucleus without the token that crosses it."""
+    """A processor that is wrong, or in another place than Hugging Face's; a nucleus without the token that
+    crosses it."""
     model, idx = lively().double(), tokens(4, 5)
     for seed in range(4):
         found = model.generate(idx, 12, generator=torch.Generator().manual_seed(seed), **settings)
@@ -98,13 +101,21 @@ def test_sampling_by_hand(settings: dict[str, Any]) -> None:
 def test_the_smallest_nucleus() -> None:
     """A nucleus of one token too many where the sum meets p exactly, or of none where p rounds away."""
     even = torch.zeros(1, 8)
-    assert [int(keep_top_p(even, p).isfinite().sum()) for p in (1e-9, 0.125, 0.2, 0.5, 0.75, 1.0)] == [1, 1, 2, 4, 6, 8]
+    assert [int(keep_top_p(even, p).isfinite().sum()) for p in (1e-9, 0.125, 0.2, 0.5, 0.75, 1.0)] == [
+        1,
+        1,
+        2,
+        4,
+        6,
+        8,
+    ]
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
 @each_config
 def test_greedy_by_hand(fields: dict[str, Any], use_cache: bool) -> None:
-    """A cache that gives other tokens than no cache: within the block, when it is full, and past it; prompts of any length."""
+    """A cache that gives other tokens than no cache: within the block, when it is full, and past it; prompts
+    of any length."""
     model, generated = lively(**fields), set()
     for length in (1, 5, 11, 12, 13, 30):
         idx = tokens(3, length)
@@ -128,19 +139,26 @@ def test_greedy_ignores_what_samples() -> None:
 @pytest.mark.parametrize("use_cache", [True, False])
 @each_config
 def test_uneven_prompts_decode_as_alone(fields: dict[str, Any], use_cache: bool) -> None:
-    """Padding that is attended to, counted in positions, penalised, or kept when the window moves past the block."""
+    """Padding that is attended to, counted in positions, penalised, or kept when the window moves past the
+    block."""
     model, prompts = lively(**fields), [tokens(1, length) for length in (2, 7, 1, 15)]
     for batch in (prompts[:3], prompts):
         idx, mask = padded(batch)
         for settings in ({}, {"repetition_penalty": 1.5}):
-            together = model.generate(idx, 20, do_sample=False, attention_mask=mask, use_cache=use_cache, **settings)
+            together = model.generate(
+                idx, 20, do_sample=False, attention_mask=mask, use_cache=use_cache, **settings
+            )
             assert torch.equal(together[:, : idx.shape[1]], idx)
             for row, prompt in zip(together, batch, strict=True):
-                assert row[idx.shape[1] :].tolist() == by_hand(model, prompt, 20, **settings)[0, prompt.shape[1] :].tolist()
+                assert (
+                    row[idx.shape[1] :].tolist()
+                    == by_hand(model, prompt, 20, **settings)[0, prompt.shape[1] :].tolist()
+                )
 
 
 def test_ids_of_no_token_are_barred() -> None:
-    """A padded vocabulary whose meaningless ids are likely, reached because a penalty or a filter puts them back (bug 26)."""
+    """A padded vocabulary whose meaningless ids are likely, reached because a penalty or a filter puts them
+    back (bug 26)."""
     model, idx = lively(head_bias=True), tokens(4, 5) % 9
     with torch.no_grad():
         model.lm_head.bias[9:] = 50
@@ -156,7 +174,9 @@ def test_drawing_is_multinomial() -> None:
         generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
         expected = torch.multinomial(logits.softmax(-1), 1, generator=generators[1])[:, 0]
         assert torch.equal(sample(logits, generators[0]), expected)
-    counts = torch.stack([sample(logits[:1], None) for _ in range(4000)]).flatten().bincount(minlength=50) / 4000
+    counts = (
+        torch.stack([sample(logits[:1], None) for _ in range(4000)]).flatten().bincount(minlength=50) / 4000
+    )
     assert (counts - logits[0].softmax(-1)).abs().max() < 0.04
 
 
@@ -171,11 +191,14 @@ def test_a_seed_repeats_itself() -> None:
 
 
 def test_stop_tokens_end_a_row() -> None:
-    """A row that goes on after its stop token, is filled with another, or holds up the rest; an output that is too wide."""
+    """A row that goes on after its stop token, is filled with another, or holds up the rest; an output that
+    is too wide."""
     model, idx = lively(), tokens(4, 3)
 
     def run(**settings: Any) -> Tensor:
-        return model.generate(idx, 20, temperature=3.0, generator=torch.Generator().manual_seed(5), **settings)
+        return model.generate(
+            idx, 20, temperature=3.0, generator=torch.Generator().manual_seed(5), **settings
+        )
 
     free = run()
     stops = [int(free[row, 3 + step]) for row, step in enumerate((7, 11, 5, 14))]
@@ -199,7 +222,8 @@ def test_each_step_is_told() -> None:
 
 
 def test_nothing_is_left_behind() -> None:
-    """Dropout in generation, a mode that is not restored, a prompt that is written to, a gradient, 0 tokens that are 1."""
+    """Dropout in generation, a mode that is not restored, a prompt that is written to, a gradient, 0 tokens
+    that are 1."""
     model = lively(dropout=0.5)
     model.blocks[0].eval()
     modes, idx = [m.training for m in model.modules()], tokens(2, 5)
@@ -217,7 +241,8 @@ def test_nothing_is_left_behind() -> None:
 
 
 def test_the_cache_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache that is filled, and everything computed anew all the same; or one that is larger than what is asked for."""
+    """A cache that is filled, and everything computed anew all the same; or one that is larger than what is
+    asked for."""
     model, idx, passes = lively(), tokens(2, 4), []
     hidden: Callable[..., Tensor] = GPT.hidden
 
@@ -237,14 +262,17 @@ def test_the_cache_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.interpreter
 @pytest.mark.parametrize("name", ["gpt2", "post-bare"])
 def test_a_captured_step_serves_every_token(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A length, position, place or token that the host knows and a graph would repeat, or a capture that counts as a step."""
+    """A length, position, place or token that the host knows and a graph would repeat, or a capture that
+    counts as a step."""
     model, (idx, mask) = lively(**CONFIGS[name], use_triton=True), padded([tokens(1, 4), tokens(1, 2)])
     settings = {"do_sample": False, "repetition_penalty": 1.5, "attention_mask": mask}
     plain = model.generate(idx, 7, use_cache=False, **settings)
     graphs = fake(monkeypatch)
     monkeypatch.setattr("gpt.kv_cache.captures", lambda device: True)
     assert torch.equal(model.generate(idx, 7, **settings), plain)
-    assert [graph.replays for graph in graphs] == [5]  # the prompt gives a token, and the first step is not captured
+    assert [graph.replays for graph in graphs] == [
+        5
+    ]  # the prompt gives a token, and the first step is not captured
     assert len(plain[:, 4:].unique()) > 3
 
 

@@ -1,4 +1,5 @@
-"""The whole model on a GPU: captured decoding, synchronisations, runs that go on, training on either side, preflight's time."""
+"""The whole model on a GPU: captured decoding, synchronisations, runs that go on, training on either side,
+preflight's time."""
 
 from __future__ import annotations
 
@@ -52,7 +53,9 @@ def synchronizations(model: GPT, idx: torch.Tensor, new: int, stop_tokens: list[
     return [Path(warning.filename) for warning in caught if "called a synchronizing" in str(warning.message)]
 
 
-@pytest.mark.parametrize("stop_tokens", [None, [50256], list(range(50200, 50257))], ids=["free", "stop", "stops"])
+@pytest.mark.parametrize(
+    "stop_tokens", [None, [50256], list(range(50200, 50257))], ids=["free", "stop", "stops"]
+)
 def test_no_token_waits(stop_tokens: list[int] | None) -> None:
     """A token that costs a synchronisation although nobody looks at it."""
     model = GPT("gpt2", use_triton=True, device=DEVICE, n_layer=2)
@@ -65,8 +68,11 @@ def test_no_token_waits(stop_tokens: list[int] | None) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_stopped_run_goes_on_bit_by_bit(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A resume without the GPU's random numbers or the scale of its losses, or a sample that cannot be had deterministically."""
+def test_a_stopped_run_goes_on_bit_by_bit(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resume without the GPU's random numbers or the scale of its losses, or a sample that cannot be had
+    deterministically."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     monkeypatch.setattr("gpt.training.trainer.SAMPLE_TOKENS", 30)
     data, config = TokenData.from_text(TEXT), replace(CONFIG, decay_steps=8, device="cuda", dtype=dtype)
@@ -132,6 +138,8 @@ def test_training_stays_within_the_noise_of_seeds() -> None:
 
 def test_preflight_is_quick() -> None:
     """A preflight that delays the first step by more than fifteen seconds, or that fails on this GPU."""
-    report = preflight(GPTConfig.preset("gpt2"), DEVICE, 8, 1024, torch.bfloat16, torch.float32, use_cache=False)
+    report = preflight(
+        GPTConfig.preset("gpt2"), DEVICE, 8, 1024, torch.bfloat16, torch.float32, use_cache=False
+    )
     assert report.ok, str(report)
     assert report.seconds < 15

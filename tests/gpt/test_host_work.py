@@ -67,18 +67,21 @@ def test_launches_of_a_layer(launches: list[str]) -> None:
     launches.clear()
     step(3, use_triton=True)
     deep = len(launches)
-    # Two identical steps each. Forward: attention, two norms, GELU. Backward: dQ, dK with dV, two norms and their sums, GELU.
+    # Two identical steps each. Forward: attention, two norms, GELU. Backward: dQ, dK with dV, two norms and
+    # their sums, GELU.
     assert (deep - shallow) // 2 == 4 + 7
 
 
 @pytest.mark.interpreter
 def test_operations_of_a_layer(launches: list[str]) -> None:
-    """Copies, casts and fills that creep in between the kernels: zeros for an output without gradient, say."""
+    """Copies, casts and fills that creep in between the kernels: zeros for an output without gradient,
+    say."""
     found = {}
     for use_triton in (True, False):
         deep, shallow = step(3, use_triton=use_triton).names, step(2, use_triton=use_triton).names
         found[use_triton] = len(deep) - len(shallow)
         assert "zeros.default" not in deep or not use_triton
-    # 7 ops of ours, 6 products, 2 sums for biases, 1 stack for the three parts of the projection, 12 gradients added to others.
+    # 7 ops of ours, 6 products, 2 sums for biases, 1 stack for the three parts of the projection, 12
+    # gradients added to others.
     assert found[True] <= 29
     assert found[True] < found[False]

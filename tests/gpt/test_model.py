@@ -15,7 +15,14 @@ from gpt import GPT, GPTConfig, InputError
 from tests.gpt.models import CONFIGS, SMALL, lively, padded, tokens
 
 each_config = pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
-BOOK = {"context_length": 1024, "emb_dim": 768, "n_heads": 12, "n_layers": 12, "drop_rate": 0.1, "qkv_bias": False}
+BOOK = {
+    "context_length": 1024,
+    "emb_dim": 768,
+    "n_heads": 12,
+    "n_layers": 12,
+    "drop_rate": 0.1,
+    "qkv_bias": False,
+}
 
 
 def written_out(model: GPT, idx: Tensor) -> Tensor:
@@ -27,7 +34,11 @@ def written_out(model: GPT, idx: Tensor) -> Tensor:
         return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
 
     def norm(x: Tensor, name: str) -> Tensor:
-        y = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + c.eps).sqrt() * w[f"{name}.weight"]
+        y = (
+            (x - x.mean(-1, keepdim=True))
+            / (x.var(-1, keepdim=True, correction=0) + c.eps).sqrt()
+            * w[f"{name}.weight"]
+        )
         return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
 
     def attention(x: Tensor, name: str) -> Tensor:
@@ -36,11 +47,15 @@ def written_out(model: GPT, idx: Tensor) -> Tensor:
         for h in range(c.n_head):
             qh, kh, vh = (t[:, h * c.head_size : (h + 1) * c.head_size] for t in (q, k, v))
             logits = qh @ kh.T / c.head_size**0.5
-            heads.append(logits.masked_fill(torch.ones_like(logits).triu(1) == 1, -torch.inf).softmax(-1) @ vh)
+            heads.append(
+                logits.masked_fill(torch.ones_like(logits).triu(1) == 1, -torch.inf).softmax(-1) @ vh
+            )
         return linear(torch.cat(heads, -1), f"{name}.proj")
 
     def ffn(x: Tensor, name: str) -> Tensor:
-        act = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": lambda h: F.gelu(h, approximate="tanh")}[c.activation]
+        act = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": lambda h: F.gelu(h, approximate="tanh")}[
+            c.activation
+        ]
         return linear(act(linear(x, f"{name}.up")), f"{name}.down")
 
     x = w["wte.weight"][idx] + w["wpe.weight"][: len(idx)]
@@ -65,11 +80,14 @@ def test_logits_follow_the_formula(fields: dict[str, Any]) -> None:
 
 @each_config
 def test_the_loss_is_cross_entropy(fields: dict[str, Any]) -> None:
-    """A loss over shifted, ignored or missing tokens, or without the head's bias; a parameter that it does not reach."""
+    """A loss over shifted, ignored or missing tokens, or without the head's bias; a parameter that it does
+    not reach."""
     model, idx, targets = lively(**fields).double(), tokens(3, 12), tokens(3, 12)
     targets[0, 3], targets[2] = -100, -100
     loss = model(idx, targets)
-    torch.testing.assert_close(loss, F.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), ignore_index=-100))
+    torch.testing.assert_close(
+        loss, F.cross_entropy(model(idx).flatten(0, 1), targets.flatten(), ignore_index=-100)
+    )
     loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
@@ -110,8 +128,12 @@ def test_documents_do_not_see_each_other(fields: dict[str, Any]) -> None:
     apart = torch.stack([torch.cat([model(document)[0] for document in row]) for row in rows])
     torch.testing.assert_close(model(packed, document_start=document_start), apart)
     targets = tokens(2, 12)
-    expected = torch.autograd.grad(F.cross_entropy(apart.flatten(0, 1), targets.flatten()), list(model.parameters()))
-    found = torch.autograd.grad(model(packed, targets, document_start=document_start), list(model.parameters()))
+    expected = torch.autograd.grad(
+        F.cross_entropy(apart.flatten(0, 1), targets.flatten()), list(model.parameters())
+    )
+    found = torch.autograd.grad(
+        model(packed, targets, document_start=document_start), list(model.parameters())
+    )
     torch.testing.assert_close(found, expected)
 
 
@@ -126,7 +148,8 @@ def test_documents_do_not_see_each_other(fields: dict[str, Any]) -> None:
     ],
 )
 def test_parameter_counts(fields: dict[str, Any], count: int | None) -> None:
-    """Parameters that the config does not account for, GPT-2 of another size than GPT-2's, or memory taken for either."""
+    """Parameters that the config does not account for, GPT-2 of another size than GPT-2's, or memory taken
+    for either."""
     model = GPT(**fields, device="meta")
     assert model.num_parameters() == model.config.parameter_counts()["total"]
     assert count in (None, model.num_parameters())
@@ -145,7 +168,8 @@ def test_a_tied_head_is_the_embedding() -> None:
 
 
 def test_initialisation_is_gpt2s() -> None:
-    """A deviation that is not scaled with depth, a bias that does not start at 0, draws that the seed does not decide."""
+    """A deviation that is not scaled with depth, a bias that does not start at 0, draws that the seed does
+    not decide."""
     torch.manual_seed(3)
     model = GPT(vocab_size=500, block_size=64, n_layer=8, n_head=2, n_embd=64)
     for name, parameter in model.named_parameters():
@@ -159,8 +183,11 @@ def test_initialisation_is_gpt2s() -> None:
 
 
 def test_ways_to_make_one() -> None:
-    """Keywords, dicts, presets and configs that do not lead to the same model, or keywords that start from a preset."""
-    config = GPTConfig(65, 32, 2, 4, 64, dropout=0.1, tie_weights=False, head_bias=True, final_norm=False, head_dim=16)
+    """Keywords, dicts, presets and configs that do not lead to the same model, or keywords that start from a
+    preset."""
+    config = GPTConfig(
+        65, 32, 2, 4, 64, dropout=0.1, tie_weights=False, head_bias=True, final_norm=False, head_dim=16
+    )
     names = {
         "vocab_size": 65,
         "max_seq_len": 32,
@@ -171,7 +198,11 @@ def test_ways_to_make_one() -> None:
         "dropout": 0.1,
     }
     assert GPT(config).config == GPT(names).config == GPT(**names, device="cpu").config == config
-    assert GPT(config, dropout=0.3).config == GPT(names, dropout=0.3).config == GPTConfig.from_dict({**names, "dropout": 0.3})
+    assert (
+        GPT(config, dropout=0.3).config
+        == GPT(names, dropout=0.3).config
+        == GPTConfig.from_dict({**names, "dropout": 0.3})
+    )
     assert GPT("char-cpu", n_layer=1).config == GPTConfig.preset("char-cpu", n_layer=1)
     assert GPT(device="meta").config == GPT("gpt2", device="meta").config == GPTConfig()
     assert GPT(config, dtype=torch.bfloat16).wte.weight.dtype == torch.bfloat16
@@ -186,7 +217,8 @@ DROPOUT = {"dropout": 0.4}
 
 @each_config
 def test_a_seed_decides_every_mask(fields: dict[str, Any]) -> None:
-    """A mask that is drawn elsewhere, that is the same as another, or that a tensor seed draws differently."""
+    """A mask that is drawn elsewhere, that is the same as another, or that a tensor seed draws
+    differently."""
     model, idx, targets = lively(**fields, **DROPOUT), tokens(2, 8), tokens(2, 8)
     losses = {}
     for seed in (0, 1, -1, 2**40, torch.tensor(1)):
@@ -205,7 +237,9 @@ def test_a_seed_decides_every_mask(fields: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("seed", [11, torch.tensor(11)])
 @each_config
-def test_every_mask_has_its_own_seed(monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], seed: int | Tensor) -> None:
+def test_every_mask_has_its_own_seed(
+    monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], seed: int | Tensor
+) -> None:
     """Two layers or two places of a layer that drop the same elements, or a place that does not drop."""
     drawn = []
 
@@ -259,23 +293,33 @@ def test_autocast(fields: dict[str, Any]) -> None:
     assert set(streams) == {torch.bfloat16 if model.config.norm == "post" else torch.float32}
     torch.testing.assert_close(loss, full, rtol=0.05, atol=0)
     loss.backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+    assert all(
+        p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all()
+        for p in model.parameters()
+    )
 
 
 @pytest.mark.parametrize(("name", "seed"), [("gpt2", None), ("post-bare", torch.tensor(3))])
 def test_compiles_as_one_graph(name: str, seed: Tensor | None) -> None:
-    """A graph break: Python that depends on a tensor's values, a warning, or a context that cannot be traced."""
+    """A graph break: Python that depends on a tensor's values, a warning, or a context that cannot be
+    traced."""
     model, idx = lively(**CONFIGS[name], dropout=0.0 if seed is None else 0.3), tokens(2, 8)
     model.dropout_seed = seed
     starts = torch.zeros_like(idx, dtype=torch.int32)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    for kwargs in ({}, {"targets": idx}, {"targets": idx, "document_start": starts}, {"attention_mask": torch.ones_like(idx)}):
+    for kwargs in (
+        {},
+        {"targets": idx},
+        {"targets": idx, "document_start": starts},
+        {"attention_mask": torch.ones_like(idx)},
+    ):
         torch.testing.assert_close(compiled(idx, **kwargs), model(idx, **kwargs))
 
 
 def test_the_model_chooses_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A use_triton that is not asked for in forward or generate, that outlives them, or that cannot be set at run time."""
+    """A use_triton that is not asked for in forward or generate, that outlives them, or that cannot be set at
+    run time."""
     asked = []
 
     class Recording(kernels.model_backend):
@@ -284,7 +328,9 @@ def test_the_model_chooses_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
             super().__init__(backend)
 
     monkeypatch.setattr(kernels, "model_backend", Recording)
-    monkeypatch.setattr(kernels, "warn_if_unavailable", lambda device, dtype: asked.append((device.type, dtype)))
+    monkeypatch.setattr(
+        kernels, "warn_if_unavailable", lambda device, dtype: asked.append((device.type, dtype))
+    )
     model, idx = GPT(SMALL, use_triton=False), tokens(1, 4)
     model(idx)
     model.use_triton = "auto"
@@ -319,7 +365,10 @@ def changed(tensor: Tensor, value: float, *index: int) -> Tensor:
         ({"idx": IDX.to("meta")}, "idx is on meta, expected cpu (the model's)"),
         ({"idx": changed(IDX, 37, 1, 2)}, "idx has 37, expected ids in [0, 37)"),
         ({"idx": changed(IDX, -1, 0, 4)}, "idx has -1, expected ids in [0, 37)"),
-        ({"idx": torch.zeros(1, 13, dtype=torch.int64)}, "idx has 13 tokens, expected at most 12 (block_size)"),
+        (
+            {"idx": torch.zeros(1, 13, dtype=torch.int64)},
+            "idx has 13 tokens, expected at most 12 (block_size)",
+        ),
         ({"targets": IDX[:, 1:]}, "targets is int64 (2, 4) on cpu, expected int64 (2, 5) on cpu"),
         ({"targets": IDX.float()}, "targets is float32 (2, 5) on cpu, expected int64"),
         ({"targets": changed(IDX, 37, 0, 0)}, "targets has 37"),
@@ -332,7 +381,10 @@ def changed(tensor: Tensor, value: float, *index: int) -> Tensor:
         ({"attention_mask": MASK, "document_start": STARTS}, "both given"),
         ({"document_start": STARTS.long()}, "document_start is int64 (2, 5) on cpu, expected int32 (2, 5)"),
         ({"document_start": STARTS[0]}, "document_start is int32 (5,) on cpu"),
-        ({"document_start": changed(STARTS, 4, 1, 3)}, "document_start has 4 at row 1, token 3, expected a value in [0, 3]"),
+        (
+            {"document_start": changed(STARTS, 4, 1, 3)},
+            "document_start has 4 at row 1, token 3, expected a value in [0, 3]",
+        ),
         ({"document_start": changed(STARTS, -1, 0, 2)}, "document_start has -1 at row 0, token 2"),
     ],
 )

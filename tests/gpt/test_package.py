@@ -11,14 +11,22 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_somebody_elses_kernels(tmp_path: Path) -> None:
-    """An AttributeError from somewhere inside, when Hugging Face's package of the same name is the one that is installed."""
+    """An AttributeError from somewhere inside, when Hugging Face's package of the same name is the one that
+    is installed."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("def get_kernel(name): ...\n", encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     done = subprocess.run(
-        [sys.executable, "-c", "import gpt"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", "import gpt"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith(f"ImportError: gpt: the package `kernels` at {tmp_path / 'kernels'} is not fused-gpt's")
+    assert last.startswith(
+        f"ImportError: gpt: the package `kernels` at {tmp_path / 'kernels'} is not fused-gpt's"
+    )
     assert "pip uninstall kernels" in last

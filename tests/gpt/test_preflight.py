@@ -1,4 +1,5 @@
-"""Preflight from a model and from a training run: the shapes are the run's own, and a failing kernel does what was promised."""
+"""Preflight from a model and from a training run: the shapes are the run's own, and a failing kernel does
+what was promised."""
 
 from __future__ import annotations
 
@@ -50,8 +51,18 @@ def train(tmp_path: Path, *flags: str) -> int:
 
 
 def test_every_op_of_a_model_is_checked_at_its_own_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An op that the model calls with other sizes, options, dtypes or strides than preflight, or that preflight leaves out."""
-    config = GPTConfig(vocab_size=37, block_size=12, n_layer=2, n_head=2, n_embd=16, dropout=0.1, bias=False, activation="gelu")
+    """An op that the model calls with other sizes, options, dtypes or strides than preflight, or that
+    preflight leaves out."""
+    config = GPTConfig(
+        vocab_size=37,
+        block_size=12,
+        n_layer=2,
+        n_head=2,
+        n_embd=16,
+        dropout=0.1,
+        bias=False,
+        activation="gelu",
+    )
     expected = dict(cases(config, 3, 12, torch.float32))
     seen: dict[str, dict[str, Any]] = {}
     for op in expected:
@@ -92,7 +103,9 @@ def test_a_model_checks_itself() -> None:
     assert sorted(report.checked) == sorted(preflight.SPECS)
 
 
-def test_a_failing_kernel_falls_back_loudly(tmp_path: Path, lost_mask: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failing_kernel_falls_back_loudly(
+    tmp_path: Path, lost_mask: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A run that goes on with the wrong kernel, that stops although it need not, or that says nothing."""
     assert train(tmp_path, "--use_triton=true") == 0
     printed = capsys.readouterr()
@@ -119,4 +132,7 @@ def test_right_kernels_train(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_references_need_no_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run on references that says nothing of it, or that spends time on checking them."""
     assert train(tmp_path) == 0
-    assert "kernels: none, the references run (auto: on a CPU the interpreter only serves tests)" in capsys.readouterr().out
+    assert (
+        "kernels: none, the references run (auto: on a CPU the interpreter only serves tests)"
+        in capsys.readouterr().out
+    )

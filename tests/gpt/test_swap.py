@@ -27,7 +27,9 @@ def make(config: GPTConfig = CONFIG, *, use_triton: bool | str = True, seed: int
 
 
 def tokens(step: int = 0, batch: int = 2, length: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
-    drawn = torch.randint(CONFIG.vocab_size, (batch, length + 1), generator=torch.Generator().manual_seed(step))
+    drawn = torch.randint(
+        CONFIG.vocab_size, (batch, length + 1), generator=torch.Generator().manual_seed(step)
+    )
     return drawn[:, :-1], drawn[:, 1:]
 
 
@@ -74,7 +76,8 @@ def test_swapping_an_op_changes_nothing(op: str) -> None:
 
 
 def test_dropout_masks_are_the_same_on_either_side() -> None:
-    """A mask that differs between kernel and reference, or between forward and backward, with dropout_seed set."""
+    """A mask that differs between kernel and reference, or between forward and backward, with dropout_seed
+    set."""
     config = GPTConfig.from_dict(CONFIG.to_dict() | {"dropout": 0.3})
     found = []
     for use_triton in (True, False):
@@ -136,7 +139,9 @@ with warnings.catch_warnings(record=True) as caught:
 print([w.category.__name__ for w in caught], str(caught[0].message))
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
     assert done.stdout.startswith(
         "['FallbackWarning'] use_triton=True: tensors on cpu need TRITON_INTERPRET=1; the reference runs for"
     )

@@ -41,7 +41,9 @@ def _decodes(launchers: Any) -> None:
     lengths = torch.tensor([2**31 - 1, -7, 0], dtype=torch.int32)  # clamped to [0, Tmax]
     with kernels.use_backend("triton"):
         found = kernels.decode_attention(q[:, :, :2], k, v, lengths)
-    torch.testing.assert_close(found, kernels.reference.decode_attention(q[:, :, :2], k, v, lengths), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        found, kernels.reference.decode_attention(q[:, :, :2], k, v, lengths), rtol=1e-4, atol=1e-5
+    )
 
 
 def _half(launchers: Any) -> None:
@@ -62,7 +64,9 @@ def _takes_strided_gradients(launchers: Any) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-def _launched(launchers: Any, place: Callable[[int, torch.Tensor], torch.Tensor], *, dropout_p: float = 0.0) -> None:
+def _launched(
+    launchers: Any, place: Callable[[int, torch.Tensor], torch.Tensor], *, dropout_p: float = 0.0
+) -> None:
     """Forward, backward and decoding over tensors that `place` lays out, against the reference."""
     b, h, hkv, tq, tk, d = 2, 4, 2, 19, 35, 24
     drawn = [torch.randn(b, n, t, d).half() for n, t in ((h, tq), (hkv, tk), (hkv, tk), (h, tq))]
@@ -74,13 +78,19 @@ def _launched(launchers: Any, place: Callable[[int, torch.Tensor], torch.Tensor]
     lse2 = guarded(torch.zeros(b, h, tq))
     scale = d**-0.5
     launchers.launch_forward(q, k, v, start, seed, out, lse2, scale, dropout_p, TILES.forward).run()
-    inputs = dict(zip("qkv", drawn, strict=False)) | {"key_start": start, "dropout_p": dropout_p, "seed": seed}
+    inputs = dict(zip("qkv", drawn, strict=False)) | {
+        "key_start": start,
+        "dropout_p": dropout_p,
+        "seed": seed,
+    }
     leaves = {n: x.clone().requires_grad_() if n in "qkv" else x for n, x in inputs.items()}
     expected = kernels.reference.causal_attention(**leaves)
     gradients = torch.autograd.grad(expected, [leaves[n] for n in "qkv"], drawn[3])
     torch.testing.assert_close(out, expected, rtol=2e-2, atol=5e-3)
     for wanted, tiles in (((dq, dk, dv), TILES), ((None, dk, dv), TILES), ((dq, dk, dv), FIVE)):
-        for launch in launchers.launch_backward(grad, q, k, v, out, lse2, start, seed, *wanted, scale, dropout_p, tiles):
+        for launch in launchers.launch_backward(
+            grad, q, k, v, out, lse2, start, seed, *wanted, scale, dropout_p, tiles
+        ):
             launch.run()
         for mine, theirs in zip(wanted, gradients, strict=True):
             if mine is not None:
@@ -89,7 +99,9 @@ def _launched(launchers: Any, place: Callable[[int, torch.Tensor], torch.Tensor]
 
     lengths, first = (guarded(torch.tensor(x, dtype=torch.int32)) for x in ([tk, 21], [3, 0]))
     few, decoded = (place(i, torch.randn(b, h, 3, d).half()) for i in (8, 9))
-    for launch in launchers.launch_decode(few, k, v, lengths, first, decoded, scale, 2, attention_decode_tile(0, 2, d)):
+    for launch in launchers.launch_decode(
+        few, k, v, lengths, first, decoded, scale, 2, attention_decode_tile(0, 2, d)
+    ):
         launch.run()
     joined = kernels.reference.decode_attention(few.clone(), *drawn[1:3], lengths, key_start=first)
     torch.testing.assert_close(decoded, joined, rtol=2e-2, atol=5e-3)
@@ -99,7 +111,11 @@ def stays_inside(launchers: Any) -> None:
     """No access past the end of any tensor, those that the launchers allocate included."""
     with pytest.MonkeyPatch.context() as patch:
         new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
-        patch.setattr(torch.Tensor, "new_empty", lambda self, *args, **options: guarded(new_empty(self, *args, **options)))
+        patch.setattr(
+            torch.Tensor,
+            "new_empty",
+            lambda self, *args, **options: guarded(new_empty(self, *args, **options)),
+        )
         patch.setattr(torch, "empty_like", lambda x: guarded(empty_like(x)))
         _launched(launchers, lambda i, x: guarded(x))
         _launched(launchers, lambda i, x: guarded(x), dropout_p=0.4)
@@ -111,7 +127,9 @@ def _skips_empty_tiles(launchers: Any) -> None:
     inputs = {"q": q, "k": k, "v": v, "key_start": start}
     with kernels.use_backend("triton"):
         results = run_case(kernels.causal_attention, inputs, ("q", "k", "v"))
-    wrong = [str(verdict) for verdict in Truth(CAUSAL, inputs, torch.float32).judge(results) if not verdict.ok]
+    wrong = [
+        str(verdict) for verdict in Truth(CAUSAL, inputs, torch.float32).judge(results) if not verdict.ok
+    ]
     assert not wrong, wrong
 
 

@@ -1,4 +1,5 @@
-"""Memory where a wrong address shows: tensors that end at an unmapped page, tensors over terabytes that are mostly not there."""
+"""Memory where a wrong address shows: tensors that end at an unmapped page, tensors over terabytes that are
+mostly not there."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def sparse(count: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def spread(x: torch.Tensor, dim: int, offset: int, memory: torch.Tensor) -> torch.Tensor:
-    """A copy of `x` in `memory`, from `offset`, whose last index along `dim` lies more than 2**31 elements after its first."""
+    """A copy of `x` in `memory`, from `offset`, whose last index along `dim` lies more than 2**31 elements
+    after its first."""
     stride = list(torch.empty(x.shape, device="meta").stride())
     stride[dim] = -(-(2**31) // max(1, x.shape[dim] - 1)) + 64
     return memory.as_strided(x.shape, stride, offset).copy_(x)
@@ -52,7 +54,8 @@ def fits(shapes: Sequence[Sequence[int]]) -> int:
 
 
 def in_a_fork(function: Callable[[], object]) -> str:
-    """Runs `function` in a child process: "" if it returns, else its exception or the signal that killed it."""
+    """Runs `function` in a child process: "" if it returns, else its exception or the signal that killed
+    it."""
     reader, writer = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns that threads are not copied

@@ -27,21 +27,27 @@ def report(folder: Path, *arguments: str) -> list[dict[str, Any]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "bench.aot", *arguments, "--json", str(path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, "\n".join(line for line in done.stdout.splitlines() if "BROKEN" in line) + done.stderr
+    assert done.returncode == 0, (
+        "\n".join(line for line in done.stdout.splitlines() if "BROKEN" in line) + done.stderr
+    )
     return json.loads(path.read_text(encoding="utf-8"))["builds"]
 
 
 def test_attention_in_bfloat16(tmp_path: Path) -> None:
-    """A kernel of attention at D = 64 that spills, takes too much shared memory, or has no warp-group product on sm_90."""
+    """A kernel of attention at D = 64 that spills, takes too much shared memory, or has no warp-group product
+    on sm_90."""
     rows = report(tmp_path, "--op", "attention", "--arch", "80", "90", "--gated", "--match", "bf16-D64")
-    assert {row["kernel"] for row in rows} >= {f"_attention_{name}_kernel" for name in ("fwd", "bwd_dq", "bwd_dkdv")}
+    assert {row["kernel"] for row in rows} >= {
+        f"_attention_{name}_kernel" for name in ("fwd", "bwd_dq", "bwd_dkdv")
+    }
     for row in rows:
         assert row["hmma" if row["architecture"] == 80 else "hgmma"] > 0
         assert row["stack"] == 0
 
 
 def test_persistent_programs_run_at_once(tmp_path: Path) -> None:
-    """More programs than the registers of their threads leave room for: the last ones begin when all others have ended."""
+    """More programs than the registers of their threads leave room for: the last ones begin when all others
+    have ended."""
     rows = report(tmp_path, "--op", "norm", "ffn", "--arch", "90", "--gated", "--match", "_bwd_kernel bf16")
     limits = {"gelu_ffn": lambda columns: GELU_REGISTERS}
     for row in rows:

@@ -1,4 +1,5 @@
-"""Attention in Triton beyond the registry's cases: gradients, strides, seeds, skipped tiles, torch.library."""
+"""Attention in Triton beyond the registry's cases: gradients, strides, seeds, skipped tiles,
+torch.library."""
 
 from __future__ import annotations
 
@@ -30,7 +31,13 @@ def triton_only() -> Iterator[None]:
 
 
 def case(
-    b: int = 1, h: int = 2, tq: int = 37, d: int = 16, tk: int | None = None, hkv: int | None = None, **options: Any
+    b: int = 1,
+    h: int = 2,
+    tq: int = 37,
+    d: int = 16,
+    tk: int | None = None,
+    hkv: int | None = None,
+    **options: Any,
 ) -> Case:
     return Case({"B": b, "H": h, "Tq": tq, "Tk": tk or tq, "D": d, "Hkv": hkv or h}, options)
 
@@ -43,7 +50,9 @@ def assert_right(
     inputs: dict[str, Any], dtype: torch.dtype = torch.float32, gradients: tuple[str, ...] = ("q", "k", "v")
 ) -> None:
     results = run_case(CAUSAL.function, inputs, gradients)
-    wrong = [str(verdict) for verdict in Truth(CAUSAL, inputs, dtype, gradients).judge(results) if not verdict.ok]
+    wrong = [
+        str(verdict) for verdict in Truth(CAUSAL, inputs, dtype, gradients).judge(results) if not verdict.ok
+    ]
     assert not wrong, wrong
 
 
@@ -58,7 +67,9 @@ GRADIENTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "one head expanded": lambda out: torch.randn(1, 1, *out.shape[2:]).expand(out.shape),
     "one row expanded": lambda out: torch.randn(*out.shape[:2], 1, out.shape[3]).expand(out.shape),
     "transposed": lambda out: torch.randn(*out.shape[:2], out.shape[3], out.shape[2]).mT,
-    "heads inside": lambda out: torch.randn(out.shape[0], out.shape[2], out.shape[1], out.shape[3]).transpose(1, 2),
+    "heads inside": lambda out: torch.randn(out.shape[0], out.shape[2], out.shape[1], out.shape[3]).transpose(
+        1, 2
+    ),
     "every other column": lambda out: torch.randn(*out.shape[:3], 2 * out.shape[3])[..., ::2],
 }
 
@@ -122,11 +133,12 @@ def test_empty_tensors(shape: tuple[int, ...]) -> None:
     assert results["out"].shape == q.shape
 
 
-# Dropout ------------------------------------------------------------------------------------------------------------------
+# Dropout ----------------------------------------------------------------------------------------------------
 
 
 def test_one_mask_in_forward_and_backward() -> None:
-    """A backward that draws another dropout mask than its forward; with v the identity, the output is the dropped softmax."""
+    """A backward that draws another dropout mask than its forward; with v the identity, the output is the
+    dropped softmax."""
     q, k = torch.randn(2, 1, 2, 16, 16)
     v = torch.eye(16).expand(1, 2, 16, 16).clone().requires_grad_()
     dropped = kernels.causal_attention(q, k, v, dropout_p=0.5)
@@ -163,18 +175,23 @@ def test_without_dropout_no_random_number_is_drawn() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# What key_start skips -----------------------------------------------------------------------------------------------------
+# What key_start skips ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
 def test_tiles_outside_are_not_read() -> None:
-    """Documents that cost as much as one long text: what a tile must not touch is NaN here, in both directions."""
+    """Documents that cost as much as one long text: what a tile must not touch is NaN here, in both
+    directions."""
     q, k, v = torch.randn(3, 1, 2, 128, 16)
     start = torch.where(torch.arange(128) < 64, 0, 64).to(torch.int32)[None]
-    expected = run_case(kernels.causal_attention, {"q": q, "k": k, "v": v, "key_start": start}, ("q", "k", "v"))
+    expected = run_case(
+        kernels.causal_attention, {"q": q, "k": k, "v": v, "key_start": start}, ("q", "k", "v")
+    )
     poisoned_k, poisoned_v = k.clone(), v.clone()
     poisoned_k[:, :, :64], poisoned_v[:, :, :64] = float("nan"), float("nan")
-    results = run_case(kernels.causal_attention, {"q": q, "k": poisoned_k, "v": poisoned_v, "key_start": start}, ("q",))
+    results = run_case(
+        kernels.causal_attention, {"q": q, "k": poisoned_k, "v": poisoned_v, "key_start": start}, ("q",)
+    )
     for name in ("out", "dq"):
         assert torch.equal(results[name][:, :, 64:], expected[name][:, :, 64:])
 
@@ -205,7 +222,7 @@ def test_any_order_of_key_starts() -> None:
     assert_right(inputs_of(case(b=2, h=1, tq=130)) | {"key_start": start.T.contiguous().T})
 
 
-# Backward's two forms -----------------------------------------------------------------------------------------------------
+# Backward's two forms ---------------------------------------------------------------------------------------
 
 FIVE = AttentionTiles(Tile(32, 16), Tile(32, 16), Tile(16, 32), Tile(32, 16), five=Tile(32, 16))
 
@@ -269,11 +286,16 @@ def test_a_second_derivative_is_refused() -> None:
         dq.sum().backward()
 
 
-# torch.library, compile, autocast, devices --------------------------------------------------------------------------------
+# torch.library, compile, autocast, devices ------------------------------------------------------------------
 
 
 def _backward_arguments(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor | None, seed: torch.Tensor | None, *needs: bool
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    start: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    *needs: bool,
 ) -> tuple[Any, ...]:
     lse2 = torch.zeros(q.shape[:3])
     return torch.randn_like(q), q, k, v, torch.randn_like(q), lse2, start, seed, 0.25, 0.1, False, *needs
@@ -298,16 +320,22 @@ def test_opcheck(name: str, options: bool) -> None:
     if name == "forward":
         q.requires_grad_()
     start, seed = (torch.zeros(1, dtype=torch.int32), torch.tensor(3)) if options else (None, None)
-    torch.library.opcheck(getattr(torch.ops.fused_gpt, f"attention_{name.split()[0]}"), OPS[name](q, k, v, start, seed))
+    torch.library.opcheck(
+        getattr(torch.ops.fused_gpt, f"attention_{name.split()[0]}"), OPS[name](q, k, v, start, seed)
+    )
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compile_is_eager(backend: str) -> None:
     """A graph break, or a compiled call with other values, shapes or strides than the eager one."""
 
-    def step(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seed: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         out = kernels.causal_attention(q, k, v, dropout_p=0.2, seed=seed)
-        cached = kernels.decode_attention(q[:, :, -1:].detach(), k.detach(), v.detach(), seed.to(torch.int32).reshape(1))
+        cached = kernels.decode_attention(
+            q[:, :, -1:].detach(), k.detach(), v.detach(), seed.to(torch.int32).reshape(1)
+        )
         return out.transpose(1, 2).reshape(1, -1, 32), cached
 
     q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 2, 20, 16))
@@ -333,7 +361,10 @@ def test_autocast() -> None:
 def test_strided_lengths_of_a_cache() -> None:
     """cache_len or key_start read as if they were contiguous."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (randn(shape, torch.float32, CPU, generator) for shape in ((3, 2, 1, 16), (3, 2, 40, 16), (3, 2, 40, 16)))
+    q, k, v = (
+        randn(shape, torch.float32, CPU, generator)
+        for shape in ((3, 2, 1, 16), (3, 2, 40, 16), (3, 2, 40, 16))
+    )
     lengths = torch.tensor([[40, 0], [7, 0], [23, 0]], dtype=torch.int32)
     starts = torch.tensor([[3, 99], [0, 99], [11, 99]], dtype=torch.int32)
     found = kernels.decode_attention(q, k, v, lengths[:, 0], key_start=starts[:, 0])
@@ -344,13 +375,21 @@ def test_strided_lengths_of_a_cache() -> None:
 def decoding(**changes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """decode_attention at an odd scale, its keys in two parts, and its reference."""
     q, k, v = torch.randn(3, 3, 1, 40, 16)
-    inputs = {"q": q[:, :, :2], "k_cache": k, "v_cache": v, "cache_len": torch.tensor([40, 1, 23], dtype=torch.int32)} | changes
-    return kernels.decode_attention(**inputs, scale=0.7), kernels.reference.decode_attention(**inputs, scale=0.7)
+    inputs = {
+        "q": q[:, :, :2],
+        "k_cache": k,
+        "v_cache": v,
+        "cache_len": torch.tensor([40, 1, 23], dtype=torch.int32),
+    } | changes
+    return kernels.decode_attention(**inputs, scale=0.7), kernels.reference.decode_attention(
+        **inputs, scale=0.7
+    )
 
 
 @pytest.mark.parametrize("levels", [(0, 0), (-6, -6), (6, 6), (-6, 6), (6, -6)], ids=str)
 def test_the_level_of_decodings_logits(levels: tuple[int, int]) -> None:
-    """A scale that is ignored, a part's share that underflows or overflows beside the others', a query without keys."""
+    """A scale that is ignored, a part's share that underflows or overflows beside the others', a query
+    without keys."""
     q, k = torch.randn(3, 1, 2, 16) + 6, torch.randn(3, 1, 40, 16)
     k[:, :, :32] += levels[0]
     k[:, :, 32:] += levels[1]
@@ -359,13 +398,17 @@ def test_the_level_of_decodings_logits(levels: tuple[int, int]) -> None:
 
 def test_lengths_outside_the_cache() -> None:
     """A length past the cache that is read beyond it, or a negative one."""
-    torch.testing.assert_close(*decoding(cache_len=torch.tensor([57, -7, 0], dtype=torch.int32)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        *decoding(cache_len=torch.tensor([57, -7, 0], dtype=torch.int32)), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("extreme", [-(2**31), -7, 2**31 - 1])
 def test_extreme_key_starts_of_decoding(extreme: int) -> None:
     """Keys before the cache that are read, or a key_start that overflows when it is rounded to tiles."""
-    torch.testing.assert_close(*decoding(key_start=torch.tensor([extreme, 3, extreme], dtype=torch.int32)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        *decoding(key_start=torch.tensor([extreme, 3, extreme], dtype=torch.int32)), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_what_lies_past_a_cache_is_not_read() -> None:
@@ -381,7 +424,8 @@ def test_what_lies_past_a_cache_is_not_read() -> None:
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_cpu_takes_few_keys_of_bfloat16_in_float32(autocast: bool) -> None:
-    """Torch's own bfloat16 backward, which is slow on a CPU; or autocast, which undoes the cast to float32."""
+    """Torch's own bfloat16 backward, which is slow on a CPU; or autocast, which undoes the cast to
+    float32."""
     for keys, exact in ((SHORT, True), (SHORT + 1, False)):
         q, k, v = (torch.randn(1, 2, keys, 16).bfloat16() for _ in range(3))
         with kernels.use_backend("reference"), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -392,12 +436,17 @@ def test_a_cpu_takes_few_keys_of_bfloat16_in_float32(autocast: bool) -> None:
 
 
 @pytest.mark.parametrize(("width", "copied"), [(43, True), (48, False)])
-def test_rows_begin_aligned_for_a_gpus_own_kernels(width: int, copied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Strides at which torch's fused kernels fault on a GPU, and take every later call with them; or a needless copy."""
+def test_rows_begin_aligned_for_a_gpus_own_kernels(
+    width: int, copied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Strides at which torch's fused kernels fault on a GPU, and take every later call with them; or a
+    needless copy."""
     seen: list[torch.Tensor] = []
     q = torch.randn(1, 2, 8, width, dtype=torch.bfloat16)[..., :40]
     with monkeypatch.context() as patch:
-        patch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, *args, **options: seen.extend((q, k, v)))
+        patch.setattr(
+            F, "scaled_dot_product_attention", lambda q, k, v, *args, **options: seen.extend((q, k, v))
+        )
         patch.setattr(torch.Tensor, "device", property(lambda self: torch.device("cuda")))
         kernels.reference.causal_attention(q, q, q)
     assert len(seen) == 3

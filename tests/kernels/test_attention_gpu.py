@@ -1,4 +1,5 @@
-"""What only a GPU shows of attention: no host synchronisation, CUDA graphs, other devices. test_ops runs the registry's cases."""
+"""What only a GPU shows of attention: no host synchronisation, CUDA graphs, other devices. test_ops runs the
+registry's cases."""
 
 from __future__ import annotations
 
@@ -85,7 +86,9 @@ def test_compile_is_eager() -> None:
     q, k, v = qkv()
     seed = torch.tensor(3, device="cuda")
     compiled = torch.compile(kernels.causal_attention, fullgraph=True)
-    outputs = [function(q, k, v, dropout_p=0.1, seed=seed) for function in (kernels.causal_attention, compiled)]
+    outputs = [
+        function(q, k, v, dropout_p=0.1, seed=seed) for function in (kernels.causal_attention, compiled)
+    ]
     assert torch.equal(*outputs)
     gradients = [torch.autograd.grad(out.float().square().sum(), (q, k, v)) for out in outputs]
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(*gradients, strict=True))

@@ -1,4 +1,5 @@
-"""Attention at the edges of memory: nothing past a tensor's end is touched, offsets beyond 2**31 are right."""
+"""Attention at the edges of memory: nothing past a tensor's end is touched, offsets beyond 2**31 are
+right."""
 
 from __future__ import annotations
 
@@ -17,11 +18,17 @@ from tests.kernels.memory import guarded, in_a_fork, sparse
 
 triton, tl, forward, backward, torch_op = (
     pytest.importorskip(name, reason="triton is not installed")
-    for name in ("triton", "triton.language", *(f"kernels.attention.{file}" for file in ("forward", "backward", "torch_op")))
+    for name in (
+        "triton",
+        "triton.language",
+        *(f"kernels.attention.{file}" for file in ("forward", "backward", "torch_op")),
+    )
 )
 pytestmark = [
     pytest.mark.interpreter,
-    pytest.mark.skipif(sys.platform != "linux", reason="guard pages and sparse memory are made with Linux's mmap"),
+    pytest.mark.skipif(
+        sys.platform != "linux", reason="guard pages and sparse memory are made with Linux's mmap"
+    ),
 ]
 keep_tile, query_range = forward.keep_tile, backward._query_range
 
@@ -34,8 +41,12 @@ def _keep_kernel(rows_ptr, out_ptr, Tk, QUADS: tl.constexpr):
 
 
 @triton.jit
-def _range_kernel(first_ptr, last_ptr, out_ptr, key, num_rows, Tq, Tk, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    lo, full_lo, full_hi, hi = query_range(key, first_ptr, last_ptr, num_rows, Tq, Tk, True, BLOCK_M, BLOCK_N, 32)
+def _range_kernel(
+    first_ptr, last_ptr, out_ptr, key, num_rows, Tq, Tk, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    lo, full_lo, full_hi, hi = query_range(
+        key, first_ptr, last_ptr, num_rows, Tq, Tk, True, BLOCK_M, BLOCK_N, 32
+    )
     tl.store(out_ptr, lo)
     tl.store(out_ptr + 1, full_lo)
     tl.store(out_ptr + 2, full_hi)
@@ -53,7 +64,9 @@ def test_queries_of_a_tile_of_keys_in_a_long_text(kind: str) -> None:
         "one late query": torch.where(position == 9_000, 8_990, 0),
         "one early query": torch.where(position == 9_001, 0, position),
     }[kind]
-    padded = torch.nn.functional.pad(start, (0, 320 * 32 - tq), value=int(start[-1])).reshape(320, 32)[: -(-tq // 32)]
+    padded = torch.nn.functional.pad(start, (0, 320 * 32 - tq), value=int(start[-1])).reshape(320, 32)[
+        : -(-tq // 32)
+    ]
     first, last = (x.to(torch.int32) for x in (padded.amin(1), padded.amax(1)))
     out = torch.zeros(4, dtype=torch.int32)
     for key, block in itertools.product((0, 32, 700, 5_000, 8_160, 8_960, 9_984), (16, 64)):
@@ -94,7 +107,8 @@ def test_key_starts_beyond_2_to_the_31() -> None:
     inputs = {"q": torch.randn(1, 1, 4, 16), "k": torch.randn(1, 1, 4, 16), "v": torch.randn(1, 1, 4, 16)}
     with kernels.use_backend("triton"):
         near, far = (
-            run_case(kernels.causal_attention, inputs | {"key_start": x}, ("q", "k", "v")) for x in (start.contiguous(), start)
+            run_case(kernels.causal_attention, inputs | {"key_start": x}, ("q", "k", "v"))
+            for x in (start.contiguous(), start)
         )
     assert all(torch.equal(near[name], far[name]) for name in near)
 

@@ -1,6 +1,7 @@
 """Bugs planted in copies of the attention kernels: the suite must kill every one of them.
 
-A mutant is a replacement in the source of one kernel file. It runs in a forked child, because some of them fault.
+A mutant is a replacement in the source of one kernel file. It runs in a forked child, because some of them
+fault.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ Mutation = tuple[str, str, str]  # file, text, replacement
 
 # Bugs that shipped in other packages, and the check that kills each.
 FAMOUS: dict[str, tuple[Mutation, str]] = {
-    "offsets in 32 bits": (("forward", "rows.to(tl.int64)[:, None] * stride", "rows[:, None] * stride"), "far rows"),
+    "offsets in 32 bits": (
+        ("forward", "rows.to(tl.int64)[:, None] * stride", "rows[:, None] * stride"),
+        "far rows",
+    ),
     "the gradient has the output's strides": (
         ("backward", "stride_ot, stride_dot, Tq", "stride_ot, stride_ot, Tq"),
         "strided gradients",
@@ -40,11 +44,24 @@ FAMOUS: dict[str, tuple[Mutation, str]] = {
         ("forward", "(rows < T)[:, None] & (offs_d < D)[None, :], other", "(rows < T)[:, None], other"),
         "documents",
     ),
-    "the causal mask is aligned at the start": (("forward", "keys <= rows + (Tk - Tq)", "keys <= rows"), "one key ahead"),
-    "a row without keys is NaN": (("forward", 'tl.where(new_max == float("-inf"), 0.0, new_max)', "new_max"), "empty rows"),
-    "another dropout mask in dK": (("backward", "Tq + offs_m, key, Tk", "Tq + offs_m, key + 16, Tk"), "dropout"),
+    "the causal mask is aligned at the start": (
+        ("forward", "keys <= rows + (Tk - Tq)", "keys <= rows"),
+        "one key ahead",
+    ),
+    "a row without keys is NaN": (
+        ("forward", 'tl.where(new_max == float("-inf"), 0.0, new_max)', "new_max"),
+        "empty rows",
+    ),
+    "another dropout mask in dK": (
+        ("backward", "Tq + offs_m, key, Tk", "Tq + offs_m, key + 16, Tk"),
+        "dropout",
+    ),
     "another dropout mask in dQ": (
-        ("backward", "keep_tile(seed, pid_bh * Tq + offs_m, begin", "keep_tile(seed + 1, pid_bh * Tq + offs_m, begin"),
+        (
+            "backward",
+            "keep_tile(seed, pid_bh * Tq + offs_m, begin",
+            "keep_tile(seed + 1, pid_bh * Tq + offs_m, begin",
+        ),
         "dropout",
     ),
     "a load past the end is hidden by the store": (
@@ -85,7 +102,11 @@ MUTANTS: dict[str, Mutation] = {
         'offs_m, mask=offs_m < Tq, other=float("inf"))\n        delta',
         "offs_m)\n        delta",
     ),
-    "delta is written past the end": ("backward", "Tq + offs_m, delta, mask=offs_m < Tq)", "Tq + offs_m, delta)"),
+    "delta is written past the end": (
+        "backward",
+        "Tq + offs_m, delta, mask=offs_m < Tq)",
+        "Tq + offs_m, delta)",
+    ),
     "key_start is read past the end": ("forward", "tl.minimum(rows, Tq - 1)", "linear"),
     "dQ sees the future": ("backward", "s = tl.where(visible, s,", "_ = tl.where(visible, s,"),
     "dK sees the future": ("backward", "st = tl.where(visible, st,", "_ = tl.where(visible, st,"),
@@ -101,7 +122,11 @@ MUTANTS: dict[str, Mutation] = {
         "lo = tl.min(start, 0) // BLOCK_N * BLOCK_N",
         "lo = tl.cdiv(tl.min(start, 0), BLOCK_N) * BLOCK_N",
     ),
-    "a late start counts as full": ("forward", "tl.cdiv(tl.max(start, 0), BLOCK_N)", "tl.cdiv(tl.min(start, 0), BLOCK_N)"),
+    "a late start counts as full": (
+        "forward",
+        "tl.cdiv(tl.max(start, 0), BLOCK_N)",
+        "tl.cdiv(tl.min(start, 0), BLOCK_N)",
+    ),
     "masked tiles are shifted": ("forward", "full_hi + (i - before) * BLOCK", "full_hi + i * BLOCK"),
     "dK misses the first queries": (
         "backward",
@@ -133,20 +158,52 @@ MUTANTS: dict[str, Mutation] = {
     "dV is scaled": ("backward", "dv, offs_n, stride_dvt", "dv * scale, offs_n, stride_dvt"),
     "the logits of dQ are not scaled": ("backward", "s = s * scale2 -", "s = s -"),
     "the logits of dK are not scaled": ("backward", "st = st * scale2 -", "st = st -"),
-    "only one query head adds to dK": ("backward", "for group in tl.range(GROUPS):", "for group in tl.range(1):"),
-    "query heads read the wrong key head": ("forward", "pid_h // GROUPS * stride_kh", "pid_h % GROUPS * stride_kh"),
+    "only one query head adds to dK": (
+        "backward",
+        "for group in tl.range(GROUPS):",
+        "for group in tl.range(1):",
+    ),
+    "query heads read the wrong key head": (
+        "forward",
+        "pid_h // GROUPS * stride_kh",
+        "pid_h % GROUPS * stride_kh",
+    ),
     "values of the wrong head in backward": ("backward", "pid_h // GROUPS * stride_vh", "pid_h * stride_vh"),
     # dropout
     "kept weights are not scaled": ("forward", "keep_scale / row_sum", "1.0 / row_sum"),
-    "dropout before the sum": ("forward", "alpha + tl.sum(p, 1)", "alpha + tl.sum(p, 1) * (1 - HAS_DROPOUT * 0.5)"),
-    "dP of kept weights is not scaled": ("backward", "tl.where(keep, dp * keep_scale, 0.0)", "tl.where(keep, dp, 0.0)"),
+    "dropout before the sum": (
+        "forward",
+        "alpha + tl.sum(p, 1)",
+        "alpha + tl.sum(p, 1) * (1 - HAS_DROPOUT * 0.5)",
+    ),
+    "dP of kept weights is not scaled": (
+        "backward",
+        "tl.where(keep, dp * keep_scale, 0.0)",
+        "tl.where(keep, dp, 0.0)",
+    ),
     "dV ignores dropout": ("backward", "tl.where(keep, pt * keep_scale, 0.0)", "pt"),
-    "one mask for all heads": ("forward", "keep_tile(seed, pid_bh * Tq + offs_m", "keep_tile(seed, offs_m.to(tl.int64)"),
-    "words of other counters": ("forward", "rows[:, None] * (Tk // 4) + begin // 4", "rows[:, None] * (Tk // 4) + begin"),
+    "one mask for all heads": (
+        "forward",
+        "keep_tile(seed, pid_bh * Tq + offs_m",
+        "keep_tile(seed, offs_m.to(tl.int64)",
+    ),
+    "words of other counters": (
+        "forward",
+        "rows[:, None] * (Tk // 4) + begin // 4",
+        "rows[:, None] * (Tk // 4) + begin",
+    ),
     # decoding
-    "decoding sees the future": ("decode", "offs_n[None, :] <= position[:, None]", "offs_n[None, :] < cache_len"),
+    "decoding sees the future": (
+        "decode",
+        "offs_n[None, :] <= position[:, None]",
+        "offs_n[None, :] < cache_len",
+    ),
     "decoding sees the padding": ("decode", "& (offs_n[None, :] >= first)", ""),
-    "the last split is lost": ("decode", "tl.range(SPLITS):\n        part", "tl.range(SPLITS - 1):\n        part"),
+    "the last split is lost": (
+        "decode",
+        "tl.range(SPLITS):\n        part",
+        "tl.range(SPLITS - 1):\n        part",
+    ),
     "splits count alike": ("decode", "acc += part * weight", "acc += part"),
     "parts are not normalised": ("decode", "acc / row_sum[:, None], mask=mask", "acc, mask=mask"),
     "cache_len past the cache": (
@@ -154,7 +211,11 @@ MUTANTS: dict[str, Mutation] = {
         "tl.minimum(tl.load(len_ptr + pid_b * stride_lb), Tmax)",
         "tl.load(len_ptr + pid_b * stride_lb)",
     ),
-    "decoding reads past its part": ("decode", "end = tl.minimum(begin + per_split, cache_len)", "end = cache_len"),
+    "decoding reads past its part": (
+        "decode",
+        "end = tl.minimum(begin + per_split, cache_len)",
+        "end = cache_len",
+    ),
     "an empty query is NaN": ("decode", "tl.where(total == 0, 1.0, total)", "total"),
 }
 

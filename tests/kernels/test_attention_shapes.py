@@ -30,8 +30,9 @@ def causal_cases(draw: st.DrawFn) -> Case:
     kind = draw(st.sampled_from([None, "padding", "documents", "window", "empty"]))
     if kind is not None:
         options["key_start"] = kind
-    # With dropout the reference is float32 up to its last rounding: twice that is met on average, not by a handful of numbers,
-    # nor by rows of hardly a key, whose gradient is little more than the rounding of their output.
+    # With dropout the reference is float32 up to its last rounding: twice that is met on average, not by a
+    # handful of numbers, nor by rows of hardly a key, whose gradient is little more than the rounding of
+    # their output.
     elif tq >= 16 and sizes["D"] >= 16 and draw(st.booleans()):
         options |= {"dropout_p": draw(st.floats(0.05, 0.9)), "seed": draw(st.integers(-(2**63), 2**63 - 1))}
     return Case(sizes, options)
@@ -43,7 +44,11 @@ def decode_cases(draw: st.DrawFn) -> Case:
     sizes = {"B": draw(st.integers(1, 3)), "H": hkv * draw(st.integers(1, 4)), "Hkv": hkv, "Tq": tq}
     sizes |= {"Tmax": tq + draw(st.integers(0, 150)), "D": draw(st.integers(1, 80))}
     return Case(
-        sizes, {"key_start": draw(st.sampled_from([None, "padding"])), "cache_len": draw(st.sampled_from(["full", "short"]))}
+        sizes,
+        {
+            "key_start": draw(st.sampled_from([None, "padding"])),
+            "cache_len": draw(st.sampled_from(["full", "short"])),
+        },
     )
 
 

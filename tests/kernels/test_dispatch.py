@@ -30,7 +30,9 @@ def a_machine_that_interprets(monkeypatch: pytest.MonkeyPatch) -> None:
 def a_gpu(monkeypatch: pytest.MonkeyPatch, major: int, minor: int, hip: str | None = None) -> SimpleNamespace:
     """What the dispatcher sees of a tensor on such a GPU."""
     monkeypatch.setattr(dispatch, "interpreting", False)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major, minor=minor))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major, minor=minor)
+    )
     monkeypatch.setattr(torch.version, "hip", hip)
     return SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
 
@@ -92,7 +94,10 @@ def test_reasons_without_a_gpu(prepare: object, reason: str, monkeypatch: pytest
     with kernels.model_backend("triton"):
         assert OP.choose(X) == ("reference", reason)
     for ask in ("triton",):
-        with kernels.use_backend(ask), pytest.raises(RuntimeError, match=f"layer_norm: .*cannot be honoured: {reason}"):
+        with (
+            kernels.use_backend(ask),
+            pytest.raises(RuntimeError, match=f"layer_norm: .*cannot be honoured: {reason}"),
+        ):
             OP.choose(X)
 
 
@@ -132,7 +137,9 @@ def test_a_row_of_the_table_holds_for_its_gpu_dtype_and_sizes(monkeypatch: pytes
     tensor: Any = a_gpu(monkeypatch, 9, 0)
     for c, expected in ((15, False), (16, True), (64, True), (65, False)):
         assert (tuning.slower("layer_norm", tensor, N=7, C=c) is not None) == expected
-    assert tuning.slower("layer_norm", tensor, N=7, C=32) == "the tuning table has the reference faster on sm_90"
+    assert (
+        tuning.slower("layer_norm", tensor, N=7, C=32) == "the tuning table has the reference faster on sm_90"
+    )
     assert tuning.slower("add_layer_norm", tensor, N=7, C=32) is None
     assert tuning.slower("layer_norm", torch.empty(7, 32), N=7, C=32) is None
     for other in ({"architecture": 80}, {"dtype": torch.float32}):
@@ -142,7 +149,8 @@ def test_a_row_of_the_table_holds_for_its_gpu_dtype_and_sizes(monkeypatch: pytes
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=lambda spec: spec.name)
 def test_every_op_asks_the_table(spec: OpSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An op that runs its kernel in "auto" although the table has the reference faster, or asks with other sizes."""
+    """An op that runs its kernel in "auto" although the table has the reference faster, or asks with other
+    sizes."""
     case = spec.tagged("small")[0]
     asked: dict[str, dict[str, int]] = {}
 
@@ -153,7 +161,9 @@ def test_every_op_asks_the_table(spec: OpSpec, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(f"kernels.{spec.room}.slower", slower)
     monkeypatch.setattr(dispatch.Op, "obstacle", lambda *_: None)
     inputs = spec.make_inputs(case, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0))
-    inputs = {name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    inputs = {
+        name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
+    }
     with torch.no_grad():
         assert kernels.explain(spec.name, **inputs) == ("reference", "auto: so says the table")
     assert case.sizes.items() <= asked[spec.name].items()
@@ -185,7 +195,10 @@ def test_one_warning_per_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: kernels.use_backend("cuda"), "use_backend: all is 'cuda', expected one of triton, reference, auto"),
+        (
+            lambda: kernels.use_backend("cuda"),
+            "use_backend: all is 'cuda', expected one of triton, reference, auto",
+        ),
         (
             lambda: kernels.use_backend(atention="triton"),
             "use_backend: 'atention' is no op or room, expected one of add_layer_norm",

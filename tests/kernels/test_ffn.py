@@ -1,4 +1,5 @@
-"""The feed-forward beyond the registry's cases: GELU at its extremes, what is saved, the product with GELU, far offsets."""
+"""The feed-forward beyond the registry's cases: GELU at its extremes, what is saved, the product with GELU,
+far offsets."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ APPROXIMATIONS = ("tanh", "none")
 def arguments(n: int, c: int, i: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     """x, w_up, b_up, w_down, b_down."""
     shapes, scales = ((n, c), (i, c), (i,), (c, i), (c,)), (1, c**-0.5, 1, i**-0.5, 1)
-    return [(torch.randn(s) * scale).to(dtype).requires_grad_() for s, scale in zip(shapes, scales, strict=True)]
+    return [
+        (torch.randn(s) * scale).to(dtype).requires_grad_() for s, scale in zip(shapes, scales, strict=True)
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -32,8 +35,11 @@ def on_triton() -> Any:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("approximate", APPROXIMATIONS)
 def test_gelu_from_end_to_end_of_its_range(approximate: str, dtype: torch.dtype) -> None:
-    """tanh by exponentials that overflow at |x| = 1e4, a derivative that is 0 times infinity, erf in place of tanh."""
-    h = torch.cat([torch.linspace(-12, 12, 481), torch.tensor([0.0, 1e-6, 100, -100, 1e4, -1e4, 6e4, -6e4])]).to(dtype)
+    """tanh by exponentials that overflow at |x| = 1e4, a derivative that is 0 times infinity, erf in place of
+    tanh."""
+    h = torch.cat(
+        [torch.linspace(-12, 12, 481), torch.tensor([0.0, 1e-6, 100, -100, 1e4, -1e4, 6e4, -6e4])]
+    ).to(dtype)
     one = torch.ones(1, 1, dtype=dtype)
     x = h[:, None].clone().requires_grad_()
     y = kernels.gelu_ffn(x, one, None, one, None, approximate=approximate)
@@ -42,7 +48,9 @@ def test_gelu_from_end_to_end_of_its_range(approximate: str, dtype: torch.dtype)
     true = F.gelu(exact, approximate=approximate)
     (slope,) = torch.autograd.grad(true.sum(), exact)
     eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(y[:, 0].double(), true, rtol=2 * eps, atol=2 * torch.finfo(torch.float32).eps * 12)
+    torch.testing.assert_close(
+        y[:, 0].double(), true, rtol=2 * eps, atol=2 * torch.finfo(torch.float32).eps * 12
+    )
     torch.testing.assert_close(gradient[:, 0].double(), slope, rtol=2 * eps, atol=1e-6)
 
 
@@ -50,9 +58,13 @@ def test_only_x_and_the_product_are_saved() -> None:
     """GELU's output kept for backward: twice the activation memory."""
     saved: list[torch.Tensor] = []
     leaves = arguments(10, 8, 40)
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor
+    ):
         kernels.gelu_ffn(*leaves)
-    assert sorted(tuple(tensor.shape) for tensor in saved) == sorted([(10, 8), (10, 40), (40, 8), (40,), (8, 40)])
+    assert sorted(tuple(tensor.shape) for tensor in saved) == sorted(
+        [(10, 8), (10, 40), (40, 8), (40,), (8, 40)]
+    )
 
 
 def test_inference_keeps_nothing() -> None:
@@ -68,7 +80,8 @@ def test_inference_keeps_nothing() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_product_with_gelu_inside(dtype: torch.dtype, approximate: str, bias: bool) -> None:
-    """The Triton product that the table may choose: a tail that is not masked, a lost bias, GELU of an unrounded value."""
+    """The Triton product that the table may choose: a tail that is not masked, a lost bias, GELU of an
+    unrounded value."""
     from kernels.ffn import gelu
     from kernels.ffn.gemm import launch_gelu_gemm
 
@@ -106,7 +119,9 @@ def test_many_programs_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = torch.autograd.grad(kernels.reference.gelu_ffn(*exact), exact, dy.double())
     for programs in (1, 3, 5, 9):
         monkeypatch.setattr(torch_op, "gelu_programs", lambda *args, programs=programs: programs)
-        for gradient, true in zip(torch.autograd.grad(kernels.gelu_ffn(*leaves), leaves, dy), expected, strict=True):
+        for gradient, true in zip(
+            torch.autograd.grad(kernels.gelu_ffn(*leaves), leaves, dy), expected, strict=True
+        ):
             torch.testing.assert_close(gradient.double(), true, rtol=1e-4, atol=1e-4)
 
 
@@ -134,7 +149,10 @@ def test_autocast() -> None:
     half = [leaf.detach().bfloat16().requires_grad_() for leaf in leaves]
     expected = kernels.gelu_ffn(*half)
     assert torch.equal(y, expected)
-    found = torch.autograd.grad(y, leaves, torch.ones_like(y)), torch.autograd.grad(expected, half, torch.ones_like(y))
+    found = (
+        torch.autograd.grad(y, leaves, torch.ones_like(y)),
+        torch.autograd.grad(expected, half, torch.ones_like(y)),
+    )
     for gradient, true in zip(*found, strict=True):
         assert gradient.dtype == torch.float32
         assert torch.equal(gradient, true.float())

@@ -1,4 +1,5 @@
-"""The kernels in models of transformers: the same numbers as its own attention, norms, feed-forward and loss."""
+"""The kernels in models of transformers: the same numbers as its own attention, norms, feed-forward and
+loss."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ from torch import Tensor
 
 import kernels
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'fused-gpt[test]'")
+transformers = pytest.importorskip(
+    "transformers", reason="transformers is not installed: pip install 'fused-gpt[test]'"
+)
 fused = importlib.import_module("kernels.integrations.transformers")
 
 ROOT = Path(__file__).parents[2]
@@ -52,13 +55,23 @@ def gpt2(**settings: Any) -> Any:
 def llama(**settings: Any) -> Any:
     shape = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    return prepared(transformers.LlamaForCausalLM, transformers.LlamaConfig(**{**shape, **heads, **NO_ENDS, **settings}))
+    return prepared(
+        transformers.LlamaForCausalLM, transformers.LlamaConfig(**{**shape, **heads, **NO_ENDS, **settings})
+    )
 
 
 def mistral() -> Any:
-    shape = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "sliding_window": 4}
+    shape = {
+        "vocab_size": V,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "sliding_window": 4,
+    }
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    return prepared(transformers.MistralForCausalLM, transformers.MistralConfig(**{**shape, **heads, **NO_ENDS}))
+    return prepared(
+        transformers.MistralForCausalLM, transformers.MistralConfig(**{**shape, **heads, **NO_ENDS})
+    )
 
 
 NO_ENDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -102,7 +115,9 @@ def test_logits_are_sdpa_s(make: Any, padded: bool, calls: list[Tensor | None]) 
 def test_padding_becomes_one_start_for_each_row(calls: list[Tensor | None]) -> None:
     """A start for every query where one for every row says it: slower kernels."""
     logits(gpt2(), "fused_gpt", torch.randint(V, (3, T)), attention_mask=left_padding())
-    assert all(start is not None and start.tolist() == [4, 0, 1] and start.dtype == torch.int32 for start in calls)
+    assert all(
+        start is not None and start.tolist() == [4, 0, 1] and start.dtype == torch.int32 for start in calls
+    )
 
 
 def test_packed_documents_become_a_start_for_each_query(calls: list[Tensor | None]) -> None:
@@ -144,14 +159,20 @@ def unlike_causal() -> dict[str, dict[str, Any]]:
     holes = torch.rand(2, 1, T, T) < 0.7
     holes |= torch.eye(T, dtype=torch.bool)
     bias = torch.where(holes, torch.randn(2, 1, T, T), torch.finfo(torch.float32).min)
-    return {"right-padding": {"attention_mask": right}, "bool": {"attention_mask": holes}, "bias": {"attention_mask": bias}}
+    return {
+        "right-padding": {"attention_mask": right},
+        "bool": {"attention_mask": holes},
+        "bias": {"attention_mask": bias},
+    }
 
 
 @pytest.mark.parametrize("name", unlike_causal())
 def test_other_masks_fall_back_and_say_so_once(name: str, calls: list[Tensor | None]) -> None:
     """A mask that no first key says, computed as if it were causal, or a fall-back that nobody hears of."""
     model, idx, inputs = gpt2(), torch.randint(V, (2, T)), unlike_causal()[name]
-    with pytest.warns(kernels.FallbackWarning, match="the mask is not causal from a first key on; sdpa runs instead") as said:
+    with pytest.warns(
+        kernels.FallbackWarning, match="the mask is not causal from a first key on; sdpa runs instead"
+    ) as said:
         actual = logits(model, "fused_gpt", idx, **inputs)
     assert len(said) == 1
     logits(model, "fused_gpt", idx, **inputs)
@@ -198,7 +219,9 @@ def test_dropout_is_kept() -> None:
     assert (attend(fused.attention, q, k, dropout=0.9) == 0).float().mean() > 0.2
     model = gpt2(resid_pdrop=0.5).train()
     fused.fuse(model)
-    assert (model.transformer.h[0].mlp(torch.randn(4, 9, 32)) == 0).float().mean() == pytest.approx(0.5, abs=0.1)
+    assert (model.transformer.h[0].mlp(torch.randn(4, 9, 32)) == 0).float().mean() == pytest.approx(
+        0.5, abs=0.1
+    )
 
 
 def test_queries_without_a_mask_before_the_last_key_fall_back() -> None:
@@ -241,7 +264,8 @@ LABELS = {
 
 @pytest.mark.parametrize("extra", LABELS.values(), ids=LABELS)
 def test_fused_training_is_the_same(training: Any, extra: dict[str, Any]) -> None:
-    """Labels that are not shifted, another mean, a transposed weight, or a gradient that a tied head loses."""
+    """Labels that are not shifted, another mean, a transposed weight, or a gradient that a tied head
+    loses."""
     idx = torch.randint(V, (2, T))
     labels = idx.clone()
     labels[0, :4] = -100 if "ignore_index" not in extra else 3
@@ -271,7 +295,9 @@ def test_each_op_goes_in_alone(training: Any, op: str, count: int, monkeypatch: 
     called: list[str] = []
     for name in ("layer_norm", "gelu_ffn", "linear_cross_entropy"):
         original = getattr(kernels, name)
-        monkeypatch.setattr(kernels, name, lambda *a, _n=name, _o=original, **k: called.append(_n) or _o(*a, **k))
+        monkeypatch.setattr(
+            kernels, name, lambda *a, _n=name, _o=original, **k: called.append(_n) or _o(*a, **k)
+        )
     which = {"layer_norm": "norm", "gelu_ffn": "ffn", "linear_cross_entropy": "loss"}
     assert fused.fuse(training, **{setting: name == op for name, setting in which.items()}) == count
     idx = torch.randint(V, (2, T))
@@ -285,7 +311,10 @@ def test_unfuse_leaves_no_trace(training: Any) -> None:
     copied = copy.deepcopy(training)
     fused.fuse(training)
     assert list(training.state_dict()) == list(before)
-    assert all(a is b for a, b in zip(training.state_dict(keep_vars=True).values(), training.parameters(), strict=False))
+    assert all(
+        a is b
+        for a, b in zip(training.state_dict(keep_vars=True).values(), training.parameters(), strict=False)
+    )
     assert fused.unfuse(training) == 8
     assert [type(module) for module in training.modules()] == classes
     idx = torch.randint(V, (2, T))
@@ -303,7 +332,8 @@ def test_a_fused_model_is_saved_as_what_it_is(training: Any, tmp_path: Path) -> 
 
 
 def test_evaluation_keeps_its_logits(training: Any) -> None:
-    """A metric that finds no logits because the loss was fused; a signature by which Trainer drops every column."""
+    """A metric that finds no logits because the loss was fused; a signature by which Trainer drops every
+    column."""
     idx = torch.randint(V, (2, T))
     expected = training.eval()(idx, labels=idx)
     fused.fuse(training)
@@ -375,5 +405,7 @@ loaded = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})
 assert torch.equal(loaded(idx).logits, model.eval()(idx).logits)
 assert gpt.GPT.from_pretrained({str(tmp_path)!r})(idx).shape == (2, 8, 61)
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr

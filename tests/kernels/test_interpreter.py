@@ -66,7 +66,16 @@ def test_arithmetic_is_torchs(op: str, dtype: torch.dtype) -> None:
 
 def test_rounding_of_special_values() -> None:
     """A conversion to bfloat16 that loses NaN or infinity, or does not round ties to even."""
-    values = [float("nan"), float("inf"), -float("inf"), 3.4028e38, 1 + 2**-8, 1 + 3 * 2**-8, -(1 + 2**-8), 1e-40]
+    values = [
+        float("nan"),
+        float("inf"),
+        -float("inf"),
+        3.4028e38,
+        1 + 2**-8,
+        1 + 3 * 2**-8,
+        -(1 + 2**-8),
+        1e-40,
+    ]
     source = torch.tensor(values).repeat(32).reshape(16, 16)
     out = torch.empty(16, 16, dtype=torch.bfloat16)
     _arithmetic_kernel[(1,)](source, torch.zeros_like(source), out, OP="add", N=16)
@@ -85,7 +94,8 @@ for op in ("cast", "dot", "add"):
 
 
 def test_upstream_still_needs_mending() -> None:
-    """Upstream computes bfloat16 rightly: drop what tests/interpreter.py replaces, and `interpreter_has_bfloat16` with it."""
+    """Upstream computes bfloat16 rightly: drop what tests/interpreter.py replaces, and
+    `interpreter_has_bfloat16` with it."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-c", CANARY]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)

@@ -1,4 +1,5 @@
-"""Every launch of every op, without naming one: its device, the order of its programs, how precise its products are."""
+"""Every launch of every op, without naming one: its device, the order of its programs, how precise its
+products are."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ from kernels.registry import SPECS
 from kernels.spec import Case, OpSpec
 from kernels.tuning import Tile
 
-triton, launch = (pytest.importorskip(name, reason="triton is not installed") for name in ("triton", "kernels.launch"))
+triton, launch = (
+    pytest.importorskip(name, reason="triton is not installed") for name in ("triton", "kernels.launch")
+)
 pytestmark = pytest.mark.interpreter
 
 CPU = torch.device("cpu")
@@ -73,7 +76,9 @@ def test_launches_run_on_the_tensors_device(spec: OpSpec, monkeypatch: pytest.Mo
 
 
 @OPS
-def test_no_program_depends_on_another(spec: OpSpec, launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_program_depends_on_another(
+    spec: OpSpec, launches: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A race: programs that add to the same memory give other bits when they run in another order."""
     sizes = {"N": 70, "C": 48, "I": 600, "V": 300, "Tq": 40, "Tk": 40, "Tmax": 70}
     forwards = results_of(spec, **sizes)
@@ -94,8 +99,11 @@ def test_no_program_depends_on_another(spec: OpSpec, launches: list[Any], monkey
 
 
 @OPS
-def test_float32_products_stay_float32(spec: OpSpec, launches: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launcher that lets float32 lose 13 bits where torch does not allow it, or keeps them where it does."""
+def test_float32_products_stay_float32(
+    spec: OpSpec, launches: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher that lets float32 lose 13 bits where torch does not allow it, or keeps them where it
+    does."""
     monkeypatch.setattr("kernels.ffn.torch_op.gelu_gemm_tile", lambda *args: Tile(16, 16))
     for setting in ("none", "tf32"):
         torch.backends.cuda.matmul.fp32_precision = setting

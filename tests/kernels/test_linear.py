@@ -11,12 +11,17 @@ from kernels.linear import FEW
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(1, 48), (2, 1, 48), (48,), (3, 2, 48), (FEW, 48), (FEW + 1, 48), (0, 48), (2, 0)])
+@pytest.mark.parametrize(
+    "shape", [(1, 48), (2, 1, 48), (48,), (3, 2, 48), (FEW, 48), (FEW + 1, 48), (0, 48), (2, 0)]
+)
 def test_linear_is_torchs(shape: tuple[int, ...], bias: bool) -> None:
     """Rows mixed up or doubled, a lost bias, a shape or layout that the next op refuses."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator)
-    weight, b = torch.randn(33, shape[-1], generator=generator), torch.randn(33, generator=generator) if bias else None
+    weight, b = (
+        torch.randn(33, shape[-1], generator=generator),
+        torch.randn(33, generator=generator) if bias else None,
+    )
     expected = F.linear(x.double(), weight.double(), None if b is None else b.double())
     with torch.no_grad():
         for rows in (x, x.expand(2, *shape)[1], torch.stack([x, x], -1)[..., 0]):  # whole, and strided
@@ -26,7 +31,8 @@ def test_linear_is_torchs(shape: tuple[int, ...], bias: bool) -> None:
 
 
 def test_the_weight_goes_first_where_rows_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A decoding step that reads its weights on one core; gradients, other dtypes or autocast that lose torch's own path."""
+    """A decoding step that reads its weights on one core; gradients, other dtypes or autocast that lose
+    torch's own path."""
     calls = []
 
     def watched(*arguments: torch.Tensor | None) -> torch.Tensor:

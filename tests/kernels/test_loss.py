@@ -1,4 +1,5 @@
-"""The loss beyond the registry's cases: chunks, what backward multiplies by, targets, memory, far offsets, forward only."""
+"""The loss beyond the registry's cases: chunks, what backward multiplies by, targets, memory, far offsets,
+forward only."""
 
 from __future__ import annotations
 
@@ -19,11 +20,17 @@ from tests.memory import exit_status, guarded, sparse, start_at_program
 ROOT = Path(__file__).parents[2]
 
 
-def arguments(n: int, c: int, v: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def arguments(
+    n: int, c: int, v: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x, weight and targets, of which every fifth is ignored."""
     targets = torch.randint(v, (n,))
     targets[::5] = -100
-    return torch.randn(n, c).to(dtype).requires_grad_(), (torch.randn(v, c) / c**0.5).to(dtype).requires_grad_(), targets
+    return (
+        torch.randn(n, c).to(dtype).requires_grad_(),
+        (torch.randn(v, c) / c**0.5).to(dtype).requires_grad_(),
+        targets,
+    )
 
 
 def on_triton(*args: Any, **options: Any) -> torch.Tensor:
@@ -45,7 +52,8 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunks_change_nothing(dtype: torch.dtype, reduction: str, small_chunks: None) -> None:
-    """dW accumulated in bfloat16 over chunks, a chunk that is lost or counted twice, a ragged last chunk that is misread."""
+    """dW accumulated in bfloat16 over chunks, a chunk that is lost or counted twice, a ragged last chunk that
+    is misread."""
     x, weight, targets = arguments(1030, 24, 65, dtype)
     bias = torch.randn(65).to(dtype).requires_grad_()
     leaves = x, weight, bias
@@ -59,15 +67,23 @@ def test_chunks_change_nothing(dtype: torch.dtype, reduction: str, small_chunks:
             loss = kernels.linear_cross_entropy(x, weight, targets, bias, **options)
         assert loss.dtype == torch.float32
         found = loss.detach(), *torch.autograd.grad(loss, leaves, grad)
-        for name, value, true in zip(("loss", "dx", "dweight", "dbias"), found, (r64.detach(), *wide), strict=True):
-            # One rounding of the logits and one of dlogits; accumulating in bfloat16 would cost an order of magnitude more.
+        for name, value, true in zip(
+            ("loss", "dx", "dweight", "dbias"), found, (r64.detach(), *wide), strict=True
+        ):
+            # One rounding of the logits and one of dlogits; accumulating in bfloat16 would cost an order of
+            # magnitude more.
             error = (value.double() - true).norm() / true.norm()
-            assert error < torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1), (backend, name, error)
+            assert error < torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1), (
+                backend,
+                name,
+                error,
+            )
 
 
 @pytest.mark.interpreter
 def test_products_of_chunks_keep_float32(small_chunks: None) -> None:
-    """A chunk's share of dweight or dbias that is rounded to 16 bits: those of two chunks nearly cancel here."""
+    """A chunk's share of dweight or dbias that is rounded to 16 bits: those of two chunks nearly cancel
+    here."""
     x, weight, _ = arguments(1, 24, 65, torch.bfloat16)
     leaves = x, weight, torch.randn(65).bfloat16().requires_grad_()
     targets, grad = torch.zeros(31, dtype=torch.int64), torch.where(torch.arange(31) < 16, 1.0, -1.0)
@@ -82,7 +98,8 @@ def test_products_of_chunks_keep_float32(small_chunks: None) -> None:
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_loss_scale_reaches_half_precision_in_time(dtype: torch.dtype) -> None:
-    """Gradients that were divided by the token count in half precision, before the scaler's factor could save them."""
+    """Gradients that were divided by the token count in half precision, before the scaler's factor could save
+    them."""
     x, weight, targets = arguments(600, 16, 33, dtype)
     exact = [leaf.detach().double().requires_grad_() for leaf in (x, weight)]
     factor = 2.0**14
@@ -95,7 +112,8 @@ def test_a_loss_scale_reaches_half_precision_in_time(dtype: torch.dtype) -> None
 @pytest.mark.interpreter
 @pytest.mark.parametrize("ignore_index", [-100, 0, 3])
 def test_the_kernel_computes_cross_entropy(ignore_index: int) -> None:
-    """A definition that is not torch's: mean over the tokens that count, smoothing, the weight of the log-normaliser."""
+    """A definition that is not torch's: mean over the tokens that count, smoothing, the weight of the
+    log-normaliser."""
     x, weight, targets = arguments(40, 16, 33)
     targets[::5] = ignore_index
     logits = x.detach() @ weight.detach().mT
@@ -104,14 +122,17 @@ def test_the_kernel_computes_cross_entropy(ignore_index: int) -> None:
     expected = expected + 0.3 * logits.logsumexp(-1).square()[counted].mean()
     for backend in ("triton", "reference"):
         with kernels.use_backend(loss=backend):
-            loss = kernels.linear_cross_entropy(x, weight, targets, ignore_index=ignore_index, label_smoothing=0.2, z_loss=0.3)
+            loss = kernels.linear_cross_entropy(
+                x, weight, targets, ignore_index=ignore_index, label_smoothing=0.2, z_loss=0.3
+            )
         torch.testing.assert_close(loss, expected)
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("shift", [-500.0, 500.0])
 def test_the_level_of_the_logits_changes_nothing(shift: float) -> None:
-    """A maximum that starts from a number that is not far below every logit: sums that underflow, or that overflow."""
+    """A maximum that starts from a number that is not far below every logit: sums that underflow, or that
+    overflow."""
     x, weight, targets = arguments(20, 16, 33)
     found = []
     for bias in (torch.zeros(33), torch.full((33,), shift)):
@@ -123,7 +144,8 @@ def test_the_level_of_the_logits_changes_nothing(shift: float) -> None:
 
 @pytest.mark.interpreter
 def test_nothing_counts() -> None:
-    """0 / 0 where every target is ignored, or gradients left uninitialised; another ignore_index than -100."""
+    """0 / 0 where every target is ignored, or gradients left uninitialised; another ignore_index than
+    -100."""
     for reduction in ("mean", "sum", "none"):
         x, weight, _ = arguments(5, 8, 10)
         loss = on_triton(x, weight, torch.full((5,), 3), ignore_index=3, reduction=reduction)
@@ -134,7 +156,8 @@ def test_nothing_counts() -> None:
 
 @pytest.mark.interpreter
 def test_a_target_outside_the_vocabulary_is_not_a_number() -> None:
-    """An out-of-range target that reads past the logits, or gives a plausible loss, where nothing can be raised."""
+    """An out-of-range target that reads past the logits, or gives a plausible loss, where nothing can be
+    raised."""
     pytest.importorskip("triton")
     from kernels.loss.softmax import launch_cross_entropy
 
@@ -150,7 +173,9 @@ def test_nothing_past_the_bias_is_read() -> None:
     from kernels.loss.softmax import launch_cross_entropy
 
     logits, bias, losses = torch.randn(3, 192), guarded(torch.randn(192)), torch.empty(3)
-    launch = launch_cross_entropy(logits[:, :130], torch.tensor([0, 129, 64]), bias, None, losses, -100, 0.1, 0.0, True)
+    launch = launch_cross_entropy(
+        logits[:, :130], torch.tensor([0, 129, 64]), bias, None, losses, -100, 0.1, 0.0, True
+    )
     assert launch.tile.block_n > 192
     assert exit_status(launch.run) == 0
 
@@ -163,18 +188,22 @@ def test_forward_only_computes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> 
 
     x, weight, targets = arguments(20, 8, 33)
     with_gradients = {
-        reduction: on_triton(x, weight, targets, reduction=reduction).detach() for reduction in ("mean", "sum", "none")
+        reduction: on_triton(x, weight, targets, reduction=reduction).detach()
+        for reduction in ("mean", "sum", "none")
     }
     monkeypatch.setattr(torch_op, "_gradient_buffers", lambda *args: pytest.fail("buffers for gradients"))
     for reduction, expected in with_gradients.items():
         with torch.no_grad():
             torch.testing.assert_close(on_triton(x, weight, targets, reduction=reduction), expected)
-        torch.testing.assert_close(on_triton(x.detach(), weight.detach(), targets, reduction=reduction), expected)
+        torch.testing.assert_close(
+            on_triton(x.detach(), weight.detach(), targets, reduction=reduction), expected
+        )
 
 
 @pytest.mark.interpreter
 def test_a_tied_weight_and_accumulation() -> None:
-    """A tied embedding that gets one of its two gradients, or a second micro-batch that overwrites the first."""
+    """A tied embedding that gets one of its two gradients, or a second micro-batch that overwrites the
+    first."""
     ids, targets = torch.randint(33, (2, 12)), torch.randint(33, (2, 12))
     found = []
     for backend in ("triton", "reference"):
@@ -189,7 +218,8 @@ def test_a_tied_weight_and_accumulation() -> None:
 
 @pytest.mark.interpreter
 def test_autocast() -> None:
-    """Under autocast: products in float32, a loss in bfloat16, or a float32 weight whose gradient is not float32."""
+    """Under autocast: products in float32, a loss in bfloat16, or a float32 weight whose gradient is not
+    float32."""
     x, weight, targets = arguments(30, 16, 65)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = on_triton(x, weight, targets)
@@ -197,7 +227,9 @@ def test_autocast() -> None:
     expected = on_triton(*half, targets)
     assert loss.dtype == torch.float32
     assert torch.equal(loss, expected)
-    for gradient, true in zip(torch.autograd.grad(loss, (x, weight)), torch.autograd.grad(expected, half), strict=True):
+    for gradient, true in zip(
+        torch.autograd.grad(loss, (x, weight)), torch.autograd.grad(expected, half), strict=True
+    ):
         assert gradient.dtype == torch.float32
         assert torch.equal(gradient, true.float())
 
@@ -240,16 +272,18 @@ backend, dtype, n = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3])
 if backend == "triton":
     import tests.interpreter, kernels.launch
     tests.interpreter.mend()
-    kernels.launch.Launch.run = lambda self: None  # the interpreter would take hours; what a launcher allocates is what counts
+    kernels.launch.Launch.run = lambda self: None  # the interpreter would take hours
 x = torch.randn(n, 768).to(dtype).requires_grad_()
 weight = torch.randn(50257, 768).to(dtype).requires_grad_()
 targets = torch.randint(1000, (n,))
 with kernels.use_backend(backend):
-    kernels.linear_cross_entropy(x[:16], weight.detach()[:1000], targets[:16]).backward()  # libraries are loaded, threads started
+    # Loads the libraries and starts the threads.
+    kernels.linear_cross_entropy(x[:16], weight.detach()[:1000], targets[:16]).backward()
     x.grad = None
-    memory = lambda name: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+    status = lambda: open("/proc/self/status")
+    memory = lambda name: next(int(line.split()[1]) * 1024 for line in status() if line.startswith(name))
     before = memory("VmRSS")
-    peak = lambda: memory("VmHWM") - before  # getrusage would count what the process that forked this one held
+    peak = lambda: memory("VmHWM") - before  # getrusage counts what the parent process held too
     loss = kernels.linear_cross_entropy(x, weight, targets)
     forward = peak()
     loss.backward()
@@ -272,7 +306,8 @@ with kernels.use_backend(backend):
     ],
 )
 def test_memory_is_bounded(backend: str, dtype: str, n: int) -> None:
-    """Logits of the whole batch, or a copy of a chunk too many: at most 450 MB above inputs, output and gradients."""
+    """Logits of the whole batch, or a copy of a chunk too many: at most 450 MB above inputs, output and
+    gradients."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-c", MEMORY, backend, dtype, str(n)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)

@@ -31,10 +31,16 @@ TWINS: dict[str, tuple[Maker, Maker]] = {
     "layer_norm-no-bias": (lambda: LayerNorm(C, bias=False), lambda: nn.LayerNorm(C, bias=False)),
     "gelu_ffn": (lambda: GELUFeedForward(C, HIDDEN), sequential),
     "gelu_ffn-default": (lambda: GELUFeedForward(C), lambda: sequential(hidden=4 * C)),
-    "gelu_ffn-tanh": (lambda: GELUFeedForward(C, HIDDEN, approximate="tanh"), lambda: sequential(approximate="tanh")),
+    "gelu_ffn-tanh": (
+        lambda: GELUFeedForward(C, HIDDEN, approximate="tanh"),
+        lambda: sequential(approximate="tanh"),
+    ),
     "gelu_ffn-no-bias": (lambda: GELUFeedForward(C, HIDDEN, bias=False), lambda: sequential(bias=False)),
     "causal_attention": (lambda: CausalSelfAttention(C, H), multihead),
-    "causal_attention-no-bias": (lambda: CausalSelfAttention(C, H, bias=False), lambda: multihead(bias=False)),
+    "causal_attention-no-bias": (
+        lambda: CausalSelfAttention(C, H, bias=False),
+        lambda: multihead(bias=False),
+    ),
 }
 each_twin = pytest.mark.parametrize("makers", TWINS.values(), ids=TWINS)
 
@@ -74,7 +80,14 @@ def test_output_and_gradients_are_the_twins(makers: tuple[Maker, Maker]) -> None
     results = []
     for module in same_parameters(makers):
         y = call(module, x)
-        results.append([y, *torch.autograd.grad((y * torch.linspace(-1, 1, C, dtype=y.dtype)).sum(), [*module.parameters()])])
+        results.append(
+            [
+                y,
+                *torch.autograd.grad(
+                    (y * torch.linspace(-1, 1, C, dtype=y.dtype)).sum(), [*module.parameters()]
+                ),
+            ]
+        )
     torch.testing.assert_close(*results)
 
 
@@ -108,8 +121,14 @@ def test_attention_drops_in_training_alone() -> None:
     ("make", "said"),
     [
         (lambda: LayerNorm((3, 4)), "LayerNorm: normalized_shape is (3, 4), expected one dimension"),
-        (lambda: CausalSelfAttention(C, 5), "CausalSelfAttention: num_heads is 5, expected a divisor of embed_dim (24)"),
-        (lambda: CausalSelfAttention(C, 0), "CausalSelfAttention: num_heads is 0, expected a divisor of embed_dim (24)"),
+        (
+            lambda: CausalSelfAttention(C, 5),
+            "CausalSelfAttention: num_heads is 5, expected a divisor of embed_dim (24)",
+        ),
+        (
+            lambda: CausalSelfAttention(C, 0),
+            "CausalSelfAttention: num_heads is 0, expected a divisor of embed_dim (24)",
+        ),
     ],
 )
 def test_what_cannot_be_made(make: Maker, said: str) -> None:

@@ -1,4 +1,5 @@
-"""LayerNorm's kernels beyond what the registry's cases reach: seeds, unused outputs, autocast, far offsets, the tile table."""
+"""LayerNorm's kernels beyond what the registry's cases reach: seeds, unused outputs, autocast, far offsets,
+the tile table."""
 
 from __future__ import annotations
 
@@ -95,7 +96,8 @@ def test_many_programs_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sums_of_more_programs_than_one_tile_holds() -> None:
-    """Partial sums of dweight and dbias that are left out past the first tile of programs, or past its ragged end."""
+    """Partial sums of dweight and dbias that are left out past the first tile of programs, or past its ragged
+    end."""
     from kernels.norm.backward import launch_sum
 
     partials = torch.randn(2, 700, 40)
@@ -105,7 +107,8 @@ def test_sums_of_more_programs_than_one_tile_holds() -> None:
 
 
 def test_partial_sums_keep_float32() -> None:
-    """Partial sums of dweight and dbias that are rounded to 16 bits: two programs' sums nearly cancel here."""
+    """Partial sums of dweight and dbias that are rounded to 16 bits: two programs' sums nearly cancel
+    here."""
     rows = norm_tile(24).block_m
     x, _, weight, bias = (tensor.bfloat16() for tensor in arguments(1, 24))
     leaves = [weight.requires_grad_(), bias.requires_grad_()]
@@ -115,7 +118,9 @@ def test_partial_sums_keep_float32() -> None:
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     true = torch.autograd.grad(kernels.reference.layer_norm(x.double(), *exact), exact, dy[:1].double())
     for gradient, expected in zip(found, true, strict=True):
-        torch.testing.assert_close(gradient.double(), expected, rtol=2 * torch.finfo(torch.bfloat16).eps, atol=1e-4)
+        torch.testing.assert_close(
+            gradient.double(), expected, rtol=2 * torch.finfo(torch.bfloat16).eps, atol=1e-4
+        )
 
 
 def test_eps_is_added_to_the_variance() -> None:
@@ -125,15 +130,21 @@ def test_eps_is_added_to_the_variance() -> None:
     results = []
     for backend in ("triton", "reference"):
         with kernels.use_backend(norm=backend):
-            outputs = (kernels.layer_norm(leaves[0], *leaves[2:], eps=eps), *kernels.add_layer_norm(*leaves, eps=eps))
-        results.append((*outputs, *torch.autograd.grad(outputs, leaves, [torch.ones_like(output) for output in outputs])))
+            outputs = (
+                kernels.layer_norm(leaves[0], *leaves[2:], eps=eps),
+                *kernels.add_layer_norm(*leaves, eps=eps),
+            )
+        results.append(
+            (*outputs, *torch.autograd.grad(outputs, leaves, [torch.ones_like(output) for output in outputs]))
+        )
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_rounds_once(dtype: torch.dtype) -> None:
-    """Under autocast: a y that is rounded twice or stays float32, weights that are cast, a residual that is."""
+    """Under autocast: a y that is rounded twice or stays float32, weights that are cast, a residual that
+    is."""
     x, residual, weight, bias = arguments(5, 48, dtype)
     leaves = [tensor.requires_grad_() for tensor in (x, residual.float().detach(), weight, bias)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -143,7 +154,9 @@ def test_autocast_rounds_once(dtype: torch.dtype) -> None:
         assert torch.equal(y, kernels.layer_norm(x.float(), weight, bias).bfloat16())
         assert torch.equal(fused, kernels.layer_norm(leaves[1] + x.float(), weight, bias).bfloat16())
     assert new_residual.dtype == torch.float32
-    gradients = torch.autograd.grad((fused, new_residual), leaves, (torch.ones_like(fused), torch.ones_like(new_residual)))
+    gradients = torch.autograd.grad(
+        (fused, new_residual), leaves, (torch.ones_like(fused), torch.ones_like(new_residual))
+    )
     assert [gradient.dtype for gradient in gradients] == [dtype, torch.float32, torch.float32, torch.float32]
 
 
@@ -156,7 +169,10 @@ def test_gradients_take_their_inputs_dtypes() -> None:
     ):
         x, residual, weight, bias = arguments(5, 24)
         dtypes = dtype, residual_dtype, parameter_dtype, torch.float32
-        leaves = [tensor.to(d).requires_grad_() for tensor, d in zip((x, residual, weight, bias), dtypes, strict=True)]
+        leaves = [
+            tensor.to(d).requires_grad_()
+            for tensor, d in zip((x, residual, weight, bias), dtypes, strict=True)
+        ]
         y, new_residual = kernels.add_layer_norm(*leaves)
         assert (y.dtype, new_residual.dtype) == (dtype, residual_dtype)
         dy = torch.randn_like(y)
@@ -239,7 +255,8 @@ def test_limits_are_explained() -> None:
 
 
 def test_no_column_is_dead_at_the_models_sizes() -> None:
-    """A tile table that masks a quarter of the lanes at C = 768, or needs blocks that are no powers of two."""
+    """A tile table that masks a quarter of the lanes at C = 768, or needs blocks that are no powers of
+    two."""
     for c in (64, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 2048, 3072, 4096, 5120, 8192, 16384):
         tile = norm_tile(c)
         assert c % tile.block_n == 0

@@ -1,5 +1,5 @@
-"""Every op of the registry, without naming one: the reference against float64 and gradcheck, Triton against the reference,
-explain, autocast, and arguments that must be refused."""
+"""Every op of the registry, without naming one: the reference against float64 and gradcheck, Triton against
+the reference, explain, autocast, and arguments that must be refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ import kernels
 from kernels import dispatch
 from kernels.preflight import check, run_case
 from kernels.registry import SPECS
-from kernels.spec import SHORT_DTYPE, Case, ChoiceArgument, NumberArgument, OpSpec, SeedArgument, TensorArgument
+from kernels.spec import (
+    SHORT_DTYPE,
+    Case,
+    ChoiceArgument,
+    NumberArgument,
+    OpSpec,
+    SeedArgument,
+    TensorArgument,
+)
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")
@@ -33,7 +41,9 @@ def first_case(spec: OpSpec) -> Case:
     return spec.tagged("small")[0]
 
 
-def inputs_of(spec: OpSpec, case: Case, dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> dict[str, Any]:
+def inputs_of(
+    spec: OpSpec, case: Case, dtype: torch.dtype = torch.float32, device: torch.device = CPU
+) -> dict[str, Any]:
     return spec.make_inputs(case, dtype, device, torch.Generator(device).manual_seed(0))
 
 
@@ -49,21 +59,30 @@ def test_the_public_op_runs_its_reference(spec: OpSpec, case: Case, dtype: torch
 
 
 @pytest.mark.parametrize(
-    ("spec", "case", "dtype"), [case for case in cases("small", dtypes=(torch.float64,)) if case.values[0].gradients]
+    ("spec", "case", "dtype"),
+    [case for case in cases("small", dtypes=(torch.float64,)) if case.values[0].gradients],
 )
 def test_reference_gradients_are_derivatives(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
     """A reference with a wrong gradient, which every other test would then call right."""
     case = Case(
-        {name: min(size, 7) if name in ("N", "Tq", "C", "I", "V") else size for name, size in case.sizes.items()}, case.options
+        {
+            name: min(size, 7) if name in ("N", "Tq", "C", "I", "V") else size
+            for name, size in case.sizes.items()
+        },
+        case.options,
     )
     inputs = inputs_of(spec, case, dtype)
     names = [name for name in spec.gradients if inputs[name] is not None]
-    scaled = {name: inputs[name].clamp(-3, 3) for name in names}  # finite differences fail at magnitudes of thousands
+    scaled = {
+        name: inputs[name].clamp(-3, 3) for name in names
+    }  # finite differences fail at magnitudes of thousands
 
     def function(*tensors: torch.Tensor) -> Any:
         return spec.reference(**(inputs | dict(zip(names, tensors, strict=True))))
 
-    assert torch.autograd.gradcheck(function, [scaled[name].double().requires_grad_() for name in names], fast_mode=True)
+    assert torch.autograd.gradcheck(
+        function, [scaled[name].double().requires_grad_() for name in names], fast_mode=True
+    )
 
 
 @pytest.mark.interpreter
@@ -84,7 +103,8 @@ def test_triton_agrees_on_the_long_grid(spec: OpSpec, case: Case, dtype: torch.d
 @pytest.mark.gpu
 @pytest.mark.parametrize(("spec", "case", "dtype"), cases("small", "edge", "gpu"))
 def test_triton_agrees_on_the_gpu(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
-    """A compiled kernel that is wrong where its interpreted twin is right. The benches hold their own cases to the same rule."""
+    """A compiled kernel that is wrong where its interpreted twin is right. The benches hold their own cases
+    to the same rule."""
     assert_right(spec, case, dtype, GPU, "triton")
 
 
@@ -98,7 +118,8 @@ def test_triton_agrees_on_the_long_grid_on_the_gpu(spec: OpSpec, case: Case, dty
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("spec", "case", "dtype"), [*cases("small", "edge"), *cases("bench", dtypes=(torch.float16, torch.bfloat16))]
+    ("spec", "case", "dtype"),
+    [*cases("small", "edge"), *cases("bench", dtypes=(torch.float16, torch.bfloat16))],
 )
 def test_triton_repeats_bit_for_bit_on_the_gpu(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
     """A race: the same call gives other bits the second time."""
@@ -184,23 +205,33 @@ def _bad_tensor(spec: OpSpec, name: str, inputs: dict[str, Any]) -> list[tuple[s
     if argument.dtype is None and not argument.any_float and name != leading:
         bad.append(("a mixed dtype", value.double(), TypeError))
     if argument.last_contiguous:
-        bad.append(("a strided last dimension", torch.stack([value, value], -1).flatten(-2)[..., ::2], ValueError))
+        bad.append(
+            ("a strided last dimension", torch.stack([value, value], -1).flatten(-2)[..., ::2], ValueError)
+        )
     if not argument.optional:
         bad.append(("None", None, TypeError))
     return bad
 
 
 def _absent_tensor(spec: OpSpec, argument: TensorArgument, inputs: dict[str, Any]) -> torch.Tensor:
-    """A right value for an optional tensor that the case leaves out: sizes from the tensors that share its dimensions."""
+    """A right value for an optional tensor that the case leaves out: sizes from the tensors that share its
+    dimensions."""
     sizes: dict[str, int] = {}
     for name, declared in spec.arguments.items():
-        if isinstance(declared, TensorArgument) and isinstance(inputs.get(name), torch.Tensor) and "..." not in declared.dims:
+        if (
+            isinstance(declared, TensorArgument)
+            and isinstance(inputs.get(name), torch.Tensor)
+            and "..." not in declared.dims
+        ):
             sizes |= dict(zip(declared.dims, inputs[name].shape, strict=True))
     return torch.zeros([sizes[dim] for dim in argument.dims], dtype=argument.dtype or torch.float32)
 
 
 def _bad_number(argument: NumberArgument) -> list[tuple[str, Any, type[Exception]]]:
-    bad: list[tuple[str, Any, type[Exception]]] = [("a string", "1", TypeError), ("a boolean", True, TypeError)]
+    bad: list[tuple[str, Any, type[Exception]]] = [
+        ("a string", "1", TypeError),
+        ("a boolean", True, TypeError),
+    ]
     if argument.integer:
         return [*bad, ("a float", 1.5, TypeError)]
     bad.append(("NaN", float("nan"), ValueError))
@@ -236,7 +267,10 @@ def bad_arguments() -> list[Any]:
                     ("a vector", torch.zeros(3, dtype=torch.int64), TypeError),
                     ("another device", torch.zeros((), dtype=torch.int64, device="meta"), ValueError),
                 ]
-            found += [pytest.param(spec, name, bad, error, id=f"{spec.name}-{name}-{what}") for what, bad, error in values]
+            found += [
+                pytest.param(spec, name, bad, error, id=f"{spec.name}-{name}-{what}")
+                for what, bad, error in values
+            ]
     return found
 
 
@@ -244,8 +278,11 @@ def bad_arguments() -> list[Any]:
 def test_bad_arguments_are_refused(
     spec: OpSpec, name: str, bad: Any, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A bad argument that reaches a kernel, or a message that does not name the op, the value and what was expected."""
-    monkeypatch.setattr(dispatch.Op, "choose", lambda *args, **kwargs: pytest.fail("the call passed its checks"))
+    """A bad argument that reaches a kernel, or a message that does not name the op, the value and what was
+    expected."""
+    monkeypatch.setattr(
+        dispatch.Op, "choose", lambda *args, **kwargs: pytest.fail("the call passed its checks")
+    )
     inputs = inputs_of(spec, first_case(spec)) | {name: bad}
     with pytest.raises(error, match=rf"^{spec.name}: .*expected ") as caught:
         spec.function(**inputs)

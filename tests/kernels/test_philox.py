@@ -17,7 +17,12 @@ def python_philox(counter: int, seed: int) -> tuple[int, ...]:
     keys = [seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]
     for _ in range(10):
         first, second = 0xD2511F53 * words[0], 0xCD9E8D57 * words[2]
-        words = [(second >> 32) ^ words[1] ^ keys[0], second & 0xFFFFFFFF, (first >> 32) ^ words[3] ^ keys[1], first & 0xFFFFFFFF]
+        words = [
+            (second >> 32) ^ words[1] ^ keys[0],
+            second & 0xFFFFFFFF,
+            (first >> 32) ^ words[3] ^ keys[1],
+            first & 0xFFFFFFFF,
+        ]
         keys = [(keys[0] + 0x9E3779B9) & 0xFFFFFFFF, (keys[1] + 0xBB67AE85) & 0xFFFFFFFF]
     return tuple(words)
 
@@ -31,9 +36,13 @@ def test_known_answer() -> None:
 @pytest.mark.parametrize("counter", [0, 1, 2**31, 2**32 - 1, 2**32, 2**40 + 7])
 def test_same_bits_as_python_integers(seed: int, counter: int) -> None:
     """A product that loses its high half in int64, or a seed or counter whose upper word is dropped."""
-    assert tuple(w.item() for w in philox(seed, torch.tensor(counter))) == python_philox(counter, seed & (2**64 - 1))
+    assert tuple(w.item() for w in philox(seed, torch.tensor(counter))) == python_philox(
+        counter, seed & (2**64 - 1)
+    )
     as_tensor = torch.tensor(seed, dtype=torch.int64)
-    assert tuple(w.item() for w in philox(as_tensor, torch.tensor(counter))) == python_philox(counter, seed & (2**64 - 1))
+    assert tuple(w.item() for w in philox(as_tensor, torch.tensor(counter))) == python_philox(
+        counter, seed & (2**64 - 1)
+    )
 
 
 def test_word_of_an_element() -> None:
@@ -68,7 +77,9 @@ def test_an_element_at_the_threshold_is_kept(op: str, size: int) -> None:
                     found = kernels.causal_attention(q, q, v, dropout_p=p, seed=5)[..., :size]
                 else:
                     x = torch.ones(3, size)
-                    _, found = kernels.add_layer_norm(x, torch.zeros_like(x), torch.ones(size), dropout_p=p, seed=5)
+                    _, found = kernels.add_layer_norm(
+                        x, torch.zeros_like(x), torch.ones(size), dropout_p=p, seed=5
+                    )
             expected = words >= threshold
             assert torch.equal(found[row] != 0, expected[row])
             assert torch.equal(keep_mask(5, words.shape, p, CPU), expected)

@@ -1,4 +1,5 @@
-"""Preflight: planted faults are caught and named, a dead process too, and the verdicts are cached by all that they depend on."""
+"""Preflight: planted faults are caught and named, a dead process too, and the verdicts are cached by all that
+they depend on."""
 
 from __future__ import annotations
 
@@ -65,7 +66,12 @@ def zero_weight_gradient(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
 
 
 def stale_mask(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, dropout_p: float, seed: int
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    dropout_p: float,
+    seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return kernels.reference.add_layer_norm(StaleMask.apply(x, dropout_p, seed), residual, weight, bias)
 
@@ -88,7 +94,9 @@ class Larger(torch.autograd.Function):
         return grad * 1.1
 
 
-def a_tenth_too_much(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, **options: Any) -> torch.Tensor:
+def a_tenth_too_much(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, **options: Any
+) -> torch.Tensor:
     return kernels.reference.linear_cross_entropy(Larger.apply(x), weight, targets, **options)
 
 
@@ -107,9 +115,15 @@ def a_tenth_too_much(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tenso
     ids=lambda value: value.__name__ if callable(value) else None,
 )
 def test_planted_faults_are_caught(
-    fault: Callable[..., Any], wrong: str, op: str, case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    fault: Callable[..., Any],
+    wrong: str,
+    op: str,
+    case: Case,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A wrong kernel that preflight lets through, or that it refuses for another reason than what is wrong."""
+    """A wrong kernel that preflight lets through, or that it refuses for another reason than what is
+    wrong."""
     plant(monkeypatch, op, fault)
     problems = failed((op, case), dtype=dtype)
     assert list(problems) == [op]
@@ -153,10 +167,14 @@ def test_what_cannot_run_is_listed_with_the_reason(monkeypatch: pytest.MonkeyPat
 
 
 def test_verdicts_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checking again what was checked, or believing a verdict about other sources, shapes, dtypes or versions."""
+    """Checking again what was checked, or believing a verdict about other sources, shapes, dtypes or
+    versions."""
     report = run_preflight([NORM], CPU, torch.float32)
     assert not report.cached
-    assert dataclasses.replace(run_preflight([NORM], CPU, torch.float32), seconds=report.seconds, cached=False) == report
+    assert (
+        dataclasses.replace(run_preflight([NORM], CPU, torch.float32), seconds=report.seconds, cached=False)
+        == report
+    )
     assert run_preflight([NORM], CPU, torch.float32).cached
     assert not run_preflight([NORM], CPU, torch.float16).cached
     assert not run_preflight([("layer_norm", Case({"N": 8, "C": 48}))], CPU, torch.float32).cached
@@ -195,8 +213,11 @@ def test_a_dying_process_is_named_and_the_rest_is_checked(monkeypatch: pytest.Mo
     assert report.failed == {"causal_attention": "its process died with exit code -11: no message"}
 
 
-def test_the_process_finds_the_package_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that cannot import the package, which was found through sys.path: every op would be said to have died."""
+def test_the_process_finds_the_package_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that cannot import the package, which was found through sys.path: every op would be said to
+    have died."""
     monkeypatch.chdir(tmp_path)
     report = run_preflight([NORM], CPU, torch.float32, isolate=True, use_cache=False)
     assert report.ok, str(report)
@@ -204,7 +225,9 @@ def test_the_process_finds_the_package_from_any_folder(tmp_path: Path, monkeypat
 
 def test_cases_survive_the_way_to_the_child() -> None:
     """An option that arrives as another type in the process that checks it."""
-    case = Case({"N": 3, "C": 8}, {"parameters": torch.float32, "dropout_p": 0.5, "bias": False, "layout": "qkv"})
+    case = Case(
+        {"N": 3, "C": 8}, {"parameters": torch.float32, "dropout_p": 0.5, "bias": False, "layout": "qkv"}
+    )
     assert preflight._decode(json.loads(json.dumps(preflight._encode(case)))) == case
 
 

@@ -1,5 +1,6 @@
-"""The norm, feed-forward and loss rooms on Triton, without naming an op: layouts, subsets of gradients, nothing to do, what a
-backward may not touch, guard pages, and what torch.library and torch.compile make of them."""
+"""The norm, feed-forward and loss rooms on Triton, without naming an op: layouts, subsets of gradients,
+nothing to do, what a backward may not touch, guard pages, and what torch.library and torch.compile make of
+them."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ pytestmark = pytest.mark.interpreter
 
 CPU = torch.device("cpu")
 OPS = [spec for spec in SPECS.values() if spec.room in ("norm", "ffn", "loss")]
-SMALL = [pytest.param(spec, case, id=f"{spec.name}-{case.id}") for spec in OPS for case in spec.tagged("small")]
+SMALL = [
+    pytest.param(spec, case, id=f"{spec.name}-{case.id}") for spec in OPS for case in spec.tagged("small")
+]
 CHECKED = [
     pytest.param(spec, case, dtype, id=f"{spec.name}-{case.id}-{SHORT_DTYPE[dtype]}")
     for spec in OPS
@@ -68,8 +71,11 @@ def run(
     layout: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
     grad_layout: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
 ) -> Results:
-    """Outputs and gradients, as `preflight.run_case` gives them, with inputs and the outputs' gradients in other layouts."""
-    leaves = {n: layout(v.detach()) if isinstance(v, torch.Tensor) and v.ndim else v for n, v in inputs.items()}
+    """Outputs and gradients, as `preflight.run_case` gives them, with inputs and the outputs' gradients in
+    other layouts."""
+    leaves = {
+        n: layout(v.detach()) if isinstance(v, torch.Tensor) and v.ndim else v for n, v in inputs.items()
+    }
     wanted = [n for n in gradients if leaves.get(n) is not None]
     for name in wanted:
         leaves[name] = leaves[name].detach().requires_grad_()
@@ -78,7 +84,9 @@ def run(
     results: Results = {f"out{i}": output.detach() for i, output in enumerate(outputs)}
     if wanted:
         generator = torch.Generator().manual_seed(1)
-        grads = [grad_layout(torch.randn(o.shape, generator=generator).to(o.device, o.dtype)) for o in outputs]
+        grads = [
+            grad_layout(torch.randn(o.shape, generator=generator).to(o.device, o.dtype)) for o in outputs
+        ]
         found = torch.autograd.grad(outputs, [leaves[n] for n in wanted], grads)
         results |= {f"d{n}": gradient for n, gradient in zip(wanted, found, strict=True)}
     return results
@@ -90,10 +98,20 @@ def triton(spec: OpSpec, *args: Any) -> Results:
 
 
 def assert_agree(spec: OpSpec, inputs: dict[str, Any], dtype: torch.dtype, *layouts: Any) -> None:
-    exact = {n: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for n, v in inputs.items()}
-    results, plain = triton(spec, inputs, spec.gradients, *layouts), run(spec.reference, inputs, spec.gradients, *layouts)
+    exact = {
+        n: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        for n, v in inputs.items()
+    }
+    results, plain = (
+        triton(spec, inputs, spec.gradients, *layouts),
+        run(spec.reference, inputs, spec.gradients, *layouts),
+    )
     oracle = run(spec.reference, exact, spec.gradients, *layouts)
-    floats = [v for v in (*inputs.values(), *oracle.values()) if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    floats = [
+        v
+        for v in (*inputs.values(), *oracle.values())
+        if isinstance(v, torch.Tensor) and v.is_floating_point()
+    ]
     scale = max((t.abs().max().item() for t in floats if t.numel()), default=1.0)
     verdicts = [compare(n, results.get(n), plain[n], oracle[n], dtype=dtype, scale=scale) for n in oracle]
     assert all(verdict.ok for verdict in verdicts), [str(verdict) for verdict in verdicts if not verdict.ok]
@@ -121,7 +139,9 @@ def test_leading_dimensions(spec: OpSpec, case: Case) -> None:
     """An op that only takes matrices, or whose output forgets the leading dimensions."""
     inputs = inputs_of(spec, case)
     flat = triton(spec, inputs, spec.gradients)
-    rows = {n: v for n, v in inputs.items() if isinstance(v, torch.Tensor) and spec.arguments[n].dims[0] == "..."}
+    rows = {
+        n: v for n, v in inputs.items() if isinstance(v, torch.Tensor) and spec.arguments[n].dims[0] == "..."
+    }
     deep = triton(spec, inputs | {n: v[None, :, None] for n, v in rows.items()}, spec.gradients)
     for name, value in flat.items():
         expected = value if value is None or value.shape[:1] != (case["N"],) else value[None, :, None]
@@ -154,7 +174,8 @@ class Recorder(TorchDispatchMode):
 
 @pytest.mark.parametrize(("spec", "case"), SMALL)
 def test_any_subset_of_gradients(spec: OpSpec, case: Case) -> None:
-    """A backward that computes, or crashes on, a gradient that nobody wants; or that is wrong when it is alone."""
+    """A backward that computes, or crashes on, a gradient that nobody wants; or that is wrong when it is
+    alone."""
     inputs = inputs_of(spec, case)
     names = [n for n in spec.gradients if inputs[n] is not None]
     full = triton(spec, inputs, spec.gradients)
@@ -170,7 +191,8 @@ def test_any_subset_of_gradients(spec: OpSpec, case: Case) -> None:
 
 @pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.name)
 def test_no_rows(spec: OpSpec) -> None:
-    """An empty batch that launches an empty grid, divides by zero or leaves weight gradients uninitialised."""
+    """An empty batch that launches an empty grid, divides by zero or leaves weight gradients
+    uninitialised."""
     for case in spec.tagged("small"):
         inputs = inputs_of(spec, Case(dict(case.sizes) | {"N": 0}, case.options))
         found, expected = triton(spec, inputs, spec.gradients), run(spec.reference, inputs, spec.gradients)
@@ -180,9 +202,11 @@ def test_no_rows(spec: OpSpec) -> None:
 
 @pytest.mark.parametrize(("spec", "case"), SMALL)
 def test_backward_touches_nothing_and_repeats(spec: OpSpec, case: Case) -> None:
-    """A kernel that overwrites an input, a saved tensor or a given gradient: the second backward would differ."""
+    """A kernel that overwrites an input, a saved tensor or a given gradient: the second backward would
+    differ."""
     leaves = {
-        n: v.requires_grad_(n in spec.gradients) if isinstance(v, torch.Tensor) else v for n, v in inputs_of(spec, case).items()
+        n: v.requires_grad_(n in spec.gradients) if isinstance(v, torch.Tensor) else v
+        for n, v in inputs_of(spec, case).items()
     }
     before = {n: v.detach().clone() for n, v in leaves.items() if isinstance(v, torch.Tensor)}
     with kernels.use_backend(**{spec.name: "triton"}):
@@ -228,14 +252,17 @@ def test_nothing_past_the_end_is_touched(spec: OpSpec, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize(("spec", "case", "dtype"), CHECKED)
 def test_opcheck(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
-    """A registration with a wrong fake, an undeclared mutation or alias, or an autograd formula that tracing cannot follow."""
+    """A registration with a wrong fake, an undeclared mutation or alias, or an autograd formula that tracing
+    cannot follow."""
     with Recorder() as recorder:
         triton(spec, inputs_of(spec, case, dtype), spec.gradients)
     assert len(recorder.calls) >= 2
     for op, args, _ in recorder.calls:
         backward = op.__name__.split(".")[0].endswith(("backward", "scale"))
         leaves = tuple(
-            a.detach().clone().requires_grad_(a.is_floating_point() and not backward) if isinstance(a, torch.Tensor) else a
+            a.detach().clone().requires_grad_(a.is_floating_point() and not backward)
+            if isinstance(a, torch.Tensor)
+            else a
             for a in args
         )
         torch.library.opcheck(op, leaves)
@@ -266,7 +293,9 @@ def test_compiled_with_an_input_that_changes(spec: OpSpec) -> None:
 
     with kernels.use_backend(**{spec.name: "triton"}), torch.no_grad():
         eager = function(**inputs | {"x": inputs["x"].clone()})
-        found = torch.compile(function, fullgraph=True, backend="aot_eager")(**inputs | {"x": inputs["x"].clone()})
+        found = torch.compile(function, fullgraph=True, backend="aot_eager")(
+            **inputs | {"x": inputs["x"].clone()}
+        )
     torch.compiler.reset()
     torch.testing.assert_close(found, eager, rtol=0, atol=0)
 
@@ -276,13 +305,16 @@ def test_compiled_with_an_input_that_changes(spec: OpSpec) -> None:
 def test_the_host_never_waits(spec: OpSpec) -> None:
     """A call, forward or backward, that synchronises with the device."""
     for case in spec.tagged("small"):
-        inputs = spec.make_inputs(case, torch.bfloat16, torch.device("cuda"), torch.Generator().manual_seed(0))
+        inputs = spec.make_inputs(
+            case, torch.bfloat16, torch.device("cuda"), torch.Generator().manual_seed(0)
+        )
         triton(spec, inputs, spec.gradients)  # compiles
         torch.cuda.set_sync_debug_mode("error")
         try:
             with kernels.use_backend(**{spec.name: "triton"}):
                 leaves = {
-                    n: v.requires_grad_(n in spec.gradients) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()
+                    n: v.requires_grad_(n in spec.gradients) if isinstance(v, torch.Tensor) else v
+                    for n, v in inputs.items()
                 }
                 outputs = spec.function(**leaves)
                 outputs = outputs if isinstance(outputs, tuple) else (outputs,)

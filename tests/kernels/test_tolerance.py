@@ -18,7 +18,13 @@ def attention_case(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     q, k, v = torch.randn(3, 2, 2, t, 32, generator=generator).to(dtype)
-    return q, k, v, reference.causal_attention(q, k, v), reference.causal_attention(q.double(), k.double(), v.double())
+    return (
+        q,
+        k,
+        v,
+        reference.causal_attention(q, k, v),
+        reference.causal_attention(q.double(), k.double(), v.double()),
+    )
 
 
 def judge(y: torch.Tensor, r: torch.Tensor, r64: torch.Tensor, dtype: torch.dtype) -> Verdict:
@@ -29,7 +35,9 @@ def judge(y: torch.Tensor, r: torch.Tensor, r64: torch.Tensor, dtype: torch.dtyp
 def test_another_order_of_summation_passes(dtype: torch.dtype) -> None:
     """A rule so tight that it fails a right result which merely rounds elsewhere."""
     q, k, v, r, r64 = attention_case(dtype)
-    logits = (q.float() @ k.float().mT / math.sqrt(32)).masked_fill(~torch.ones(96, 96, dtype=torch.bool).tril(), -math.inf)
+    logits = (q.float() @ k.float().mT / math.sqrt(32)).masked_fill(
+        ~torch.ones(96, 96, dtype=torch.bool).tril(), -math.inf
+    )
     y = (logits.softmax(-1) @ v.float()).to(dtype)
     assert judge(y, r, r64, dtype).ok
 
@@ -40,10 +48,14 @@ FAULTS = {
     "the result is 0.7% too large": lambda q, k, v: reference.causal_attention(q, k, v) * 1.007,
     "one row is its neighbour": lambda q, k, v: _with_row(reference.causal_attention(q, k, v), 60, 59),
     "everything is zero": lambda q, k, v: torch.zeros_like(q),
-    "one element is off by 3% of the largest": lambda q, k, v: _nudged(reference.causal_attention(q, k, v), 0.03),
+    "one element is off by 3% of the largest": lambda q, k, v: _nudged(
+        reference.causal_attention(q, k, v), 0.03
+    ),
     "one element is not a number": lambda q, k, v: _with_value(reference.causal_attention(q, k, v), math.nan),
     "one element is infinite": lambda q, k, v: _with_value(reference.causal_attention(q, k, v), math.inf),
-    "the diagonal is masked": lambda q, k, v: reference.causal_attention(q, torch.roll(k, 1, 2), torch.roll(v, 1, 2)),
+    "the diagonal is masked": lambda q, k, v: reference.causal_attention(
+        q, torch.roll(k, 1, 2), torch.roll(v, 1, 2)
+    ),
 }
 
 
@@ -94,11 +106,16 @@ def test_a_zeroed_gradient_fails_and_a_true_zero_passes() -> None:
 def test_another_dtype_or_shape_fails() -> None:
     """A loss held in bfloat16, or an output of another shape that would broadcast."""
     r64 = torch.ones(4, dtype=torch.float64)
-    assert "torch.bfloat16" in compare("out", r64.bfloat16(), r64.float(), r64, dtype=torch.bfloat16, scale=1.0).problem
+    assert (
+        "torch.bfloat16"
+        in compare("out", r64.bfloat16(), r64.float(), r64, dtype=torch.bfloat16, scale=1.0).problem
+    )
     assert "shape" in compare("out", torch.ones(1), r64.float(), r64, dtype=torch.float32, scale=1.0).problem
 
 
 def test_a_reference_that_overflows_excuses_nothing() -> None:
     """An infinite allowance, when the reference itself overflows in float16."""
     r64 = torch.tensor([7e4], dtype=torch.float64)
-    assert not compare("out", torch.zeros(1, dtype=torch.float16), r64.half(), r64, dtype=torch.float16, scale=7e4).ok
+    assert not compare(
+        "out", torch.zeros(1, dtype=torch.float16), r64.half(), r64, dtype=torch.float16, scale=7e4
+    ).ok

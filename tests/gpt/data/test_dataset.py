@@ -59,10 +59,17 @@ def test_targets_are_the_next_tokens(data: TokenData) -> None:
 
 
 def test_batches_are_a_function_of_seed_and_step(data: TokenData) -> None:
-    """Batches that depend on what was drawn before (a resumed run would read other text), or that use up random state."""
+    """Batches that depend on what was drawn before (a resumed run would read other text), or that use up
+    random state."""
     first = data.batch("train", **BATCH)
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    for change in ({"seed": 6}, {"step": 8}, {"micro_step": 0}, {"stream": "estimate"}, {"stream": "validation"}):
+    for change in (
+        {"seed": 6},
+        {"step": 8},
+        {"micro_step": 0},
+        {"stream": "estimate"},
+        {"stream": "validation"},
+    ):
         other = data.batch(**{"stream": "train", **BATCH, **change})
         assert not torch.equal(other.inputs, first.inputs), change
     assert torch.equal(TokenData.from_text(TEXT).batch("train", **BATCH).inputs, first.inputs)
@@ -91,7 +98,8 @@ def test_windows_cover_each_target_once(data: TokenData) -> None:
 
 
 def test_bigram_loss(data: TokenData, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A baseline counted on the validation split, without smoothing, or over other targets than the model's."""
+    """A baseline counted on the validation split, without smoothing, or over other targets than the
+    model's."""
     monkeypatch.setattr("gpt.data.dataset.CHUNK", 97)
     train, validation = data.tokens("train").tolist(), data.tokens("validation").tolist()
     pairs, singles = Counter(itertools.pairwise(train)), Counter(train[:-1])
@@ -104,7 +112,9 @@ def test_too_short() -> None:
     """A corpus shorter than a window that fails inside a batch."""
     data = TokenData.from_text(TEXT[:100])
     data.check(9)
-    with pytest.raises(InputError, match=r"validation split has 10 tokens, expected at least 11 \(block_size 10"):
+    with pytest.raises(
+        InputError, match=r"validation split has 10 tokens, expected at least 11 \(block_size 10"
+    ):
         data.check(10)
     with pytest.raises(InputError, match="train split has 90 tokens, expected at least 1025"):
         data.check(1024)
@@ -314,7 +324,11 @@ def test_packed_bigrams(tmp_path: Path) -> None:
     """A baseline over pairs that the model is not asked for."""
     documents(tmp_path)
     packed, flat = load(tmp_path, pack_documents=True), load(tmp_path)
-    pairs = [(int(a), int(b)) for first, second in packed._pairs("train") for a, b in zip(first, second, strict=True)]
+    pairs = [
+        (int(a), int(b))
+        for first, second in packed._pairs("train")
+        for a, b in zip(first, second, strict=True)
+    ]
     assert len(pairs) == len(flat.tokens("train")) - 1 - 4
     assert packed.bigram_loss() != flat.bigram_loss()
 

@@ -114,9 +114,21 @@ def test_save_makes_its_folder(bpe: BPETokenizer, tmp_path: Path) -> None:
         ('{"model": {"type": "characters", "vocab": "aa"}}', "distinct"),
         ('{"model": {"type": "Unigram", "vocab": []}}', "Unigram BPE"),
         ('{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "ByteLevel"),
-        ('{"pre_tokenizer": {"type": "ByteLevel"}, "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}', "256 bytes"),
-        ('{"pre_tokenizer": {"type": "ByteLevel"}, "model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["b c"]}}', "'bc'"),
-        ('{"pre_tokenizer": {"type": "ByteLevel"}, "model": {"type": "BPE", "vocab": {"\u6771": 0}, "merges": []}}', "KeyError"),
+        (
+            '{"pre_tokenizer": {"type": "ByteLevel"}, '
+            '"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}',
+            "256 bytes",
+        ),
+        (
+            '{"pre_tokenizer": {"type": "ByteLevel"}, '
+            '"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["b c"]}}',
+            "'bc'",
+        ),
+        (
+            '{"pre_tokenizer": {"type": "ByteLevel"}, '
+            '"model": {"type": "BPE", "vocab": {"\u6771": 0}, "merges": []}}',
+            "KeyError",
+        ),
         ("\xff", "no tokenizer.json"),
     ],
 )
@@ -147,7 +159,8 @@ def test_missing_file(tmp_path: Path) -> None:
 
 
 def test_merges_file(tmp_path: Path) -> None:
-    """GPT-2's own file format read with other ids: the printable bytes come first, then the rest, then the merges."""
+    """GPT-2's own file format read with other ids: the printable bytes come first, then the rest, then the
+    merges."""
     (tmp_path / "vocab.bpe").write_text("#version: 0.2\n\u0120 t\nh e\n\u0120t he\n", encoding="utf-8")
     tokenizer = load_tokenizer(tmp_path / "vocab.bpe")
     assert tokenizer.encode("!~ \n the he") == [0, 93, 220, 198, 258, 220, 257]
@@ -185,7 +198,8 @@ GPT2_LINES = {
 
 
 def test_gpt2_ids_without_network(tmp_path: Path) -> None:
-    """Another numbering, split or order of merging than GPT-2's. Lines that make other tokens are replaced by control bytes."""
+    """Another numbering, split or order of merging than GPT-2's. Lines that make other tokens are replaced by
+    control bytes."""
     lines = [GPT2_LINES.get(i, f"\u0100 {i:05}") for i in range(50_000)]
     (tmp_path / "vocab.bpe").write_text("\n".join(["#version: 0.2", *lines, ""]), encoding="utf-8")
     tokenizer = load_tokenizer(tmp_path / "vocab.bpe")

@@ -1,4 +1,5 @@
-"""What each of two processes does for test_distributed.py: `python -m tests.gpt.training.ranks FOLDER` and flags of gpt.train."""
+"""What each of two processes does for test_distributed.py: `python -m tests.gpt.training.ranks FOLDER` and
+flags of gpt.train."""
 
 from __future__ import annotations
 
@@ -112,7 +113,9 @@ def failing_trainer(ranks: Ranks, out: Path) -> list[str]:
     data, found = TokenData.from_text(TEXT), []
     (out / f"file-{ranks.rank}").write_text("")
     with pytest.raises(InputError) as error:
-        Trainer(make_model(data), data, PLAIN, out=out / "file-1" if ranks.rank else out / "free", ranks=ranks)
+        Trainer(
+            make_model(data), data, PLAIN, out=out / "file-1" if ranks.rank else out / "free", ranks=ranks
+        )
     found.append(str(error.value))
     trainer = Trainer(make_model(data), data, PLAIN, out=out / "full", ranks=ranks)
     with pytest.MonkeyPatch.context() as patch:

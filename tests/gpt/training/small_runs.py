@@ -23,6 +23,12 @@ CONFIG = TrainConfig(
     device="cpu",
 )
 
+FLAGS = (
+    "--n_layer 1 --n-head 2 --n_embd 16 --block_size=16 "
+    "--batch_size 4 --eval_batches 1 --device cpu --warmup_steps 2"
+)
+TINY = FLAGS.split()  # a small run of gpt.train
+
 
 def make_model(data: TokenData, **fields: Any) -> GPT:
     torch.manual_seed(7)

@@ -27,7 +27,10 @@ from tests.gpt.training.ranks import MUON, PLAIN, steps, without_noise
 from tests.gpt.training.small_runs import make_model
 
 ROOT = Path(__file__).parents[3]
-SHAPE = "--n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --batch_size 4 --eval_batches 2 --device cpu --use_triton false"
+SHAPE = (
+    "--n_layer 1 --n_head 2 --n_embd 16 --block_size 16 "
+    "--batch_size 4 --eval_batches 2 --device cpu --use_triton false"
+)
 TINY = SHAPE.split()
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
@@ -43,13 +46,19 @@ class Pair:
             for s in (first, second):
                 s.bind(("127.0.0.1", 0))
             ports = {"MASTER_PORT": str(first.getsockname()[1]), "SECOND_PORT": str(second.getsockname()[1])}
-        common = os.environ | ENVIRONMENT | ports | {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        common = (
+            os.environ
+            | ENVIRONMENT
+            | ports
+            | {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        )
         wrong = [*TINY, "--data", str(text), "--grad_accum", "3", "--out", str(folder / "wrong")]
         processes = [
             subprocess.Popen(
                 [sys.executable, "-m", "tests.gpt.training.ranks", str(folder), *wrong],
                 cwd=ROOT,
-                env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "FUSED_GPT_CACHE": str(folder / "cache")},
+                env=common
+                | {"RANK": str(rank), "LOCAL_RANK": str(rank), "FUSED_GPT_CACHE": str(folder / "cache")},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -81,7 +90,8 @@ def log(out: Path) -> list[dict[str, Any]]:
 
 
 def test_steps_weigh_the_targets_of_all_ranks(pair: Pair) -> None:
-    """Ranks that count the same, however few targets they have, gradients averaged or clipped before they are summed."""
+    """Ranks that count the same, however few targets they have, gradients averaged or clipped before they are
+    summed."""
     expected = steps()
     for found in pair("steps"):
         for (loss, norm, gradients), (one_loss, one_norm, one_gradients) in zip(found, expected, strict=True):
@@ -95,7 +105,8 @@ def test_steps_weigh_the_targets_of_all_ranks(pair: Pair) -> None:
 
 
 def test_a_run_is_that_of_one_process(pair: Pair, tmp_path: Path) -> None:
-    """A step that takes other micro-batches, or one of them twice; parameters that differ; a part of an evaluation left out."""
+    """A step that takes other micro-batches, or one of them twice; parameters that differ; a part of an
+    evaluation left out."""
     trainer = Trainer(without_noise(), TokenData.from_text(TEXT), PLAIN, out=tmp_path)
     before = trainer.evaluate("validation")
     result = trainer.run()
@@ -104,7 +115,9 @@ def test_a_run_is_that_of_one_process(pair: Pair, tmp_path: Path) -> None:
     for name in ("tokens", "learning_rate", "bigram_loss"):
         assert [record.get(name) for record in ours] == [record.get(name) for record in theirs]
     for name in ("train_loss", "gradient_norm", "train_estimate", "validation_loss"):
-        assert [r[name] for r in ours if name in r] == pytest.approx([r[name] for r in theirs if name in r], rel=1e-5)
+        assert [r[name] for r in ours if name in r] == pytest.approx(
+            [r[name] for r in theirs if name in r], rel=1e-5
+        )
     (first, second) = pair("curve")
     assert first[0] == second[0] == pytest.approx(before, rel=1e-6)
     assert first[1] == second[1]
@@ -119,7 +132,12 @@ def test_rank_0_writes(pair: Pair) -> None:
     first, second = pair("curve")
     assert (first[2], second[2]) == (4, 0)
     out = pair.folder / "curve"
-    assert sorted(path.name for path in out.iterdir()) == ["checkpoints", "log.jsonl", "loss.png", "sample.txt"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "checkpoints",
+        "log.jsonl",
+        "loss.png",
+        "sample.txt",
+    ]
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-4", "step-6", "step-8"]
     assert [record["step"] for record in log(out)] == [*range(1, 9)]
     assert (out / "sample.txt").read_text() == second[1].sample + "\n"
@@ -133,7 +151,8 @@ def test_speed_counts_all_ranks(pair: Pair) -> None:
 
 
 def test_a_stopped_run_goes_on_bit_by_bit(pair: Pair) -> None:
-    """A signal to one process that leaves the others waiting, or dropout that goes on with the masks of another rank."""
+    """A signal to one process that leaves the others waiting, or dropout that goes on with the masks of
+    another rank."""
     for straight, stopped, resumed in pair("interrupted"):
         assert (stopped.step, stopped.signal) == (4, signal.SIGTERM)
         assert replace(resumed, checkpoint=None) == replace(straight, checkpoint=None)
@@ -147,7 +166,8 @@ def test_a_stopped_run_goes_on_bit_by_bit(pair: Pair) -> None:
 
 
 def test_another_number_of_processes_goes_on(pair: Pair, tmp_path: Path) -> None:
-    """A run that can only be resumed on the machine that it began on, or a change of its random numbers that nobody is told."""
+    """A run that can only be resumed on the machine that it began on, or a change of its random numbers that
+    nobody is told."""
     data = TokenData.from_text(TEXT)
     source = pair.folder / "straight/checkpoints/step-8"
     shutil.copytree(source, tmp_path / "checkpoints/step-8")
@@ -183,7 +203,9 @@ def test_what_is_not_finite_on_one_stops_all(pair: Pair) -> None:
     """Parameters that differ from then on, or the batch of another rank kept."""
     (message, same), (also, also_same) = pair("non_finite")
     assert message == also
-    assert re.match(r"step 1: the loss is (inf|nan); stopped before it changed anything, its batch is in", message)
+    assert re.match(
+        r"step 1: the loss is (inf|nan); stopped before it changed anything, its batch is in", message
+    )
     assert same
     assert also_same
     kept = checkpoint.read_tensors(pair.folder / "inf/non-finite-step-1.safetensors")
@@ -228,10 +250,30 @@ def test_one_process_joins_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
 def test_torchrun(tmp_path: Path) -> None:
-    """A command that does not start under torchrun, says everything twice, or is killed by SIGTERM before it has saved."""
+    """A command that does not start under torchrun, says everything twice, or is killed by SIGTERM before it
+    has saved."""
     (tmp_path / "text.txt").write_text(TEXT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "gpt.train", *TINY]
-    command += ["--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run"), "--grad_accum", "2", "--eval_interval", "5"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "gpt.train",
+        *TINY,
+    ]
+    command += [
+        "--data",
+        str(tmp_path / "text.txt"),
+        "--out",
+        str(tmp_path / "run"),
+        "--grad_accum",
+        "2",
+        "--eval_interval",
+        "5",
+    ]
     with subprocess.Popen(
         [*command, "--max_steps", "1000000"],
         cwd=ROOT,
@@ -248,6 +290,8 @@ def test_torchrun(tmp_path: Path) -> None:
     assert "float32 on cpu, 2 processes" in "".join(begun) or "bfloat16 on cpu, 2 processes" in "".join(begun)
     step = int(re.search(r"stopped at step (\d+), saved in ", printed)[1])
     assert printed.count("stopped at step") == 1
-    assert f"run --nproc_per_node 2 -m gpt.train --out {tmp_path / 'run'} --resume" in printed.splitlines()[-1]
+    assert (
+        f"run --nproc_per_node 2 -m gpt.train --out {tmp_path / 'run'} --resume" in printed.splitlines()[-1]
+    )
     assert checkpoint.find_checkpoint(tmp_path / "run").name == f"step-{step}"
     assert "SIGKILL" not in shown

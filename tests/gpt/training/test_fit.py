@@ -22,7 +22,16 @@ def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def documented() -> GPT:
     """The class as simple-llm documents it."""
-    return GPT(vocab_size=11, max_seq_len=8, emb_size=16, num_heads=2, head_size=8, num_layers=1, dropout=0.0, device="cpu")
+    return GPT(
+        vocab_size=11,
+        max_seq_len=8,
+        emb_size=16,
+        num_heads=2,
+        head_size=8,
+        num_layers=1,
+        dropout=0.0,
+        device="cpu",
+    )
 
 
 def loader(rows: int = 24, batch_size: int = 8) -> DataLoader[Any]:
@@ -63,7 +72,9 @@ def test_dropout_is_for_training() -> None:
     """A validation with dropout, or an epoch after it without."""
     modes: list[tuple[bool, bool]] = []
     model = documented()
-    model.register_forward_pre_hook(lambda module, inputs: modes.append((module.training, torch.is_grad_enabled())))
+    model.register_forward_pre_hook(
+        lambda module, inputs: modes.append((module.training, torch.is_grad_enabled()))
+    )
     model.fit(loader(8), loader(8), num_epoch=2)
     assert modes == [(True, True), (False, False)] * 2
 
@@ -85,7 +96,9 @@ def test_callbacks() -> None:
         return epoch == 3
 
     model = documented()
-    model.fit(loader(), num_epoch=9, callbacks=[stop_at_three, lambda model, epoch: asked.append((epoch, -1))])
+    model.fit(
+        loader(), num_epoch=9, callbacks=[stop_at_three, lambda model, epoch: asked.append((epoch, -1))]
+    )
     assert asked == [(1, 1), (1, -1), (2, 2), (2, -1), (3, 3), (3, -1)]
     assert len(model.train_loss) == 3
 
@@ -115,7 +128,12 @@ def test_early_stopping(losses: list[float], patience: int, min_delta: float, st
 def test_wrong_arguments() -> None:
     """A traceback from inside the model, or an epoch over nothing that counts as trained."""
     model, x = documented(), torch.zeros(2, 4, dtype=torch.long)
-    for bad, words in (([x], "gave a Tensor"), ([(x, x, x)], "gave a tuple"), ([], "no targets"), ([(x, x - 100)], "no targets")):
+    for bad, words in (
+        ([x], "gave a Tensor"),
+        ([(x, x, x)], "gave a tuple"),
+        ([], "no targets"),
+        ([(x, x - 100)], "no targets"),
+    ):
         with pytest.raises(InputError, match=words):
             model.fit(bad)
     with pytest.raises(InputError, match="num_epoch is 0"):

@@ -62,7 +62,8 @@ def test_clipping(data: TokenData) -> None:
 
 
 def test_one_step_of_adamw(data: TokenData) -> None:
-    """Biases and norms that decay, matrices that do not, another rate or moment than asked for, or a slow form."""
+    """Biases and norms that decay, matrices that do not, another rate or moment than asked for, or a slow
+    form."""
     model = make_model(data, dropout=0.0, bias=True)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     config = replace(CONFIG, weight_decay=0.5, beta1=0.8, beta2=0.9, grad_clip=0.0)
@@ -71,11 +72,14 @@ def test_one_step_of_adamw(data: TokenData) -> None:
     step(batches(32), rate=3e-3)
     for name, p in model.named_parameters():
         decayed = before[name] * (1 - 3e-3 * 0.5) if p.dim() >= 2 else before[name]
-        torch.testing.assert_close(p.detach(), decayed - 3e-3 * p.grad / (p.grad.abs() + 1e-8), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            p.detach(), decayed - 3e-3 * p.grad / (p.grad.abs() + 1e-8), rtol=1e-4, atol=1e-6
+        )
 
 
 def test_orthogonalize() -> None:
-    """Singular values far from 1, singular vectors that turn, a tall matrix treated as wide, or NaN from zeros."""
+    """Singular values far from 1, singular vectors that turn, a tall matrix treated as wide, or NaN from
+    zeros."""
     for m, n in ((8, 8), (12, 5), (5, 12)):
         u, _, v = torch.linalg.svd(torch.randn(3, m, n), full_matrices=False)
         s = torch.linspace(0.2, 3, min(m, n))
@@ -98,7 +102,8 @@ def newton_schulz(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 def test_muon(data: TokenData, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Momentum, decay or size other than the formula's, q, k and v made orthogonal as one, or a parameter of AdamW's taken."""
+    """Momentum, decay or size other than the formula's, q, k and v made orthogonal as one, or a parameter of
+    AdamW's taken."""
     monkeypatch.setattr("gpt.training.optim.orthogonalize", newton_schulz)
     model = make_model(data, dropout=0.0, n_embd=32, n_layer=2)
     parameters = dict(model.named_parameters())
@@ -107,13 +112,19 @@ def test_muon(data: TokenData, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         before = {name: p.detach().clone() for name, p in parameters.items()}
         step(batches(32), rate=1e-2)
-        muon = {name.removesuffix("/momentum_buffer") for name in step.tensors() if name.endswith("momentum_buffer")}
+        muon = {
+            name.removesuffix("/momentum_buffer")
+            for name in step.tensors()
+            if name.endswith("momentum_buffer")
+        }
         assert muon == {name for name in before if name.startswith("blocks.") and before[name].dim() == 2}
         for name in muon:
             g = parameters[name].grad
             velocity[name] = 0.95 * velocity.get(name, 0) + g
             parts = (g + 0.95 * velocity[name]).chunk(3 if "qkv" in name else 1)
-            update = torch.cat([0.2 * max(part.shape) ** 0.5 * newton_schulz(part[None])[0] for part in parts])
+            update = torch.cat(
+                [0.2 * max(part.shape) ** 0.5 * newton_schulz(part[None])[0] for part in parts]
+            )
             expected = before[name] * (1 - 1e-2 * 0.5) - 1e-2 * update
             torch.testing.assert_close(parameters[name].detach(), expected, atol=1e-6, rtol=0)
 
@@ -134,8 +145,11 @@ def test_schedule() -> None:
 
 
 def test_float16(data: TokenData, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients that are left scaled, an overflow that ends the run or reaches the parameters, or a scale that stays."""
-    monkeypatch.setattr("gpt.training.step.autocast_dtype", lambda name, device: torch.float16)  # a CPU refuses it
+    """Gradients that are left scaled, an overflow that ends the run or reaches the parameters, or a scale
+    that stays."""
+    monkeypatch.setattr(
+        "gpt.training.step.autocast_dtype", lambda name, device: torch.float16
+    )  # a CPU refuses it
     model = make_model(data, dropout=0.0)
     step = TrainStep(model, replace(CONFIG, grad_clip=0.0))
     parts = batches(32)
@@ -145,7 +159,10 @@ def test_float16(data: TokenData, monkeypatch: pytest.MonkeyPatch) -> None:
     F.cross_entropy(model(parts[0].inputs).flatten(0, 1), parts[0].targets.flatten()).backward()
     for gradient, p in zip(ours, model.parameters(), strict=True):
         assert (gradient - p.grad).norm() < 0.02 * p.grad.norm()
-    before, scale = {name: p.detach().clone() for name, p in model.named_parameters()}, step.scaler.get_scale()
+    before, scale = (
+        {name: p.detach().clone() for name, p in model.named_parameters()},
+        step.scaler.get_scale(),
+    )
     overflow = model.wpe.weight.register_hook(lambda g: g * math.inf)
     assert math.isinf(step(parts, rate=1.0).gradient_norm)
     assert step.scaler.get_scale() == scale / 2
@@ -155,8 +172,12 @@ def test_float16(data: TokenData, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.equal(model.wpe.weight, before["wpe.weight"])
 
 
-@pytest.mark.parametrize(("capabilities", "dtype"), [({}, torch.float32), ({"avx512_bf16": True}, torch.bfloat16)])
-def test_auto_dtype(capabilities: dict[str, bool], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"), [({}, torch.float32), ({"avx512_bf16": True}, torch.bfloat16)]
+)
+def test_auto_dtype(
+    capabilities: dict[str, bool], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A processor that emulates bfloat16, slower than float32."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert autocast_dtype("auto", torch.device("cpu")) == dtype

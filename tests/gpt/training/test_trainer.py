@@ -186,12 +186,17 @@ def test_gradient_norms(data: TokenData, tmp_path: Path) -> None:
     for record in log(tmp_path):
         norms = record["gradient_norms"]
         assert set(norms) == {"wte", "wpe", "blocks.0", "ln_f"}
-        assert sum(norm**2 for norm in norms.values()) ** 0.5 == pytest.approx(record["gradient_norm"], rel=1e-4)
+        assert sum(norm**2 for norm in norms.values()) ** 0.5 == pytest.approx(
+            record["gradient_norm"], rel=1e-4
+        )
         assert record["gradient_norm"] > 0.01
 
 
-def test_mfu(data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A share of the peak by another formula than stated, one that is made up where no peak is known, or one that nobody sees."""
+def test_mfu(
+    data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A share of the peak by another formula than stated, one that is made up where no peak is known, or one
+    that nobody sees."""
     run(data, tmp_path / "unknown", replace(CONFIG, max_steps=1))
     assert log(tmp_path / "unknown")[0]["mfu"] is None
     assert "MFU" not in capsys.readouterr().err
@@ -206,7 +211,9 @@ def test_mfu(data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
 def test_non_finite_numbers_are_null(data: TokenData, tmp_path: Path) -> None:
     """A log that is no JSON."""
     trainer = Trainer(make_model(data), data, CONFIG, out=tmp_path)
-    trainer._write_log({"step": 1, "train_loss": math.nan, "gradient_norm": math.inf, "gradient_norms": {"wte": -math.inf}})
+    trainer._write_log(
+        {"step": 1, "train_loss": math.nan, "gradient_norm": math.inf, "gradient_norms": {"wte": -math.inf}}
+    )
     assert json.loads((tmp_path / "log.jsonl").read_text(), parse_constant=pytest.fail) == {
         "step": 1,
         "train_loss": None,
@@ -215,7 +222,9 @@ def test_non_finite_numbers_are_null(data: TokenData, tmp_path: Path) -> None:
     }
 
 
-def test_training_learns_without_a_folder(data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_learns_without_a_folder(
+    data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A loop that does not descend, or that writes where nobody asked it to."""
     monkeypatch.chdir(tmp_path)
     config = replace(CONFIG, max_steps=150, batch_size=8, eval_interval=1000, learning_rate=2e-2)
@@ -236,7 +245,8 @@ def test_estimates(data: TokenData) -> None:
 
 
 def test_a_padded_vocabulary(data: TokenData, tmp_path: Path) -> None:
-    """A finished run that ends in an error, because its sample has an id that the tokenizer does not know (bug 26)."""
+    """A finished run that ends in an error, because its sample has an id that the tokenizer does not know
+    (bug 26)."""
     vocab_size = data.tokenizer.vocab_size
     model = make_model(data, head_bias=True, vocab_size=vocab_size + 7)
     with torch.no_grad():
@@ -256,7 +266,8 @@ def test_patience(data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_the_scale_survives_a_stop(data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A resumed float16 run that begins again with the first scale, or forgets how long it has been good (bug 24)."""
+    """A resumed float16 run that begins again with the first scale, or forgets how long it has been good (bug
+    24)."""
     monkeypatch.setattr("gpt.training.step.autocast_dtype", lambda name, device: torch.float16)
     first = Trainer(make_model(data), data, replace(CONFIG, max_steps=2), out=tmp_path)
     first._step.scaler.load_state_dict(first._step.scaler.state_dict() | {"scale": 64.0})
@@ -304,7 +315,8 @@ def test_non_finite(what: str, data: TokenData, tmp_path: Path) -> None:
     state: dict[str, Any] = {}
     data.batch = poison  # type: ignore[method-assign]
     with pytest.raises(
-        NonFiniteError, match=rf"^step 4: the {what} is (nan|inf); stopped before it changed anything, its batch is in"
+        NonFiniteError,
+        match=rf"^step 4: the {what} is (nan|inf); stopped before it changed anything, its batch is in",
     ):
         trainer.run()
     assert trainer.step == 3
@@ -353,7 +365,9 @@ def test_wrong_settings(data: TokenData, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="validation split has 600 tokens, expected at least 601"):
         Trainer(make_model(data, block_size=600), data, CONFIG, out=tmp_path / "out")
     model = GPT(GPTConfig(vocab_size=5, block_size=16, n_layer=1, n_head=1, n_embd=8), device="cpu")
-    with pytest.raises(InputError, match=f"vocab_size is 5, expected at least the tokenizer's {data.tokenizer.vocab_size}"):
+    with pytest.raises(
+        InputError, match=f"vocab_size is 5, expected at least the tokenizer's {data.tokenizer.vocab_size}"
+    ):
         Trainer(model, data, CONFIG, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

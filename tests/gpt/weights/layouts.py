@@ -1,4 +1,5 @@
-"""GPTs in plain torch whose parameters have the names of other packages, and which say what the logits must be."""
+"""GPTs in plain torch whose parameters have the names of other packages, and which say what the logits must
+be."""
 
 from __future__ import annotations
 
@@ -46,7 +47,15 @@ class NanoGPT(nn.Module):
         )
         self.lm_head = nn.Linear(C, V, bias=False)
         self.lm_head.weight = self.transformer["wte"].weight
-        self.arguments = {"n_layer": L, "n_head": H, "n_embd": C, "block_size": T, "bias": bias, "vocab_size": V, "dropout": 0.2}
+        self.arguments = {
+            "n_layer": L,
+            "n_head": H,
+            "n_embd": C,
+            "block_size": T,
+            "bias": bias,
+            "vocab_size": V,
+            "dropout": 0.2,
+        }
 
     def forward(self, idx: Tensor) -> Tensor:
         x = self.transformer["wte"](idx) + self.transformer["wpe"].weight[: idx.shape[1]]
@@ -68,10 +77,14 @@ class BookNorm(nn.Module):
 class BookBlock(nn.Module):
     def __init__(self, qkv_bias: bool) -> None:
         super().__init__()
-        self.att = nn.ModuleDict({name: nn.Linear(C, C, qkv_bias) for name in ("W_query", "W_key", "W_value")})
+        self.att = nn.ModuleDict(
+            {name: nn.Linear(C, C, qkv_bias) for name in ("W_query", "W_key", "W_value")}
+        )
         self.att["out_proj"] = nn.Linear(C, C)
         self.att.register_buffer("mask", torch.ones(T, T).triu(1))
-        self.ff = nn.ModuleDict({"layers": nn.Sequential(nn.Linear(C, 4 * C), nn.GELU("tanh"), nn.Linear(4 * C, C))})
+        self.ff = nn.ModuleDict(
+            {"layers": nn.Sequential(nn.Linear(C, 4 * C), nn.GELU("tanh"), nn.Linear(4 * C, C))}
+        )
         self.norm1, self.norm2 = BookNorm(), BookNorm()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,7 +94,8 @@ class BookBlock(nn.Module):
 
 
 class BookGPT(nn.Module):
-    """The layout of "Build a Large Language Model From Scratch": separate q, k and v, scale and shift, untied head."""
+    """The layout of "Build a Large Language Model From Scratch": separate q, k and v, scale and shift, untied
+    head."""
 
     def __init__(self, qkv_bias: bool = False, tied: bool = False) -> None:
         super().__init__()

@@ -15,7 +15,13 @@ import torch
 
 from gpt import GPT, CharTokenizer, InputError
 from gpt.weights import checkpoint
-from gpt.weights.checkpoint import find_checkpoint, load_checkpoint_tokenizer, load_model, save_checkpoint, save_model
+from gpt.weights.checkpoint import (
+    find_checkpoint,
+    load_checkpoint_tokenizer,
+    load_model,
+    save_checkpoint,
+    save_model,
+)
 from tests.gpt.models import CONFIGS, SMALL, lively, tokens
 
 ROOT = Path(__file__).parents[3]
@@ -175,7 +181,9 @@ def test_the_newest_valid_one_is_used(model: GPT, tmp_path: Path) -> None:
         save(tmp_path, step, model)
     assert find_checkpoint(tmp_path).name == "step-100"
     (tmp_path / "checkpoints/step-100/state.json").write_text("{}")
-    with pytest.warns(UserWarning, match=r"step-10, which is not the newest checkpoint: .*step-100.*state\.json is damaged"):
+    with pytest.warns(
+        UserWarning, match=r"step-10, which is not the newest checkpoint: .*step-100.*state\.json is damaged"
+    ):
         assert find_checkpoint(tmp_path).name == "step-10"
     for step in (9, 10):
         (tmp_path / f"checkpoints/step-{step}/model.safetensors").unlink()
@@ -195,7 +203,11 @@ def test_the_last_few_are_kept(model: GPT, tmp_path: Path) -> None:
     """A disk that fills up, or a newest checkpoint that is removed."""
     for step in (1, 2, 3, 20, 100):
         save(tmp_path, step, model)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-100", "step-20", "step-3"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-100",
+        "step-20",
+        "step-3",
+    ]
 
 
 def test_a_failed_save_leaves_nothing(saved: Path, model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +218,11 @@ def test_a_failed_save_leaves_nothing(saved: Path, model: GPT, monkeypatch: pyte
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "_write_json", full)
-    for target in (lambda: save(run, 2, model), lambda: save(run, 1, model), lambda: save_model(model, run / "m")):
+    for target in (
+        lambda: save(run, 2, model),
+        lambda: save(run, 1, model),
+        lambda: save_model(model, run / "m"),
+    ):
         with pytest.raises(InputError, match=r"cannot write .*: No space left on device"):
             target()
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-1"]
@@ -228,7 +244,9 @@ try:
 except InputError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "m"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "m"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.startswith("checkpoint: cannot write")
     assert "File too large" in done.stdout
     assert not list(tmp_path.iterdir())
@@ -258,7 +276,13 @@ def test_others_can_read_it(saved: Path) -> None:
 
 def test_no_pickle() -> None:
     """A format that runs code when it is loaded."""
-    for name in ("weights/checkpoint", "data/dataset", "data/tokenizers", "training/step", "training/trainer"):
+    for name in (
+        "weights/checkpoint",
+        "data/dataset",
+        "data/tokenizers",
+        "training/step",
+        "training/trainer",
+    ):
         source = (ROOT / "gpt" / f"{name}.py").read_text(encoding="utf-8")
         for word in ("import pickle", "torch.load", "torch.save", "allow_pickle=True"):
             assert word not in source, name
@@ -299,7 +323,9 @@ for number in range(int(sys.argv[2])):
 
 def kill_saves(tmp_path: Path, kills: int) -> None:
     """Processes that save one checkpoint after another, killed at any moment."""
-    subprocess.run([sys.executable, "-c", SAVER, tmp_path, str(kills)], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", SAVER, tmp_path, str(kills)], cwd=ROOT, check=True, capture_output=True
+    )
     for number in range(kills):
         out = tmp_path / str(number)
         committed = [int(step) for step in (out / "committed").read_text().split()]
@@ -342,7 +368,8 @@ def test_hashes_are_sha256(saved: Path) -> None:
 
 
 def test_a_huge_claim_allocates_nothing(tmp_path: Path) -> None:
-    """A config of a trillion parameters, hashed as it should be, that takes the machine's memory before it is refused."""
+    """A config of a trillion parameters, hashed as it should be, that takes the machine's memory before it is
+    refused."""
     GPT(vocab_size=17, block_size=8, n_layer=1, n_head=1, n_embd=8).save_pretrained(tmp_path / "model")
     config = tmp_path / "model" / checkpoint.CONFIG
     config.write_text(json.dumps(json.loads(config.read_text()) | {"n_embd": 200_000}))

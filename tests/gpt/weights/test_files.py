@@ -1,4 +1,5 @@
-"""Files that are damaged, mislabelled, hostile or far away: one clear line each, nothing run, nothing allocated."""
+"""Files that are damaged, mislabelled, hostile or far away: one clear line each, nothing run, nothing
+allocated."""
 
 from __future__ import annotations
 
@@ -50,7 +51,9 @@ def saved(content: Any) -> bytes:
     return file.getvalue()
 
 
-def rezipped(content: bytes, change: Callable[[bytes], bytes] = bytes, compression: int = zipfile.ZIP_STORED) -> bytes:
+def rezipped(
+    content: bytes, change: Callable[[bytes], bytes] = bytes, compression: int = zipfile.ZIP_STORED
+) -> bytes:
     """A torch.save with its pickle changed."""
     file = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(file, "w", compression) as new:
@@ -90,24 +93,44 @@ def expanded() -> dict[str, torch.Tensor]:
 HOSTILE: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "is damaged or no file of weights, expected safetensors or a torch.save"),
     "text": (b"<html>404 Not Found</html>" * 9, "is damaged or no file of weights"),
-    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "is a pointer of Git LFS, expected the file"),
-    "old-torch": (pickle.dumps({"a": 1}, 2), "torch.save(torch.load(FILE, weights_only=True), FILE) renews a file"),
+    "lfs": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n",
+        "is a pointer of Git LFS, expected the file",
+    ),
+    "old-torch": (
+        pickle.dumps({"a": 1}, 2),
+        "torch.save(torch.load(FILE, weights_only=True), FILE) renews a file",
+    ),
     "zip": (rezipped(saved({}), lambda data: b"") + b"", "is damaged"),
     "zip-of-something": (b"PK\x05\x06" + bytes(18), "is a zip of 0 files, expected a torch.save"),
-    "code": (saved({"model": Runs(os.system, "touch ran")}), "needs posix.system to run, refused; expected tensors alone"),
-    "code-2": (saved({"model": Runs(eval, "open('ran', 'w')")}), "eval to run, refused; expected tensors alone"),
-    "object": (saved({"model": state(), "trainer": Deaf()}), "needs tests.gpt.weights.test_files.Deaf to run, refused"),
+    "code": (
+        saved({"model": Runs(os.system, "touch ran")}),
+        "needs posix.system to run, refused; expected tensors alone",
+    ),
+    "code-2": (
+        saved({"model": Runs(eval, "open('ran', 'w')")}),
+        "eval to run, refused; expected tensors alone",
+    ),
+    "object": (
+        saved({"model": state(), "trainer": Deaf()}),
+        "needs tests.gpt.weights.test_files.Deaf to run, refused",
+    ),
     "bytearray": (saved({"model": Runs(bytearray, HUGE)}), "bytearray to run, refused"),
     "bomb": (
         rezipped(saved({"a": torch.zeros(1 << 20)}), compression=zipfile.ZIP_DEFLATED),
         "is compressed or claims more than its",
     ),
     "storage-claim": (
-        rezipped(saved({"wte.weight": torch.zeros(16)}), lambda p: p.replace(b"K\x10t", b"\x8a\x06\0\0\0\0\0\x01t")),
+        rezipped(
+            saved({"wte.weight": torch.zeros(16)}), lambda p: p.replace(b"K\x10t", b"\x8a\x06\0\0\0\0\0\x01t")
+        ),
         "has no known layout",
     ),
     "shape-claim": (
-        rezipped(saved({"wte.weight": torch.zeros(4, 4)}), lambda p: p.replace(b"K\x04K\x04", b"J\0\0\0\x40J\0\0\0\x40")),
+        rezipped(
+            saved({"wte.weight": torch.zeros(4, 4)}),
+            lambda p: p.replace(b"K\x04K\x04", b"J\0\0\0\x40J\0\0\0\x40"),
+        ),
         "is damaged (RuntimeError",
     ),
     "expanded": (saved(expanded()), "bytes of parameters, but has"),
@@ -118,16 +141,24 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "header-claim": (struct.pack("<Q", HUGE) + b"{" + bytes(80), "is damaged or no file of weights"),
     "header-garbage": (struct.pack("<Q", 40) + b"{" + bytes(80), "cannot read"),
     "tensor-claim": (
-        safetensors_file({"wte.weight": {"dtype": "F32", "shape": [HUGE, 9], "data_offsets": [0, HUGE * 36]}}),
+        safetensors_file(
+            {"wte.weight": {"dtype": "F32", "shape": [HUGE, 9], "data_offsets": [0, HUGE * 36]}}
+        ),
         "cannot read",
     ),
     "tensor-overflow": (
-        safetensors_file({"wte.weight": {"dtype": "F32", "shape": [1 << 62, 1 << 62], "data_offsets": [0, 0]}}),
+        safetensors_file(
+            {"wte.weight": {"dtype": "F32", "shape": [1 << 62, 1 << 62], "data_offsets": [0, 0]}}
+        ),
         "cannot read",
     ),
     "tensor-overlap": (
         safetensors_file(
-            {name: {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]} for name in ("wte.weight", "wpe.weight")}, bytes(16)
+            {
+                name: {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+                for name in ("wte.weight", "wpe.weight")
+            },
+            bytes(16),
         ),
         "cannot read",
     ),
@@ -181,7 +212,9 @@ def test_contents_decide_and_not_names(tmp_path: Path) -> None:
     save_file(state(), tmp_path / "model.bin")
     assert GPT.from_pretrained(tmp_path / "model.bin", HEADS).config.n_head == H
     (tmp_path / "model.safetensors").write_bytes(nano_file())
-    with pytest.raises(InputError, match=r"is no safetensors but a torch\.save, expected its name to end in \.pt"):
+    with pytest.raises(
+        InputError, match=r"is no safetensors but a torch\.save, expected its name to end in \.pt"
+    ):
         GPT.from_pretrained(tmp_path)
 
 
@@ -220,7 +253,9 @@ def shards(folder: Path) -> dict[str, str]:
 
 def test_shards_are_put_together(tmp_path: Path) -> None:
     """A part of a model that is left out."""
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards(tmp_path)}), "utf-8")
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": shards(tmp_path)}), "utf-8"
+    )
     model = GPT.from_pretrained(tmp_path, HEADS)
     assert model.config.n_embd == C
 
@@ -229,9 +264,18 @@ INDEXES: dict[str, tuple[Callable[[dict[str, str]], Any], str]] = {
     "no-map": (lambda places: {}, "has no weight_map"),
     "map-of-lists": (lambda places: {"weight_map": {name: [] for name in places}}, "has no weight_map"),
     "list": (lambda places: [places], "expected an object"),
-    "outside": (lambda places: {"weight_map": {**places, "a": "../secret"}}, "lists '../secret', expected a file beside it"),
-    "missing-file": (lambda places: {"weight_map": {**places, "a": "gone"}}, "lists 'gone', expected a file beside it"),
-    "itself": (lambda places: {"weight_map": {"a": "model.safetensors.index.json"}}, "expected a file beside it"),
+    "outside": (
+        lambda places: {"weight_map": {**places, "a": "../secret"}},
+        "lists '../secret', expected a file beside it",
+    ),
+    "missing-file": (
+        lambda places: {"weight_map": {**places, "a": "gone"}},
+        "lists 'gone', expected a file beside it",
+    ),
+    "itself": (
+        lambda places: {"weight_map": {"a": "model.safetensors.index.json"}},
+        "expected a file beside it",
+    ),
     "missing-tensor": (
         lambda places: {"weight_map": {**places, "a": "model-0.safetensors"}},
         "model-0.safetensors lacks a, which",
@@ -240,7 +284,9 @@ INDEXES: dict[str, tuple[Callable[[dict[str, str]], Any], str]] = {
 
 
 @pytest.mark.parametrize(("change", "said"), INDEXES.values(), ids=INDEXES)
-def test_a_wrong_index_is_one_line(change: Callable[[dict[str, str]], Any], said: str, tmp_path: Path) -> None:
+def test_a_wrong_index_is_one_line(
+    change: Callable[[dict[str, str]], Any], said: str, tmp_path: Path
+) -> None:
     """An index that leads out of its folder, or to a KeyError."""
     (tmp_path / "model").mkdir()
     (tmp_path / "secret").write_bytes(b"secret")
@@ -260,7 +306,9 @@ def test_folders_without_a_model(tmp_path: Path) -> None:
     (tmp_path / "b.pt").touch()
     with pytest.raises(InputError, match=r"holds several: a.pth, b.pt, expected one"):
         GPT.from_pretrained(tmp_path)
-    with pytest.raises(InputError, match="does not exist, expected a file, a folder or the name of a model on the hub"):
+    with pytest.raises(
+        InputError, match="does not exist, expected a file, a folder or the name of a model on the hub"
+    ):
         GPT.from_pretrained(tmp_path / "nowhere")
 
 
@@ -278,7 +326,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize("network", ["none", "black-hole"])
-def test_without_a_network_it_is_said_what_to_download(network: str, hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_it_is_said_what_to_download(
+    network: str, hub: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A command that hangs, or that does not say which files to put where."""
     if network == "black-hole":
         monkeypatch.setattr(hub.HfApi, "model_info", lambda *args, **settings: time.sleep(60))
@@ -287,8 +337,12 @@ def test_without_a_network_it_is_said_what_to_download(network: str, hub: Any, m
         GPT.from_pretrained("openai-community/gpt2")
     assert time.monotonic() - began < 5
     place = "https://huggingface.co/openai-community/gpt2/tree/main"
-    assert f"config.json, model.safetensors and tokenizer.json from {place} in a folder, and its path" in str(raised.value)
-    assert ("no answer in 4 s" if network == "black-hole" else "Name or service not known") in str(raised.value)
+    assert f"config.json, model.safetensors and tokenizer.json from {place} in a folder, and its path" in str(
+        raised.value
+    )
+    assert ("no answer in 4 s" if network == "black-hole" else "Name or service not known") in str(
+        raised.value
+    )
 
 
 def test_a_cached_model_needs_no_network(hub: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ from torch import Tensor
 from gpt import GPT, BPETokenizer, CharTokenizer, GPTConfig, InputError
 from gpt.weights.pretrained import load_pretrained_tokenizer
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'fused-gpt[test]'")
+transformers = pytest.importorskip(
+    "transformers", reason="transformers is not installed: pip install 'fused-gpt[test]'"
+)
 
 V, T = 61, 16
 SHAPES: dict[str, dict[str, Any]] = {
@@ -113,7 +115,9 @@ def test_a_head_of_its_own_in(tmp_path: Path) -> None:
 
     gpt2().save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    save_file({**tensors, "lm_head.weight": torch.randn(V, 32)}, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**tensors, "lm_head.weight": torch.randn(V, 32)}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
     assert_same_logits(GPT.from_pretrained(tmp_path), transformers.GPT2LMHeadModel.from_pretrained(tmp_path))
 
 
@@ -122,7 +126,11 @@ def test_dropout_can_be_given(name: str, tmp_path: Path) -> None:
     """Fine-tuning that is stuck with the dropout of pre-training."""
     theirs = gpt2()
     theirs.save_pretrained(tmp_path)
-    rates = dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], 0.3) if name == "resid_pdrop" else {name: 0.3}
+    rates = (
+        dict.fromkeys(["resid_pdrop", "embd_pdrop", "attn_pdrop"], 0.3)
+        if name == "resid_pdrop"
+        else {name: 0.3}
+    )
     ours = GPT.from_pretrained(tmp_path, rates)
     assert ours.config.dropout == 0.3
     assert_same_logits(ours, theirs)
@@ -131,7 +139,10 @@ def test_dropout_can_be_given(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True, expected False"),
+        (
+            {"scale_attn_by_inverse_layer_idx": True},
+            "scale_attn_by_inverse_layer_idx is True, expected False",
+        ),
         ({"activation_function": "silu"}, "activation is 'silu', expected one of"),
         ({"model_type": "gpt_neo"}, "model_type is 'gpt_neo', expected 'gpt2'"),
         ({"n_embd": 64}, "has wte.weight of shape (61, 32), expected (61, 64)"),
@@ -141,7 +152,8 @@ def test_dropout_can_be_given(name: str, tmp_path: Path) -> None:
     ],
 )
 def test_a_mislabelled_model_is_one_line(change: dict[str, Any], said: str, tmp_path: Path) -> None:
-    """A setting that this GPT does not have and that changes the logits, or sizes that the file does not have."""
+    """A setting that this GPT does not have and that changes the logits, or sizes that the file does not
+    have."""
     gpt2().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text("utf-8"))
     (tmp_path / "config.json").write_text(json.dumps({**config, **change}), "utf-8")
@@ -156,7 +168,12 @@ def test_other_peoples_settings_do_no_harm(tmp_path: Path) -> None:
     theirs = gpt2()
     theirs.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text("utf-8"))
-    extra = {"_num_labels": 1, "n_ctx": 1024, "prefix": None, "task_specific_params": {"text-generation": {"max_length": 50}}}
+    extra = {
+        "_num_labels": 1,
+        "n_ctx": 1024,
+        "prefix": None,
+        "task_specific_params": {"text-generation": {"max_length": 50}},
+    }
     (tmp_path / "config.json").write_text(json.dumps({**config, **extra}), "utf-8")
     assert_same_logits(GPT.from_pretrained(tmp_path), theirs)
 
@@ -187,7 +204,12 @@ def test_weights_out_and_in_again(fields: dict[str, Any], tmp_path: Path) -> Non
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(theirs) is transformers.GPT2LMHeadModel
     assert theirs.config.tie_word_embeddings == ours.config.tie_weights
-    assert theirs.config.resid_pdrop == theirs.config.attn_pdrop == theirs.config.embd_pdrop == ours.config.dropout
+    assert (
+        theirs.config.resid_pdrop
+        == theirs.config.attn_pdrop
+        == theirs.config.embd_pdrop
+        == ours.config.dropout
+    )
     assert_same_logits(ours, theirs)
     back = GPT.from_pretrained(tmp_path / "out")
     assert_same_logits(back, theirs)
@@ -234,7 +256,9 @@ def test_what_gpt2_cannot_be_is_not_written(fields: dict[str, Any], said: str, t
 def test_a_folder_of_the_users_is_left_alone(tmp_path: Path) -> None:
     """An export that replaces somebody's files; one that refuses to be repeated."""
     (tmp_path / "notes.txt").write_text("mine", "utf-8")
-    with pytest.raises(InputError, match="holds other files, expected a new or empty folder, or one written before"):
+    with pytest.raises(
+        InputError, match="holds other files, expected a new or empty folder, or one written before"
+    ):
         lively().save_pretrained(tmp_path, format="huggingface")
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
     for _ in range(2):
@@ -248,7 +272,8 @@ TOKENIZERS = {"char": CharTokenizer.train(TEXT + "éß☃"), "bpe": BPETokenizer
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
 def test_the_tokenizer_goes_along(tokenizer: Any, tmp_path: Path) -> None:
-    """Text that has other ids there, that does not come back, or a tokenizer that this package cannot read again."""
+    """Text that has other ids there, that does not come back, or a tokenizer that this package cannot read
+    again."""
     ours = lively(vocab_size=300)
     ours.save_pretrained(tmp_path / "out", format="huggingface", tokenizer=tokenizer)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
@@ -263,7 +288,9 @@ def test_the_tokenizer_goes_along(tokenizer: Any, tmp_path: Path) -> None:
 
 def test_a_tokenizer_of_theirs_comes_along(tmp_path: Path) -> None:
     """merges.txt, which older models have alone; and none at all."""
-    with pytest.raises(InputError, match=r"holds none, expected tokenizer\.json or merges\.txt beside the weights"):
+    with pytest.raises(
+        InputError, match=r"holds none, expected tokenizer\.json or merges\.txt beside the weights"
+    ):
         load_pretrained_tokenizer(tmp_path)
     (tmp_path / "merges.txt").write_text("#version: 0.2\nt h\nth e\n", "utf-8")
     assert load_pretrained_tokenizer(tmp_path).encode("the") == [257]
@@ -291,7 +318,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("padded", [False, True], ids=["even", "uneven"])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_generation_is_theirs(settings: dict[str, Any], padded: bool, tmp_path: Path) -> None:
-    """A processor of another order or meaning, a position that counts padding, or numbers drawn in another way."""
+    """A processor of another order or meaning, a position that counts padding, or numbers drawn in another
+    way."""
     theirs = gpt2(n_positions=40)
     theirs.save_pretrained(tmp_path)
     ours = GPT.from_pretrained(tmp_path).eval()
@@ -302,7 +330,9 @@ def test_generation_is_theirs(settings: dict[str, Any], padded: bool, tmp_path: 
             mask[row, :begin], idx[row, :begin] = 0, 0
     torch.manual_seed(3)
     off = {"top_k": 0, "pad_token_id": 0}
-    expected = theirs.generate(idx, attention_mask=mask, max_new_tokens=20, **{"do_sample": True, **off, **settings})
+    expected = theirs.generate(
+        idx, attention_mask=mask, max_new_tokens=20, **{"do_sample": True, **off, **settings}
+    )
     torch.manual_seed(3)
     actual = ours.generate(idx, 20, attention_mask=mask, **settings)
     assert torch.equal(actual, expected)

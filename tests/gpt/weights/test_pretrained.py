@@ -1,4 +1,5 @@
-"""Checkpoints of nanoGPT and of the book: the logits of plain-torch models in these layouts, and what is said of a wrong one."""
+"""Checkpoints of nanoGPT and of the book: the logits of plain-torch models in these layouts, and what is said
+of a wrong one."""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ def assert_same_logits(model: GPT, theirs: nn.Module) -> None:
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "_orig_mod.module.", "module."])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 def test_nanogpt(bias: bool, prefix: str, tmp_path: Path) -> None:
-    """A matrix transposed as Hugging Face's are, the tanh GELU, a mask taken for a bias, or a prefix that hides every name."""
+    """A matrix transposed as Hugging Face's are, the tanh GELU, a mask taken for a bias, or a prefix that
+    hides every name."""
     theirs = lively(NanoGPT(bias))
     model = GPT.from_pretrained(saved(nano_checkpoint(theirs, prefix), tmp_path / "ckpt.pt"))
     assert model.config == GPTConfig(**theirs.arguments, qkv_bias=bias, activation="gelu")
@@ -163,13 +165,30 @@ WRONG: dict[str, tuple[Any, Any, str]] = {
     "no-heads": (
         BookGPT().state_dict(),
         None,
-        "(LLMs-from-scratch's layout) does not say how many heads there are, expected config={'n_head': ...}, a divisor of 24",
+        "(LLMs-from-scratch's layout) does not say how many heads there are, expected config={'n_head': "
+        "...}, a divisor of 24",
     ),
-    "no-heads-in-config": (BookGPT().state_dict(), {"drop_rate": 0.1}, "does not say how many heads there are"),
-    "no-model-args": (nano_with(lambda c: c.pop("model_args")), None, NANO + "does not say how many heads there are"),
+    "no-heads-in-config": (
+        BookGPT().state_dict(),
+        {"drop_rate": 0.1},
+        "does not say how many heads there are",
+    ),
+    "no-model-args": (
+        nano_with(lambda c: c.pop("model_args")),
+        None,
+        NANO + "does not say how many heads there are",
+    ),
     "heads-against-file": (nano_with(id), {"num_heads": 4}, "num_heads is 4, expected 3 as n_head"),
-    "our-heads-against-file": (nano_with(id), {"n_head": 4}, NANO + "says that n_head is 3, expected no other in config= (4)"),
-    "config-against-shape": (BookGPT().state_dict(), {**BOOK_CONFIG, "emb_dim": 48}, "emb_dim is 48, expected 24 as n_embd"),
+    "our-heads-against-file": (
+        nano_with(id),
+        {"n_head": 4},
+        NANO + "says that n_head is 3, expected no other in config= (4)",
+    ),
+    "config-against-shape": (
+        BookGPT().state_dict(),
+        {**BOOK_CONFIG, "emb_dim": 48},
+        "emb_dim is 48, expected 24 as n_embd",
+    ),
     "whole-config-against-shape": (
         BookGPT().state_dict(),
         GPTConfig.from_dict({**BOOK_CONFIG, "emb_dim": 48}),
@@ -192,8 +211,16 @@ WRONG: dict[str, tuple[Any, Any, str]] = {
         NANO + "has wte.weight of shape (53, 24), expected (2000000000, 24)",
     ),
     "missing": (in_model(lambda m: m.pop(QKV)), None, NANO + "lacks h.1.attn.c_attn.weight"),
-    "missing-embedding": (in_model(lambda m: m.pop("transformer.wpe.weight")), None, NANO + "lacks wpe.weight"),
-    "extra": (in_model(lambda m: m.update(score=torch.zeros(1))), None, NANO + "has score, which a model of its config does not"),
+    "missing-embedding": (
+        in_model(lambda m: m.pop("transformer.wpe.weight")),
+        None,
+        NANO + "lacks wpe.weight",
+    ),
+    "extra": (
+        in_model(lambda m: m.update(score=torch.zeros(1))),
+        None,
+        NANO + "has score, which a model of its config does not",
+    ),
     "shape": (
         in_model(lambda m: m.update({QKV: torch.zeros(3 * C, C + 1)})),
         None,
@@ -204,15 +231,27 @@ WRONG: dict[str, tuple[Any, Any, str]] = {
         None,
         NANO + "has wpe.weight of shape (3,), expected two dimensions",
     ),
-    "integers": (in_model(lambda m: m.update({QKV: torch.zeros(3 * C, C).char()})), None, f"{QKV} is int8 strided, expected"),
+    "integers": (
+        in_model(lambda m: m.update({QKV: torch.zeros(3 * C, C).char()})),
+        None,
+        f"{QKV} is int8 strided, expected",
+    ),
     "sparse": (
         in_model(lambda m: m.update({QKV: torch.zeros(2, 2).to_sparse()})),
         None,
         "needs torch._utils._rebuild_sparse_tensor",
     ),
     "twice": (in_model(lambda m: m.update({"wte.weight": torch.zeros(V, C)})), None, "has wte.weight twice"),
-    "unknown-argument": (nano_with(lambda c: c["model_args"].update(n_expert=2)), None, "'n_expert' is unknown"),
-    "another-model": ({"encoder.weight": torch.zeros(2)}, None, "has no known layout (encoder.weight, ...), expected"),
+    "unknown-argument": (
+        nano_with(lambda c: c["model_args"].update(n_expert=2)),
+        None,
+        "'n_expert' is unknown",
+    ),
+    "another-model": (
+        {"encoder.weight": torch.zeros(2)},
+        None,
+        "has no known layout (encoder.weight, ...), expected",
+    ),
     "no-tensors": ({"model": {"a": 1}}, None, "holds 'a': int, expected a state_dict of tensors"),
     "a-tensor": (torch.zeros(3), None, "holds a Tensor, expected a state_dict of tensors"),
     "nothing": ({}, None, "holds a dict, expected a state_dict of tensors"),

@@ -1,0 +1,182 @@
+"""`python -m gpt.sample`: continuations, stop texts, streaming, and what it refuses in one line."""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpt import GPT, CharTokenizer, GPTConfig, sample
+from gpt.sample import Stopped, TextStream
+from gpt.weights.checkpoint import save_model
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_sample(capsys: pytest.CaptureFixture[str], trained: Path, *flags: str) -> str:
+    code = sample.main(["--checkpoint", str(trained), "--device", "cpu", *flags])
+    printed, error = capsys.readouterr()
+    assert (code, error) == (0, "")
+    return printed
+
+
+def test_sample(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A prompt that is not continued, or a seed, a length or a setting that does not matter."""
+    flags = ("--prompt", "the cat", "--max_new_tokens", "30")
+    first = run_sample(capsys, trained, *flags)
+    assert first.startswith("the cat")
+    assert len(first) == len("the cat") + 30 + 1
+    assert run_sample(capsys, trained, *flags, "--seed", "1337") == first
+    others = [
+        ("--seed", "1"),
+        ("--temperature", "3"),
+        ("--top_k", "1"),
+        ("--top_p", "0.1"),
+        ("--min_p", "0.9"),
+    ]
+    for other in (*others, ("--repetition_penalty", "5")):
+        assert run_sample(capsys, trained, *flags, *other) != first, other
+    greedy = run_sample(capsys, trained, *flags, "--greedy")
+    assert greedy == run_sample(capsys, trained, *flags, "--greedy", "--seed", "9", "--temperature", "9")
+    (tmp_path / "prompt.txt").write_text("the cat")
+    assert run_sample(capsys, trained, "--prompt_file", str(tmp_path / "prompt.txt"), *flags[2:]) == first
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"the cat")))
+    assert run_sample(capsys, trained, "--prompt", "-", *flags[2:]) == first
+    newest = max((trained / "checkpoints").iterdir(), key=lambda path: int(path.name[5:]))
+    assert run_sample(capsys, newest, *flags) == first
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the shell is POSIX's")
+def test_a_reader_that_goes_away(trained: Path) -> None:
+    """A traceback behind `| head`."""
+    command = (
+        f"{sys.executable} -m gpt.sample --checkpoint "
+        f"{trained} --prompt the --num_samples 9 --device cpu | head -n 1"
+    )
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
+def test_several_samples(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same sample several times."""
+    printed = run_sample(capsys, trained, "--num_samples", "3", "--prompt", "a dog", "--max_new_tokens", "20")
+    parts = re.split(r"\n*--- \d ---\n", printed)[1:]
+    assert len({part.strip() for part in parts}) == 3
+    assert all(part.startswith("a dog") for part in parts)
+
+
+def test_stop_texts(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A stop text that is shown, or that ends nothing."""
+    flags = ("--prompt", "the cat", "--max_new_tokens", "200", "--seed", "3")
+    whole = run_sample(capsys, trained, *flags)
+    stop = whole[60:63]
+    stopped = run_sample(capsys, trained, *flags, "--stop", stop, "no such text")
+    assert stopped == whole[: whole.index(stop, len("the cat"))] + "\n"
+
+
+class Letters:
+    """Tokens that are single bytes."""
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        return bytes(ids)
+
+
+@pytest.mark.parametrize("size", [1, 3, 99])
+@pytest.mark.parametrize(
+    ("text", "stops", "written"),
+    [
+        ("abcabd", [], "abcabd"),
+        ("abcabdx", ["abd"], "abc"),
+        ("aaab", ["aab"], "a"),
+        ("xab", ["abc"], "xab"),
+        ("aé東z", ["z"], "aé東"),
+        ("xyz", ["yz", "z"], "x"),
+    ],
+)
+def test_stream(text: str, stops: list[str], written: str, size: int) -> None:
+    """Half a stop text shown, an innocent beginning of one lost, or half a character."""
+    pieces: list[str] = []
+    stream = TextStream(Letters(), pieces.append, stops)  # type: ignore[arg-type]
+    with suppress(Stopped):
+        encoded = list(text.encode())
+        for i in range(0, len(encoded), size):
+            stream.token(torch.tensor(encoded[i : i + size]))
+        stream.end()
+    assert "".join(pieces) == written
+
+
+def test_tokens_are_shown_as_they_come(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample that appears when it is finished."""
+    events: list[str] = []
+    decode = CharTokenizer.decode_bytes
+
+    def noting(self: CharTokenizer, ids: Any) -> bytes:
+        events.append("token")
+        return decode(self, ids)
+
+    monkeypatch.setattr(CharTokenizer, "decode_bytes", noting)
+    monkeypatch.setattr(
+        "builtins.print", lambda *args, **kwargs: events.append(f"print {kwargs.get('flush')}")
+    )
+    assert (
+        sample.main(
+            ["--checkpoint", str(trained), "--prompt", "the", "--max_new_tokens", "3", "--device", "cpu"]
+        )
+        == 0
+    )
+    assert events[:7] == ["print True", *["token", "print True"] * 3]
+
+
+def test_padded_ids_are_never_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ids that no tokenizer knows, from a vocabulary padded for speed (bug 26)."""
+    model = GPT(GPTConfig(vocab_size=40, block_size=8, n_layer=1, n_head=1, n_embd=8, head_bias=True)).eval()
+    with torch.no_grad():
+        model.lm_head.bias.zero_()
+        model.lm_head.bias[3:] = 50
+    save_model(model, tmp_path / "m", CharTokenizer("abc"))
+    for flags in (
+        ["--greedy"],
+        ["--temperature", "9"],
+        ["--repetition_penalty", "2", "--top_p", "1", "--top_k", "9"],
+    ):
+        printed = run_sample(capsys, tmp_path / "m", "--prompt", "ab", "--max_new_tokens", "30", *flags)
+        assert set(printed) <= set("abc\n")
+    idx = torch.zeros(4, 1, dtype=torch.long)
+    assert int(model.generate(idx, 20, temperature=50.0, vocab_size=3).max()) <= 2
+    assert int(model.generate(idx, 20, temperature=50.0).max()) > 2
+
+
+WRONG_SAMPLES = {
+    "none": ("", "--checkpoint not given"),
+    "missing": ("--checkpoint nowhere", "nowhere no folder"),
+    "prompts": ("--checkpoint RUN --prompt a --prompt_file b", "--prompt --prompt_file both"),
+    "unseen": ("--checkpoint RUN --prompt the#cat", "'#' position 3"),
+    "file": ("--checkpoint RUN --prompt_file nowhere.txt", "nowhere.txt"),
+    "temperature": ("--checkpoint RUN --temperature 0", "temperature 0"),
+    "top_k": ("--checkpoint RUN --top_k 0", "top_k 0"),
+    "top_p": ("--checkpoint RUN --top_p 1.5", "top_p 1.5"),
+    "samples": ("--checkpoint RUN --num_samples 0", "--num_samples 0"),
+    "tokens": ("--checkpoint RUN --max_new_tokens=-1", "max_new_tokens -1"),
+    "flag": ("--checkpoint RUN --topk 3", "--topk --top_k"),
+    "seed": ("--checkpoint RUN --seed=-1", "--seed -1"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_SAMPLES)
+def test_wrong_samples(case: str, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A traceback, or a message that leaves out what was wrong."""
+    flags, words = WRONG_SAMPLES[case]
+    assert sample.main([str(trained) if flag == "RUN" else flag for flag in flags.split()]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"gpt\.sample: .*\n", error)
+    for word in words.split():
+        assert word in error
