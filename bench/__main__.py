@@ -142,13 +142,13 @@ class Run:
 
 def stages(names: Sequence[str], options: Options, folder: Path, *, on_gpu: bool) -> list[Stage]:
     """What is run, in order."""
-    rooms = list(dict.fromkeys(spec.room for spec in SPECS.values()))
+    families = list(dict.fromkeys(spec.family for spec in SPECS.values()))
     chosen = [
         name
-        for name in (*rooms, *MODELS)
+        for name in (*families, *MODELS)
         if not names or name in names or any(op in names for op in _ops(name))
     ]
-    checks = _checks([op for room in chosen for op in _ops(room)], folder, whole=not names)
+    checks = _checks([op for family in chosen for op in _ops(family)], folder, whole=not names)
     checks = checks if on_gpu and options.checks != "no" else []
     benches = []
     for name in chosen if options.checks != "only" else ():
@@ -163,8 +163,8 @@ def _result(folder: Path, name: str) -> Path:
     return folder / "parts" / f"{name.replace(' ', '-')}.json"
 
 
-def _ops(room: str) -> list[str]:
-    return [op for op, spec in SPECS.items() if spec.room == room]
+def _ops(family: str) -> list[str]:
+    return [op for op, spec in SPECS.items() if spec.family == family]
 
 
 def _bench(name: str, options: Options, result: Path, picked: Sequence[str]) -> Callable[[float], list[str]]:
@@ -245,12 +245,16 @@ def run_process(command: Sequence[str], limit: float) -> int | None:
 def main(argv: Sequence[str]) -> int:
     parser = OptionParser("python -m bench", __doc__ or "", options=Options())
     parser.add_argument(
-        "ops", nargs="*", metavar="OP", default=[], help="ops, rooms, train or generate (default: everything)"
+        "ops",
+        nargs="*",
+        metavar="OP",
+        default=[],
+        help="ops, families, train or generate (default: everything)",
     )
     given, values = parser.parse_tables(argv)
     options, valid = (
         Options(**values["options"]),
-        [*SPECS, *dict.fromkeys(s.room for s in SPECS.values()), *MODELS],
+        [*SPECS, *dict.fromkeys(s.family for s in SPECS.values()), *MODELS],
     )
     for name in given.ops:
         if name not in valid:

@@ -82,7 +82,7 @@ class Options:
     arch: tuple[str, ...] = field(
         default=tuple(map(str, ARCHITECTURES)), metadata={"help": "architectures, as in 80 or sm_90"}
     )
-    op: tuple[str, ...] = field(default=tuple(SPECS), metadata={"help": "ops or rooms"})
+    op: tuple[str, ...] = field(default=tuple(SPECS), metadata={"help": "ops or families"})
     match: str = field(
         default="", metadata={"help": "only builds whose kernel name and label contain this text"}
     )
@@ -301,11 +301,11 @@ def _architecture(text: str) -> int:
 
 
 def _ops(names: Iterable[str]) -> list[str]:
-    rooms = {spec.room for spec in SPECS.values()}
+    families = {spec.family for spec in SPECS.values()}
     for name in names:
-        if name not in SPECS and name not in rooms:
-            raise unknown("--op", name, [*SPECS, *rooms])
-    return [op for op, spec in SPECS.items() if op in names or spec.room in names]
+        if name not in SPECS and name not in families:
+            raise unknown("--op", name, [*SPECS, *families])
+    return [op for op, spec in SPECS.items() if op in names or spec.family in names]
 
 
 def _check_triton() -> None:

@@ -56,15 +56,15 @@ class Options:
 
 
 def command(bench: Bench, argv: Sequence[str] | None = None) -> int:
-    """Runs the bench of a room as a command line; returns the exit code."""
-    return run_command(f"bench.{bench.room}", lambda arguments: _main(bench, arguments), argv)
+    """Runs the bench of an op family as a command line; returns the exit code."""
+    return run_command(f"bench.{bench.family}", lambda arguments: _main(bench, arguments), argv)
 
 
 def _main(bench: Bench, argv: Sequence[str]) -> int:
     description = (
-        f"The ops of `{bench.room}`: correctness first, then time against everything else that is installed."
+        f"The ops of `{bench.family}`: correctness first, then time against whatever else is installed."
     )
-    _, values = OptionParser(f"python -m bench.{bench.room}", description, options=Options()).parse_tables(
+    _, values = OptionParser(f"python -m bench.{bench.family}", description, options=Options()).parse_tables(
         argv
     )
     options = Options(**values["options"])
@@ -88,17 +88,17 @@ def _main(bench: Bench, argv: Sequence[str]) -> int:
     )
     _check_contestants(runner, specs)
     out = _folder(options.out) if options.plot or options.profile else Path(options.out)
-    report = start_report(f"bench.{bench.room}", argv, clock)
+    report = start_report(f"bench.{bench.family}", argv, clock)
     races = plan(specs, targets.load(), on_gpu=clock.on_gpu, quick=options.quick)
     if not clock.on_gpu:
         report.notes.append("cases are cut to a processor's size")
     _run_all(runner, races, report, options.json, None if deadline is None else began + deadline)
     if options.profile and races:
-        profile(runner, races[0], out / f"{bench.room}-trace.json")
+        profile(runner, races[0], out / f"{bench.family}-trace.json")
     if options.plot:
         from bench.plot import draw
 
-        path = out / f"{bench.room}.png"
+        path = out / f"{bench.family}.png"
         print(f"drew {path}" if draw(report, path) else "nothing was measured, so there is nothing to draw")
     return 1 if any(row.status == "wrong" and row.contestant == OURS for row in report.rows) else 0
 

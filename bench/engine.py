@@ -41,10 +41,10 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True)
 class Bench:
-    """What a room adds to the engine.
+    """What an op family adds to the engine.
 
     Args:
-        room: The family of ops.
+        family: The family of ops.
         peers: (op, compiled) -> the contestants beside the package, its reference, and its reference
             compiled.
         product: (op, case) -> (m, n, k) of the matrix product whose measured rate is the op's ceiling; None
@@ -52,21 +52,21 @@ class Bench:
         uncompiled: Why the reference under torch.compile takes no part; "" where it does.
     """
 
-    room: str
+    family: str
     peers: Callable[[OpSpec, bool], list[Contestant]] = lambda spec, compiled: []
     product: Callable[[OpSpec, Case], tuple[int, int, int] | None] = lambda spec, case: None
     uncompiled: str = ""
 
     @property
     def specs(self) -> list[OpSpec]:
-        return [spec for spec in SPECS.values() if spec.room == self.room]
+        return [spec for spec in SPECS.values() if spec.family == self.family]
 
 
-def find_bench(room: str) -> Bench:
-    """The room's own bench, or the plain one while it has none."""
-    if find_spec(f"bench.{room}") is None:
-        return Bench(room)
-    bench: Bench = import_module(f"bench.{room}").BENCH
+def find_bench(family: str) -> Bench:
+    """The family's own bench, or the plain one while it has none."""
+    if find_spec(f"bench.{family}") is None:
+        return Bench(family)
+    bench: Bench = import_module(f"bench.{family}").BENCH
     return bench
 
 

@@ -121,7 +121,7 @@ def main(argv: Sequence[str]) -> int:
             break
         share = (deadline - time.monotonic()) / (len(races) - number)
         runner = Runner(
-            find_bench(race.spec.room), clock, Ceilings(clock), torch.bfloat16, seconds=0.1, compiled=False
+            find_bench(race.spec.family), clock, Ceilings(clock), torch.bfloat16, seconds=0.1, compiled=False
         )
         for finding in search(runner, race, time.monotonic() + share):
             findings.append(finding)

@@ -53,7 +53,7 @@ interpreter_has_bfloat16 = False  # set by whoever mends the interpreter
 environment = os.environ.get("FUSED_GPT_BACKEND", "auto")
 
 _ops: dict[str, Op] = {}
-_overrides: dict[str, str] = {}  # op, room, or "all" -> backend
+_overrides: dict[str, str] = {}  # op, family, or "all" -> backend
 _distrusted: dict[str, str] = {}  # op -> why its kernel must not run in this process
 _model = "auto"
 _explaining = False
@@ -61,10 +61,10 @@ _explaining = False
 
 @dataclass(frozen=True)
 class Op:
-    """A public op as the dispatcher sees it: its name, its room, and the dtypes that its kernels take."""
+    """A public op as the dispatcher sees it: its name, its family, and the dtypes that its kernels take."""
 
     name: str
-    room: str
+    family: str
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
 
     def __post_init__(self) -> None:
@@ -75,7 +75,7 @@ class Op:
 
         Args:
             tensor: Carries the device and the dtype that the op computes in.
-            limit: Why the room's kernel cannot take this call (a head dimension, say), if it cannot.
+            limit: Why the family's kernel cannot take this call (a head dimension, say), if it cannot.
             slower: Why "auto" takes the reference here (a row of the tuning table), if it does.
 
         Raises:
@@ -107,7 +107,7 @@ class Op:
 
     def _wanted(self) -> tuple[str, str, bool]:
         """The backend asked for, by whom, and whether it must be honoured."""
-        for key in (self.name, self.room):
+        for key in (self.name, self.family):
             if key in _overrides:
                 return _overrides[key], f"use_backend({key}={_overrides[key]!r})", True
         if "all" in _overrides:
@@ -160,20 +160,20 @@ class use_backend:
 
     Args:
         backend: "triton", "reference" or "auto" for every op; None leaves the others as they are.
-        **per_op: The same for single ops (``causal_attention=``) or rooms (``attention=``, ``norm=``,
+        **per_op: The same for single ops (``causal_attention=``) or families (``attention=``, ``norm=``,
             ``ffn=``, ``loss=``).
 
     Raises:
-        ValueError: Unknown backend, op or room. A "triton" that a call cannot honour raises RuntimeError
+        ValueError: Unknown backend, op or family. A "triton" that a call cannot honour raises RuntimeError
             there.
     """
 
     def __init__(self, backend: str | None = None, /, **per_op: str) -> None:
-        known = {op.name for op in _ops.values()} | {op.room for op in _ops.values()}
+        known = {op.name for op in _ops.values()} | {op.family for op in _ops.values()}
         for key in per_op:
             if key not in known:
                 raise ValueError(
-                    f"use_backend: {key!r} is no op or room, expected one of {', '.join(sorted(known))}"
+                    f"use_backend: {key!r} is no op or family, expected one of {', '.join(sorted(known))}"
                 )
         self._settings = dict(per_op) if backend is None else {"all": backend, **per_op}
         for key, value in self._settings.items():

@@ -1,5 +1,7 @@
-"""The rooms. Tests, benches, preflight and the ahead-of-time report enumerate `SPECS`, so that a new op needs
-one line here."""
+"""The op families.
+
+Tests, benches, preflight and the ahead-of-time report enumerate `SPECS`: a new op needs one line here.
+"""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ class OpSpec:
 
     Args:
         name: The public name.
-        room: The family, which is also its bench's name.
+        family: The op family: its folder here, and its bench's name.
         function: The public function.
         reference: Its definition in plain torch, with the same signature.
         arguments: Every parameter of the function; bad arguments are generated from it.
@@ -125,7 +125,7 @@ class OpSpec:
     """
 
     name: str
-    room: str
+    family: str
     function: Callable[..., Any]
     reference: Callable[..., Any]
     arguments: Mapping[str, Argument]

@@ -1,4 +1,4 @@
-"""What the rooms' ops share on their way into torch.library."""
+"""What the families' ops share on their way into torch.library."""
 
 from __future__ import annotations
 

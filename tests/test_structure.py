@@ -13,7 +13,7 @@ import pytest
 import kernels
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("attention", "norm", "ffn", "loss")
+FAMILIES = ("attention", "norm", "ffn", "loss")
 LEAVES = {"checks", "dispatch", "philox", "linear", "tolerance", "tuning", "version"}
 
 
@@ -83,31 +83,31 @@ def test_only_kernel_files_import_triton(path: Path) -> None:
     assert not (plain and reaches_triton(path))
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_reference_is_plain_torch(room: str) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_reference_is_plain_torch(family: str) -> None:
     """A reference that shares code with the kernel that it must judge."""
     allowed = {"torch", "__future__", "typing", "math", "collections"}
-    for name in imports(ROOT / "kernels" / room / "reference.py"):
+    for name in imports(ROOT / "kernels" / family / "reference.py"):
         assert name.split(".")[0] in allowed or name.startswith(("kernels.philox", "kernels.linear")), name
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_loads_no_kernel_and_no_neighbour(room: str) -> None:
-    """A room that imports triton at once, or that depends on another room."""
-    path = ROOT / "kernels" / room / "__init__.py"
-    shared = ("kernels.checks", "kernels.dispatch", "kernels.tuning", f"kernels.{room}")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_loads_no_kernel_and_no_neighbour(family: str) -> None:
+    """A family that imports triton at once, or that depends on another family."""
+    path = ROOT / "kernels" / family / "__init__.py"
+    shared = ("kernels.checks", "kernels.dispatch", "kernels.tuning", f"kernels.{family}")
     for name in imports(path):
         if name.startswith("kernels."):
             assert name.startswith(shared), name
     for name in imports(path, deep=False):
-        assert not name.startswith(f"kernels.{room}.") or name.split(".")[2] == "reference", name
+        assert not name.startswith(f"kernels.{family}.") or name.split(".")[2] == "reference", name
 
 
-def test_dispatch_imports_no_room() -> None:
+def test_dispatch_imports_no_family() -> None:
     """A choice that depends on the ops it chooses for."""
     for leaf in LEAVES:
         for name in imports(ROOT / "kernels" / f"{leaf}.py"):
-            assert not name.startswith(tuple(f"kernels.{room}" for room in ROOMS)), (leaf, name)
+            assert not name.startswith(tuple(f"kernels.{family}" for family in FAMILIES)), (leaf, name)
 
 
 @pytest.mark.parametrize("path", sources("kernels", "gpt", "bench", "tests"), ids=names)
@@ -151,7 +151,7 @@ def test_imports_stay_light() -> None:
 
 
 def test_every_package_ships() -> None:
-    """A room that is missing from the wheel."""
+    """A family that is missing from the wheel."""
     shipped = set(
         tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
     )

@@ -11,8 +11,8 @@ from kernels.attention import reference
 from kernels.dispatch import Op, autocast
 from kernels.tuning import slower
 
-_CAUSAL = Op("causal_attention", room="attention")
-_DECODE = Op("decode_attention", room="attention")
+_CAUSAL = Op("causal_attention", family="attention")
+_DECODE = Op("decode_attention", family="attention")
 # Up to this many keys, float32 attention with its casts is faster than bfloat16 on a CPU: bench/README.md.
 SHORT = 128
 

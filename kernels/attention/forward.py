@@ -210,7 +210,7 @@ def strides(name: str, x: Tensor) -> dict[str, int]:
 def common_arguments(
     q: Tensor, k: Tensor, key_start: Tensor | None, seed: Tensor | None, scale: float, dropout_p: float
 ) -> dict[str, Any]:
-    """What all kernels of the room take, by name."""
+    """What all kernels of the family take, by name."""
     d = q.shape[3]
     return {
         "start_ptr": key_start,

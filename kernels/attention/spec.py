@@ -179,7 +179,7 @@ _FULL_SIZE = (
 
 CAUSAL = OpSpec(
     name="causal_attention",
-    room="attention",
+    family="attention",
     function=causal_attention,
     reference=reference.causal_attention,
     arguments={
@@ -220,7 +220,7 @@ CAUSAL = OpSpec(
 
 DECODE = OpSpec(
     name="decode_attention",
-    room="attention",
+    family="attention",
     function=decode_attention,
     reference=reference.decode_attention,
     arguments={

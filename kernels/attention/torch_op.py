@@ -1,4 +1,4 @@
-"""The room's ops as torch.library sees them: forward and backward of causal attention, and decoding."""
+"""The family's ops as torch.library sees them: forward and backward of causal attention, and decoding."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from kernels.dispatch import Op, autocast
 from kernels.ffn import reference
 from kernels.tuning import slower
 
-_GELU_FFN = Op("gelu_ffn", room="ffn")
+_GELU_FFN = Op("gelu_ffn", family="ffn")
 
 
 def gelu_ffn(

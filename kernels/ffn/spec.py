@@ -49,7 +49,7 @@ def _builds(architecture: int) -> Iterator[Build]:
 
 GELU_FFN = OpSpec(
     name="gelu_ffn",
-    room="ffn",
+    family="ffn",
     function=gelu_ffn,
     reference=reference.gelu_ffn,
     arguments={

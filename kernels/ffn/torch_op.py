@@ -1,4 +1,4 @@
-"""The room's op as torch.library sees it: products by torch, what lies between them by Triton."""
+"""The family's op as torch.library sees it: products by torch, what lies between them by Triton."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from kernels.dispatch import Op, autocast
 from kernels.loss import reference
 from kernels.tuning import slower
 
-_LINEAR_CROSS_ENTROPY = Op("linear_cross_entropy", room="loss")
+_LINEAR_CROSS_ENTROPY = Op("linear_cross_entropy", family="loss")
 
 
 def linear_cross_entropy(

@@ -60,7 +60,7 @@ def _builds(architecture: int) -> Iterator[Build]:
 
 LINEAR_CROSS_ENTROPY = OpSpec(
     name="linear_cross_entropy",
-    room="loss",
+    family="loss",
     function=linear_cross_entropy,
     reference=reference.linear_cross_entropy,
     arguments={

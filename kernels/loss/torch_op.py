@@ -1,4 +1,4 @@
-"""The room's ops as torch.library sees them, and the loop over chunks of rows that all of them share.
+"""The family's ops as torch.library sees them, and the loop over chunks of rows that all of them share.
 
 For "mean" and "sum" the gradients are computed beside the losses, while a chunk's logits are there, and
 backward only scales them. For "none" each token has its own factor, so that backward draws the logits again.

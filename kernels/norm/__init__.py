@@ -9,8 +9,8 @@ from kernels.dispatch import Op, autocast_dtype
 from kernels.norm import reference
 from kernels.tuning import NORM_COLUMNS, slower
 
-_LAYER_NORM = Op("layer_norm", room="norm")
-_ADD_LAYER_NORM = Op("add_layer_norm", room="norm")
+_LAYER_NORM = Op("layer_norm", family="norm")
+_ADD_LAYER_NORM = Op("add_layer_norm", family="norm")
 
 
 def layer_norm(

@@ -1,4 +1,4 @@
-"""What the room compiles ahead of time: each kernel at its tiles, for tensors that need not exist."""
+"""What the family compiles ahead of time: each kernel at its tiles, for tensors that need not exist."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def _add_builds(architecture: int) -> Iterator[Build]:
 
 LAYER_NORM = OpSpec(
     name="layer_norm",
-    room="norm",
+    family="norm",
     function=layer_norm,
     reference=reference.layer_norm,
     arguments={"x": TensorArgument(("...", "C")), **_PARAMETERS},
@@ -112,7 +112,7 @@ LAYER_NORM = OpSpec(
 
 ADD_LAYER_NORM = OpSpec(
     name="add_layer_norm",
-    room="norm",
+    family="norm",
     function=add_layer_norm,
     reference=reference.add_layer_norm,
     arguments={

@@ -1,4 +1,4 @@
-"""The room's ops as torch.library sees them: one forward and one backward, which serve both public
+"""The family's ops as torch.library sees them: one forward and one backward, which serve both public
 functions."""
 
 from __future__ import annotations

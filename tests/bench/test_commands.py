@@ -74,17 +74,17 @@ def test_a_bench_runs_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("room", ["norm", "ffn", "loss"])
-def test_the_other_rooms_run_too(room: str, tmp_path: Path) -> None:
-    """A room whose contestants cannot be called as the engine calls them."""
-    path = tmp_path / f"{room}.json"
-    assert command(find_bench(room), ["--quick", "--device", "cpu", "--json", str(path)]) == 0
+@pytest.mark.parametrize("family", ["norm", "ffn", "loss"])
+def test_the_other_families_run_too(family: str, tmp_path: Path) -> None:
+    """A family whose contestants cannot be called as the engine calls them."""
+    path = tmp_path / f"{family}.json"
+    assert command(find_bench(family), ["--quick", "--device", "cpu", "--json", str(path)]) == 0
     rows = load(path).rows
     assert {row.op for row in rows if row.status == "measured"} == {
-        spec.name for spec in find_bench(room).specs
+        spec.name for spec in find_bench(family).specs
     }
     assert not [row for row in rows if row.status in ("wrong", "failed")]
-    assert room != "loss" or [
+    assert family != "loss" or [
         row for row in rows if row.contestant == "whole logits" and row.status == "measured"
     ]
 

@@ -253,18 +253,18 @@ def test_absent_peers_are_named() -> None:
     assert optional("p", broken).absent == "its import failed: libsomething.so: cannot open"
 
 
-@pytest.mark.parametrize("room", sorted({spec.room for spec in SPECS.values()}))
-def test_every_room_has_a_bench(room: str) -> None:
+@pytest.mark.parametrize("family", sorted({spec.family for spec in SPECS.values()}))
+def test_every_family_has_a_bench(family: str) -> None:
     """An op that `python -m bench` leaves out."""
-    found = find_bench(room)
-    assert found.room == room
+    found = find_bench(family)
+    assert found.family == family
     for spec in found.specs:
         names = [c.name for c in [*found.peers(spec, False)]]
         assert len(set(names)) == len(names)
         for case in spec.tagged("bench"):
             sizes = found.product(spec, case)
             assert sizes is None or all(size > 0 for size in sizes)
-    assert find_bench("a room without a file").specs == []
+    assert find_bench("an op family without a file").specs == []
 
 
 def test_cases_are_cut_to_size() -> None:

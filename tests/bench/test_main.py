@@ -187,8 +187,8 @@ def test_a_whole_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(whole, "run_process", stand_in)
     assert run_command("bench", whole.main, ["--device", "cuda", "--out", str(tmp_path)]) == 1
     tools = [f"bench.sanitizer {tool}" for tool in sanitizer.TOOLS]
-    rooms = ["attention", "norm", "ffn", "loss"]
-    assert ran == ["pytest", "bench.safety", *rooms, "bench.train", "bench.generate", *tools]
+    families = ["attention", "norm", "ffn", "loss"]
+    assert ran == ["pytest", "bench.safety", *families, "bench.train", "bench.generate", *tools]
     report = load(tmp_path / "report.json")
     assert report.complete
     assert report.rows == [*invented(*SPECS).rows, *models()]

@@ -18,7 +18,7 @@ from kernels.tuning import GELU_REGISTERS, SHARED_MEMORY, norm_registers
 pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
 ROOT = Path(__file__).parents[2]
-ROOMS = sorted({spec.room for spec in SPECS.values()})
+FAMILIES = sorted({spec.family for spec in SPECS.values()})
 
 
 def report(folder: Path, *arguments: str) -> list[dict[str, Any]]:
@@ -46,7 +46,7 @@ def test_attention_in_bfloat16(tmp_path: Path) -> None:
 
 
 def test_persistent_programs_run_at_once(tmp_path: Path) -> None:
-    """More programs than the registers of their threads leave room for: the last ones begin when all others
+    """More programs than the registers of their threads leave family for: the last ones begin when all others
     have ended."""
     rows = report(tmp_path, "--op", "norm", "ffn", "--arch", "90", "--gated", "--match", "_bwd_kernel bf16")
     limits = {"gelu_ffn": lambda columns: GELU_REGISTERS}
@@ -58,7 +58,7 @@ def test_persistent_programs_run_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
-@pytest.mark.parametrize("room", ROOMS)
-def test_every_kernel_fits(room: str, architecture: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kernel_fits(family: str, architecture: int, tmp_path: Path) -> None:
     """A tile that does not compile, or that an architecture's shared memory does not hold."""
-    assert report(tmp_path, "--op", room, "--arch", str(architecture))
+    assert report(tmp_path, "--op", family, "--arch", str(architecture))

@@ -120,7 +120,7 @@ def test_support_matrix(
 
 
 def test_limits_and_the_table_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A room's limit that is ignored, or a table row that binds an explicit use_backend("triton")."""
+    """A family's limit that is ignored, or a table row that binds an explicit use_backend("triton")."""
     tensor = a_gpu(monkeypatch, 9, 0)
     assert OP.choose(tensor, limit="D=512 is above 256") == ("reference", "D=512 is above 256")  # type: ignore[arg-type]
     assert OP.choose(tensor, slower="cuDNN wins") == ("reference", "auto: cuDNN wins")  # type: ignore[arg-type]
@@ -158,7 +158,7 @@ def test_every_op_asks_the_table(spec: OpSpec, monkeypatch: pytest.MonkeyPatch) 
         asked[op] = sizes
         return "so says the table"
 
-    monkeypatch.setattr(f"kernels.{spec.room}.slower", slower)
+    monkeypatch.setattr(f"kernels.{spec.family}.slower", slower)
     monkeypatch.setattr(dispatch.Op, "obstacle", lambda *_: None)
     inputs = spec.make_inputs(case, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0))
     inputs = {
@@ -201,7 +201,7 @@ def test_one_warning_per_reason(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (
             lambda: kernels.use_backend(atention="triton"),
-            "use_backend: 'atention' is no op or room, expected one of add_layer_norm",
+            "use_backend: 'atention' is no op or family, expected one of add_layer_norm",
         ),
         (lambda: kernels.use_backend(attention="gpu"), "use_backend: attention is 'gpu', expected one of"),
         (lambda: kernels.model_backend("yes"), "model_backend: backend is 'yes', expected one of"),

@@ -181,7 +181,7 @@ def test_other_masks_fall_back_and_say_so_once(name: str, calls: list[Tensor | N
 
 
 def test_a_static_cache_falls_back() -> None:
-    """A cache with room behind the last key, read to its end."""
+    """A cache with family behind the last key, read to its end."""
     model, idx = gpt2(), torch.randint(V, (2, T))
     settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
     results = []

@@ -113,7 +113,7 @@ def test_float32_products_stay_float32(
         finally:
             torch.backends.cuda.matmul.fp32_precision = "none"
         precisions = {one.arguments.get("PRECISION") for one in launches} - {None}
-        expected = {"tf32" if setting == "tf32" else "ieee"} if spec.room in ("attention", "ffn") else set()
+        expected = {"tf32" if setting == "tf32" else "ieee"} if spec.family in ("attention", "ffn") else set()
         assert precisions == expected
         launches.clear()
 

@@ -184,7 +184,7 @@ def test_autocast_gives_the_autocast_dtype(spec: OpSpec) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         result = spec.function(**inputs)
     outputs = result if isinstance(result, tuple) else (result,)
-    wanted = torch.float32 if spec.room == "loss" else torch.bfloat16
+    wanted = torch.float32 if spec.family == "loss" else torch.bfloat16
     assert outputs[0].dtype == wanted
 
 

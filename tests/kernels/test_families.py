@@ -1,4 +1,4 @@
-"""The norm, feed-forward and loss rooms on Triton, without naming an op: layouts, subsets of gradients,
+"""The norm, feed-forward and loss families on Triton, without naming an op: layouts, subsets of gradients,
 nothing to do, what a backward may not touch, guard pages, and what torch.library and torch.compile make of
 them."""
 
@@ -21,7 +21,7 @@ from tests.memory import exit_status, guard_allocations, guarded
 pytestmark = pytest.mark.interpreter
 
 CPU = torch.device("cpu")
-OPS = [spec for spec in SPECS.values() if spec.room in ("norm", "ffn", "loss")]
+OPS = [spec for spec in SPECS.values() if spec.family in ("norm", "ffn", "loss")]
 SMALL = [
     pytest.param(spec, case, id=f"{spec.name}-{case.id}") for spec in OPS for case in spec.tagged("small")
 ]
