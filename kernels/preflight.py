@@ -10,112 +10,20 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 
 from kernels import dispatch
 from kernels.registry import SPECS
 from kernels.spec import Case, OpSpec
-from kernels.tolerance import Verdict, compare
+from kernels.verify import check, run_case
 
 CHILD = [sys.executable, "-c", "from kernels.preflight import serve; serve()"]
-
-
-def run_case(
-    function: Callable[..., Any], inputs: dict[str, Any], gradients: tuple[str, ...], seed: int = 1
-) -> dict[str, torch.Tensor | None]:
-    """Outputs and gradients of one call: ``{"out": …, "dq": …}``, several outputs as ``out0``, ``out1``.
-
-    The gradients are those of the outputs' product with fixed standard normal numbers, drawn from `seed` on
-    their device. A scalar, which is a mean over rows, is multiplied by their number: else many rows make its
-    gradients vanish beneath any rounding floor.
-    """
-    leaves = {
-        n: v.detach().requires_grad_(n in gradients) if isinstance(v, torch.Tensor) else v
-        for n, v in inputs.items()
-    }
-    result = function(**leaves)
-    outputs = result if isinstance(result, tuple) else (result,)
-    results: dict[str, torch.Tensor | None] = {
-        "out" if len(outputs) == 1 else f"out{i}": output.detach() for i, output in enumerate(outputs)
-    }
-    wanted = [n for n in gradients if leaves.get(n) is not None]
-    if wanted:
-        device = outputs[0].device
-        generator = torch.Generator(device).manual_seed(seed)
-        first = next(iter(leaves.values()))
-        rows = first.numel() // max(1, first.shape[-1])
-        drawn = [
-            torch.randn(o.shape, device=device, generator=generator).mul_(1 if o.ndim else rows)
-            for o in outputs
-        ]
-        weights = [weight.to(o.dtype) for weight, o in zip(drawn, outputs, strict=True)]
-        found = torch.autograd.grad(outputs, [leaves[n] for n in wanted], weights, allow_unused=True)
-        results |= {f"d{n}": g for n, g in zip(wanted, found, strict=True)}
-    return results
-
-
-class Truth:
-    """What the results of a call are held to: the reference in the call's dtype, and in a wider one.
-
-    Args:
-        spec: The op.
-        inputs: The call's arguments.
-        dtype: In which the op computes.
-        gradients: The inputs whose gradients count; None: the spec's.
-        oracle_dtype: The wider one.
-    """
-
-    def __init__(
-        self,
-        spec: OpSpec,
-        inputs: dict[str, Any],
-        dtype: torch.dtype,
-        gradients: tuple[str, ...] | None = None,
-        oracle_dtype: torch.dtype = torch.float64,
-    ) -> None:
-        wanted = spec.gradients if gradients is None else gradients
-        self.dtype = dtype
-        self.plain = run_case(spec.reference, inputs, wanted)
-        exact = {n: v.to(oracle_dtype) if _is_float(v) else v for n, v in inputs.items()}
-        self.oracle = run_case(spec.reference, exact, wanted)
-        tensors = [v for v in (*inputs.values(), *self.oracle.values()) if _is_float(v)]
-        self.scale = max((t.detach().abs().max().item() for t in tensors if t.numel()), default=1.0)
-
-    def judge(self, results: Mapping[str, torch.Tensor | None]) -> list[Verdict]:
-        """A verdict for each output and gradient of `results`, as `run_case` gives them, by the rule of
-        `kernels.tolerance`."""
-        return [
-            compare(name, results.get(name), self.plain[name], oracle, dtype=self.dtype, scale=self.scale)
-            for name, oracle in self.oracle.items()
-        ]
-
-
-def _is_float(value: object) -> TypeGuard[torch.Tensor]:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
-def check(
-    spec: OpSpec,
-    case: Case,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    backend: str = "triton",
-    seed: int = 0,
-    oracle_dtype: torch.dtype = torch.float64,
-) -> list[Verdict]:
-    """One case of one op on `backend`, forward and every gradient, against the reference: a verdict per
-    tensor."""
-    inputs = spec.make_inputs(case, dtype, device, torch.Generator(device).manual_seed(seed))
-    with dispatch.use_backend(**{spec.name: backend}):
-        results = run_case(spec.function, inputs, spec.gradients)
-    return Truth(spec, inputs, dtype, oracle_dtype=oracle_dtype).judge(results)
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,13 @@ def test_dispatch_imports_no_family() -> None:
             assert not name.startswith(tuple(f"kernels.{family}" for family in FAMILIES)), (leaf, name)
 
 
+def test_verify_depends_on_no_op() -> None:
+    """An oracle that can judge only the ops of the registry."""
+    allowed = ("kernels.dispatch", "kernels.spec", "kernels.tolerance")
+    for name in imports(ROOT / "kernels" / "verify.py"):
+        assert not name.startswith("kernels.") or name.startswith(allowed), name
+
+
 @pytest.mark.parametrize("path", sources("kernels", "gpt", "bench", "tests"), ids=names)
 def test_files_stay_short(path: Path) -> None:
     """A file that nobody reads to its end."""
