@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from kernels import dispatch
+from kernels.files import cache_folder, read_json, write_json
 from kernels.registry import SPECS
 from kernels.spec import Case, OpSpec
 from kernels.verify import check, run_case
@@ -135,8 +136,7 @@ def preflight(
             raise ValueError(f"preflight: {name!r} is no op, expected one of {', '.join(sorted(SPECS))}")
     start = time.perf_counter()
     path = _cache_path(cases, device, dtype, prefer)
-    if use_cache and path.exists():
-        rows = tuple(Row(**row) for row in json.loads(path.read_text(encoding="utf-8")))
+    if use_cache and (rows := _read_cache(path, cases)) is not None:
         return Report(rows, _name(dtype), _device_name(device), 0.0, cached=True)
     isolate = device.type == "cuda" if isolate is None else isolate
     if isolate:
@@ -270,11 +270,7 @@ def _cache_path(
     key = repr(
         (_device_name(device), versions, choice, _sources(), _name(dtype), [(n, c.id) for n, c in cases])
     )
-    root = (
-        os.environ.get("FUSED_GPT_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused-gpt"
-    )
-    return Path(root) / "preflight" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    return cache_folder() / "preflight" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 
 @cache
@@ -284,11 +280,17 @@ def _driver() -> str:
     return path.read_text(encoding="utf-8").splitlines()[0] if path.exists() else "unknown"
 
 
+def _read_cache(path: Path, cases: Sequence[tuple[str, Case]]) -> tuple[Row, ...] | None:
+    """The rows stored in `path`; None where the file is missing, damaged or about other cases."""
+    try:
+        rows = tuple(Row(**row) for row in read_json(path)["rows"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return rows if [(row.op, row.case) for row in rows] == [(name, case.id) for name, case in cases] else None
+
+
 def _write_cache(path: Path, rows: Sequence[Row]) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
-        partial.replace(path)
+        write_json(path, {"rows": [asdict(row) for row in rows]})
     except OSError:
-        return  # a cache that cannot be written costs the next run some seconds, nothing else
+        return  # without a cache, the next run repeats the checks

@@ -14,7 +14,7 @@ import kernels
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = ("attention", "norm", "ffn", "loss")
-LEAVES = {"checks", "dispatch", "philox", "linear", "tolerance", "tuning", "version"}
+LEAVES = {"checks", "dispatch", "files", "philox", "linear", "tolerance", "tuning", "version"}
 
 
 def sources(*folders: str) -> list[Path]:
@@ -55,9 +55,16 @@ def test_kernels_know_nothing_of_gpt_and_bench(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sources("gpt"), ids=names)
 def test_gpt_uses_public_kernels_only(path: Path) -> None:
-    """A model that reaches behind the ops."""
+    """A model that depends on the inside of `kernels`; only the project's file helpers are shared."""
     public = {"kernels"} | {f"kernels.{name}" for name in kernels.__all__}
-    assert {name for name in imports(path) if name.split(".")[0] == "kernels"} <= public
+    for name in imports(path):
+        assert name.split(".")[0] != "kernels" or name in public or name.startswith("kernels.files"), name
+
+
+def test_files_imports_the_standard_library_only() -> None:
+    """A file helper that loads torch."""
+    for name in imports(ROOT / "kernels" / "files.py"):
+        assert name.split(".")[0] in sys.stdlib_module_names, name
 
 
 @pytest.mark.parametrize("path", sources("gpt"), ids=names)
