@@ -16,7 +16,7 @@ import kernels
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = ("attention", "norm", "ffn", "loss")
-LEAVES = {"checks", "dispatch", "philox", "linear", "tolerance", "tuning", "version"}
+LEAVES = {"checks", "dispatch", "files", "philox", "linear", "tolerance", "tuning", "version"}
 GPT_LAYERS = (  # top first: a file imports from its own layer and from those below it
     {""},  # gpt/__init__.py
     {"train", "sample", "eval", "info"},
@@ -104,9 +104,16 @@ def test_kernels_know_nothing_of_gpt_and_bench(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sources("gpt"), ids=names)
 def test_gpt_uses_public_kernels_only(path: Path) -> None:
-    """A model that reaches behind the ops."""
+    """A model that depends on the inside of `kernels`; only the project's file helpers are shared."""
     public = {"kernels"} | {f"kernels.{name}" for name in kernels.__all__}
-    assert {name for name in imports(path) if name.split(".")[0] == "kernels"} <= public
+    for name in imports(path):
+        assert name.split(".")[0] != "kernels" or name in public or name.startswith("kernels.files"), name
+
+
+def test_files_imports_the_standard_library_only() -> None:
+    """A file helper that loads torch."""
+    for name in imports(ROOT / "kernels" / "files.py"):
+        assert name.split(".")[0] in sys.stdlib_module_names, name
 
 
 @pytest.mark.parametrize("path", sources("gpt"), ids=names)
@@ -177,6 +184,13 @@ def test_dispatch_imports_no_family() -> None:
     for leaf in LEAVES:
         for name in imports(ROOT / "kernels" / f"{leaf}.py"):
             assert not name.startswith(tuple(f"kernels.{family}" for family in FAMILIES)), (leaf, name)
+
+
+def test_verify_depends_on_no_op() -> None:
+    """An oracle that can judge only the ops of the registry."""
+    allowed = ("kernels.dispatch", "kernels.spec", "kernels.tolerance")
+    for name in imports(ROOT / "kernels" / "verify.py"):
+        assert not name.startswith("kernels.") or name.startswith(allowed), name
 
 
 @pytest.mark.parametrize("path", sources("kernels", "gpt", "bench", "tests"), ids=names)
