@@ -32,8 +32,9 @@ from gpt.files import replacing
 from gpt.model import GPT
 from gpt.training import rng
 from gpt.training.distributed import ALONE, Ranks
+from gpt.training.optim import learning_rate
 from gpt.training.plot import plot_log
-from gpt.training.step import NonFiniteError, TrainStep, learning_rate, pick_device
+from gpt.training.step import NonFiniteError, TrainStep, pick_device
 from gpt.weights import checkpoint
 
 LOG, PLOT, SAMPLE = "log.jsonl", "loss.png", "sample.txt"

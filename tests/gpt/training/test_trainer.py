@@ -18,11 +18,12 @@ import torch.nn.functional as F
 
 from gpt import GPT, GPTConfig, InputError, TrainConfig, Trainer
 from gpt.data.dataset import Batch, TokenData
-from gpt.training.step import NonFiniteError, learning_rate
+from gpt.training.optim import learning_rate
+from gpt.training.step import NonFiniteError
 from gpt.training.trainer import TrainResult
 from gpt.weights import checkpoint
 from tests.gpt.text import TEXT
-from tests.gpt.training.small_runs import CONFIG, make_model
+from tests.gpt.training.small_runs import CONFIG, make_model, read_log, stop_at
 
 TIMES = ("seconds", "tokens_per_second", "mfu")
 
@@ -32,31 +33,8 @@ def data() -> TokenData:
     return TokenData.from_text(TEXT)
 
 
-def log(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
 def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in record.items() if key not in TIMES} for record in records]
-
-
-class Interrupting(TokenData):
-    """Sends a signal to this process when the batch of a step is drawn."""
-
-    at: tuple[int, int] | None = None
-    number = signal.SIGINT
-
-    def batch(self, stream: Any, *args: Any, **kwargs: Any) -> Batch:
-        if stream == "train" and self.at == (kwargs["step"], kwargs["micro_step"]):
-            signal.raise_signal(self.number)
-        return super().batch(stream, *args, **kwargs)
-
-
-def stop_at(data: TokenData, step: int, micro_step: int = 0, number: int = signal.SIGINT) -> TokenData:
-    """`data` that interrupts the training at a micro-step."""
-    data.__class__ = Interrupting
-    data.at, data.number = (step, micro_step), number  # type: ignore[attr-defined]
-    return data
 
 
 def run(data: TokenData, out: Path, config: TrainConfig = CONFIG, resume: bool = False) -> TrainResult:
@@ -77,7 +55,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(optimizer: str, data: TokenData, tmp_p
         torch.manual_seed(step)
     resumed = run(data, out, config, resume=True)
     assert replace(resumed, checkpoint=None) == replace(straight, checkpoint=None)
-    assert without_times(log(out)) == without_times(log(tmp_path / "straight"))
+    assert without_times(read_log(out)) == without_times(read_log(tmp_path / "straight"))
     for name in ("model.safetensors", "optimizer.safetensors"):
         ours = checkpoint.read_tensors(out / "checkpoints/step-8" / name)
         theirs = checkpoint.read_tensors(tmp_path / "straight/checkpoints/step-8" / name)
@@ -85,7 +63,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(optimizer: str, data: TokenData, tmp_p
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     kind = {"adamw": "exp_avg", "muon": "momentum_buffer"}[optimizer]
     assert {"wte.weight/exp_avg", f"blocks.0.attn.qkv.weight/{kind}"} < ours.keys()
-    seconds = [record["seconds"] for record in log(out)]
+    seconds = [record["seconds"] for record in read_log(out)]
     assert seconds == sorted(seconds)
 
 
@@ -98,20 +76,20 @@ def test_resume_from_an_older_checkpoint(data: TokenData, tmp_path: Path) -> Non
         file.write('{"step": 9, "sec')
     with pytest.warns(UserWarning, match="step-6, which is not the newest"):
         run(data, tmp_path / "run", resume=True)
-    assert without_times(log(tmp_path / "run")) == without_times(log(tmp_path / "straight"))
+    assert without_times(read_log(tmp_path / "run")) == without_times(read_log(tmp_path / "straight"))
     assert (tmp_path / "run/checkpoints/step-8/SHA256SUMS").read_text().count("\n") == 5
 
 
 def test_resume_beyond_the_end(data: TokenData, tmp_path: Path) -> None:
     """A finished run that cannot be lengthened, or that changes when there is nothing to do."""
     first = run(data, tmp_path)
-    lines = log(tmp_path)
+    lines = read_log(tmp_path)
     again = run(data, tmp_path, resume=True)
     assert again == first
-    assert log(tmp_path) == lines
+    assert read_log(tmp_path) == lines
     longer = run(data, tmp_path, replace(CONFIG, max_steps=10), resume=True)
     assert longer.step == 10
-    assert [record["step"] for record in log(tmp_path) if record.get("final")] == [10]
+    assert [record["step"] for record in read_log(tmp_path) if record.get("final")] == [10]
 
 
 def test_resume_with_a_random_state_of_another_form(data: TokenData, tmp_path: Path) -> None:
@@ -154,7 +132,7 @@ def test_signals(number: int, data: TokenData, tmp_path: Path) -> None:
 def test_log(data: TokenData, tmp_path: Path) -> None:
     """A line without what the documentation promises, or with numbers that are not what they are called."""
     result = run(data, tmp_path, replace(CONFIG, log_interval=4))
-    records = log(tmp_path)
+    records = read_log(tmp_path)
     assert [record["step"] for record in records] == [1, 3, 4, 6, 8]
     keys = {"step", "seconds", "tokens", "train_loss", "learning_rate", "gradient_norm", "tokens_per_second"}
     assert all(keys <= record.keys() for record in records)
@@ -183,7 +161,7 @@ def test_log(data: TokenData, tmp_path: Path) -> None:
 def test_gradient_norms(data: TokenData, tmp_path: Path) -> None:
     """Norms after clipping, or layers that are left out."""
     run(data, tmp_path, replace(CONFIG, grad_clip=0.01))
-    for record in log(tmp_path):
+    for record in read_log(tmp_path):
         norms = record["gradient_norms"]
         assert set(norms) == {"wte", "wpe", "blocks.0", "ln_f"}
         assert sum(norm**2 for norm in norms.values()) ** 0.5 == pytest.approx(
@@ -198,11 +176,11 @@ def test_mfu(
     """A share of the peak by another formula than stated, one that is made up where no peak is known, or one
     that nobody sees."""
     run(data, tmp_path / "unknown", replace(CONFIG, max_steps=1))
-    assert log(tmp_path / "unknown")[0]["mfu"] is None
+    assert read_log(tmp_path / "unknown")[0]["mfu"] is None
     assert "MFU" not in capsys.readouterr().err
     monkeypatch.setattr("gpt.training.trainer.peak_flops", lambda device: 1e9)
     run(data, tmp_path / "known", replace(CONFIG, max_steps=1))
-    record = log(tmp_path / "known")[0]
+    record = read_log(tmp_path / "known")[0]
     flops = 6 * (make_model(data).num_parameters() - 16 * 16) + 12 * 1 * 2 * 8 * 16
     assert record["mfu"] == pytest.approx(flops * record["tokens_per_second"] / 1e9)
     assert f"{record['mfu']:.1%} MFU" in capsys.readouterr().err
@@ -262,7 +240,7 @@ def test_patience(data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Trainer, "estimate", lambda self, split: 0.0 if split == "train" else next(losses))
     result = run(data, tmp_path, replace(CONFIG, max_steps=9, eval_interval=1, patience=2))
     assert result.step == 6
-    assert log(tmp_path)[-1]["final"] is True
+    assert read_log(tmp_path)[-1]["final"] is True
 
 
 def test_the_scale_survives_a_stop(data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,10 +358,10 @@ def test_folders(data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(InputError, match=r"cannot write to .*below: Not a directory"):
         Trainer(make_model(data), data, CONFIG, out=tmp_path / "file" / "below").run()
     run(data, tmp_path / "run", replace(CONFIG, max_steps=1))
-    lines = log(tmp_path / "run")
+    lines = read_log(tmp_path / "run")
     with pytest.raises(InputError, match="run holds the checkpoints of a run, expected --resume"):
         run(data, tmp_path / "run")
-    assert log(tmp_path / "run") == lines
+    assert read_log(tmp_path / "run") == lines
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(InputError, match="has 0 MB free, expected"):
         Trainer(make_model(data), data, CONFIG, out=tmp_path / "full")
