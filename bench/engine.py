@@ -27,9 +27,9 @@ from bench.measure import (
     total_bytes,
 )
 from bench.record import Row
-from kernels.preflight import Truth, run_case
 from kernels.registry import SPECS
 from kernels.spec import SHORT_DTYPE, Case, OpSpec
+from kernels.verify import Oracle, run_case
 
 PEER_LIMIT = (
     8.0  # a peer whose error is more than so many times what our own may have is refused its timing too
@@ -127,9 +127,9 @@ class Runner:
                 yield replace(row, error=errors[row.contestant])
             release(self.clock)
 
-    def truth(self, spec: OpSpec, inputs: Inputs) -> Truth:
+    def truth(self, spec: OpSpec, inputs: Inputs) -> Oracle:
         """What every contestant is held to."""
-        return Truth(
+        return Oracle(
             spec,
             inputs,
             self.dtype,
@@ -149,7 +149,7 @@ class Runner:
         self.clock.wait()
         return sets
 
-    def admit(self, spec: OpSpec, contestant: Contestant, inputs: Inputs, truth: Truth) -> Admission:
+    def admit(self, spec: OpSpec, contestant: Contestant, inputs: Inputs, truth: Oracle) -> Admission:
         """Whether a contestant may be timed: only what is right is."""
         if contestant.function is None:
             return Admission("absent", contestant.absent)

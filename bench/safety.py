@@ -23,9 +23,9 @@ from bench.machine import describe
 from bench.record import Report
 from gpt.cli import OptionParser, run_command
 from gpt.errors import InputError, unknown
-from kernels.preflight import run_case
 from kernels.registry import SPECS
 from kernels.spec import SHORT_DTYPE, Case, OpSpec
+from kernels.verify import run_case
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # the most used first
 FEW = 10  # repeats of all calls but an op's first in a dtype

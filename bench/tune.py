@@ -33,10 +33,10 @@ from bench.table import duration
 from gpt.cli import OptionParser, run_command
 from gpt.errors import InputError, unknown
 from kernels import tuning
-from kernels.preflight import Truth
 from kernels.registry import SPECS
 from kernels.spec import SHORT_DTYPE
 from kernels.tuning import Tile
+from kernels.verify import Oracle
 
 GAIN = 0.02  # a candidate must be so much faster to be taken
 STARTS = (Tile(128, 128, 8, 3), Tile(128, 64, 4, 3), Tile(64, 64, 4, 2))  # where a knob has no tile yet
@@ -149,7 +149,7 @@ def _climb(
     race: Race,
     contestants: dict[str, Contestant],
     sets: list[Inputs],
-    truth: Truth,
+    truth: Oracle,
     query: Query,
     start: Any,
     deadline: float,
@@ -189,7 +189,7 @@ def _climb(
         best = winner
 
 
-def queries(runner: Runner, race: Race, ours: Contestant, inputs: Inputs, truth: Truth) -> dict[Query, Any]:
+def queries(runner: Runner, race: Race, ours: Contestant, inputs: Inputs, truth: Oracle) -> dict[Query, Any]:
     """What the op asks of kernels/tuning.py at this case, and the answers."""
     asked: dict[Query, Any] = {}
 

@@ -14,6 +14,7 @@ from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from gpt.errors import InputError, unknown
+from gpt.names import translate_fields
 
 LARGEST_SIZE = 2**31 - 1
 LARGEST_MODEL = 10**12  # parameters
@@ -116,33 +117,7 @@ class GPTConfig:
             InputError: A name of no family, names of different families, two names that contradict one
                 another, a Hugging Face setting that this model does not have, or as the constructor.
         """
-        if not isinstance(d, Mapping):
-            raise InputError(f"GPTConfig: the config is {type(d).__name__}, expected a dict")
-        family = _family(d)
-        given = {**{k: v for k, v in family.defaults.items() if family.aliases.get(k, k) not in d}, **d}
-        values: dict[str, Any] = {}
-        source: dict[str, str] = {}
-        for key, value in given.items():
-            if key in family.ignored:
-                continue
-            if key in family.fixed:
-                if value != family.fixed[key]:
-                    raise InputError(
-                        f"GPTConfig: {key} is {value!r}, expected {family.fixed[key]!r} (this GPT has "
-                        "nothing else)"
-                    )
-                continue
-            name = family.aliases.get(key, key)
-            value = family.spellings.get(value, value) if isinstance(value, str) else value
-            if name in values and values[name] != value:
-                raise InputError(
-                    f"GPTConfig: {key} is {value!r}, expected {values[name]!r} as {source[name]} (both mean "
-                    f"{name})"
-                )
-            values[name], source[name] = value, key
-        if family.counts_heads and "n_head" not in values and isinstance(values.get("n_embd"), int):
-            values["n_head"] = max(1, values["n_embd"] // 64)
-        return cls(**values)
+        return cls(**translate_fields(d, [f.name for f in fields(cls)]))
 
     def to_dict(self) -> dict[str, Any]:
         """Every field by name, ready for JSON; `from_dict` reads it back."""
@@ -256,113 +231,6 @@ _TRAIN_PRESETS: dict[str, dict[str, Any]] = {
     },
     "char-gpu": {"max_steps": 5000, "batch_size": 64, "eval_batches": 200},
 }
-
-
-@dataclass(frozen=True)
-class _Family:
-    """The names of another package for our fields, and what it takes for granted."""
-
-    aliases: dict[str, str]
-    defaults: dict[str, Any]
-    spellings: dict[str, str] = field(default_factory=dict)  # its values -> ours
-    fixed: dict[str, Any] = field(default_factory=dict)  # settings that can only have this value here
-    ignored: frozenset[str] = frozenset()  # settings that do not change the model
-    counts_heads: bool = False  # heads not given: n_embd // 64
-
-    def knows(self, key: str) -> bool:
-        return key in self.aliases or key in self.fixed or key in self.ignored
-
-
-_OWN = _Family({}, {})
-# fmt: off
-_HF_IGNORED = frozenset({
-    "_attn_implementation_autoset", "_name_or_path", "architectures", "attn_implementation", "bos_token_id",
-    "dtype",
-    "eos_token_id", "gradient_checkpointing", "id2label", "initializer_range", "label2id",
-    "output_attentions",
-    "output_hidden_states", "output_past", "pad_token_id", "reorder_and_upcast_attn", "return_dict",
-    "summary_activation",
-    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
-    "task_specific_params",
-    "torch_dtype", "transformers_version", "use_cache",
-})
-# fmt: on
-_PLAIN_HEAD = {"tie_weights": False, "head_bias": True, "final_norm": False}
-_FAMILIES = {
-    "llm-arch-research": _Family(
-        {
-            "embed_dim": "n_embd",
-            "num_heads": "n_head",
-            "num_layers": "n_layer",
-            "max_position_embeddings": "block_size",
-        },
-        _PLAIN_HEAD,
-    ),
-    "simple-llm": _Family(
-        {
-            "max_seq_len": "block_size",
-            "emb_size": "n_embd",
-            "num_heads": "n_head",
-            "head_size": "head_dim",
-            "num_layers": "n_layer",
-        },
-        _PLAIN_HEAD,
-        counts_heads=True,
-    ),
-    "LLMs-from-scratch": _Family(
-        {
-            "context_length": "block_size",
-            "emb_dim": "n_embd",
-            "n_heads": "n_head",
-            "n_layers": "n_layer",
-            "drop_rate": "dropout",
-        },
-        {"tie_weights": False, "qkv_bias": False},
-    ),
-    "Hugging Face": _Family(
-        {
-            "n_positions": "block_size",
-            "n_ctx": "block_size",
-            "activation_function": "activation",
-            "layer_norm_epsilon": "eps",
-            "resid_pdrop": "dropout",
-            "embd_pdrop": "dropout",
-            "attn_pdrop": "dropout",
-            "tie_word_embeddings": "tie_weights",
-        },
-        {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1},
-        spellings={"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"},
-        fixed={
-            "model_type": "gpt2",
-            "scale_attn_weights": True,
-            "scale_attn_by_inverse_layer_idx": False,
-            "add_cross_attention": False,
-        },
-        ignored=_HF_IGNORED,
-    ),
-}
-
-
-def _family(d: Mapping[str, Any]) -> _Family:
-    """The first family that has every name of `d` that is not ours."""
-    own = [f.name for f in fields(GPTConfig)]
-    foreign = [key for key in d if key not in own]
-    valid = own + [alias for family in _FAMILIES.values() for alias in family.aliases]
-    for key in foreign:
-        if not any(family.knows(key) for family in _FAMILIES.values()):
-            raise unknown("GPTConfig", key, valid)
-    if not foreign:
-        return _OWN
-    for family in _FAMILIES.values():
-        if all(family.knows(key) for key in foreign):
-            return family
-    owners = [
-        f"{key} ({' or '.join(name for name, family in _FAMILIES.items() if family.knows(key))})"
-        for key in foreign
-    ]
-    raise InputError(
-        f"GPTConfig: the names of different packages are mixed: {', '.join(owners)}; expected those of one"
-    )
 
 
 def _preset(cls: Any, presets: Mapping[str, dict[str, Any]], name: str, overrides: dict[str, Any]) -> Any:

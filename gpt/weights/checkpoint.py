@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -24,9 +24,7 @@ from gpt.config import GPTConfig
 from gpt.data.tokenizers import FILE_NAME as TOKENIZER
 from gpt.data.tokenizers import Tokenizer, load_tokenizer
 from gpt.errors import InputError
-
-if TYPE_CHECKING:
-    from gpt.model import GPT
+from gpt.model import GPT
 
 SUMS, MODEL, CONFIG, OPTIMIZER, STATE = (
     "SHA256SUMS",
@@ -93,8 +91,6 @@ def load_model(
     Raises:
         InputError: Nothing there is valid: the message names the file and what is wrong with it.
     """
-    from gpt.model import GPT
-
     folder = find_checkpoint(directory)
     config = GPTConfig.from_dict(read_json(folder / CONFIG))
     tensors = read_tensors(folder / MODEL)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from gpt.data.dataset import Split, TokenData
 from gpt.data.tokenizers import END_OF_TEXT, FILE_NAME, BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from gpt.errors import InputError
 from gpt.files import replacing
+from gpt.model import GPT
 from gpt.names import BOOK, HUGGING_FACE, NANOGPT, Layout
 from gpt.weights.checkpoint import (
     CONFIG,
@@ -34,9 +35,6 @@ from gpt.weights.checkpoint import (
     read_json,
 )
 from gpt.weights.files import Weights, is_own, locate, read_weights, weights_file
-
-if TYPE_CHECKING:
-    from gpt.model import GPT
 
 WRAPPERS = re.compile(
     r"(?:_orig_mod\.|module\.)*(?:transformer\.)?"
@@ -312,8 +310,6 @@ def _build(
     found: _Found, config: GPTConfig, device: torch.device | str | None, use_triton: bool | str
 ) -> GPT:
     """The model of `config` with the file's parameters, made once every name and shape has been checked."""
-    from gpt.model import GPT
-
     if config.n_layer != _layers(found):
         raise found.fail(f"has {_layers(found)} blocks, expected {config.n_layer} (n_layer)")
     model = GPT(config, device="meta", dtype=found.first("wte.weight").dtype)
