@@ -26,7 +26,7 @@ import kernels
 from gpt.config import TrainConfig
 from gpt.data.dataset import IGNORED, Batch, Split, Stream, TokenData
 from gpt.data.tokenizers import first_ids
-from gpt.device import flops_per_token, peak_flops
+from gpt.device import peak_flops, pick_device
 from gpt.errors import InputError
 from gpt.files import replacing
 from gpt.model import GPT
@@ -34,7 +34,7 @@ from gpt.training import rng
 from gpt.training.distributed import ALONE, Ranks
 from gpt.training.optim import learning_rate
 from gpt.training.plot import plot_log
-from gpt.training.step import NonFiniteError, TrainStep, pick_device
+from gpt.training.step import NonFiniteError, TrainStep
 from gpt.weights import checkpoint
 
 LOG, PLOT, SAMPLE = "log.jsonl", "loss.png", "sample.txt"
@@ -105,7 +105,8 @@ class Trainer:
                 )
             self.model = model.to(pick_device(config.device))
             self._step = TrainStep(model, config, torch.compile(model) if config.compile else None, ranks)
-            self._peak = peak_flops(self.device)
+            on_gpu = self.device.type == "cuda"
+            self._peak = peak_flops(torch.cuda.get_device_name(self.device) if on_gpu else "cpu")
             if ranks.size > 1:
                 rng.seed(config.seed, self.step, ranks.rank)
             if self.out is not None:
@@ -216,7 +217,7 @@ class Trainer:
         use = (
             None
             if self._peak is None
-            else flops_per_token(self.model.config) * speed / (self._peak * self.ranks.size)
+            else self.model.config.flops_per_token() * speed / (self._peak * self.ranks.size)
         )
         record = {
             "step": self.step,
