@@ -30,10 +30,10 @@ from bench.record import Report, Row
 from gpt.cli import OptionParser, run_command
 from gpt.config import GPTConfig, TrainConfig
 from gpt.data.dataset import Batch
-from gpt.device import flops_per_token
+from gpt.device import autocast_dtype
 from gpt.errors import InputError
 from gpt.model import GPT
-from gpt.training.step import TrainStep, autocast_dtype
+from gpt.training.step import TrainStep
 from kernels.spec import SHORT_DTYPE
 
 PLAIN = "plain PyTorch"
@@ -138,7 +138,7 @@ def run(
             say(report, "nanoGPT: in float32, as it trains on a CPU")
     dtype = autocast_dtype(train.dtype, clock.device)
     peak = _peak(clock, report, dtype)
-    flops = flops_per_token(config) * tokens
+    flops = config.flops_per_token() * tokens
     case = f"{config.n_layer}x{config.n_embd}-V{config.vocab_size}-B{train.batch_size}-T{config.block_size}"
     template = Row(
         "train",

@@ -140,6 +140,29 @@ class GPTConfig:
         counts["total"] = sum(counts.values()) + (self.n_layer - 1) * counts["block"]
         return counts
 
+    def flops_per_token(self) -> int:
+        """6 N + 12 n_layer n_head D T for forward and backward pass at full context T = block_size.
+
+        N leaves out the embeddings that are only looked up.
+
+        Source: nanoGPT's `estimate_mfu`, after PaLM (arXiv 2204.02311), appendix B.
+        """
+        counts = self.parameter_counts()
+        looked_up = counts["position_embedding"] + (0 if self.tie_weights else counts["token_embedding"])
+        attention = 12 * self.n_layer * self.n_head * self.head_size * self.block_size
+        return 6 * (counts["total"] - looked_up) + attention
+
+    def training_bytes(self, batch_size: int) -> int:
+        """16 bytes per parameter, and 4 n_layer (6 C + 4 n_head D + 2 I) bytes per token of a micro-batch.
+
+        A parameter has a float32 weight, gradient and the two averages of AdamW. For a token, a block saves
+        float32 values for its backward pass: inputs and outputs of the norms and additions, q, k, v and the
+        output of attention, and the feed-forward's values before and after its activation.
+        """
+        width = 6 * self.n_embd + 4 * self.n_head * self.head_size + 2 * self.inner_size
+        tokens = batch_size * self.block_size
+        return 16 * self.parameter_counts()["total"] + 4 * self.n_layer * width * tokens
+
 
 @dataclass(frozen=True)
 class TrainConfig:

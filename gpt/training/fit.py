@@ -11,9 +11,10 @@ from torch import Tensor
 
 from gpt.config import TrainConfig
 from gpt.data.dataset import IGNORED, Batch
+from gpt.device import pick_device
 from gpt.errors import InputError
 from gpt.model import GPT, Callback
-from gpt.training.step import TrainStep, pick_device
+from gpt.training.step import TrainStep
 
 
 class EarlyStopping:

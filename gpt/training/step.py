@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,11 +13,9 @@ from torch import nn
 
 from gpt.config import TrainConfig
 from gpt.data.dataset import IGNORED, Batch
-from gpt.errors import InputError, first_line
+from gpt.device import autocast, autocast_dtype
 from gpt.training.distributed import ALONE, Ranks
 from gpt.training.optim import load_state_tensors, make_optimizers, state_tensors
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class NonFiniteError(RuntimeError):
@@ -185,45 +183,3 @@ class TrainStep:
         if self.device.type == "cuda" and tensor.device.type == "cpu":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The device `name`; None is a GPU if there is one, else the CPU.
-
-    Raises:
-        InputError: No such device here.
-    """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(
-            f"device is {name!r}, expected a device of this machine ({first_line(error)})"
-        ) from error
-    return device
-
-
-def autocast_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that `name` means on `device`; "auto" is bfloat16 where the device multiplies it in hardware,
-    else float32.
-
-    Raises:
-        InputError: float16 on a CPU, where its products are many times slower than float32's.
-    """
-    if name == "auto" and device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    if name == "auto":
-        able = (
-            device.type == "cpu" and hasattr(torch.cpu, "get_capabilities") and torch.cpu.get_capabilities()
-        )
-        return torch.bfloat16 if able and (able.get("avx512_bf16") or able.get("amx_bf16")) else torch.float32
-    if name == "float16" and device.type == "cpu":
-        raise InputError("TrainConfig: dtype is 'float16' on a CPU, expected float32 or bfloat16 there")
-    return _DTYPES[name]
-
-
-def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
-    """The context of forward passes in `dtype`."""
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)

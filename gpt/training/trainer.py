@@ -23,14 +23,14 @@ import kernels
 from gpt.config import TrainConfig
 from gpt.data.dataset import IGNORED, Batch, Split, Stream, TokenData
 from gpt.data.tokenizers import first_ids
-from gpt.device import flops_per_token, peak_flops
+from gpt.device import peak_flops, pick_device
 from gpt.errors import InputError
 from gpt.model import GPT
 from gpt.training import rng
 from gpt.training.distributed import ALONE, Ranks
 from gpt.training.optim import learning_rate
 from gpt.training.run_folder import Progress, RunFolder
-from gpt.training.step import NonFiniteError, TrainStep, pick_device
+from gpt.training.step import NonFiniteError, TrainStep
 
 SAMPLE_TOKENS = 500
 
@@ -101,7 +101,8 @@ class Trainer:
                 )
             self.model = model.to(pick_device(config.device))
             self._step = TrainStep(model, config, torch.compile(model) if config.compile else None, ranks)
-            self._peak = peak_flops(self.device)
+            on_gpu = self.device.type == "cuda"
+            self._peak = peak_flops(torch.cuda.get_device_name(self.device) if on_gpu else "cpu")
             if ranks.size > 1:
                 rng.seed(config.seed, self.step, ranks.rank)
             if self._folder is not None:
@@ -215,7 +216,7 @@ class Trainer:
         speed = (progress.tokens - self._logged.tokens) / (progress.seconds - self._logged.seconds)
         mfu = None
         if self._peak is not None:
-            mfu = flops_per_token(self.model.config) * speed / (self._peak * self.ranks.size)
+            mfu = self.model.config.flops_per_token() * speed / (self._peak * self.ranks.size)
         record = {
             "step": progress.step,
             "seconds": progress.seconds,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from gpt.data.dataset import TokenData
-from gpt.training.step import TrainStep, autocast_dtype
+from gpt.training.step import TrainStep
 from tests.gpt.training.small_runs import CONFIG, make_batches, make_model
 
 
@@ -68,14 +68,3 @@ def test_float16(data: TokenData, monkeypatch: pytest.MonkeyPatch) -> None:
     overflow.remove()
     assert math.isfinite(step(parts, rate=1e-3).gradient_norm)
     assert not torch.equal(model.wpe.weight, before["wpe.weight"])
-
-
-@pytest.mark.parametrize(
-    ("capabilities", "dtype"), [({}, torch.float32), ({"avx512_bf16": True}, torch.bfloat16)]
-)
-def test_auto_dtype(
-    capabilities: dict[str, bool], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A CPU that emulates bfloat16, which is slower than float32."""
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert autocast_dtype("auto", torch.device("cpu")) == dtype
