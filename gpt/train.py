@@ -26,8 +26,9 @@ from gpt.errors import InputError
 from gpt.model import GPT
 from gpt.training import distributed
 from gpt.training.distributed import Ranks
+from gpt.training.run_folder import PLOT
 from gpt.training.step import NonFiniteError
-from gpt.training.trainer import PLOT, Trainer, TrainResult
+from gpt.training.trainer import Trainer, TrainResult
 from gpt.weights import checkpoint
 from gpt.weights.pretrained import load_pretrained, load_pretrained_tokenizer
 

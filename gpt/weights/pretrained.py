@@ -21,7 +21,6 @@ from gpt.config import GPTConfig
 from gpt.data.dataset import Split, TokenData
 from gpt.data.tokenizers import END_OF_TEXT, FILE_NAME, BPETokenizer, CharTokenizer, Tokenizer, load_tokenizer
 from gpt.errors import InputError
-from gpt.files import replacing
 from gpt.model import GPT
 from gpt.names import BOOK, HUGGING_FACE, NANOGPT, Layout
 from gpt.weights.checkpoint import (
@@ -35,6 +34,7 @@ from gpt.weights.checkpoint import (
     read_json,
 )
 from gpt.weights.files import Weights, is_own, locate, read_weights, weights_file
+from kernels.files import replacing
 
 WRAPPERS = re.compile(
     r"(?:_orig_mod\.|module\.)*(?:transformer\.)?"

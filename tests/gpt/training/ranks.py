@@ -22,7 +22,7 @@ from gpt.training.distributed import ALONE, Ranks
 from gpt.training.step import NonFiniteError, TrainStep
 from gpt.weights import checkpoint
 from tests.gpt.text import TEXT
-from tests.gpt.training.small_runs import CONFIG, make_batches, make_model, stop_at
+from tests.gpt.training.small_runs import CONFIG, disk_full, make_batches, make_model, stop_at
 
 PLAIN = replace(CONFIG, grad_accum=4)
 MUON = replace(PLAIN, optimizer="muon")
@@ -108,14 +108,10 @@ def failing_trainer(ranks: Ranks, out: Path) -> list[str]:
     trainer = Trainer(make_model(data), data, PLAIN, out=out / "full", ranks=ranks)
     with pytest.MonkeyPatch.context() as patch:
         if not ranks.rank:
-            patch.setattr(checkpoint, "write_tensors", full)
+            patch.setattr(checkpoint, "write_tensors", disk_full)
         with pytest.raises(InputError) as error:
             trainer.run()
     return [*found, str(error.value)]
-
-
-def full(path: Path, tensors: object) -> None:
-    raise OSError(28, "No space left on device")
 
 
 def non_finite(ranks: Ranks, out: Path) -> Any:

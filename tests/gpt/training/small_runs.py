@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from gpt import GPT, GPTConfig, TokenData, TrainConfig
+from gpt import GPT, GPTConfig, TokenData, TrainConfig, Trainer
 from gpt.data.dataset import IGNORED, Batch
+from gpt.training.trainer import TrainResult
 
 CONFIG = TrainConfig(
     max_steps=8,
@@ -32,6 +33,7 @@ FLAGS = (
     "--batch_size 4 --eval_batches 1 --device cpu --warmup_steps 2"
 )
 TINY = FLAGS.split()  # a small run of gpt.train
+TIMES = ("seconds", "tokens_per_second", "mfu")
 
 
 def make_model(data: TokenData, **fields: Any) -> GPT:
@@ -51,9 +53,25 @@ def make_batches(*counts: int) -> list[Batch]:
     return batches
 
 
+def run(data: TokenData, out: Path, config: TrainConfig = CONFIG, resume: bool = False) -> TrainResult:
+    """Trains the small model in the folder `out`."""
+    torch.manual_seed(11)
+    return Trainer(make_model(data), data, config, out=out, resume=resume).run()
+
+
 def read_log(out: Path) -> list[dict[str, Any]]:
     """The records of a run's log.jsonl."""
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def without_times(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Log records without the entries that differ between two equal runs."""
+    return [{key: value for key, value in record.items() if key not in TIMES} for record in records]
+
+
+def disk_full(*args: object) -> None:
+    """Replaces a function that writes: the disk is full."""
+    raise OSError(28, "No space left on device")
 
 
 class Interrupting(TokenData):

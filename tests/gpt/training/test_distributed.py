@@ -189,7 +189,7 @@ def test_an_error_of_one_is_raised_by_all(pair: Pair) -> None:
     assert pair("failures") == [["from 1", "from 0"]] * 2
     first, second = pair("failing_trainer")
     assert first == second
-    assert "file-1 is no folder" in first[0]
+    assert "file-1 is not a folder" in first[0]
     assert "No space left on device" in first[1]
     assert not (pair.folder / "free").exists()
 

@@ -11,13 +11,7 @@ import torch.nn.functional as F
 
 from gpt.data.dataset import TokenData
 from gpt.training.step import TrainStep
-from tests.gpt.text import TEXT
 from tests.gpt.training.small_runs import CONFIG, make_batches, make_model
-
-
-@pytest.fixture
-def data() -> TokenData:
-    return TokenData.from_text(TEXT)
 
 
 def test_accumulation_weighs_tokens(data: TokenData) -> None:
