@@ -12,7 +12,7 @@ from typing import Any
 
 from bench.measure import Timing
 from gpt.errors import InputError
-from gpt.files import replacing
+from kernels.files import replacing
 
 FORMAT = 1
 STATUSES = ("measured", "absent", "unavailable", "wrong", "failed")

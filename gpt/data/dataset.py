@@ -24,7 +24,7 @@ from gpt.data.token_files import (
 )
 from gpt.data.tokenizers import FILE_NAME, BPETokenizer, CharTokenizer, Tokenizer, fingerprint, load_tokenizer
 from gpt.errors import InputError
-from gpt.files import cache_folder, replacing
+from kernels.files import cache_folder, replacing
 
 if TYPE_CHECKING:
     from gpt.data.token_files import Ids, Positions

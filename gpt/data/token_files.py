@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gpt.data.corpus import Document
 from gpt.data.tokenizers import END_OF_TEXT, Tokenizer
 from gpt.errors import InputError
-from gpt.files import replacing
+from kernels.files import replacing
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,7 +8,6 @@ and state.json, and SHA256SUMS, which `sha256sum -c` understands and which cover
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -24,7 +23,9 @@ from gpt.config import GPTConfig
 from gpt.data.tokenizers import FILE_NAME as TOKENIZER
 from gpt.data.tokenizers import Tokenizer, load_tokenizer
 from gpt.errors import InputError
+from gpt.files import read_json
 from gpt.model import GPT
+from kernels.files import write_json
 
 SUMS, MODEL, CONFIG, OPTIMIZER, STATE = (
     "SHA256SUMS",
@@ -71,7 +72,7 @@ def save_checkpoint(
     def write(folder: Path) -> None:
         _write_model(folder, model, tokenizer)
         write_tensors(folder / OPTIMIZER, optimizer)
-        _write_json(folder / STATE, state)
+        write_json(folder / STATE, state, indent=1)
 
     commit(target, write)
     for old in [path for path in list_checkpoints(out) if path != target][: -(KEPT - 1)]:
@@ -172,19 +173,6 @@ def verify(folder: Path) -> None:
                 f"{listed[name][:12]}…"
             )
     raise InputError(f"checkpoint: {folder / SUMS} is damaged")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; InputError where it has none."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise InputError(f"checkpoint: cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"checkpoint: {path} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"checkpoint: {path} holds a {type(content).__name__}, expected an object")
-    return content
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -302,7 +290,7 @@ def _digests(sums: bytes) -> dict[str, str]:
 
 def _write_model(folder: Path, model: GPT, tokenizer: Tokenizer | None) -> None:
     write_tensors(folder / MODEL, dict(model.named_parameters()))
-    _write_json(folder / CONFIG, model.config.to_dict())
+    write_json(folder / CONFIG, model.config.to_dict(), indent=1)
     if tokenizer is not None:
         tokenizer.save(folder)
 
@@ -316,7 +304,3 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:
         raise OSError(str(error)) from error
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -6,27 +6,24 @@ from __future__ import annotations
 import io
 import os
 import pickletools
-import queue
 import re
-import threading
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
 from gpt.errors import InputError, first_line
-from gpt.weights.checkpoint import CONFIG, FOLDER, MODEL, OPTIMIZER, STATE, SUMS, read_json, read_tensors
+from gpt.files import PATIENCE, read_json, within
+from gpt.weights.checkpoint import CONFIG, FOLDER, MODEL, OPTIMIZER, STATE, SUMS, read_tensors
 
 WEIGHTS = (MODEL, f"{MODEL}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json", "ckpt.pt")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-PATIENCE = 4.0  # seconds for the first answer of a network
 TORCH_TYPES = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch\.storage UntypedStorage"
     r"|torch (Size|device|[A-Za-z0-9]+Storage|b?float(16|32|64)?|u?int(8|16|32|64)|bool|half|double|long)"
 )
-Answer = TypeVar("Answer")
 
 
 class Weights(NamedTuple):
@@ -63,7 +60,7 @@ def is_own(path: Path) -> bool:
         return True
     if not (path / CONFIG).exists():
         return (path / SUMS).exists()
-    return "block_size" in read_json(path / CONFIG)
+    return "block_size" in read_json(path / CONFIG, "from_pretrained")
 
 
 def weights_file(path: Path) -> Path:
@@ -126,7 +123,7 @@ def read_weights(path: Path) -> Weights:
 
 def _read_shards(index: Path) -> Weights:
     """The tensors of all the files that an index lists, each where the index says."""
-    places = read_json(index).get("weight_map")
+    places = read_json(index, "from_pretrained").get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise InputError(
             f"from_pretrained: {index} has no weight_map, expected the name of a file for each tensor"
@@ -228,7 +225,7 @@ def _download(name: str) -> Path:
     except (OSError, ValueError):
         pass  # nothing there yet
     try:
-        info = _within(PATIENCE, lambda: huggingface_hub.HfApi().model_info(name, timeout=PATIENCE))
+        info = within(PATIENCE, lambda: huggingface_hub.HfApi().model_info(name, timeout=PATIENCE))
         files = _wanted_files([sibling.rfilename for sibling in info.siblings or []])
         return Path(huggingface_hub.snapshot_download(name, revision=info.sha, allow_patterns=files))
     except Exception as error:  # the hub's client lets its transport's errors through
@@ -249,23 +246,3 @@ def _wanted_files(names: list[str]) -> list[str]:
     return weights + [
         name for name in top if name in (CONFIG, "tokenizer.json", "merges.txt", SUMS, OPTIMIZER, STATE)
     ]
-
-
-def _within(seconds: float, ask: Callable[[], Answer]) -> Answer:
-    """ask(), given up after `seconds`: on a thread, because looking up a name knows no timeout."""
-    answers: queue.SimpleQueue[tuple[Answer | None, Exception | None]] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            answers.put((ask(), None))
-        except Exception as error:
-            answers.put((None, error))
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        answer, error = answers.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer in {seconds:g} s") from None
-    if error is not None:
-        raise error
-    return answer  # type: ignore[return-value]

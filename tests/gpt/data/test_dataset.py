@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpt import BPETokenizer, CharTokenizer, InputError, files
+from gpt import BPETokenizer, CharTokenizer, InputError
 from gpt.data.corpus import open_corpus
 from gpt.data.dataset import IGNORED, Batch, DataConfig, TokenData, save_bin
 from tests.gpt.models import lively
@@ -259,15 +259,6 @@ def test_shakespeare_without_network(cache: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("gpt.files._fetch", refuse)
     with pytest.raises(InputError, match=rf"no answer.*{cache}/tinyshakespeare\.txt.*--data PATH"):
         load("shakespeare")
-
-
-def test_fetch_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network that swallows packets and hangs the first run."""
-    import time
-
-    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: time.sleep(5))
-    with pytest.raises(TimeoutError, match="no answer"):
-        files._fetch("https://example.org", patience=0.05)
 
 
 def documents(tmp_path: Path) -> list[str]:

@@ -214,10 +214,10 @@ def test_a_failed_save_leaves_nothing(saved: Path, model: GPT, monkeypatch: pyte
     """Half a checkpoint on a full disk, or an earlier one lost to it."""
     run = saved.parents[1]
 
-    def full(path: Path, content: object) -> None:
+    def full(path: Path, content: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write_json", full)
+    monkeypatch.setattr(checkpoint, "write_json", full)
     for target in (
         lambda: save(run, 2, model),
         lambda: save(run, 1, model),

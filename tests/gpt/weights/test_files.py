@@ -263,7 +263,7 @@ def test_shards_are_put_together(tmp_path: Path) -> None:
 INDEXES: dict[str, tuple[Callable[[dict[str, str]], Any], str]] = {
     "no-map": (lambda places: {}, "has no weight_map"),
     "map-of-lists": (lambda places: {"weight_map": {name: [] for name in places}}, "has no weight_map"),
-    "list": (lambda places: [places], "expected an object"),
+    "list": (lambda places: [places], "expected a JSON object"),
     "outside": (
         lambda places: {"weight_map": {**places, "a": "../secret"}},
         "lists '../secret', expected a file beside it",
