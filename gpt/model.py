@@ -335,7 +335,7 @@ class GPT(nn.Module):
                 be written.
         """
         from gpt.weights.checkpoint import save_model
-        from gpt.weights.pretrained import save_huggingface
+        from gpt.weights.huggingface import save_huggingface
 
         writers = {"fused-gpt": save_model, "huggingface": save_huggingface}
         if format not in writers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from gpt.cli import option
 from gpt.data.corpus import STDLIB, Document, open_corpus
 from gpt.data.token_files import (
+    BIN_NAMES,
     CHUNK,
     bin_files,
     bin_identity,
@@ -23,7 +25,7 @@ from gpt.data.token_files import (
 )
 from gpt.data.tokenizers import FILE_NAME, BPETokenizer, CharTokenizer, Tokenizer, fingerprint, load_tokenizer
 from gpt.errors import InputError
-from kernels.files import cache_folder
+from kernels.files import cache_folder, replacing
 
 if TYPE_CHECKING:
     from gpt.data.token_files import Ids, Positions
@@ -256,6 +258,29 @@ class TokenData:
                 within = ~np.isin(np.arange(i + 1, i + len(chunk)), documents)
                 first, second = first[within], second[within]
             yield first, second
+
+
+def save_bin(data: TokenData, directory: str | os.PathLike[str]) -> None:
+    """Writes `data` for nanoGPT: train.bin and val.bin (raw little-endian uint16 ids), and tokenizer.json.
+
+    Raises:
+        InputError: The vocabulary has more ids than 16 bits can hold, or a file cannot be written.
+    """
+    import numpy as np
+
+    if data.tokenizer.vocab_size > 1 << 16:
+        raise InputError(
+            f"save_bin: the vocabulary has {data.tokenizer.vocab_size} ids, expected at most 65536 (uint16)"
+        )
+    folder = Path(directory)
+    splits: tuple[Split, ...] = ("train", "validation")
+    try:
+        for split in splits:
+            with replacing(folder / BIN_NAMES[split]) as file:
+                np.asarray(data.tokens(split), "<u2").tofile(file)
+        data.tokenizer.save(folder)
+    except OSError as error:
+        raise InputError(f"save_bin: cannot write {folder}: {error.strerror or error}") from error
 
 
 def _windows(part: _Part, starts: Positions, block_size: int) -> Batch:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     Ids = NDArray[np.unsignedinteger[Any]]
     Positions = NDArray[np.int64]
 
+BIN_NAMES = {"train": "train.bin", "validation": "val.bin"}  # nanoGPT's names of the splits
 CHUNK = 1 << 20  # characters tokenized, or tokens looked through, at a time
 
 

@@ -49,10 +49,7 @@ def save_model(model: GPT, directory: str | os.PathLike[str], tokenizer: Tokeniz
         InputError: The folder holds something else, or cannot be written; it is then as it was.
     """
     target = Path(directory)
-    if target.is_dir() and any(target.iterdir()) and not (target / SUMS).exists():
-        raise InputError(
-            f"checkpoint: {target} holds other files, expected a new or empty folder, or a checkpoint"
-        )
+    check_replaceable(target, "checkpoint")
     commit(target, lambda folder: _write_model(folder, model, tokenizer))
 
 
@@ -237,6 +234,14 @@ def clean(out: Path, step: int) -> None:
     for path in list_checkpoints(out):
         if int(path.name[5:]) > step:
             path.rename(path.with_name(f"{path.name}.damaged"))
+
+
+def check_replaceable(target: Path, where: str) -> None:
+    """Raises InputError if the folder `target` holds files that `commit` did not write."""
+    if target.is_dir() and any(target.iterdir()) and not (target / SUMS).exists():
+        raise InputError(
+            f"{where}: {target} holds other files, expected a new or empty folder, or one that a save wrote"
+        )
 
 
 def commit(target: Path, write: Callable[[Path], None]) -> None:
