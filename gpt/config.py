@@ -9,32 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
+from gpt.cli import option
 from gpt.errors import InputError, unknown
 from gpt.names import translate_fields
 
 LARGEST_SIZE = 2**31 - 1
 LARGEST_MODEL = 10**12  # parameters
-
-
-def _size(default: int | None, help: str, low: int = 1, high: int = LARGEST_SIZE) -> Any:
-    return field(default=default, metadata={"help": help, "low": low, "high": high})
-
-
-def _number(default: float, help: str, low: float = 0, high: float = math.inf, *, above: bool = False) -> Any:
-    """A field in [low, high), or (low, high) with `above`."""
-    return field(default=default, metadata={"help": help, "low": low, "below": high, "above": above})
-
-
-def _choice(default: str, help: str, *choices: str) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices})
-
-
-def _plain(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -45,26 +29,26 @@ class GPTConfig:
         InputError: A field of the wrong type or outside its range, or sizes that do not fit one another.
     """
 
-    vocab_size: int = _size(50257, "number of token ids")
-    block_size: int = _size(1024, "longest context, in tokens")
-    n_layer: int = _size(12, "transformer blocks", high=10_000)
-    n_head: int = _size(12, "attention heads of a block")
-    n_embd: int = _size(768, "width of the residual stream")
-    head_dim: int | None = _size(None, "width of a head (default: n_embd / n_head)")
-    n_inner: int | None = _size(None, "width inside the feed-forward (default: 4 n_embd)")
-    dropout: float = _number(
-        0.0, "probability of dropping, in embeddings, attention and both branches", high=1
+    vocab_size: int = option(50257, "number of token ids", low=1)
+    block_size: int = option(1024, "longest context, in tokens", low=1)
+    n_layer: int = option(12, "transformer blocks", low=1, high=10_000)
+    n_head: int = option(12, "attention heads of a block", low=1)
+    n_embd: int = option(768, "width of the residual stream", low=1)
+    head_dim: int | None = option(None, "width of a head (default: n_embd / n_head)", low=1)
+    n_inner: int | None = option(None, "width inside the feed-forward (default: 4 n_embd)", low=1)
+    dropout: float = option(
+        0.0, "probability of dropping, in embeddings, attention and both branches", low=0, below=1
     )
-    bias: bool = _plain(True, "biases in linear layers and norms")
-    qkv_bias: bool | None = _plain(None, "biases of the query, key and value projections (default: as bias)")
-    tie_weights: bool = _plain(True, "share the token embedding with the head")
-    head_bias: bool = _plain(False, "a bias in the head")
-    final_norm: bool = _plain(True, "a norm before the head")
-    activation: str = _choice("gelu_tanh", "of the feed-forward", "gelu_tanh", "gelu", "relu")
-    norm: str = _choice(
-        "pre", "normalise before each branch (GPT-2), or after its addition (GPT-1)", "pre", "post"
+    bias: bool = option(True, "biases in linear layers and norms")
+    qkv_bias: bool | None = option(None, "biases of the query, key and value projections (default: as bias)")
+    tie_weights: bool = option(True, "share the token embedding with the head")
+    head_bias: bool = option(False, "a bias in the head")
+    final_norm: bool = option(True, "a norm before the head")
+    activation: str = option("gelu_tanh", "of the feed-forward", choices=("gelu_tanh", "gelu", "relu"))
+    norm: str = option(
+        "pre", "normalise before each branch (GPT-2), or after its addition (GPT-1)", choices=("pre", "post")
     )
-    eps: float = _number(1e-5, "added to the variance in norms", above=True, high=1)
+    eps: float = option(1e-5, "added to the variance in norms", above=0, below=1)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -172,31 +156,37 @@ class TrainConfig:
         InputError: A field of the wrong type or outside its range, or min_lr above learning_rate.
     """
 
-    max_steps: int = _size(2000, "optimizer steps")
-    batch_size: int = _size(12, "sequences of a micro-batch")
-    grad_accum: int = _size(1, "micro-batches of a step")
-    optimizer: str = _choice(
-        "adamw", "muon is for the blocks' matrices, with adamw for the rest", "adamw", "muon"
+    max_steps: int = option(2000, "optimizer steps", low=1)
+    batch_size: int = option(12, "sequences of a micro-batch", low=1)
+    grad_accum: int = option(1, "micro-batches of a step", low=1)
+    optimizer: str = option(
+        "adamw", "muon is for the blocks' matrices, with adamw for the rest", choices=("adamw", "muon")
     )
-    learning_rate: float = _number(1e-3, "highest learning rate", above=True)
-    min_lr: float = _number(1e-4, "learning rate at the end of the cosine")
-    warmup_steps: int = _size(100, "steps of linear warm-up", low=0)
-    decay_steps: int | None = _size(None, "step at which the cosine ends (default: max_steps)")
-    weight_decay: float = _number(0.1, "decay of matrices and embeddings")
-    beta1: float = _number(0.9, "decay of the gradient's average", high=1)
-    beta2: float = _number(0.99, "decay of the squared gradient's average", high=1)
-    grad_clip: float = _number(1.0, "largest norm of the gradient; 0 for no limit")
-    dtype: str = _choice(
-        "auto", "of autocast; auto takes the device's fastest", "auto", "float32", "bfloat16", "float16"
+    learning_rate: float = option(1e-3, "highest learning rate", above=0)
+    min_lr: float = option(1e-4, "learning rate at the end of the cosine", low=0)
+    warmup_steps: int = option(100, "steps of linear warm-up", low=0)
+    decay_steps: int | None = option(None, "step at which the cosine ends (default: max_steps)", low=1)
+    weight_decay: float = option(0.1, "decay of matrices and embeddings", low=0)
+    beta1: float = option(0.9, "decay of the gradient's average", low=0, below=1)
+    beta2: float = option(0.99, "decay of the squared gradient's average", low=0, below=1)
+    grad_clip: float = option(1.0, "largest norm of the gradient; 0 for no limit", low=0)
+    dtype: str = option(
+        "auto",
+        "of autocast; auto takes the device's fastest",
+        choices=("auto", "float32", "bfloat16", "float16"),
     )
-    eval_interval: int = _size(250, "steps between evaluations")
-    eval_batches: int = _size(20, "batches of an evaluation, for each split")
-    checkpoint_interval: int | None = _size(None, "steps between checkpoints (default: eval_interval)")
-    log_interval: int = _size(10, "steps between lines of the log")
-    patience: int | None = _size(None, "stop after so many evaluations without improvement (default: never)")
-    seed: int = _size(1337, "of initialisation, batches and dropout", low=0, high=2**63 - 1)
-    compile: bool = _plain(False, "run the model through torch.compile")
-    device: str | None = _plain(None, "cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    eval_interval: int = option(250, "steps between evaluations", low=1)
+    eval_batches: int = option(20, "batches of an evaluation, for each split", low=1)
+    checkpoint_interval: int | None = option(
+        None, "steps between checkpoints (default: eval_interval)", low=1
+    )
+    log_interval: int = option(10, "steps between lines of the log", low=1)
+    patience: int | None = option(
+        None, "stop after so many evaluations without improvement (default: never)", low=1
+    )
+    seed: int = option(1337, "of initialisation, batches and dropout", low=0, high=2**63 - 1)
+    compile: bool = option(False, "run the model through torch.compile")
+    device: str | None = option(None, "cpu, cuda, cuda:1, … (default: a GPU if there is one)")
 
     def __post_init__(self) -> None:
         _check(self)
@@ -279,25 +269,27 @@ def override(config: Config, overrides: Mapping[str, Any]) -> Config:
 
 
 def _check(config: GPTConfig | TrainConfig) -> None:
-    """Every field against its type and the limits in its metadata."""
+    """Raises InputError for a field that is not of its type or not within the limits of its option."""
     hints = get_type_hints(type(config))
     for f in fields(config):
-        value, limits = getattr(config, f.name), f.metadata
-        types = get_args(hints[f.name]) or (hints[f.name],)
+        value, types = getattr(config, f.name), get_args(hints[f.name]) or (hints[f.name],)
         if value is None and NoneType in types:
             continue
         wrong = f"{type(config).__name__}: {f.name} is {value!r}, expected"
+
         accepted = (*types, int) if float in types else types
         if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in types):
             names = [{"NoneType": "None", "float": "a number"}.get(t.__name__, t.__name__) for t in types]
             raise InputError(f"{wrong} {' or '.join(names)}")
-        if "choices" in limits and value not in limits["choices"]:
-            raise InputError(f"{wrong} one of {', '.join(map(repr, limits['choices']))}")
-        if "high" in limits and not limits["low"] <= value <= limits["high"]:
-            raise InputError(f"{wrong} an integer in [{limits['low']}, {limits['high']}]")
-        if "below" in limits and not (
-            limits["low"] <= value < limits["below"] and not (limits["above"] and value == limits["low"])
-        ):
-            raise InputError(
-                f"{wrong} a number in {'(' if limits['above'] else '['}{limits['low']}, {limits['below']})"
-            )
+        if "choices" in f.metadata and value not in f.metadata["choices"]:
+            raise InputError(f"{wrong} one of {', '.join(map(repr, f.metadata['choices']))}")
+        if int in types:
+            low, high = f.metadata["low"], f.metadata.get("high", LARGEST_SIZE)
+            if not low <= value <= high:
+                raise InputError(f"{wrong} an integer in [{low}, {high}]")
+        if float in types:
+            low, above = f.metadata.get("low", -math.inf), f.metadata.get("above", -math.inf)
+            below = f.metadata.get("below", math.inf)
+            if not (low <= value < below and above < value):
+                begin = f"[{low}" if "low" in f.metadata else f"({above}"
+                raise InputError(f"{wrong} a number in {begin}, {below})")

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import codecs
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from gpt.cli import USE_TRITON, OptionParser, device_option, option, run_command, use_triton_option
 from gpt.data.corpus import read_text
+from gpt.data.text_stream import Stopped, TextStream
 from gpt.data.tokenizers import Tokenizer, first_ids
 from gpt.device import pick_device
 from gpt.errors import InputError
@@ -43,46 +42,6 @@ class SampleConfig:
     greedy: bool = option(False, "always the likeliest token")
     device: str | None = device_option()
     use_triton: str = use_triton_option()
-
-
-class Stopped(Exception):
-    """A stop text came."""
-
-
-class TextStream:
-    """Turns token ids into text as they come, whole characters only, and ends before the first of `stops`."""
-
-    def __init__(
-        self, tokenizer: Tokenizer, write: Callable[[str], object], stops: Sequence[str] = ()
-    ) -> None:
-        self.tokenizer, self.write, self.stops = tokenizer, write, stops
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""  # could be the beginning of a stop text
-
-    def token(self, ids: Tensor) -> None:
-        """Takes the next token, as generate's `on_token` gives it, for one row; raises Stopped at a stop
-        text."""
-        self._take(self._decoder.decode(self.tokenizer.decode_bytes(ids.tolist())))
-
-    def end(self) -> None:
-        """Writes what was held back."""
-        self._take(self._decoder.decode(b"", True))
-        self.write(self._held)
-        self._held = ""
-
-    def _take(self, text: str) -> None:
-        self._held += text
-        found = [place for stop in self.stops if (place := self._held.find(stop)) >= 0]
-        if found:
-            self.write(self._held[: min(found)])
-            self._held = ""
-            raise Stopped
-        begin = next(
-            (i for i in range(len(self._held)) if any(s.startswith(self._held[i:]) for s in self.stops)),
-            len(self._held),
-        )
-        self.write(self._held[:begin])
-        self._held = self._held[begin:]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

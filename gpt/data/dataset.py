@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
+from gpt.cli import option
 from gpt.data.corpus import STDLIB, Document, open_corpus
 from gpt.data.token_files import (
     BIN_NAMES,
@@ -40,27 +41,19 @@ _STREAMS: dict[Stream, int] = {"train": 0, "validation": 1, "estimate": 2}
 class DataConfig:
     """Where the text comes from and how it becomes tokens."""
 
-    data: tuple[str, ...] = field(
-        default=(STDLIB,),
-        metadata={
-            "help": "stdlib (Python's own sources and documentation), shakespeare (a download), or UTF-8 "
-            "files, folders, globs"
-        },
+    data: tuple[str, ...] = option(
+        (STDLIB,),
+        "stdlib (Python's own sources and documentation), shakespeare (a download), or UTF-8 files, folders, "
+        "globs",
     )
-    tokenizer: str | None = field(
-        default=None,
-        metadata={
-            "help": "char, gpt2, bpe (trained on the text), or the path of a tokenizer.json (default: char, "
-            "with a gpt2 preset "
-            "gpt2, with .bin files the tokenizer.json beside them)"
-        },
+    tokenizer: str | None = option(
+        None,
+        "char, gpt2, bpe (trained on the text), or the path of a tokenizer.json (default: char, with a gpt2 "
+        "preset gpt2, with .bin files the tokenizer.json beside them)",
     )
-    bpe_vocab_size: int = field(
-        default=4096, metadata={"help": "the most tokens that --tokenizer bpe learns"}
-    )
-    pack_documents: bool = field(
-        default=False,
-        metadata={"help": "no token attends to, or is predicted from, another document (file) than its own"},
+    bpe_vocab_size: int = option(4096, "the most tokens that --tokenizer bpe learns")
+    pack_documents: bool = option(
+        False, "no token attends to, or is predicted from, another document (file) than its own"
     )
 
 

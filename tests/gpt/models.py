@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gpt import GPT, GPTConfig
+from gpt import GPT, BPETokenizer, GPTConfig
 
 SMALL = GPTConfig(vocab_size=37, block_size=12, n_layer=2, n_head=2, n_embd=16)
 
@@ -18,6 +18,18 @@ CONFIGS = {
     "no-bias": {"bias": False, "qkv_bias": True, "n_inner": 24, "eps": 0.1},
     "relu-wide-heads": {"activation": "relu", "head_dim": 12, "head_bias": True, "qkv_bias": False},
 }
+
+BYTES = BPETokenizer({bytes([b]): b for b in range(256)} | {b"th": 256, b"the": 257})
+
+
+def random_model(vocab_size: int) -> GPT:
+    """A GPT with block_size 8 and fixed random parameters, in evaluation mode on the CPU."""
+    torch.manual_seed(1)
+    model = GPT(vocab_size=vocab_size, block_size=8, n_layer=1, n_head=1, n_embd=16, device="cpu").eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.3)
+    return model
 
 
 def lively(**fields: Any) -> GPT:

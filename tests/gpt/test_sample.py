@@ -6,7 +6,6 @@ import io
 import re
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import pytest
 import torch
 
 from gpt import GPT, CharTokenizer, GPTConfig, sample
-from gpt.sample import Stopped, TextStream
 from gpt.weights.checkpoint import save_model
 
 ROOT = Path(__file__).parents[2]
@@ -81,37 +79,6 @@ def test_stop_texts(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stop = whole[60:63]
     stopped = run_sample(capsys, trained, *flags, "--stop", stop, "no such text")
     assert stopped == whole[: whole.index(stop, len("the cat"))] + "\n"
-
-
-class Letters:
-    """Tokens that are single bytes."""
-
-    def decode_bytes(self, ids: list[int]) -> bytes:
-        return bytes(ids)
-
-
-@pytest.mark.parametrize("size", [1, 3, 99])
-@pytest.mark.parametrize(
-    ("text", "stops", "written"),
-    [
-        ("abcabd", [], "abcabd"),
-        ("abcabdx", ["abd"], "abc"),
-        ("aaab", ["aab"], "a"),
-        ("xab", ["abc"], "xab"),
-        ("aé東z", ["z"], "aé東"),
-        ("xyz", ["yz", "z"], "x"),
-    ],
-)
-def test_stream(text: str, stops: list[str], written: str, size: int) -> None:
-    """Half a stop text shown, an innocent beginning of one lost, or half a character."""
-    pieces: list[str] = []
-    stream = TextStream(Letters(), pieces.append, stops)  # type: ignore[arg-type]
-    with suppress(Stopped):
-        encoded = list(text.encode())
-        for i in range(0, len(encoded), size):
-            stream.token(torch.tensor(encoded[i : i + size]))
-        stream.end()
-    assert "".join(pieces) == written
 
 
 def test_tokens_are_shown_as_they_come(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,49 @@
+"""How well a model predicts a text: loss, perplexity and bits per byte."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gpt import GPT, InputError
+from gpt.training.evaluation import evaluate
+from tests.gpt.models import BYTES, random_model
+from tests.gpt.text import TEXT
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    return random_model(BYTES.vocab_size)
+
+
+@pytest.mark.parametrize("length", [2, 8, 9, 10, 40, 41, 43])
+@pytest.mark.parametrize("stride", [1, 3, 4, 8])
+def test_every_token_counts_once_with_its_context(length: int, stride: int, model: GPT) -> None:
+    """A token that counts twice or not at all, or that has less context than the stride leaves."""
+    ids = np.asarray(BYTES.encode(TEXT)[:length], np.uint16)
+    nats = 0.0
+    for position in range(1, length):
+        start = 0 if position <= 8 else -(-(position - 8) // stride) * stride
+        logits = model(torch.from_numpy(ids[start:position].astype(np.int64))[None])[0, -1]
+        nats += F.cross_entropy(logits, torch.tensor(int(ids[position]))).item()
+
+    evaluation = evaluate(model, ids, BYTES, stride=stride, batch_size=3)
+    assert evaluation.tokens == length - 1
+    assert evaluation.loss == pytest.approx(nats / (length - 1), rel=1e-5)
+    assert evaluation.perplexity == pytest.approx(math.exp(evaluation.loss))
+    size = len(BYTES.decode_bytes(ids[1:].tolist()))
+    assert evaluation.bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+
+
+def test_wrong_settings_are_refused(model: GPT) -> None:
+    """A stride that leaves tokens out, or a text without a target."""
+    ids = np.zeros(20, np.uint16)
+    for stride in (0, 9):
+        with pytest.raises(InputError, match=rf"stride is {stride}, expected 1 to 8 \(block_size\)"):
+            evaluate(model, ids, BYTES, stride=stride)
+    with pytest.raises(InputError, match="has 1 tokens, expected at least 2"):
+        evaluate(model, ids[:1], BYTES)
