@@ -1,1 +1,1 @@
-"""Training: one step, the loop around it, and what a run keeps in its folder."""
+"""Training: one step, the loop around it, several processes, and the files of a run."""

@@ -1,8 +1,7 @@
-"""The few lines between the trainer and torch.distributed: what the processes of one `torchrun` say to one
-another.
+"""Training in several processes that `torchrun` starts: sharing work, exchanging values, and joint errors.
 
-Small objects travel through gloo, tensors through the backend of their device: NCCL for CUDA, gloo for the
-CPU.
+Python objects are exchanged through gloo, tensors through the backend of their device: NCCL for CUDA, gloo
+for the CPU.
 """
 
 from __future__ import annotations
@@ -24,22 +23,27 @@ from gpt.errors import InputError
 T = TypeVar("T")
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-TIMEOUT = timedelta(
-    days=1
-)  # the others wait for what rank 0 does alone; whom a dead process leaves waiting, torchrun ends
-BUCKET = 1 << 24  # numbers that are summed at a time
+# Long, because other ranks wait while rank 0 works alone. When a process exits, torchrun ends the others.
+TIMEOUT = timedelta(days=1)
+BUCKET = 1 << 24  # elements per all-reduce
 
 
 class SharedError(InputError):
-    """The InputError of one rank, raised by all."""
+    """An InputError of one rank, raised by every rank."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of a run; the methods with an underscore work in place, as torch's do.
+    """The ranks of a run, as one of its processes sees them.
 
-    Every rank makes the same calls in the same order. A single process makes them too, and they then do
-    nothing.
+    Every rank must make the same calls in the same order. In a run of one process the calls do nothing.
+    Methods that end in an underscore work in place, as torch's do.
+
+    Attributes:
+        rank: This process, from 0.
+        size: The number of processes.
+        local_rank: This process among those on its machine, from 0.
+        local_size: The number of processes on its machine.
     """
 
     rank: int = 0
@@ -48,33 +52,32 @@ class Ranks:
     local_size: int = 1
 
     def check(self, config: TrainConfig) -> None:
-        """Raises InputError where the ranks cannot share a step's micro-batches, or have no device each."""
+        """Raises InputError if the micro-batches or the devices cannot be divided among the ranks."""
         if self.size == 1:
             return
         if config.grad_accum % self.size:
             fitting = -(-config.grad_accum // self.size) * self.size
             raise InputError(
-                f"grad_accum is {config.grad_accum}, expected a multiple of {self.size}, the processes to "
-                "which a step's "
-                f"micro-batches are dealt (--grad_accum {fitting}; a step has batch_size times grad_accum "
-                "sequences in all)"
+                f"grad_accum is {config.grad_accum}, expected a multiple of {self.size}, the number of "
+                f"processes (--grad_accum {fitting}; a step has batch_size times grad_accum sequences in all)"
             )
         device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         if device not in ("cpu", "cuda", f"cuda:{self.local_rank}"):
             raise InputError(
-                f"device is {device!r}, expected cpu or cuda: process {self.rank} has cuda:{self.local_rank}"
+                f"device is {device!r}, expected cpu or cuda: process {self.rank} uses cuda:{self.local_rank}"
             )
         if device != "cpu" and self.local_size > (gpus := torch.cuda.device_count()):
             raise InputError(
-                f"torchrun: --nproc_per_node is {self.local_size}, expected at most {gpus}, the GPUs here"
+                f"torchrun: --nproc_per_node is {self.local_size}, expected at most {gpus}, the GPUs of this "
+                "machine"
             )
 
     def share(self, items: Iterable[T]) -> Iterator[T]:
-        """Items rank, rank + size, rank + 2 size, …"""
+        """This rank's share of `items`: those at index rank, rank + size, rank + 2 size, and so on."""
         return islice(items, self.rank, None, self.size)
 
     def gather(self, value: T) -> list[T]:
-        """The ranks' values, in their order."""
+        """The values of all ranks, in rank order."""
         if self.size == 1:
             return [value]
         values: list[T] = [value] * self.size
@@ -82,10 +85,10 @@ class Ranks:
         return values
 
     def on_first(self, function: Callable[[], T]) -> T:
-        """What `function` returns on rank 0, the only one that calls it.
+        """Calls `function` on rank 0 alone; returns its result on every rank.
 
         Raises:
-            InputError: As `function` there.
+            InputError: On every rank, if `function` raised it.
         """
         with self.agreement():
             value = function() if self.rank == 0 else None
@@ -93,8 +96,10 @@ class Ranks:
 
     @contextmanager
     def agreement(self) -> Iterator[None]:
-        """Ends together: an InputError of one rank is raised by all, the lowest rank's if they differ. No
-        collectives within."""
+        """Raises an InputError of one rank on every rank at the end of the block.
+
+        If several ranks fail, the error of the lowest counts. The block must not exchange values.
+        """
         if self.size == 1:
             yield
             return
@@ -108,7 +113,7 @@ class Ranks:
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
-        """A machine's first rank goes before its others, who find in the caches what it made."""
+        """Runs the block on the first rank of each machine before the others, which then use its caches."""
         if self.local_rank:
             self.gather(None)
         try:
@@ -118,7 +123,7 @@ class Ranks:
                 self.gather(None)
 
     def sum_(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Replaces tensors of one dtype and device by their sums over the ranks, the same bits on each."""
+        """Replaces tensors of one dtype and device by their sums over the ranks, bit-equal on each rank."""
         for bucket in _buckets(tensors) if self.size > 1 else ():
             flat = torch.cat([t.flatten() for t in bucket])
             dist.all_reduce(flat)
@@ -127,7 +132,7 @@ class Ranks:
 
     @torch.no_grad()
     def broadcast_(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Replaces tensors by rank 0's."""
+        """Replaces tensors by those of rank 0."""
         for tensor in tensors if self.size > 1 else ():
             dist.broadcast(tensor, 0)
 
@@ -137,28 +142,29 @@ ALONE = Ranks()
 
 @contextmanager
 def join() -> Iterator[Ranks]:
-    """Meets the other processes of a `torchrun`, if this is one of several; "cuda" is then the GPU of its
-    LOCAL_RANK.
+    """Connects to the other processes of a `torchrun`, if there are any; "cuda" becomes GPU LOCAL_RANK.
 
-    Rank 0 alone speaks: what the others print is dropped, and a SharedError ends them in silence with exit
-    code 2. Any other exception ends one process, and torchrun the rest.
+    Only rank 0 prints: the output of the others is dropped, and a SharedError ends them silently with exit
+    code 2. Any other exception ends its process, and torchrun then ends the rest.
 
     Raises:
-        InputError: WORLD_SIZE is above 1, and other variables that torchrun sets are missing.
+        InputError: WORLD_SIZE is above 1, but other variables that torchrun sets are missing.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield ALONE
         return
     if missing := [name for name in VARIABLES if name not in os.environ]:
         raise InputError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} without {missing[0]}, expected both, as torchrun "
-            "sets them"
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but {missing[0]} is not set, expected both, as set by "
+            "torchrun"
         )
+
     ranks = Ranks(*(int(os.environ[name]) for name in VARIABLES[:4]))
     if ranks.local_rank < torch.cuda.device_count():
         torch.cuda.set_device(ranks.local_rank)
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=TIMEOUT)
+
     try:
         with _silence() if ranks.rank else nullcontext():
             yield ranks
@@ -171,14 +177,14 @@ def join() -> Iterator[Ranks]:
 
 
 def _leave(ranks: Ranks) -> None:
-    """Ends the connection once all are here: torchrun stops the others as soon as one process has failed."""
+    """Disconnects when all ranks are ready: torchrun stops the others as soon as one process fails."""
     ranks.gather(None)
     dist.destroy_process_group()
 
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Drops what is printed, but for the traceback of an exception that leaves it."""
+    """Drops all output of the block. The traceback of an exception that leaves it is still printed."""
     with (
         open(os.devnull, "w", encoding="utf-8") as nowhere,
         redirect_stdout(nowhere),
@@ -188,7 +194,7 @@ def _silence() -> Iterator[None]:
 
 
 def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """`tensors` in order, in lists that end with the tensor by which they reach BUCKET numbers."""
+    """Splits `tensors`, in order, into lists of about BUCKET elements."""
     bucket: list[torch.Tensor] = []
     for tensor in tensors:
         bucket.append(tensor)

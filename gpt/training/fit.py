@@ -1,4 +1,4 @@
-"""`model.fit`: epochs over a DataLoader, with the step of the trainer."""
+"""`GPT.fit`: epochs over a DataLoader, with the trainer's step."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from gpt.training.step import TrainStep
 
 
 class EarlyStopping:
-    """A callback that ends `fit` when the loss has not improved for a while.
-
-    It watches the validation loss, or the training loss where there is none.
+    """A callback that ends `fit` when the validation loss stops improving; without one, the training loss.
 
     Args:
-        patience: Epochs in a row without improvement after which to stop.
-        min_delta: What a loss must fall by to count as improved.
+        patience: Stop after this many epochs in a row without an improvement.
+        min_delta: The smallest decrease of the loss that counts as an improvement.
+
+    Raises:
+        InputError: patience is below 1, or min_delta is negative.
     """
 
     def __init__(self, patience: int = 1, min_delta: float = 0.0) -> None:
@@ -35,12 +36,15 @@ class EarlyStopping:
         self.patience, self.min_delta = patience, min_delta
 
     def __call__(self, model: GPT, epoch: int) -> bool:
-        """Whether to stop after `epoch`."""
+        """True to stop after `epoch`."""
         losses = model.validation_loss or model.train_loss
-        best, worse = math.inf, 0
+        best, epochs_since_best = math.inf, 0
         for loss in losses:
-            best, worse = (loss, 0) if loss < best - self.min_delta else (best, worse + 1)
-        return worse >= self.patience
+            if loss < best - self.min_delta:
+                best, epochs_since_best = loss, 0
+            else:
+                epochs_since_best += 1
+        return epochs_since_best >= self.patience
 
 
 def fit(
@@ -52,12 +56,13 @@ def fit(
     learning_rate: float,
     callbacks: Sequence[Callback],
 ) -> None:
-    """`GPT.fit`, where the arguments are documented."""
+    """Implements `GPT.fit`, which documents the arguments."""
     if num_epoch < 1:
         raise InputError(f"fit: num_epoch is {num_epoch}, expected at least 1")
     config = TrainConfig(learning_rate=learning_rate, min_lr=0.0)
     model.to(pick_device(config.device))
     step = TrainStep(model, config)
+
     model.train_loss, model.validation_loss = [], []
     for epoch in range(1, num_epoch + 1):
         model.train()
@@ -77,6 +82,11 @@ def fit(
 
 
 def _batches(loader: Iterable[Sequence[Any]]) -> Iterator[Batch]:
+    """The loader's pairs as batches.
+
+    Raises:
+        InputError: The loader gives something else than a pair of tensors.
+    """
     for pair in loader:
         if (
             not isinstance(pair, (tuple, list))
@@ -84,17 +94,21 @@ def _batches(loader: Iterable[Sequence[Any]]) -> Iterator[Batch]:
             or not all(isinstance(t, Tensor) for t in pair)
         ):
             raise InputError(
-                f"fit: the loader gave a {type(pair).__name__}, expected (inputs, targets), two tensors"
+                f"fit: the loader gave a {type(pair).__name__}, expected two tensors (inputs, targets)"
             )
         yield Batch(*pair)
 
 
 def _mean(losses: Iterable[tuple[float, Batch]]) -> float:
-    """The mean over all targets."""
+    """The mean loss over all targets.
+
+    Raises:
+        InputError: There are no targets.
+    """
     total, count = 0.0, 0
     for loss, batch in losses:
         targets = int((batch.targets != IGNORED).sum())
         total, count = total + loss * targets, count + targets
     if not count:
-        raise InputError("fit: the loader gave no targets, expected at least one batch with some")
+        raise InputError("fit: the loader gave no targets, expected at least one")
     return total / count

@@ -1,4 +1,4 @@
-"""The loss curve of a run as a picture."""
+"""The loss curve of a run as an image."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from pathlib import Path
 
 
 def plot_log(log: Path, image: Path) -> None:
-    """Draws the training and validation losses in a `log.jsonl`, and the bigram baseline when it is there,
-    into `image`."""
+    """Draws the losses in a `log.jsonl`, and the bigram baseline if the log has it, to the file `image`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The state of torch's random numbers, from which dropout draws, as text that JSON can hold."""
+"""The state of torch's random number generators, which dropout uses, as strings for JSON."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ State = Mapping[str, str | None]
 
 
 def get_state(device: torch.device) -> State:
-    """The state on the CPU, and on `device` if that is a GPU."""
+    """The state of the CPU's generator, and of the generator of `device` if it is a GPU."""
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     return {"cpu": _to_hex(torch.get_rng_state()), "cuda": None if cuda is None else _to_hex(cuda)}
 
 
 def set_state(state: State, device: torch.device) -> None:
-    """Goes on from what `get_state` returned."""
+    """Restores what `get_state` returned."""
     cpu, cuda = state["cpu"], state["cuda"]
     if cpu is not None:
         torch.set_rng_state(_from_hex(cpu))
@@ -25,7 +25,7 @@ def set_state(state: State, device: torch.device) -> None:
 
 
 def seed(*numbers: int) -> None:
-    """Begins anew, everywhere, with numbers that are a function of `numbers`."""
+    """Seeds all of torch's generators with a hash of `numbers`."""
     import numpy as np
 
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))

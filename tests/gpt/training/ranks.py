@@ -1,5 +1,8 @@
-"""What each of two processes does for test_distributed.py: `python -m tests.gpt.training.ranks FOLDER` and
-flags of gpt.train."""
+"""The program that test_distributed.py runs in two processes.
+
+`python -m tests.gpt.training.ranks FOLDER FLAGS` runs all scenarios, saves their results in FOLDER, and then
+runs gpt.train with FLAGS.
+"""
 
 from __future__ import annotations
 
@@ -30,23 +33,23 @@ RAGGED = ((32, 5, 0, 1), (7, 0, 20, 0))
 
 
 def steps(ranks: Ranks = ALONE, out: Path | None = None) -> list[Any]:
-    """Of steps that change nothing the loss, the norm and the clipped gradients."""
+    """Loss, gradient norm and clipped gradients of two steps with learning rate 0."""
     model = make_model(TokenData.from_text(TEXT), dropout=0.0)
     step = TrainStep(model, replace(PLAIN, grad_clip=0.05), ranks=ranks)
-    found = []
+    results = []
     for counts in RAGGED:
         result = step(list(ranks.share(make_batches(*counts))), rate=0.0)
-        found.append((result.loss, result.gradient_norm, [p.grad.clone() for p in model.parameters()]))
-    return found
+        results.append((result.loss, result.gradient_norm, [p.grad.clone() for p in model.parameters()]))
+    return results
 
 
 def without_noise() -> GPT:
-    """No dropout, and no bias of the keys: its gradient is nothing but rounding, which AdamW magnifies."""
+    """A model without dropout or key biases: AdamW would magnify the rounding noise of their gradient."""
     return make_model(TokenData.from_text(TEXT), dropout=0.0, qkv_bias=False)
 
 
 def curve(ranks: Ranks, out: Path) -> Any:
-    """A run without dropout; rank 1 begins with other parameters, and counts what it saves."""
+    """A run without dropout, in which rank 1 starts with other parameters. Counts the saves of each rank."""
     model = without_noise()
     if ranks.rank:
         torch.nn.init.ones_(model.wte.weight)
@@ -61,7 +64,7 @@ def curve(ranks: Ranks, out: Path) -> Any:
 
 
 def interrupted(ranks: Ranks, out: Path) -> Any:
-    """A run with dropout, straight and stopped by a signal that rank 1 alone receives."""
+    """A run with dropout: uninterrupted, then stopped by a signal to rank 1 alone, then resumed."""
 
     def run(name: str, data: TokenData, resume: bool = False) -> Any:
         torch.manual_seed(11)
@@ -73,7 +76,7 @@ def interrupted(ranks: Ranks, out: Path) -> Any:
 
 
 def masks(ranks: Ranks, out: Path) -> Any:
-    """The loss of one batch with this rank's dropout, and without."""
+    """The loss of one batch with this rank's dropout, and without dropout."""
     trainer = Trainer(make_model(TokenData.from_text(TEXT)), TokenData.from_text(TEXT), PLAIN, ranks=ranks)
     batch = make_batches(32)[0]
     losses = [trainer._step.loss(batch).item()]
@@ -82,40 +85,40 @@ def masks(ranks: Ranks, out: Path) -> Any:
 
 
 def failures(ranks: Ranks, out: Path) -> list[str]:
-    """What each rank hears of errors that one of them has."""
+    """The messages that each rank gets for errors of one rank."""
 
     def fail(rank: int) -> None:
         if ranks.rank == rank:
             raise InputError(f"from {rank}")
 
-    found = []
+    messages = []
     for attempt in (lambda: fail(1), lambda: ranks.on_first(lambda: fail(0))):
         with pytest.raises(InputError) as error, ranks.agreement():
             attempt()
-        found.append(str(error.value))
-    return found
+        messages.append(str(error.value))
+    return messages
 
 
 def failing_trainer(ranks: Ranks, out: Path) -> list[str]:
-    """A folder that one rank cannot use, and a checkpoint that rank 0 cannot write."""
-    data, found = TokenData.from_text(TEXT), []
+    """The errors for a folder that rank 1 cannot use, and for a checkpoint that rank 0 cannot write."""
+    data, messages = TokenData.from_text(TEXT), []
     (out / f"file-{ranks.rank}").write_text("")
     with pytest.raises(InputError) as error:
         Trainer(
             make_model(data), data, PLAIN, out=out / "file-1" if ranks.rank else out / "free", ranks=ranks
         )
-    found.append(str(error.value))
+    messages.append(str(error.value))
     trainer = Trainer(make_model(data), data, PLAIN, out=out / "full", ranks=ranks)
     with pytest.MonkeyPatch.context() as patch:
         if not ranks.rank:
             patch.setattr(checkpoint, "write_tensors", disk_full)
         with pytest.raises(InputError) as error:
             trainer.run()
-    return [*found, str(error.value)]
+    return [*messages, str(error.value)]
 
 
 def non_finite(ranks: Ranks, out: Path) -> Any:
-    """Where the loss of rank 1 alone is infinite: the message, and whether parameters changed."""
+    """An infinite loss on rank 1 alone: the message, and whether the parameters stay the same."""
     data = TokenData.from_text(TEXT)
     trainer = Trainer(make_model(data), data, PLAIN, out=out / "inf", ranks=ranks)
     before = [p.detach().clone() for p in trainer.model.parameters()]
@@ -127,7 +130,7 @@ def non_finite(ranks: Ranks, out: Path) -> Any:
 
 
 def overflow(ranks: Ranks, out: Path) -> Any:
-    """float16 whose gradient overflows on rank 1 alone: the scale, and whether parameters changed."""
+    """A float16 gradient that overflows on rank 1 alone: the scale, and whether the parameters stay."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gpt.training.step.autocast_dtype", lambda name, device: torch.float16)
         model = make_model(TokenData.from_text(TEXT), dropout=0.0)
@@ -152,11 +155,11 @@ SCENARIOS: tuple[Callable[[Ranks, Path], Any], ...] = (
 
 
 def main(folder: Path, argv: list[str]) -> int:
-    """All of the above, in a file for each rank; then the command line, whose exit code this is."""
-    distributed.BUCKET = 1000  # the model takes several
+    """Runs all scenarios, then gpt.train; returns its exit code."""
+    distributed.BUCKET = 1000  # so small that the model needs several buckets
     with distributed.join() as ranks:
-        found = {scenario.__name__: scenario(ranks, folder) for scenario in SCENARIOS}
-        torch.save(found, folder / f"rank-{ranks.rank}.pt")
+        results = {scenario.__name__: scenario(ranks, folder) for scenario in SCENARIOS}
+        torch.save(results, folder / f"rank-{ranks.rank}.pt")
     os.environ["MASTER_PORT"] = os.environ["SECOND_PORT"]
     return train.main(argv)
 

@@ -1,4 +1,4 @@
-"""Several processes against one: what two say to one another, and `torchrun`. The processes run ranks.py."""
+"""Training in two processes, compared with one process, and under `torchrun`. They run ranks.py."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
 
 class Pair:
-    """Two processes that have run: what they found, said and returned."""
+    """Runs ranks.py in two processes; keeps their results, output and exit codes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -66,18 +66,18 @@ class Pair:
             for rank in range(2)
         ]
         try:
-            self.said = [process.communicate(timeout=120) for process in processes]
+            self.outputs = [process.communicate(timeout=120) for process in processes]
         finally:
             for process in processes:
                 process.kill()
         self.codes = [process.returncode for process in processes]
         files = [folder / f"rank-{rank}.pt" for rank in range(2)]
-        assert all(file.exists() for file in files), self.said
-        self.found = [torch.load(file, weights_only=False) for file in files]
+        assert all(file.exists() for file in files), self.outputs
+        self.results = [torch.load(file, weights_only=False) for file in files]
 
     def __call__(self, scenario: str) -> list[Any]:
-        """What each rank found."""
-        return [found[scenario] for found in self.found]
+        """The result of a scenario on each rank."""
+        return [results[scenario] for results in self.results]
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +86,12 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 
 def test_steps_weigh_the_targets_of_all_ranks(pair: Pair) -> None:
-    """Ranks that count the same, however few targets they have, gradients averaged or clipped before they are
-    summed."""
+    """Ranks with equal weight whatever their targets, or gradients averaged or clipped before the sum."""
     expected = steps()
-    for found in pair("steps"):
-        for (loss, norm, gradients), (one_loss, one_norm, one_gradients) in zip(found, expected, strict=True):
+    for actual in pair("steps"):
+        for (loss, norm, gradients), (one_loss, one_norm, one_gradients) in zip(
+            actual, expected, strict=True
+        ):
             assert loss == pytest.approx(one_loss, rel=1e-6)
             assert norm == pytest.approx(one_norm, rel=1e-5)
             for ours, theirs in zip(gradients, one_gradients, strict=True):
@@ -100,9 +101,8 @@ def test_steps_weigh_the_targets_of_all_ranks(pair: Pair) -> None:
         assert all(map(torch.equal, ours[2], theirs[2]))
 
 
-def test_a_run_is_that_of_one_process(pair: Pair, tmp_path: Path) -> None:
-    """A step that takes other micro-batches, or one of them twice; parameters that differ; a part of an
-    evaluation left out."""
+def test_a_run_equals_one_process(pair: Pair, tmp_path: Path) -> None:
+    """Other micro-batches, one of them twice, unequal parameters, or an incomplete evaluation."""
     trainer = Trainer(without_noise(), TokenData.from_text(TEXT), PLAIN, out=tmp_path)
     before = trainer.evaluate("validation")
     result = trainer.run()
@@ -123,8 +123,8 @@ def test_a_run_is_that_of_one_process(pair: Pair, tmp_path: Path) -> None:
         torch.testing.assert_close(first[3][name], p, rtol=1e-4, atol=1e-5)
 
 
-def test_rank_0_writes(pair: Pair) -> None:
-    """A file that two processes write at the same time, or a log with every step twice."""
+def test_only_rank_0_writes(pair: Pair) -> None:
+    """A file that two processes write at once, or a log with every step twice."""
     first, second = pair("curve")
     assert (first[2], second[2]) == (4, 0)
     out = pair.folder / "curve"
@@ -140,15 +140,14 @@ def test_rank_0_writes(pair: Pair) -> None:
 
 
 def test_speed_counts_all_ranks(pair: Pair) -> None:
-    """Tokens per second, or a share of the peak, of one process where all have worked."""
+    """Tokens per second of one process instead of all."""
     for earlier, later in itertools.pairwise(read_log(pair.folder / "curve")):
         seconds = later["seconds"] - earlier["seconds"]
         assert later["tokens_per_second"] == pytest.approx(4 * 2 * 16 / seconds)
 
 
-def test_a_stopped_run_goes_on_bit_by_bit(pair: Pair) -> None:
-    """A signal to one process that leaves the others waiting, or dropout that goes on with the masks of
-    another rank."""
+def test_a_resumed_run_is_equal_bit_by_bit(pair: Pair) -> None:
+    """A signal to one process that leaves the others waiting, or a resume with another rank's dropout."""
     for straight, stopped, resumed in pair("interrupted"):
         assert (stopped.step, stopped.signal) == (4, signal.SIGTERM)
         assert replace(resumed, checkpoint=None) == replace(straight, checkpoint=None)
@@ -161,9 +160,8 @@ def test_a_stopped_run_goes_on_bit_by_bit(pair: Pair) -> None:
     assert states[0][0] != states[0][1]
 
 
-def test_another_number_of_processes_goes_on(pair: Pair, tmp_path: Path) -> None:
-    """A run that can only be resumed on the machine that it began on, or a change of its random numbers that
-    nobody is told."""
+def test_another_number_of_processes_can_resume(pair: Pair, tmp_path: Path) -> None:
+    """A resume that needs the same number of processes, or other random numbers without a warning."""
     data = TokenData.from_text(TEXT)
     source = pair.folder / "straight/checkpoints/step-8"
     shutil.copytree(source, tmp_path / "checkpoints/step-8")
@@ -178,15 +176,15 @@ def test_another_number_of_processes_goes_on(pair: Pair, tmp_path: Path) -> None
     assert all(torch.equal(p, saved[name]) for name, p in trainer.model.named_parameters())
 
 
-def test_masks_differ(pair: Pair) -> None:
-    """The same dropout on every rank, which makes a step's micro-batches less independent than they look."""
+def test_each_rank_has_its_own_dropout_masks(pair: Pair) -> None:
+    """The same dropout masks on every rank, which correlates the micro-batches of a step."""
     (first, plain), (second, also_plain) = pair("masks")
     assert plain == also_plain
     assert first != second
 
 
-def test_an_error_of_one_is_raised_by_all(pair: Pair) -> None:
-    """A process that waits for one that has failed."""
+def test_an_error_of_one_rank_is_raised_by_all(pair: Pair) -> None:
+    """A process that waits for another one that has failed."""
     assert pair("failures") == [["from 1", "from 0"]] * 2
     first, second = pair("failing_trainer")
     assert first == second
@@ -195,8 +193,8 @@ def test_an_error_of_one_is_raised_by_all(pair: Pair) -> None:
     assert not (pair.folder / "free").exists()
 
 
-def test_what_is_not_finite_on_one_stops_all(pair: Pair) -> None:
-    """Parameters that differ from then on, or the batch of another rank kept."""
+def test_a_non_finite_loss_of_one_rank_stops_all(pair: Pair) -> None:
+    """A step that only one rank skips, or kept batches that are not the failed ones."""
     (message, same), (also, also_same) = pair("non_finite")
     assert message == also
     assert re.match(
@@ -209,10 +207,10 @@ def test_what_is_not_finite_on_one_stops_all(pair: Pair) -> None:
     assert pair("overflow") == [(0.5, True)] * 2
 
 
-def test_bad_input_is_said_once(pair: Pair) -> None:
-    """A line for each process, another exit code, or a folder that was made before the check."""
+def test_bad_input_is_reported_once(pair: Pair) -> None:
+    """One error line per process, a wrong exit code, or a folder created before the check."""
     assert pair.codes == [2, 2]
-    (printed, error), silence = pair.said
+    (printed, error), silence = pair.outputs
     assert silence == ("", "")
     assert not printed.startswith("model")
     assert error.splitlines()[-1].startswith("gpt.train: grad_accum is 3, expected a multiple of 2")
@@ -220,22 +218,24 @@ def test_bad_input_is_said_once(pair: Pair) -> None:
     assert not (pair.folder / "wrong").exists()
 
 
-def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two processes on one GPU."""
+def test_each_process_needs_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes that share one GPU."""
     second = Ranks(rank=1, size=2, local_rank=1, local_size=2)
     second.check(TrainConfig(grad_accum=2, device="cpu"))
-    with pytest.raises(InputError, match="device is 'cuda:0', expected cpu or cuda: process 1 has cuda:1"):
+    with pytest.raises(InputError, match="device is 'cuda:0', expected cpu or cuda: process 1 uses cuda:1"):
         second.check(TrainConfig(grad_accum=2, device="cuda:0"))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     for device in ("cuda", "cuda:1"):
-        with pytest.raises(InputError, match="--nproc_per_node is 2, expected at most 1, the GPUs here"):
+        with pytest.raises(
+            InputError, match="--nproc_per_node is 2, expected at most 1, the GPUs of this machine"
+        ):
             second.check(TrainConfig(grad_accum=2, device=device))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     second.check(TrainConfig(grad_accum=2, device="cuda"))
 
 
-def test_one_process_joins_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A single process that needs what torchrun sets."""
+def test_one_process_needs_no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single process that requires torchrun's environment variables."""
     for size in (None, "1"):
         if size:
             monkeypatch.setenv("WORLD_SIZE", size)
@@ -245,9 +245,8 @@ def test_one_process_joins_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
-def test_torchrun(tmp_path: Path) -> None:
-    """A command that does not start under torchrun, says everything twice, or is killed by SIGTERM before it
-    has saved."""
+def test_torchrun_stops_and_saves(tmp_path: Path) -> None:
+    """A command that fails under torchrun, prints everything twice, or does not save on SIGTERM."""
     (tmp_path / "text.txt").write_text(TEXT)
     command = [
         sys.executable,

@@ -1,4 +1,4 @@
-"""`model.fit`, and the callbacks that end it."""
+"""`GPT.fit`, and the callbacks that end it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from gpt.training.step import NonFiniteError
 
 @pytest.fixture(autouse=True)
 def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The losses are compared with float32's, so a processor with bfloat16 must not take it."""
+    """Makes fit use float32 on a CPU with bfloat16 too, because the losses are compared with float32."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {}, raising=False)
 
 
 def documented() -> GPT:
-    """The class as simple-llm documents it."""
+    """A model with the arguments that simple-llm documents."""
     return GPT(
         vocab_size=11,
         max_seq_len=8,
@@ -35,7 +35,7 @@ def documented() -> GPT:
 
 
 def loader(rows: int = 24, batch_size: int = 8) -> DataLoader[Any]:
-    """Rows in which each token is the one before plus one."""
+    """Rows in which each token is the previous one plus 1."""
     tokens = (torch.arange(rows)[:, None] + torch.arange(9)) % 11
     return DataLoader(TensorDataset(tokens[:, :-1], tokens[:, 1:]), batch_size=batch_size)
 
@@ -46,7 +46,7 @@ def mean_loss(model: GPT, batches: DataLoader[Any]) -> float:
 
 
 def test_losses_fall_and_are_kept() -> None:
-    """A fit that does not learn, that loses its history, or that leaves dropout on."""
+    """A fit that does not learn, loses its loss history, or leaves the model in training mode."""
     model = documented()
     first = mean_loss(model, loader())
     model.fit(loader(), loader(5), num_epoch=30, learning_rate=1e-2)
@@ -60,7 +60,7 @@ def test_losses_fall_and_are_kept() -> None:
 
 
 def test_the_device_is_picked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model that stays on the CPU beside a GPU."""
+    """A model that stays on the CPU although there is a GPU."""
     model, picked, moved = documented(), torch.device("cpu", 0), []
     monkeypatch.setattr("gpt.training.fit.pick_device", lambda name: picked if name is None else None)
     monkeypatch.setattr(GPT, "to", lambda self, device: moved.append(device))
@@ -68,8 +68,8 @@ def test_the_device_is_picked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert moved == [picked]
 
 
-def test_dropout_is_for_training() -> None:
-    """A validation with dropout, or an epoch after it without."""
+def test_dropout_is_on_in_training_only() -> None:
+    """Validation with dropout, or training without dropout after a validation."""
     modes: list[tuple[bool, bool]] = []
     model = documented()
     model.register_forward_pre_hook(
@@ -79,27 +79,27 @@ def test_dropout_is_for_training() -> None:
     assert modes == [(True, True), (False, False)] * 2
 
 
-def test_uneven_batches_weigh_by_tokens() -> None:
-    """A mean over batches in which a last, smaller one counts as much as the others."""
+def test_uneven_batches_are_weighted_by_targets() -> None:
+    """A mean over batches in which a smaller last batch has the same weight as the others."""
     model = documented()
     model.fit(loader(9, 8), loader(9, 8), learning_rate=1e-12)
     assert model.validation_loss[0] == pytest.approx(mean_loss(model, loader(9, 8)), rel=1e-5)
     assert model.train_loss[0] == pytest.approx(model.validation_loss[0], rel=1e-4)
 
 
-def test_callbacks() -> None:
-    """A callback that is not asked, is asked too late, or does not end the training."""
-    asked: list[tuple[int, int]] = []
+def test_callbacks_run_after_each_epoch() -> None:
+    """A callback that is not called, is called too late, or does not end the training."""
+    calls: list[tuple[int, int]] = []
 
     def stop_at_three(model: GPT, epoch: int) -> bool:
-        asked.append((epoch, len(model.train_loss)))
+        calls.append((epoch, len(model.train_loss)))
         return epoch == 3
 
     model = documented()
     model.fit(
-        loader(), num_epoch=9, callbacks=[stop_at_three, lambda model, epoch: asked.append((epoch, -1))]
+        loader(), num_epoch=9, callbacks=[stop_at_three, lambda model, epoch: calls.append((epoch, -1))]
     )
-    assert asked == [(1, 1), (1, -1), (2, 2), (2, -1), (3, 3), (3, -1)]
+    assert calls == [(1, 1), (1, -1), (2, 2), (2, -1), (3, 3), (3, -1)]
     assert len(model.train_loss) == 3
 
 
@@ -113,20 +113,20 @@ def test_callbacks() -> None:
     ],
 )
 def test_early_stopping(losses: list[float], patience: int, min_delta: float, stops: list[bool]) -> None:
-    """A stop at an improvement, or none without."""
+    """A stop after an improvement, or no stop without one."""
     model = documented()
     stopping = EarlyStopping(patience, min_delta)
-    found = []
+    actual = []
     for epoch in range(1, len(losses) + 1):
         model.train_loss = losses[:epoch]
-        found.append(stopping(model, epoch))
-    assert found == stops
+        actual.append(stopping(model, epoch))
+    assert actual == stops
     model.validation_loss = [1.0]
     assert stopping(model, 1) is False
 
 
-def test_wrong_arguments() -> None:
-    """A traceback from inside the model, or an epoch over nothing that counts as trained."""
+def test_wrong_arguments_are_refused() -> None:
+    """A traceback from inside the model, or an epoch without targets that counts as trained."""
     model, x = documented(), torch.zeros(2, 4, dtype=torch.long)
     for bad, words in (
         ([x], "gave a Tensor"),
