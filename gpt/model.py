@@ -306,7 +306,7 @@ class GPT(nn.Module):
         return generate(self, idx, max_new_tokens, settings)
 
     def preflight(self, batch_size: int, seq_len: int, dtype: torch.dtype | None = None) -> kernels.Report:
-        """Checks each fused op against its reference at this model's shapes: see `gpt.preflight.preflight`."""
+        """Checks each fused op against its reference at this model's shapes; see `gpt.preflight`."""
         weight = self.wte.weight
         prefer = BACKENDS[self._use_triton or "auto"]
         return preflight(
