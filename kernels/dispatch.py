@@ -8,13 +8,16 @@ environment is read once, at import, so that ``torch.compile(fullgraph=True)`` c
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+
+Prepare = TypeVar("Prepare", bound=Callable[..., Any])
 
 BACKENDS = ("triton", "reference", "auto")
 OLDEST_TRITON = (3, 6)
@@ -32,13 +35,6 @@ class FallbackWarning(UserWarning):
     """Triton was preferred, cannot be had here, and the reference runs instead."""
 
 
-class _Explained(BaseException):
-    """Carries the choice out of an op that `explain` calls, before anything is computed."""
-
-    def __init__(self, choice: Choice) -> None:
-        self.choice = choice
-
-
 def _installed_triton() -> tuple[int, int] | None:
     try:
         major, minor = importlib.metadata.version("triton").split(".")[:2]
@@ -53,10 +49,10 @@ interpreter_has_bfloat16 = False  # set by whoever mends the interpreter
 environment = os.environ.get("FUSED_GPT_BACKEND", "auto")
 
 _ops: dict[str, Op] = {}
+_preparations: dict[str, Callable[..., Any]] = {}  # op -> its argument checks and choice
 _overrides: dict[str, str] = {}  # op, family, or "all" -> backend
 _distrusted: dict[str, str] = {}  # op -> why its kernel must not run in this process
 _model = "auto"
-_explaining = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +66,16 @@ class Op:
     def __post_init__(self) -> None:
         _ops[self.name] = self
 
+    def prepares(self, prepare: Prepare) -> Prepare:
+        """Decorator: registers the function that checks a call's arguments and chooses its backend.
+
+        `prepare` takes all parameters of the public op under the same names, without defaults. It computes
+        nothing, and returns the Choice, or a tuple that starts with it. The public op calls it first, and
+        `explain` calls nothing else.
+        """
+        _preparations[self.name] = prepare
+        return prepare
+
     def choose(self, tensor: torch.Tensor, *, limit: str | None = None, slower: str | None = None) -> Choice:
         """The backend for a call whose leading tensor is `tensor`.
 
@@ -81,25 +87,17 @@ class Op:
         Raises:
             RuntimeError: ``use_backend("triton")`` or ``FUSED_GPT_BACKEND=triton`` cannot be honoured.
         """
-        choice = self._choose(tensor.device, tensor.dtype, limit, slower)
-        if _explaining:
-            raise _Explained(choice)
-        return choice
-
-    def _choose(
-        self, device: torch.device, dtype: torch.dtype, limit: str | None, slower: str | None
-    ) -> Choice:
         wanted, source, binding = self._wanted()
         if wanted == "reference":
             return Choice("reference", source)
-        obstacle = self.obstacle(device, dtype) or limit
+        obstacle = self.obstacle(tensor.device, tensor.dtype) or limit
         if obstacle is not None:
             if wanted == "triton" and binding:
                 raise RuntimeError(f"{self.name}: {source} cannot be honoured: {obstacle}")
             return Choice("reference", obstacle)
         if wanted == "triton":
             return Choice("triton", source)
-        if device.type == "cpu":
+        if tensor.device.type == "cpu":
             return Choice("reference", "auto: on a CPU the interpreter only serves tests")
         if slower is not None:
             return Choice("reference", f"auto: {slower}")
@@ -241,18 +239,13 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
     """
     import kernels
 
-    global _explaining
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in _ops:
         raise ValueError(f"explain: {name!r} is no op, expected one of {', '.join(sorted(_ops))}")
-    _explaining = True
-    try:
-        getattr(kernels, name)(*args, **kwargs)
-    except _Explained as explained:
-        return explained.choice
-    finally:
-        _explaining = False
-    raise RuntimeError(f"explain: {name} returned without choosing a backend")
+    call = inspect.signature(getattr(kernels, name)).bind(*args, **kwargs)
+    call.apply_defaults()
+    prepared = _preparations[name](**call.arguments)
+    return prepared if isinstance(prepared, Choice) else prepared[0]
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

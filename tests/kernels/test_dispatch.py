@@ -214,11 +214,25 @@ def test_unknown_names_are_refused(call: object, message: str) -> None:
         call()  # type: ignore[operator]
 
 
-def test_explain_checks_arguments_and_leaves_nothing_behind() -> None:
-    """explain that accepts what the call refuses, or that leaves the ops in its mode after an error."""
+def test_explain_checks_arguments() -> None:
+    """explain that accepts a call that the op refuses."""
     with pytest.raises(ValueError, match="layer_norm: weight has C=8, expected 4"):
         kernels.explain("layer_norm", torch.randn(3, 4), W)
-    assert kernels.layer_norm(X, W).shape == X.shape
+    with pytest.raises(TypeError, match="missing a required argument: 'weight'"):
+        kernels.explain("layer_norm", X)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=lambda spec: spec.name)
+def test_explain_computes_nothing(spec: OpSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """explain that runs the op to learn which backend it takes."""
+    inputs = spec.make_inputs(
+        spec.tagged("small")[0], torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0)
+    )
+    monkeypatch.setattr(
+        f"kernels.{spec.family}.reference.{spec.name}", lambda *_, **__: pytest.fail("the reference ran")
+    )
+    with torch.no_grad():
+        assert kernels.explain(spec.name, **inputs).backend == "reference"
 
 
 def test_a_bad_environment_is_named() -> None:
