@@ -26,7 +26,6 @@ from gpt.preflight import preflight
 from gpt.training.fit import fit
 
 Seed = int | Tensor | None
-BACKENDS: dict[bool | str, str] = {True: "triton", False: "reference", "auto": "auto"}
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2**64 / φ as int64: multiples of it stay far apart
 SITES = 3  # masks of a block: attention, and the two branches
 
@@ -205,7 +204,7 @@ class GPT(nn.Module):
 
     @use_triton.setter
     def use_triton(self, value: bool | str) -> None:
-        if not isinstance(value, (bool, str)) or value not in BACKENDS:
+        if not isinstance(value, bool) and value != "auto":
             raise InputError(f"GPT: use_triton is {value!r}, expected True, False or 'auto'")
         self._use_triton = value
         if value is True:
@@ -300,7 +299,7 @@ class GPT(nn.Module):
 
     def backend(self) -> kernels.model_backend:
         """The context in which this model's ops choose their backend."""
-        return kernels.model_backend(BACKENDS[self._use_triton])
+        return kernels.model_backend(self._use_triton)
 
     fit = fit
     generate = generate
@@ -309,7 +308,7 @@ class GPT(nn.Module):
         """Each fused op, forward and backward, against its reference, at this model's shapes: see
         `gpt.preflight.preflight`."""
         weight = self.wte.weight
-        prefer = BACKENDS[self._use_triton or "auto"]
+        prefer = self.backend().backend if self._use_triton else "auto"
         return preflight(
             self.config,
             weight.device,

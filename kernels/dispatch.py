@@ -20,6 +20,7 @@ import torch
 Prepare = TypeVar("Prepare", bound=Callable[..., Any])
 
 BACKENDS = ("triton", "reference", "auto")
+USE_TRITON: dict[bool | str, str] = {True: "triton", False: "reference", "auto": "auto"}  # -> backend
 OLDEST_TRITON = (3, 6)
 OLDEST_CAPABILITY = (8, 0)
 
@@ -111,7 +112,7 @@ class Op:
         if "all" in _overrides:
             return _overrides["all"], f"use_backend({_overrides['all']!r})", True
         if _model != "auto":
-            return _model, f"use_triton={_model == 'triton'}", False
+            return _model, f"use_triton={_model == USE_TRITON[True]}", False
         if environment not in BACKENDS:
             raise RuntimeError(f"FUSED_GPT_BACKEND is {environment!r}, expected one of {', '.join(BACKENDS)}")
         return environment, f"FUSED_GPT_BACKEND={environment}", True
@@ -189,20 +190,28 @@ class use_backend:
 
 
 class model_backend:
-    """Context manager for a model's own preference: weaker than `use_backend`, stronger than the environment.
+    """Context manager: a model's ops take the backend that the model prefers.
 
-    "triton" falls back to the reference where the kernel cannot run; see `warn_if_unavailable`.
+    It is weaker than `use_backend` and stronger than the environment. An op whose kernel cannot run falls
+    back to its reference; see `warn_if_unavailable`.
+
+    Args:
+        backend: "triton", "reference" or "auto"; or a model's `use_triton`: True for "triton", False for
+            "reference", or "auto".
+
+    Raises:
+        ValueError: Another backend.
     """
 
-    def __init__(self, backend: str) -> None:
-        if backend not in BACKENDS:
+    def __init__(self, backend: bool | str) -> None:
+        self.backend = USE_TRITON.get(backend, str(backend)) if isinstance(backend, (bool, str)) else ""
+        if self.backend not in BACKENDS:
             raise ValueError(f"model_backend: backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
-        self._backend = backend
 
     def __enter__(self) -> None:
         global _model
         self._previous = _model
-        _model = self._backend
+        _model = self.backend
 
     def __exit__(self, *exc: object) -> None:
         global _model

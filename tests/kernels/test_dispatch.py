@@ -60,6 +60,20 @@ def test_precedence() -> None:
     assert backend() == "reference"
 
 
+@pytest.mark.parametrize(
+    ("use_triton", "choice"),
+    [
+        (True, ("triton", "use_triton=True")),
+        (False, ("reference", "use_triton=False")),
+        ("auto", ("reference", "auto: on a CPU the interpreter only serves tests")),
+    ],
+)
+def test_a_model_passes_its_use_triton(use_triton: bool | str, choice: tuple[str, str]) -> None:
+    """A model's use_triton that selects another backend, or a reason that does not name it."""
+    with kernels.model_backend(use_triton):
+        assert OP.choose(X) == choice
+
+
 def test_environment_is_weaker_than_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """FUSED_GPT_BACKEND that overrides a model's use_triton, or that is ignored."""
     monkeypatch.setattr(dispatch, "environment", "triton")
@@ -205,6 +219,7 @@ def test_one_warning_per_reason(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (lambda: kernels.use_backend(attention="gpu"), "use_backend: attention is 'gpu', expected one of"),
         (lambda: kernels.model_backend("yes"), "model_backend: backend is 'yes', expected one of"),
+        (lambda: kernels.model_backend(1), "model_backend: backend is 1, expected one of"),  # type: ignore[arg-type]
         (lambda: kernels.explain("softmax"), "explain: 'softmax' is no op, expected one of"),
     ],
 )
