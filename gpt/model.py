@@ -24,7 +24,6 @@ from gpt.kv_cache import KVCache
 from gpt.preflight import preflight
 
 Callback = Callable[["GPT", int], object]
-BACKENDS: dict[bool | str, str] = {True: "triton", False: "reference", "auto": "auto"}
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2**64 / φ as int64: its multiples are far apart
 
 
@@ -101,7 +100,7 @@ class GPT(nn.Module):
 
     @use_triton.setter
     def use_triton(self, value: bool | str) -> None:
-        if not isinstance(value, (bool, str)) or value not in BACKENDS:
+        if not isinstance(value, bool) and value != "auto":
             raise InputError(f"GPT: use_triton is {value!r}, expected True, False or 'auto'")
         self._use_triton = value
         if value is True:
@@ -308,7 +307,7 @@ class GPT(nn.Module):
     def preflight(self, batch_size: int, seq_len: int, dtype: torch.dtype | None = None) -> kernels.Report:
         """Checks each fused op against its reference at this model's shapes; see `gpt.preflight`."""
         weight = self.wte.weight
-        prefer = BACKENDS[self._use_triton or "auto"]
+        prefer = self.backend().backend if self._use_triton else "auto"
         return preflight(
             self.config,
             weight.device,
