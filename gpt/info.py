@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gpt.cli import OptionParser, run_command
 from gpt.config import GPTConfig, override
+from gpt.files import read_json
 from gpt.weights import checkpoint
 
 MIB = 2**20
@@ -33,9 +34,7 @@ def _info(argv: Sequence[str]) -> int:
 
 def _config(target: str) -> GPTConfig:
     if Path(target).is_dir():
-        return GPTConfig.from_dict(
-            checkpoint.read_json(checkpoint.find_checkpoint(target) / checkpoint.CONFIG)
-        )
+        return GPTConfig.from_dict(read_json(checkpoint.find_checkpoint(target) / checkpoint.CONFIG))
     return GPTConfig.preset(target)
 
 

@@ -23,6 +23,7 @@ from gpt.data.dataset import DataConfig, TokenData
 from gpt.data.tokenizers import Tokenizer
 from gpt.device import check_memory, pick_device
 from gpt.errors import InputError
+from gpt.files import read_json
 from gpt.model import GPT
 from gpt.training import distributed
 from gpt.training.distributed import Ranks
@@ -179,13 +180,13 @@ def _saved(run: RunConfig, given: Values) -> Start:
     if run.out is None:
         raise InputError("--resume: --out is not given, expected the folder of the run to go on with")
     folder = checkpoint.find_checkpoint(run.out)
-    state = checkpoint.read_json(folder / checkpoint.STATE)
+    state = read_json(folder / checkpoint.STATE)
     try:
         data = DataConfig(**{**state["data"], "data": tuple(state["data"]["data"])})
         train = TrainConfig(**state["train"])
     except (KeyError, TypeError) as error:
         raise InputError(f"--resume: {folder / checkpoint.STATE} is not of this version ({error})") from error
-    model = GPTConfig.from_dict(checkpoint.read_json(folder / checkpoint.CONFIG))
+    model = GPTConfig.from_dict(read_json(folder / checkpoint.CONFIG))
     tokenizer = None if "tokenizer" in given["data"] else checkpoint.load_checkpoint_tokenizer(folder)
     return Start(
         override(model, given["model"]),

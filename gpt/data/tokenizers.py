@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from gpt.errors import InputError
 from gpt.files import verified_file
-from kernels.files import cache_folder
+from kernels.files import cache_folder, write_json
 
 FILE_NAME = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
@@ -100,7 +100,7 @@ class CharTokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes `tokenizer.json` into the folder `path`."""
-        _write_json(self, path)
+        _save(self, Path(path))
 
 
 class BPETokenizer:
@@ -200,7 +200,7 @@ class BPETokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes `tokenizer.json`, readable by Hugging Face `tokenizers`, into the folder `path`."""
-        _write_json(self, path)
+        _save(self, Path(path))
 
     def _merges(self) -> list[list[bytes]]:
         """The pair that each longer token was merged from: its bytes, encoded with the earlier tokens
@@ -274,13 +274,12 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(json.dumps(tokenizer.to_json(), sort_keys=True).encode()).hexdigest()
 
 
-def _write_json(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> None:
-    text = json.dumps(tokenizer.to_json(), ensure_ascii=False, indent=1)
+def _save(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes tokenizer.json into `folder`."""
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        (Path(path) / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+        write_json(folder / FILE_NAME, tokenizer.to_json(), indent=1, ensure_ascii=False)
     except OSError as error:
-        raise InputError(f"tokenizer: cannot write {Path(path) / FILE_NAME}: {error.strerror}") from error
+        raise InputError(f"tokenizer: cannot write {folder / FILE_NAME}: {error.strerror}") from error
 
 
 def _check_ids(ids: Sequence[int], vocab_size: int, name: str) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from gpt.data.dataset import Batch, TokenData
 from gpt.data.tokenizers import Tokenizer
 from gpt.errors import InputError
+from gpt.files import read_json
 from gpt.model import GPT
 from gpt.training import rng
 from gpt.training.plot import plot_log
@@ -160,7 +161,7 @@ class RunFolder:
             InputError: There is none, or it belongs to another text, tokenizer, model or version.
         """
         folder = checkpoint.find_checkpoint(self.path)
-        state = checkpoint.read_json(folder / checkpoint.STATE)
+        state = read_json(folder / checkpoint.STATE)
         try:
             _check_same_run(folder, state, model, data)
             progress = Progress.from_state(state)
@@ -198,7 +199,7 @@ def _check_same_run(folder: Path, state: Mapping[str, Any], model: GPT, data: To
         )
     if state["data_identity"] != data.identity:
         raise InputError(f"resume: the text or the tokenizer is not the one that {folder} was trained on")
-    saved, config = checkpoint.read_json(folder / checkpoint.CONFIG), model.config.to_dict()
+    saved, config = read_json(folder / checkpoint.CONFIG), model.config.to_dict()
     for name in config:
         if saved[name] != config[name]:
             raise InputError(f"resume: {name} is {config[name]!r}, expected {saved[name]!r} as in {folder}")

@@ -1,14 +1,14 @@
-"""Checkpoints that cannot lie: safetensors and JSON, hashed, written beside their place and renamed into it;
-no pickle.
+"""Checkpoints: folders of safetensors and JSON whose every file is verified by its hash; no pickle.
 
-A checkpoint is a folder: model.safetensors, config.json, tokenizer.json, for training optimizer.safetensors
-and state.json, and SHA256SUMS, which `sha256sum -c` understands and which covers every other file.
+A checkpoint has model.safetensors, config.json and tokenizer.json; a checkpoint of a run also has
+optimizer.safetensors and state.json. SHA256SUMS lists the hash of every other file in the format of
+`sha256sum -c`. A checkpoint is written to a temporary folder, flushed to disk and renamed, so that a crash
+leaves either the whole checkpoint or none.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -24,7 +24,9 @@ from gpt.config import GPTConfig
 from gpt.data.tokenizers import FILE_NAME as TOKENIZER
 from gpt.data.tokenizers import Tokenizer, load_tokenizer
 from gpt.errors import InputError
+from gpt.files import read_json
 from gpt.model import GPT
+from kernels.files import write_json
 
 SUMS, MODEL, CONFIG, OPTIMIZER, STATE = (
     "SHA256SUMS",
@@ -40,13 +42,15 @@ _UNFINISHED = ".unfinished-"
 
 
 def save_model(model: GPT, directory: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> None:
-    """Saves a model, and with it its tokenizer, as a checkpoint folder.
+    """Saves a model, with its tokenizer if given, as a checkpoint.
 
     Args:
+        model: The model.
         directory: A new or empty folder, or a checkpoint to replace.
+        tokenizer: Saved with the model.
 
     Raises:
-        InputError: The folder holds something else, or cannot be written; it is then as it was.
+        InputError: The folder holds other files, or cannot be written. It stays as it was.
     """
     target = Path(directory)
     check_replaceable(target, "checkpoint")
@@ -61,17 +65,24 @@ def save_checkpoint(
     optimizer: Mapping[str, torch.Tensor],
     state: Mapping[str, Any],
 ) -> Path:
-    """Saves a run at `step` in its folder `out`, keeps the last few checkpoints, and returns the new one.
+    """Saves a checkpoint of a run, removes all but the newest KEPT, and returns the new folder.
+
+    Args:
+        out: The run's folder.
+        step: Steps taken so far.
+        model, tokenizer: Of the run.
+        optimizer: The optimizers' state, by names.
+        state: The content of state.json.
 
     Raises:
-        InputError: It cannot be written; the earlier checkpoints are as they were.
+        InputError: The checkpoint cannot be written. The earlier ones stay as they were.
     """
     target = out / FOLDER / f"step-{step}"
 
     def write(folder: Path) -> None:
         _write_model(folder, model, tokenizer)
         write_tensors(folder / OPTIMIZER, optimizer)
-        _write_json(folder / STATE, state)
+        write_json(folder / STATE, state, indent=1)
 
     commit(target, write)
     for old in [path for path in list_checkpoints(out) if path != target][: -(KEPT - 1)]:
@@ -86,14 +97,13 @@ def load_model(
     """Loads the model of a checkpoint, or of the newest valid checkpoint of a run.
 
     Raises:
-        InputError: Nothing there is valid: the message names the file and what is wrong with it.
+        InputError: There is no valid checkpoint. The message names the file and what is wrong with it.
     """
     folder = find_checkpoint(directory)
     config = GPTConfig.from_dict(read_json(folder / CONFIG))
     tensors = read_tensors(folder / MODEL)
-    check_tensors(
-        dict(GPT(config, device="meta").named_parameters()), tensors, folder / MODEL
-    )  # before anything is allocated
+    # A model on the meta device allocates nothing, so a config that claims too much is refused first.
+    check_tensors(dict(GPT(config, device="meta").named_parameters()), tensors, folder / MODEL)
     model = GPT(
         config,
         use_triton=use_triton,
@@ -109,27 +119,33 @@ def load_checkpoint_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
     folder = find_checkpoint(directory)
     if not (folder / TOKENIZER).exists():
         raise InputError(
-            f"checkpoint: {folder} has no {TOKENIZER}, expected one that was saved with its tokenizer"
+            f"checkpoint: {folder} has no {TOKENIZER}, expected a checkpoint saved with its tokenizer"
         )
     return load_tokenizer(folder)
 
 
 def list_checkpoints(out: Path) -> list[Path]:
     """The step-N folders of a run, oldest first."""
-    found = [path for path in (out / FOLDER).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    folders = [path for path in (out / FOLDER).glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(folders, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """N of a step-N folder."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def find_checkpoint(directory: str | os.PathLike[str]) -> Path:
-    """The checkpoint at `directory`, or in a run's folder the newest valid one, with a warning if newer ones
-    are damaged.
+    """The checkpoint at `directory`, or the newest valid one if `directory` is a run.
+
+    Warns if a newer checkpoint of the run is damaged.
 
     Raises:
-        InputError: There is none, or none is valid.
+        InputError: There is no checkpoint, or no valid one.
     """
     folder = Path(directory)
     if not folder.is_dir():
-        raise InputError(f"checkpoint: {folder} is no folder, expected a run or a checkpoint")
+        raise InputError(f"checkpoint: {folder} is not a folder, expected a run or a checkpoint")
     if (folder / SUMS).exists() or (folder / MODEL).exists():
         verify(folder)
         return folder
@@ -152,7 +168,7 @@ def find_checkpoint(directory: str | os.PathLike[str]) -> Path:
 
 
 def verify(folder: Path) -> None:
-    """Raises InputError unless SHA256SUMS is, byte for byte, what the folder's files give."""
+    """Raises InputError unless the folder holds exactly the files of its SHA256SUMS, with their hashes."""
     try:
         recorded = (folder / SUMS).read_bytes()
         expected = _sums(folder)
@@ -160,35 +176,27 @@ def verify(folder: Path) -> None:
         raise InputError(f"checkpoint: cannot read {error.filename}: {error.strerror}") from error
     if recorded == expected:
         return
-    listed, found = _digests(recorded), _digests(expected)
-    if missing := sorted(listed.keys() - found.keys()):
+
+    listed, actual = _digests(recorded), _digests(expected)
+    if missing := sorted(listed.keys() - actual.keys()):
         raise InputError(f"checkpoint: {folder} lacks {missing[0]}, which its {SUMS} lists")
-    if extra := sorted(found.keys() - listed.keys()):
+    if extra := sorted(actual.keys() - listed.keys()):
         raise InputError(f"checkpoint: {folder} has {extra[0]}, which its {SUMS} does not list")
-    for name in sorted(found):
-        if listed[name] != found[name]:
+    for name in sorted(actual):
+        if listed[name] != actual[name]:
             raise InputError(
-                f"checkpoint: {folder / name} is damaged: sha256 {found[name][:12]}…, expected "
+                f"checkpoint: {folder / name} is damaged: sha256 {actual[name][:12]}…, expected "
                 f"{listed[name][:12]}…"
             )
     raise InputError(f"checkpoint: {folder / SUMS} is damaged")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; InputError where it has none."""
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise InputError(f"checkpoint: cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"checkpoint: {path} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"checkpoint: {path} holds a {type(content).__name__}, expected an object")
-    return content
-
-
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, on the CPU; InputError where it is none."""
+    """The tensors of a safetensors file, on the CPU.
+
+    Raises:
+        InputError: The file cannot be read, or is not a safetensors file.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -201,8 +209,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 def copy_tensors(
     targets: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], source: Path
 ) -> None:
-    """Copies `tensors` into `targets`, which `check_tensors` compares first; where it raises, nothing is
-    copied."""
+    """Copies `tensors` into `targets` of the same names; copies nothing if `check_tensors` raises."""
     check_tensors(targets, tensors, source)
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -212,13 +219,15 @@ def copy_tensors(
 def check_tensors(
     targets: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], source: Path
 ) -> None:
-    """Raises InputError where `tensors` have other names or shapes than `targets`."""
+    """Raises InputError if `tensors` differ from `targets` in a name or a shape."""
     for name in targets:
         if name not in tensors:
             raise InputError(f"checkpoint: {source} lacks {name}")
     for name, tensor in tensors.items():
         if name not in targets:
-            raise InputError(f"checkpoint: {source} has {name}, which the model of its {CONFIG} does not")
+            raise InputError(
+                f"checkpoint: {source} has {name}, which the model of its {CONFIG} does not have"
+            )
         if tensor.shape != targets[name].shape:
             shape, expected = tuple(tensor.shape), tuple(targets[name].shape)
             raise InputError(
@@ -227,12 +236,14 @@ def check_tensors(
 
 
 def clean(out: Path, step: int) -> None:
-    """Readies a run's folder to go on from `step`: removes interrupted saves and sets later, damaged
-    checkpoints aside."""
+    """Prepares a run's folder to continue from `step`.
+
+    Removes interrupted saves, and renames later checkpoints, which are damaged, to step-N.damaged.
+    """
     for path in (out / FOLDER).glob(f"{_UNFINISHED}*"):
         shutil.rmtree(path, ignore_errors=True)
     for path in list_checkpoints(out):
-        if int(path.name[5:]) > step:
+        if step_of(path) > step:
             path.rename(path.with_name(f"{path.name}.damaged"))
 
 
@@ -245,8 +256,11 @@ def check_replaceable(target: Path, where: str) -> None:
 
 
 def commit(target: Path, write: Callable[[Path], None]) -> None:
-    """Makes the folder `target` whole or not at all: written beside it, hashed, flushed to disk and
-    renamed."""
+    """Creates or replaces the folder `target` atomically, with the files that `write` writes and SHA256SUMS.
+
+    Raises:
+        InputError: The folder cannot be written. It stays as it was.
+    """
     unfinished = target.parent / f"{_UNFINISHED}{target.name}-{os.getpid()}"
     try:
         unfinished.mkdir(parents=True)
@@ -254,7 +268,7 @@ def commit(target: Path, write: Callable[[Path], None]) -> None:
         (unfinished / SUMS).write_bytes(_sums(unfinished))
         mode = (unfinished / SUMS).stat().st_mode
         for path in unfinished.iterdir():
-            path.chmod(mode)  # safetensors makes files that their owner alone can read
+            path.chmod(mode)  # safetensors writes files that only their owner can read
             _flush(path)
         _flush(unfinished)
         if target.exists():
@@ -268,14 +282,14 @@ def commit(target: Path, write: Callable[[Path], None]) -> None:
 
 
 def _discard(path: Path) -> None:
-    """Removes a checkpoint; its name goes first, so that no half of it can be found."""
+    """Removes a checkpoint. It is renamed first, so that a crash leaves no half of it under its name."""
     doomed = path.with_name(f"{_UNFINISHED}{path.name}-{os.getpid()}-old")
     path.rename(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _flush(path: Path) -> None:
-    """fsync of a file or folder; Windows has none for what is open to be read."""
+    """Calls fsync on a file or folder; Windows cannot do so on one that is open for reading."""
     if os.name == "posix":
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -295,20 +309,20 @@ def _sums(folder: Path) -> bytes:
 
 
 def _digests(sums: bytes) -> dict[str, str]:
-    """The digest of each file in a SHA256SUMS, damaged lines left out."""
+    """The digest of each file that a SHA256SUMS lists, without damaged lines."""
     lines = re.findall(r"^([0-9a-f]{64})  (\S+)$", sums.decode("utf-8", "replace"), re.MULTILINE)
     return {name: digest for digest, name in lines}
 
 
 def _write_model(folder: Path, model: GPT, tokenizer: Tokenizer | None) -> None:
     write_tensors(folder / MODEL, dict(model.named_parameters()))
-    _write_json(folder / CONFIG, model.config.to_dict())
+    write_json(folder / CONFIG, model.config.to_dict(), indent=1)
     if tokenizer is not None:
         tokenizer.save(folder)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Writes a safetensors file; an OSError where it cannot."""
+    """Writes a safetensors file; OSError if that fails."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -316,7 +330,3 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:
         raise OSError(str(error)) from error
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,36 +1,38 @@
-"""Weights that other packages wrote, read without running what a file asks for or allocating what it
-claims."""
+"""Reads weights that other packages wrote, from disk or from the hub, and trusts nothing in them.
+
+No code in a file runs, and no more memory is allocated than the file has bytes.
+"""
 
 from __future__ import annotations
 
 import io
 import os
 import pickletools
-import queue
 import re
-import threading
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
 from gpt.errors import InputError, first_line
-from gpt.weights.checkpoint import CONFIG, FOLDER, MODEL, OPTIMIZER, STATE, SUMS, read_json, read_tensors
+from gpt.files import PATIENCE, read_json, within
+from gpt.weights.checkpoint import CONFIG, FOLDER, MODEL, OPTIMIZER, STATE, SUMS, read_tensors
 
 WEIGHTS = (MODEL, f"{MODEL}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json", "ckpt.pt")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-PATIENCE = 4.0  # seconds for the first answer of a network
 TORCH_TYPES = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch\.storage UntypedStorage"
     r"|torch (Size|device|[A-Za-z0-9]+Storage|b?float(16|32|64)?|u?int(8|16|32|64)|bool|half|double|long)"
 )
-Answer = TypeVar("Answer")
 
 
 class Weights(NamedTuple):
-    """The tensors of a file or of its shards, what else the file says, and the bytes that hold them."""
+    """The tensors of a file, or of all its shards.
+
+    `extra` holds the other entries of a nanoGPT or book checkpoint; `size` is the number of bytes on disk.
+    """
 
     path: Path
     tensors: dict[str, torch.Tensor]
@@ -39,11 +41,10 @@ class Weights(NamedTuple):
 
 
 def locate(source: str | os.PathLike[str]) -> Path:
-    """The file or folder that `source` names: a path, or a model of the Hugging Face hub, which is downloaded
-    once.
+    """The file or folder that `source` names: a path, or a model on the hub, which is downloaded once.
 
     Raises:
-        InputError: There is no such path and the hub has or gives no such model; said within a few seconds.
+        InputError: There is no such path, and the hub does not give such a model within a few seconds.
     """
     path = Path(source).expanduser()
     if path.exists():
@@ -63,34 +64,34 @@ def is_own(path: Path) -> bool:
         return True
     if not (path / CONFIG).exists():
         return (path / SUMS).exists()
-    return "block_size" in read_json(path / CONFIG)
+    return "block_size" in read_json(path / CONFIG, "from_pretrained")
 
 
 def weights_file(path: Path) -> Path:
-    """The file with the weights, or with the list of its shards, that `path` is or holds.
+    """The file with the weights, or with the list of shards: `path` itself, or a file in that folder.
 
     Raises:
-        InputError: A folder that has none, or several and none of a known name.
+        InputError: The folder has no such file, or several and none with a known name.
     """
     if not path.is_dir():
         return path
     for name in WEIGHTS:
         if (path / name).exists():
             return path / name
-    found = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
-    if len(found) == 1:
-        return found[0]
-    held = f"several: {', '.join(file.name for file in found[:3])}" if found else "none"
+    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+    if len(files) == 1:
+        return files[0]
+    held = f"several: {', '.join(file.name for file in files[:3])}" if files else "none"
     raise InputError(
         f"from_pretrained: {path} holds {held}, expected one file of weights ({', '.join(WEIGHTS[::2])})"
     )
 
 
 def read_weights(path: Path) -> Weights:
-    """The tensors that the file `path` holds or lists, mapped into memory where their format allows it.
+    """The tensors in the file `path`, or in the shards that it lists; memory-mapped if the format allows it.
 
     Raises:
-        InputError: It is damaged, claims more than it holds, would run code, or is of another format.
+        InputError: The file is damaged, claims more bytes than it has, would run code, or has another format.
     """
     if path.name.endswith(".index.json"):
         return _read_shards(path)
@@ -100,37 +101,35 @@ def read_weights(path: Path) -> Weights:
             head = file.read(64)
     except OSError as error:
         raise InputError(f"from_pretrained: cannot read {path}: {error.strerror}") from error
+
     if head.startswith(b"version https://git-lfs"):
         raise InputError(
-            f"from_pretrained: {path} is a pointer of Git LFS, expected the file itself (git lfs pull)"
+            f"from_pretrained: {path} is a Git LFS pointer, expected the file itself (git lfs pull)"
         )
     if head.startswith(b"PK"):
-        if path.suffix == ".safetensors":  # torch.load goes by this name
+        if path.suffix == ".safetensors":  # torch.load would read it as safetensors, by its name
             raise InputError(
-                f"from_pretrained: {path} is no safetensors but a torch.save, expected its name to end in .pt"
+                f"from_pretrained: {path} is a torch.save file, not safetensors, expected a name that ends "
+                "in .pt"
             )
         return _read_torch(path, size)
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
         return Weights(path, read_tensors(path), {}, size)
-    old = head.startswith(b"\x80")
-    way_out = (
-        "; torch.save(torch.load(FILE, weights_only=True), FILE) renews a file from before torch 1.6"
-        if old
-        else ""
-    )
+
+    hint = ""
+    if head.startswith(b"\x80"):
+        hint = "; torch.save(torch.load(FILE, weights_only=True), FILE) converts a file from before torch 1.6"
     raise InputError(
-        f"from_pretrained: {path} is damaged or no file of weights, expected safetensors or a "
-        f"torch.save{way_out}"
+        f"from_pretrained: {path} is damaged or not a weights file, expected safetensors or a "
+        f"torch.save file{hint}"
     )
 
 
 def _read_shards(index: Path) -> Weights:
-    """The tensors of all the files that an index lists, each where the index says."""
-    places = read_json(index).get("weight_map")
+    """The tensors that an index lists, each from the file that the index names for it."""
+    places = read_json(index, "from_pretrained").get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise InputError(
-            f"from_pretrained: {index} has no weight_map, expected the name of a file for each tensor"
-        )
+        raise InputError(f"from_pretrained: {index} has no weight_map, expected a file name for each tensor")
     tensors: dict[str, torch.Tensor] = {}
     size = 0
     for name in sorted(set(places.values())):
@@ -142,17 +141,17 @@ def _read_shards(index: Path) -> Weights:
     if missing := sorted(places.keys() - tensors.keys()):
         raise InputError(
             f"from_pretrained: {index.parent / places[missing[0]]} lacks {missing[0]}, which {index.name} "
-            "says it has"
+            "lists for it"
         )
     return Weights(index, tensors, {}, size)
 
 
 def _read_torch(path: Path, size: int) -> Weights:
-    """What `torch.save` wrote: a state_dict, or a dict that has one as "model" or "model_state_dict"."""
+    """Reads a `torch.save` file: a state_dict, or a dict with one under "model" or "model_state_dict"."""
     _check_archive(path, size)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged pickle can fail in any way
+    except Exception as error:  # a damaged pickle can raise anything
         raise InputError(
             f"from_pretrained: {path} is damaged ({type(error).__name__}: {first_line(error)})"
         ) from error
@@ -174,10 +173,9 @@ def _read_torch(path: Path, size: int) -> Weights:
 
 
 def _check_archive(path: Path, size: int) -> None:
-    """Refuses an archive that unpacks to more than it is, or whose pickle names anything but tensors and
-    their storages.
+    """Refuses an archive that unpacks to more than its size, or whose pickle needs more than tensors.
 
-    torch's weights_only=True also admits `bytearray(n)`, which allocates what it is told to.
+    torch's weights_only=True alone is not enough: it admits `bytearray(n)`, which allocates n bytes.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -188,27 +186,27 @@ def _check_archive(path: Path, size: int) -> None:
             ):
                 raise InputError(
                     f"from_pretrained: {path} is compressed or claims more than its {size:,} bytes, "
-                    "expected a torch.save"
+                    "expected a torch.save file"
                 )
             pickles = [archive.read(e) for e in entries if e.filename.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise InputError(
-                f"from_pretrained: {path} is a zip of {len(entries)} files, expected a torch.save"
+                f"from_pretrained: {path} is a zip of {len(entries)} files, expected a torch.save file"
             )
-        needed = _needed(pickles[0])
+        forbidden = _forbidden_name(pickles[0])
     except InputError:
         raise
     except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
         raise InputError(f"from_pretrained: {path} is damaged ({error})") from error
-    if needed is not None:
+    if forbidden is not None:
         raise InputError(
-            f"from_pretrained: {path} needs {needed} to run, refused; expected tensors alone: "
-            "where the file was made, torch.save(model.state_dict(), FILE)"
+            f"from_pretrained: {path} needs {forbidden}, which may run code, expected tensors alone, as "
+            "torch.save(model.state_dict(), FILE) writes them"
         )
 
 
-def _needed(content: bytes) -> str | None:
-    """The first thing that a pickle would import or call by name, other than tensors and their storages."""
+def _forbidden_name(content: bytes) -> str | None:
+    """The first thing that a pickle imports apart from tensors and storages: a name, or an opcode."""
     for opcode, argument, _ in pickletools.genops(io.BytesIO(content)):
         if opcode.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
             return opcode.name
@@ -218,7 +216,7 @@ def _needed(content: bytes) -> str | None:
 
 
 def _download(name: str) -> Path:
-    """The folder of a hub's model: the cache's copy if there is one, else downloaded."""
+    """The folder of a model on the hub: the copy in the hub's cache, else a download."""
     import huggingface_hub
 
     try:
@@ -226,46 +224,25 @@ def _download(name: str) -> Path:
         if any((folder / weights).exists() for weights in WEIGHTS):
             return folder
     except (OSError, ValueError):
-        pass  # nothing there yet
+        pass  # not in the cache
     try:
-        info = _within(PATIENCE, lambda: huggingface_hub.HfApi().model_info(name, timeout=PATIENCE))
+        info = within(PATIENCE, lambda: huggingface_hub.HfApi().model_info(name, timeout=PATIENCE))
         files = _wanted_files([sibling.rfilename for sibling in info.siblings or []])
         return Path(huggingface_hub.snapshot_download(name, revision=info.sha, allow_patterns=files))
-    except Exception as error:  # the hub's client lets its transport's errors through
+    except Exception as error:  # the client also raises the errors of its HTTP library
         reason = first_line(error)
         raise InputError(
-            f"from_pretrained: {name} is no path here, and the hub does not give it ({reason}): expected a "
-            "network, or "
-            f"{CONFIG}, {MODEL} and tokenizer.json from https://huggingface.co/{name}/tree/main in a "
-            "folder, and its path"
+            f"from_pretrained: {name} is not a path, and cannot be downloaded ({reason}), expected a "
+            f"network, or {CONFIG}, {MODEL} and tokenizer.json from "
+            f"https://huggingface.co/{name}/tree/main in a folder, and its path"
         ) from error
 
 
 def _wanted_files(names: list[str]) -> list[str]:
-    """Of a repository's files, the configuration, the tokenizer, and the weights in one format."""
+    """The files of a repository to download: config, tokenizer, and the weights in one format."""
     top = [name for name in names if "/" not in name]
     safe = [name for name in top if re.fullmatch(r"model.*\.safetensors(\.index\.json)?", name)]
     weights = safe or [name for name in top if re.fullmatch(r"pytorch_model.*\.bin(\.index\.json)?", name)]
     return weights + [
         name for name in top if name in (CONFIG, "tokenizer.json", "merges.txt", SUMS, OPTIMIZER, STATE)
     ]
-
-
-def _within(seconds: float, ask: Callable[[], Answer]) -> Answer:
-    """ask(), given up after `seconds`: on a thread, because looking up a name knows no timeout."""
-    answers: queue.SimpleQueue[tuple[Answer | None, Exception | None]] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            answers.put((ask(), None))
-        except Exception as error:
-            answers.put((None, error))
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        answer, error = answers.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError(f"no answer in {seconds:g} s") from None
-    if error is not None:
-        raise error
-    return answer  # type: ignore[return-value]

@@ -49,12 +49,13 @@ def save_huggingface(
         # transformers 4 refuses a file without this metadata.
         save_file(dict(_exported(model)), folder / MODEL, metadata={"format": "pt"})
         end = tokenizer.special_tokens.get(END_OF_TEXT) if isinstance(tokenizer, BPETokenizer) else None
-        _write_json(folder / CONFIG, _model_config(model, end))
+        write_json(folder / CONFIG, _model_config(model, end), indent=1, ensure_ascii=False)
         if tokenizer is not None:
             tokenizer.save(folder)
             if isinstance(tokenizer, CharTokenizer):
-                _write_json(folder / FILE_NAME, _word_level(tokenizer))
-            _write_json(folder / "tokenizer_config.json", _tokenizer_config(config, end))
+                write_json(folder / FILE_NAME, _word_level(tokenizer), indent=1, ensure_ascii=False)
+            settings = _tokenizer_config(config, end)
+            write_json(folder / "tokenizer_config.json", settings, indent=1, ensure_ascii=False)
 
     commit(target, write)
 
@@ -154,7 +155,3 @@ def _word_level(tokenizer: CharTokenizer) -> dict[str, Any]:
             "unk_token": "<unk>",
         },
     }
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_json(path, content, indent=1, ensure_ascii=False)

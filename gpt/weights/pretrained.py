@@ -17,9 +17,10 @@ from torch import Tensor
 from gpt.config import GPTConfig
 from gpt.data.tokenizers import FILE_NAME, Tokenizer, load_tokenizer
 from gpt.errors import InputError
+from gpt.files import read_json
 from gpt.model import GPT
 from gpt.names import BOOK, HUGGING_FACE, NANOGPT, Layout
-from gpt.weights.checkpoint import CONFIG, find_checkpoint, load_checkpoint_tokenizer, load_model, read_json
+from gpt.weights.checkpoint import CONFIG, find_checkpoint, load_checkpoint_tokenizer, load_model
 from gpt.weights.files import Weights, is_own, locate, read_weights, weights_file
 from gpt.weights.huggingface import read_characters
 
@@ -93,7 +94,7 @@ def load_pretrained_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
         return load_checkpoint_tokenizer(find_checkpoint(path))
     folder = path if path.is_dir() else path.parent
     if (folder / FILE_NAME).exists():
-        return read_characters(read_json(folder / FILE_NAME)) or load_tokenizer(folder)
+        return read_characters(read_json(folder / FILE_NAME, "tokenizer")) or load_tokenizer(folder)
     if (folder / "merges.txt").exists():
         return load_tokenizer(folder / "merges.txt")
     raise InputError(f"tokenizer: {folder} holds none, expected {FILE_NAME} or merges.txt beside the weights")
@@ -206,7 +207,7 @@ def _stated_fields(file: _ModelFile) -> dict[str, Any]:
         return dict(arguments) if isinstance(arguments, dict) else {}
     settings = file.weights.path.parent / CONFIG
     if file.layout is HUGGING_FACE and settings.exists():
-        content = read_json(settings)
+        content = read_json(settings, "from_pretrained")
         return GPTConfig.from_dict(
             {key: content[key] for key in HUGGING_FACE_KEYS if key in content}
         ).to_dict()

@@ -12,9 +12,10 @@ import torch
 
 from gpt import GPT, GPTConfig, TokenData, TrainConfig, Trainer
 from gpt.data.dataset import Batch
+from gpt.files import read_json
 from gpt.preflight import preflight
 from gpt.training.step import TrainStep
-from gpt.weights.checkpoint import read_json, read_tensors
+from gpt.weights.checkpoint import read_tensors
 from tests.gpt.text import TEXT
 from tests.gpt.training.small_runs import CONFIG, make_model
 

@@ -19,6 +19,7 @@ import torch
 
 from gpt import InputError, TrainConfig, Trainer
 from gpt.data.dataset import TokenData
+from gpt.files import read_json
 from gpt.training.distributed import Ranks, join
 from gpt.weights import checkpoint
 from tests.gpt.text import TEXT
@@ -155,7 +156,7 @@ def test_a_stopped_run_goes_on_bit_by_bit(pair: Pair) -> None:
     for name in ("model.safetensors", "optimizer.safetensors"):
         straight, stopped = (checkpoint.read_tensors(folder / name) for folder in last)
         assert all(torch.equal(straight[key], stopped[key]) for key in straight)
-    states = [checkpoint.read_json(folder / "state.json")["rng"] for folder in last]
+    states = [read_json(folder / "state.json")["rng"] for folder in last]
     assert states[0] == states[1]
     assert states[0][0] != states[0][1]
 

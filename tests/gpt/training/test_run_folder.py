@@ -13,6 +13,7 @@ import pytest
 
 from gpt import InputError, Trainer
 from gpt.data.dataset import TokenData
+from gpt.files import read_json
 from gpt.training.run_folder import RunFolder
 from gpt.weights import checkpoint
 from tests.gpt.text import TEXT
@@ -36,7 +37,7 @@ def test_one_random_state_per_process_is_required(data: TokenData, tmp_path: Pat
     """A single random state whose entries are counted as processes."""
     run(data, tmp_path, replace(CONFIG, max_steps=1))
     folder = tmp_path / "checkpoints/step-1"
-    state = checkpoint.read_json(folder / checkpoint.STATE)
+    state = read_json(folder / checkpoint.STATE)
     (folder / checkpoint.STATE).write_text(json.dumps(state | {"rng": state["rng"][0]}))
     (folder / checkpoint.SUMS).write_bytes(checkpoint._sums(folder))
     with pytest.raises(InputError, match=r"state\.json has as rng a dict, expected a list"):

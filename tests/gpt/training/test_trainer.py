@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from gpt import GPT, GPTConfig, InputError, Trainer
 from gpt.data.dataset import Batch, TokenData
+from gpt.files import read_json
 from gpt.training.optim import learning_rate
 from gpt.training.step import NonFiniteError
 from gpt.weights import checkpoint
@@ -65,7 +66,7 @@ def test_a_signal_saves_and_stops(number: int, data: TokenData, tmp_path: Path) 
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     result = run(stop_at(data, 4, 1, number), tmp_path)
     assert result.signal == number
-    assert checkpoint.read_json(tmp_path / "checkpoints/step-5/state.json")["step"] == 5
+    assert read_json(tmp_path / "checkpoints/step-5/state.json")["step"] == 5
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 

@@ -1,5 +1,4 @@
-"""GPTs in plain torch whose parameters have the names of other packages, and which say what the logits must
-be."""
+"""GPTs in plain torch with the parameter names of nanoGPT and of the book; their logits are the oracle."""
 
 from __future__ import annotations
 
@@ -94,8 +93,7 @@ class BookBlock(nn.Module):
 
 
 class BookGPT(nn.Module):
-    """The layout of "Build a Large Language Model From Scratch": separate q, k and v, scale and shift, untied
-    head."""
+    """The book's layout (LLMs-from-scratch): separate q, k and v, scale and shift, untied head."""
 
     def __init__(self, qkv_bias: bool = False, tied: bool = False) -> None:
         super().__init__()
@@ -111,8 +109,8 @@ class BookGPT(nn.Module):
         return self.out_head(self.final_norm(x))
 
 
-def lively(model: nn.Module) -> nn.Module:
-    """`model` with parameters that all matter."""
+def randomise(model: nn.Module) -> nn.Module:
+    """`model` with random parameters, biases and norms included, so that each one affects the logits."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             gain = name.endswith("scale") or ("ln_" in name and name.endswith("weight"))

@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back, and what is damaged never does."""
+"""Checkpoints: a saved model loads unchanged, and a damaged checkpoint never loads."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def model() -> GPT:
 
 @pytest.fixture
 def saved(model: GPT, tmp_path: Path) -> Path:
-    """A checkpoint with all its files."""
+    """A checkpoint of a run, with all its files."""
     return save(tmp_path / "run", 1, model)
 
 
@@ -44,13 +44,13 @@ def save(out: Path, step: int, model: GPT) -> Path:
 
 
 def rehash(folder: Path) -> None:
-    """Makes SHA256SUMS agree with whatever the folder holds."""
+    """Rewrites SHA256SUMS for the current content of the folder."""
     (folder / "SHA256SUMS").write_bytes(checkpoint._sums(folder))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_round_trip(name: str, tmp_path: Path) -> None:
-    """Another model than was saved, a parameter left at its initial value, or a tie that is lost (bug 25)."""
+def test_a_loaded_model_equals_the_saved_one(name: str, tmp_path: Path) -> None:
+    """Another config, a parameter left at its initial value, or a head that is no longer tied (bug 25)."""
     model = lively(**CONFIGS[name]).eval()
     save_model(model, tmp_path / "m")
     loaded = load_model(tmp_path / "m").eval()
@@ -68,14 +68,14 @@ def test_round_trip(name: str, tmp_path: Path) -> None:
     assert torch.equal(loaded(idx), model(idx))
 
 
-def test_dtype_comes_back(tmp_path: Path) -> None:
-    """A half-precision model that doubles in size when loaded."""
+def test_the_dtype_is_kept(tmp_path: Path) -> None:
+    """A half-precision model that is loaded in float32."""
     save_model(lively().bfloat16(), tmp_path / "m")
     assert load_model(tmp_path / "m").wte.weight.dtype == torch.bfloat16
 
 
-def test_tokenizer_travels_along(saved: Path, model: GPT, tmp_path: Path) -> None:
-    """A model whose ids nobody can read any more."""
+def test_the_tokenizer_is_saved_with_the_model(saved: Path, model: GPT, tmp_path: Path) -> None:
+    """A checkpoint whose tokenizer is lost, or a traceback where there is none."""
     assert load_checkpoint_tokenizer(saved.parents[1]).encode("CAB") == [2, 0, 1]
     save_model(model, tmp_path / "bare")
     with pytest.raises(InputError, match=r"has no tokenizer\.json"):
@@ -83,17 +83,17 @@ def test_tokenizer_travels_along(saved: Path, model: GPT, tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(shutil.which("sha256sum") is None, reason="sha256sum is not installed")
-def test_sha256sum_understands_it(saved: Path) -> None:
-    """Hashes that only this package can check."""
+def test_sha256sum_verifies_a_checkpoint(saved: Path) -> None:
+    """A SHA256SUMS that `sha256sum -c` cannot read, or that leaves out a file."""
     subprocess.run(["sha256sum", "--strict", "-c", "SHA256SUMS"], cwd=saved, check=True, capture_output=True)
     listed = {line.split("  ")[1] for line in (saved / "SHA256SUMS").read_text().splitlines()}
     assert listed == {path.name for path in saved.iterdir()} - {"SHA256SUMS"}
 
 
 def damages(folder: Path, count: int) -> list[tuple[str, bytes]]:
-    """Random bit flips and truncations of the files in `folder`, the same number for each."""
+    """Random bit flips and truncations of the files in `folder`, equally many for each file."""
     rng = random.Random(0)
-    found = []
+    damaged_files = []
     for path in sorted(folder.iterdir()):
         content = path.read_bytes()
         for i in range(count // 6):
@@ -102,8 +102,8 @@ def damages(folder: Path, count: int) -> list[tuple[str, bytes]]:
                 damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
             else:
                 del damaged[rng.randrange(len(content)) :]
-            found.append((path.name, bytes(damaged)))
-    return found
+            damaged_files.append((path.name, bytes(damaged)))
+    return damaged_files
 
 
 def check_damages(saved: Path, count: int) -> None:
@@ -118,19 +118,19 @@ def check_damages(saved: Path, count: int) -> None:
     find_checkpoint(saved)
 
 
-def test_no_damage_loads(saved: Path) -> None:
-    """A flipped bit or a missing end that goes unnoticed."""
+def test_damage_is_detected(saved: Path) -> None:
+    """A flipped bit or a truncated file that is not detected."""
     check_damages(saved, 600)
 
 
 @pytest.mark.slow
-def test_ten_thousand_damages(saved: Path) -> None:
-    """The same, often enough to meet a rare hole."""
+def test_damage_is_detected_ten_thousand_times(saved: Path) -> None:
+    """A rare damage that is not detected."""
     check_damages(saved, 10_002)
 
 
-def test_missing_and_unlisted_files(saved: Path) -> None:
-    """A checkpoint put together from pieces."""
+def test_missing_and_unlisted_files_are_refused(saved: Path) -> None:
+    """A checkpoint assembled from the files of different checkpoints."""
     (saved / "notes.txt").write_text("x")
     with pytest.raises(InputError, match=r"has notes\.txt, which its SHA256SUMS does not list"):
         load_model(saved)
@@ -149,8 +149,8 @@ def test_missing_and_unlisted_files(saved: Path) -> None:
         load_model(saved)
 
 
-def test_config_of_another_shape(saved: Path) -> None:
-    """Parameters copied into a model that they were not made for, though every hash agrees."""
+def test_a_config_must_fit_the_tensors(saved: Path) -> None:
+    """Parameters copied into a model of another shape, because every hash is right."""
     config = json.loads((saved / "config.json").read_text())
     for change, words in (
         ({"n_inner": 24}, r"ffn\.down\.weight has shape \(16, 64\), expected \(16, 24\)"),
@@ -167,16 +167,16 @@ def test_config_of_another_shape(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_nonsense_with_the_right_hash(name: str, saved: Path) -> None:
-    """A traceback where a file is not what its name says."""
+def test_a_file_with_the_wrong_content_is_refused(name: str, saved: Path) -> None:
+    """A traceback for a file with the right hash that is not JSON or safetensors as its name says."""
     (saved / name).write_bytes(b"[1]")
     rehash(saved)
     with pytest.raises(InputError, match=rf"checkpoint: .*{name}"):
         load_model(saved)
 
 
-def test_the_newest_valid_one_is_used(model: GPT, tmp_path: Path) -> None:
-    """A damaged newest checkpoint that ends the run, or an older one that is taken without a word."""
+def test_the_newest_valid_checkpoint_is_used(model: GPT, tmp_path: Path) -> None:
+    """A damaged newest checkpoint that ends the run, or an older one used without a warning."""
     for step in (9, 10, 100):
         save(tmp_path, step, model)
     assert find_checkpoint(tmp_path).name == "step-100"
@@ -191,16 +191,16 @@ def test_the_newest_valid_one_is_used(model: GPT, tmp_path: Path) -> None:
         find_checkpoint(tmp_path)
 
 
-def test_where_there_is_none(tmp_path: Path) -> None:
-    """A traceback for a mistyped folder."""
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    """A traceback for a mistyped folder name."""
     with pytest.raises(InputError, match="holds no checkpoint"):
         find_checkpoint(tmp_path)
-    with pytest.raises(InputError, match="nowhere is no folder"):
+    with pytest.raises(InputError, match="nowhere is not a folder"):
         find_checkpoint(tmp_path / "nowhere")
 
 
-def test_the_last_few_are_kept(model: GPT, tmp_path: Path) -> None:
-    """A disk that fills up, or a newest checkpoint that is removed."""
+def test_the_newest_three_are_kept(model: GPT, tmp_path: Path) -> None:
+    """Old checkpoints that pile up, or a newest one that is removed."""
     for step in (1, 2, 3, 20, 100):
         save(tmp_path, step, model)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
@@ -211,13 +211,13 @@ def test_the_last_few_are_kept(model: GPT, tmp_path: Path) -> None:
 
 
 def test_a_failed_save_leaves_nothing(saved: Path, model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half a checkpoint on a full disk, or an earlier one lost to it."""
+    """Half a checkpoint left on a full disk, or an earlier checkpoint lost."""
     run = saved.parents[1]
 
-    def full(path: Path, content: object) -> None:
+    def full(path: Path, content: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "_write_json", full)
+    monkeypatch.setattr(checkpoint, "write_json", full)
     for target in (
         lambda: save(run, 2, model),
         lambda: save(run, 1, model),
@@ -231,8 +231,8 @@ def test_a_failed_save_leaves_nothing(saved: Path, model: GPT, monkeypatch: pyte
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of file sizes are POSIX's")
-def test_a_disk_that_fills_while_tensors_are_written(tmp_path: Path) -> None:
-    """safetensors' own error, which is no OSError, as a traceback."""
+def test_a_disk_that_fills_during_a_write_is_an_input_error(tmp_path: Path) -> None:
+    """A traceback for the error of safetensors, which is not an OSError."""
     code = """
 import resource, sys
 from gpt import GPT, InputError
@@ -252,8 +252,8 @@ except InputError as error:
     assert not list(tmp_path.iterdir())
 
 
-def test_save_model_replaces_checkpoints_only(model: GPT, tmp_path: Path) -> None:
-    """A folder with somebody's work removed by a save."""
+def test_save_model_replaces_only_checkpoints(model: GPT, tmp_path: Path) -> None:
+    """A save that removes a folder of the user's other files."""
     (tmp_path / "work").mkdir()
     (tmp_path / "work/thesis.txt").write_text("x")
     with pytest.raises(InputError, match="holds other files"):
@@ -269,17 +269,19 @@ def test_save_model_replaces_checkpoints_only(model: GPT, tmp_path: Path) -> Non
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "m", "work"]
 
 
-def test_others_can_read_it(saved: Path) -> None:
-    """Files that only their owner can copy."""
+def test_other_users_can_read_a_checkpoint(saved: Path) -> None:
+    """Files that only their owner can read."""
     assert {path.stat().st_mode for path in saved.iterdir()} == {(saved / "SHA256SUMS").stat().st_mode}
 
 
-def test_no_pickle() -> None:
-    """A format that runs code when it is loaded."""
+def test_checkpoints_use_no_pickle() -> None:
+    """A format that can run code when it is loaded."""
     for name in (
         "weights/checkpoint",
         "data/dataset",
         "data/tokenizers",
+        "training/optim",
+        "training/run_folder",
         "training/step",
         "training/trainer",
     ):
@@ -322,37 +324,37 @@ for number in range(int(sys.argv[2])):
 
 
 def kill_saves(tmp_path: Path, kills: int) -> None:
-    """Processes that save one checkpoint after another, killed at any moment."""
+    """Kills processes at random moments while they save one checkpoint after another, and checks the rest."""
     subprocess.run(
         [sys.executable, "-c", SAVER, tmp_path, str(kills)], cwd=ROOT, check=True, capture_output=True
     )
     for number in range(kills):
         out = tmp_path / str(number)
         committed = [int(step) for step in (out / "committed").read_text().split()]
-        found = checkpoint.list_checkpoints(out)
-        steps = [int(path.name[5:]) for path in found]
-        for path, step in zip(found, steps, strict=True):
+        checkpoints = checkpoint.list_checkpoints(out)
+        steps = [checkpoint.step_of(path) for path in checkpoints]
+        for path, step in zip(checkpoints, steps, strict=True):
             assert (load_model(path).wpe.weight == step).all()
         assert set(committed[-checkpoint.KEPT + 1 :]) <= set(steps)
         checkpoint.clean(out, steps[-1] if steps else 0)
-        assert len(list((out / "checkpoints").iterdir())) == len(found)
+        assert len(list((out / "checkpoints").iterdir())) == len(checkpoints)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX's")
-def test_killed_saves(tmp_path: Path) -> None:
-    """A committed checkpoint lost, or half of one found, when the machine goes down in a save."""
+def test_a_killed_save_loses_nothing(tmp_path: Path) -> None:
+    """A committed checkpoint lost, or half a checkpoint listed, after a kill during a save."""
     kill_saves(tmp_path, 3)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX's")
-def test_fifty_killed_saves(tmp_path: Path) -> None:
-    """The same, often enough to hit every moment of a save."""
+def test_fifty_killed_saves_lose_nothing(tmp_path: Path) -> None:
+    """A moment in a save at which a kill loses a checkpoint."""
     kill_saves(tmp_path, 50)
 
 
-def test_set_aside(model: GPT, tmp_path: Path) -> None:
-    """A damaged later checkpoint that a resumed run keeps stumbling over."""
+def test_later_checkpoints_are_set_aside(model: GPT, tmp_path: Path) -> None:
+    """A damaged later checkpoint that stays the newest one after a resume."""
     for step in (1, 2):
         save(tmp_path, step, model)
     checkpoint.clean(tmp_path, 1)
@@ -361,15 +363,14 @@ def test_set_aside(model: GPT, tmp_path: Path) -> None:
 
 
 def test_hashes_are_sha256(saved: Path) -> None:
-    """A hash of something else than the file's bytes."""
+    """A hash that is not computed from the bytes of the file."""
     for line in (saved / "SHA256SUMS").read_text().splitlines():
         digest, name = line.split("  ")
         assert digest == hashlib.sha256((saved / name).read_bytes()).hexdigest()
 
 
 def test_a_huge_claim_allocates_nothing(tmp_path: Path) -> None:
-    """A config of a trillion parameters, hashed as it should be, that takes the machine's memory before it is
-    refused."""
+    """A config of a trillion parameters, with the right hash, that is allocated before it is refused."""
     GPT(vocab_size=17, block_size=8, n_layer=1, n_head=1, n_embd=8).save_pretrained(tmp_path / "model")
     config = tmp_path / "model" / checkpoint.CONFIG
     config.write_text(json.dumps(json.loads(config.read_text()) | {"n_embd": 200_000}))

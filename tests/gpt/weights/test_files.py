@@ -1,5 +1,4 @@
-"""Files that are damaged, mislabelled, hostile or far away: one clear line each, nothing run, nothing
-allocated."""
+"""Reading weights: damaged, mislabelled, hostile and remote files give one clear error and run no code."""
 
 from __future__ import annotations
 
@@ -36,7 +35,7 @@ def nano_file() -> bytes:
 
 
 def state() -> dict[str, torch.Tensor]:
-    """nanoGPT's parameters, the head left out because it is the embedding."""
+    """nanoGPT's parameters, without the head, which is tied to the embedding."""
     return {name: tensor for name, tensor in NanoGPT().state_dict().items() if name != "lm_head.weight"}
 
 
@@ -54,7 +53,7 @@ def saved(content: Any) -> bytes:
 def rezipped(
     content: bytes, change: Callable[[bytes], bytes] = bytes, compression: int = zipfile.ZIP_STORED
 ) -> bytes:
-    """A torch.save with its pickle changed."""
+    """A torch.save file whose pickle `change` has changed."""
     file = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(file, "w", compression) as new:
         for entry in old.infolist():
@@ -64,7 +63,7 @@ def rezipped(
 
 
 class Runs:
-    """Unpickled, it calls."""
+    """Calls a function when it is unpickled."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.call = function, arguments
@@ -73,12 +72,12 @@ class Runs:
         return self.call
 
 
-class Deaf:
-    """A pickle of nothing."""
+class Unknown:
+    """An object of a class that is neither a tensor nor a storage."""
 
 
 def expanded() -> dict[str, torch.Tensor]:
-    """Every parameter a view of one number: a terabyte, if anybody copied it."""
+    """Parameters that are all views of one element: copying them would take a terabyte."""
     one = torch.zeros(1)
     wide = 1 << 17
     shapes = {
@@ -91,31 +90,31 @@ def expanded() -> dict[str, torch.Tensor]:
 
 
 HOSTILE: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "is damaged or no file of weights, expected safetensors or a torch.save"),
-    "text": (b"<html>404 Not Found</html>" * 9, "is damaged or no file of weights"),
+    "empty": (b"", "is damaged or not a weights file, expected safetensors or a torch.save file"),
+    "text": (b"<html>404 Not Found</html>" * 9, "is damaged or not a weights file"),
     "lfs": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n",
-        "is a pointer of Git LFS, expected the file",
+        "is a Git LFS pointer, expected the file",
     ),
     "old-torch": (
         pickle.dumps({"a": 1}, 2),
-        "torch.save(torch.load(FILE, weights_only=True), FILE) renews a file",
+        "torch.save(torch.load(FILE, weights_only=True), FILE) converts a file",
     ),
     "zip": (rezipped(saved({}), lambda data: b"") + b"", "is damaged"),
-    "zip-of-something": (b"PK\x05\x06" + bytes(18), "is a zip of 0 files, expected a torch.save"),
+    "zip-of-something": (b"PK\x05\x06" + bytes(18), "is a zip of 0 files, expected a torch.save file"),
     "code": (
         saved({"model": Runs(os.system, "touch ran")}),
-        "needs posix.system to run, refused; expected tensors alone",
+        "needs posix.system, which may run code, expected tensors alone",
     ),
     "code-2": (
         saved({"model": Runs(eval, "open('ran', 'w')")}),
-        "eval to run, refused; expected tensors alone",
+        "eval, which may run code, expected tensors alone",
     ),
     "object": (
-        saved({"model": state(), "trainer": Deaf()}),
-        "needs tests.gpt.weights.test_files.Deaf to run, refused",
+        saved({"model": state(), "trainer": Unknown()}),
+        "needs tests.gpt.weights.test_files.Unknown, which may run code",
     ),
-    "bytearray": (saved({"model": Runs(bytearray, HUGE)}), "bytearray to run, refused"),
+    "bytearray": (saved({"model": Runs(bytearray, HUGE)}), "bytearray, which may run code"),
     "bomb": (
         rezipped(saved({"a": torch.zeros(1 << 20)}), compression=zipfile.ZIP_DEFLATED),
         "is compressed or claims more than its",
@@ -136,9 +135,9 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "expanded": (saved(expanded()), "bytes of parameters, but has"),
     "protocol-4": (
         rezipped(saved({}), lambda _: pickle.dumps({"model": Runs(os.getcwd)}, 4)),
-        "needs STACK_GLOBAL to run, refused",
+        "needs STACK_GLOBAL, which may run code",
     ),
-    "header-claim": (struct.pack("<Q", HUGE) + b"{" + bytes(80), "is damaged or no file of weights"),
+    "header-claim": (struct.pack("<Q", HUGE) + b"{" + bytes(80), "is damaged or not a weights file"),
     "header-garbage": (struct.pack("<Q", 40) + b"{" + bytes(80), "cannot read"),
     "tensor-claim": (
         safetensors_file(
@@ -165,36 +164,36 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
 }
 
 
-@pytest.mark.parametrize(("content", "said"), HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize(("content", "message"), HOSTILE.values(), ids=HOSTILE)
 @pytest.mark.parametrize("name", ["ckpt.pt", "weights"])
-def test_a_hostile_file_is_one_line(
-    content: bytes, said: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_hostile_file_is_refused_in_one_line(
+    content: bytes, message: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Code that runs, memory that is taken at a file's word, or a traceback."""
-    resource = pytest.importorskip("resource", reason="only POSIX says how much memory was used")
+    """Code in a file that runs, memory allocated because a file claims it, or a traceback."""
+    resource = pytest.importorskip("resource", reason="only POSIX reports peak memory")
     monkeypatch.chdir(tmp_path)
     Path(name).write_bytes(content)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(InputError) as raised:
         GPT.from_pretrained(tmp_path / name, HEADS)
-    assert said in str(raised.value)
+    assert message in str(raised.value)
     assert "\n" not in str(raised.value)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 18  # in kB, or bytes on macOS
     assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
-def test_torch_refuses_code_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second line of defence that is not there: weights_only=True."""
+def test_torch_also_refuses_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch.load without weights_only=True, the second line of defence."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("gpt.weights.files._needed", lambda content: None)
+    monkeypatch.setattr("gpt.weights.files._forbidden_name", lambda content: None)
     Path("ckpt.pt").write_bytes(HOSTILE["code"][0])
     with pytest.raises(InputError, match=r"is damaged \(UnpicklingError"):
         GPT.from_pretrained("ckpt.pt")
     assert not Path("ran").exists()
 
 
-def test_an_error_that_says_nothing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A traceback because an exception came without a message."""
+def test_an_error_without_a_message_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception without a message, reported as nothing or as a traceback."""
 
     def fail(*args: Any, **options: Any) -> None:
         raise EOFError
@@ -205,21 +204,21 @@ def test_an_error_that_says_nothing_is_named(tmp_path: Path, monkeypatch: pytest
         GPT.from_pretrained(tmp_path)
 
 
-def test_contents_decide_and_not_names(tmp_path: Path) -> None:
-    """A mislabelled file that is refused, or unpickled because of its name."""
+def test_the_content_decides_not_the_name(tmp_path: Path) -> None:
+    """A mislabelled file that is refused, or unpickled, because of its name."""
     (tmp_path / "model.bin").write_bytes(nano_file())
     assert GPT.from_pretrained(tmp_path / "model.bin").config.n_head == H
     save_file(state(), tmp_path / "model.bin")
     assert GPT.from_pretrained(tmp_path / "model.bin", HEADS).config.n_head == H
     (tmp_path / "model.safetensors").write_bytes(nano_file())
     with pytest.raises(
-        InputError, match=r"is no safetensors but a torch\.save, expected its name to end in \.pt"
+        InputError, match=r"is a torch\.save file, not safetensors, expected a name that ends in \.pt"
     ):
         GPT.from_pretrained(tmp_path)
 
 
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
-    """Half a download that loads with whatever is there."""
+    """A partial download that loads."""
     save_file(state(), tmp_path / "whole.safetensors")
     for content in (nano_file(), (tmp_path / "whole.safetensors").read_bytes()):
         for length in random.Random(0).sample(range(len(content)), 30):
@@ -229,7 +228,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_flipped_byte_is_never_a_traceback(tmp_path: Path) -> None:
-    """An error of zipfile's, pickle's or torch's that reaches the user."""
+    """An exception of zipfile, pickle or torch that is not turned into an InputError."""
     draw = random.Random(0)
     content = nano_file()
     for _ in range(150):
@@ -242,7 +241,7 @@ def test_a_flipped_byte_is_never_a_traceback(tmp_path: Path) -> None:
 
 
 def shards(folder: Path) -> dict[str, str]:
-    """nanoGPT's parameters in two files, and the place of each."""
+    """Writes nanoGPT's parameters to two files; returns the file of each parameter."""
     tensors = sorted(state().items())
     places = {}
     for number, part in enumerate((tensors[:9], tensors[9:])):
@@ -251,8 +250,8 @@ def shards(folder: Path) -> dict[str, str]:
     return places
 
 
-def test_shards_are_put_together(tmp_path: Path) -> None:
-    """A part of a model that is left out."""
+def test_shards_are_merged(tmp_path: Path) -> None:
+    """A shard whose parameters are left out."""
     (tmp_path / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": shards(tmp_path)}), "utf-8"
     )
@@ -263,7 +262,7 @@ def test_shards_are_put_together(tmp_path: Path) -> None:
 INDEXES: dict[str, tuple[Callable[[dict[str, str]], Any], str]] = {
     "no-map": (lambda places: {}, "has no weight_map"),
     "map-of-lists": (lambda places: {"weight_map": {name: [] for name in places}}, "has no weight_map"),
-    "list": (lambda places: [places], "expected an object"),
+    "list": (lambda places: [places], "expected a JSON object"),
     "outside": (
         lambda places: {"weight_map": {**places, "a": "../secret"}},
         "lists '../secret', expected a file beside it",
@@ -283,22 +282,22 @@ INDEXES: dict[str, tuple[Callable[[dict[str, str]], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize(("change", "said"), INDEXES.values(), ids=INDEXES)
-def test_a_wrong_index_is_one_line(
-    change: Callable[[dict[str, str]], Any], said: str, tmp_path: Path
+@pytest.mark.parametrize(("change", "message"), INDEXES.values(), ids=INDEXES)
+def test_a_wrong_index_is_refused_in_one_line(
+    change: Callable[[dict[str, str]], Any], message: str, tmp_path: Path
 ) -> None:
-    """An index that leads out of its folder, or to a KeyError."""
+    """An index that reads files outside its folder, or that ends in a KeyError."""
     (tmp_path / "model").mkdir()
     (tmp_path / "secret").write_bytes(b"secret")
     places = shards(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(change(places)), "utf-8")
     with pytest.raises(InputError) as raised:
         GPT.from_pretrained(tmp_path / "model", HEADS)
-    assert said in str(raised.value)
+    assert message in str(raised.value)
 
 
-def test_folders_without_a_model(tmp_path: Path) -> None:
-    """A guess among files, or an error that does not say what was looked for."""
+def test_a_folder_without_one_weights_file_is_refused(tmp_path: Path) -> None:
+    """A guess among several files, or an error that does not name the expected files."""
     with pytest.raises(InputError, match="holds none, expected one file of weights"):
         GPT.from_pretrained(tmp_path)
     (tmp_path / "a.pth").write_bytes(nano_file())
@@ -314,7 +313,7 @@ def test_folders_without_a_model(tmp_path: Path) -> None:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """The hub's client without a network and with an empty cache."""
+    """The hub's client, without a network and with an empty cache."""
     huggingface_hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
 
     def unreachable(*args: Any, **settings: Any) -> Any:
@@ -326,10 +325,10 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize("network", ["none", "black-hole"])
-def test_without_a_network_it_is_said_what_to_download(
+def test_without_a_network_the_error_names_the_files(
     network: str, hub: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A command that hangs, or that does not say which files to put where."""
+    """A download that hangs, or an error that does not say which files are needed."""
     if network == "black-hole":
         monkeypatch.setattr(hub.HfApi, "model_info", lambda *args, **settings: time.sleep(60))
     began = time.monotonic()
@@ -346,14 +345,14 @@ def test_without_a_network_it_is_said_what_to_download(
 
 
 def test_a_cached_model_needs_no_network(hub: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A network asked for what is there."""
+    """A request to the network for a model that is in the cache."""
     (tmp_path / "ckpt.pt").write_bytes(nano_file())
     monkeypatch.setattr(hub, "snapshot_download", lambda name, local_files_only: str(tmp_path))
     assert GPT.from_pretrained("someone/nano").config.n_head == H
 
 
 def test_only_one_format_is_downloaded() -> None:
-    """Gigabytes of the same weights in formats that nobody reads."""
+    """A download of the same weights in several formats."""
     top = ["config.json", "tokenizer.json", "merges.txt"]
     other = ["README.md", "onnx/config.json", "tf_model.h5", "rust_model.ot", "64.tflite", "vocab.json"]
     safe, pickled = ["model.safetensors"], ["pytorch_model.bin"]

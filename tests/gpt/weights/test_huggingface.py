@@ -1,4 +1,4 @@
-"""GPT-2 of transformers, in and out: the same logits, and the same tokens as its generate."""
+"""GPT-2 of transformers, loaded and exported: the same logits, and the same tokens from `generate`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TEXT = "the cat sat on the mat, that the cat saw\n" * 5
 
 
 def gpt2(**settings: Any) -> Any:
-    """A GPT-2 of transformers with random weights that all matter."""
+    """A GPT-2 of transformers with random parameters, biases and norms included."""
     shape = {"vocab_size": V, "n_positions": T, "n_embd": 32, "n_layer": 2, "n_head": 4}
     ends = {"bos_token_id": None, "eos_token_id": None}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**shape, **ends, **settings})).eval()
@@ -52,8 +52,8 @@ def assert_same_logits(ours: GPT, theirs: Any, **tolerance: float) -> None:
 
 
 @each_shape
-def test_weights_in(settings: dict[str, Any], tmp_path: Path) -> None:
-    """A matrix left transposed, an activation, an eps or a tied head that is not theirs."""
+def test_loading_gives_the_same_logits(settings: dict[str, Any], tmp_path: Path) -> None:
+    """A matrix left transposed, or a wrong activation, eps or tied head."""
     theirs = gpt2(**settings)
     theirs.save_pretrained(tmp_path)
     ours = GPT.from_pretrained(tmp_path)
@@ -62,8 +62,8 @@ def test_weights_in(settings: dict[str, Any], tmp_path: Path) -> None:
     assert ours.config.dropout == theirs.config.resid_pdrop
 
 
-def test_sharded_weights_in(tmp_path: Path) -> None:
-    """A model whose weights are in several files."""
+def test_sharded_weights_load(tmp_path: Path) -> None:
+    """A shard that is left out when the weights are in several files."""
     theirs = gpt2()
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
@@ -71,8 +71,8 @@ def test_sharded_weights_in(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["one-file", "sharded"])
-def test_pickled_weights_in(sharded: bool, tmp_path: Path) -> None:
-    """pytorch_model.bin, which older models on the hub have alone."""
+def test_pickled_weights_load(sharded: bool, tmp_path: Path) -> None:
+    """A refused pytorch_model.bin, the only format of older models on the hub."""
     theirs = gpt2()
     theirs.config.save_pretrained(tmp_path)
     state = theirs.state_dict()
@@ -86,8 +86,8 @@ def test_pickled_weights_in(sharded: bool, tmp_path: Path) -> None:
     assert_same_logits(GPT.from_pretrained(tmp_path), theirs)
 
 
-def test_a_model_without_a_head_in(tmp_path: Path) -> None:
-    """Names without "transformer.", as the hub's gpt2 has them, and masks among the weights."""
+def test_a_model_without_a_head_loads(tmp_path: Path) -> None:
+    """Names without the prefix "transformer.", as in the hub's gpt2, or saved masks, that are refused."""
     from safetensors.torch import load_file, save_file
 
     theirs = gpt2()
@@ -99,8 +99,8 @@ def test_a_model_without_a_head_in(tmp_path: Path) -> None:
     assert_same_logits(GPT.from_pretrained(tmp_path), theirs)
 
 
-def test_a_bare_file_in(tmp_path: Path) -> None:
-    """Weights without a config.json: heads guessed, where they must be asked for."""
+def test_a_bare_file_needs_the_heads(tmp_path: Path) -> None:
+    """A guessed number of heads for weights without a config.json."""
     theirs = gpt2()
     theirs.save_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
@@ -109,8 +109,8 @@ def test_a_bare_file_in(tmp_path: Path) -> None:
     assert_same_logits(GPT.from_pretrained(tmp_path / "model.safetensors", {"n_head": 4}), theirs)
 
 
-def test_a_head_of_its_own_in(tmp_path: Path) -> None:
-    """A head that config.json calls tied and the file does not: transformers keeps both, and so must we."""
+def test_a_separate_head_loads(tmp_path: Path) -> None:
+    """A separate head dropped because config.json says it is tied; transformers keeps it."""
     from safetensors.torch import load_file, save_file
 
     gpt2().save_pretrained(tmp_path)
@@ -123,7 +123,7 @@ def test_a_head_of_its_own_in(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["dropout", "drop_rate", "resid_pdrop"])
 def test_dropout_can_be_given(name: str, tmp_path: Path) -> None:
-    """Fine-tuning that is stuck with the dropout of pre-training."""
+    """A given dropout that the dropout of pre-training overrides."""
     theirs = gpt2()
     theirs.save_pretrained(tmp_path)
     rates = (
@@ -137,7 +137,7 @@ def test_dropout_can_be_given(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (
             {"scale_attn_by_inverse_layer_idx": True},
@@ -151,20 +151,19 @@ def test_dropout_can_be_given(name: str, tmp_path: Path) -> None:
         ({"n_inner": 64}, "has h.0.mlp.c_fc.weight of shape (32, 128), expected (32, 64)"),
     ],
 )
-def test_a_mislabelled_model_is_one_line(change: dict[str, Any], said: str, tmp_path: Path) -> None:
-    """A setting that this GPT does not have and that changes the logits, or sizes that the file does not
-    have."""
+def test_a_wrong_config_is_refused_in_one_line(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """An unsupported setting that changes the logits, or sizes that contradict the tensors."""
     gpt2().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text("utf-8"))
     (tmp_path / "config.json").write_text(json.dumps({**config, **change}), "utf-8")
     with pytest.raises(InputError) as raised:
         GPT.from_pretrained(tmp_path)
-    assert said in str(raised.value)
+    assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
-def test_other_peoples_settings_do_no_harm(tmp_path: Path) -> None:
-    """A config.json of the hub that is refused for a key which changes nothing."""
+def test_settings_without_effect_are_ignored(tmp_path: Path) -> None:
+    """A config.json that is refused for a key that does not change the model."""
     theirs = gpt2()
     theirs.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text("utf-8"))
@@ -188,7 +187,7 @@ OURS: dict[str, dict[str, Any]] = {
 }
 
 
-def lively(**fields: Any) -> GPT:
+def random_model(**fields: Any) -> GPT:
     model = GPT(GPTConfig(vocab_size=V, block_size=T, n_layer=2, n_head=4, n_embd=32), **fields)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -197,9 +196,9 @@ def lively(**fields: Any) -> GPT:
 
 
 @pytest.mark.parametrize("fields", OURS.values(), ids=OURS)
-def test_weights_out_and_in_again(fields: dict[str, Any], tmp_path: Path) -> None:
-    """An export with other logits there, or a model that comes back as another one."""
-    ours = lively(**fields)
+def test_an_export_loads_in_both_packages(fields: dict[str, Any], tmp_path: Path) -> None:
+    """An export with other logits in transformers, or one that loads here as another model."""
+    ours = random_model(**fields)
     ours.save_pretrained(tmp_path / "out", format="huggingface")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(theirs) is transformers.GPT2LMHeadModel
@@ -219,26 +218,26 @@ def test_weights_out_and_in_again(fields: dict[str, Any], tmp_path: Path) -> Non
         assert back.config == ours.config
 
 
-def test_half_precision_out(tmp_path: Path) -> None:
-    """bfloat16 weights that become float32 on the way."""
-    ours = lively(dtype=torch.bfloat16)
+def test_an_export_keeps_the_dtype(tmp_path: Path) -> None:
+    """bfloat16 weights that are exported in float32."""
+    ours = random_model(dtype=torch.bfloat16)
     ours.save_pretrained(tmp_path / "out", format="huggingface")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert theirs.dtype == torch.bfloat16
     assert torch.equal(theirs.lm_head.weight, ours.wte.weight)
 
 
-def test_older_versions_load_it_too(tmp_path: Path) -> None:
-    """A file without the mark of torch's format, which transformers 4 refuses."""
+def test_an_export_loads_in_transformers_4(tmp_path: Path) -> None:
+    """A file without the metadata "format": "pt", which transformers 4 requires."""
     from safetensors import safe_open
 
-    lively().save_pretrained(tmp_path / "out", format="huggingface")
+    random_model().save_pretrained(tmp_path / "out", format="huggingface")
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"norm": "post"}, "norm is 'post', expected 'pre' for a GPT-2 of transformers"),
         ({"final_norm": False}, "final_norm is False, expected True"),
@@ -246,35 +245,34 @@ def test_older_versions_load_it_too(tmp_path: Path) -> None:
         ({"head_dim": 16}, "head_dim is 16, expected n_embd / n_head"),
     ],
 )
-def test_what_gpt2_cannot_be_is_not_written(fields: dict[str, Any], said: str, tmp_path: Path) -> None:
-    """An export that loads there and computes something else."""
-    with pytest.raises(InputError, match=said):
-        lively(**fields).save_pretrained(tmp_path / "out", format="huggingface")
+def test_an_unsupported_model_is_not_exported(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """An export that loads in transformers and computes something else."""
+    with pytest.raises(InputError, match=message):
+        random_model(**fields).save_pretrained(tmp_path / "out", format="huggingface")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_of_the_users_is_left_alone(tmp_path: Path) -> None:
-    """An export that replaces somebody's files; one that refuses to be repeated."""
+def test_an_export_replaces_only_an_export(tmp_path: Path) -> None:
+    """An export that replaces the user's other files, or that cannot be repeated."""
     (tmp_path / "notes.txt").write_text("mine", "utf-8")
     with pytest.raises(
         InputError, match="holds other files, expected a new or empty folder, or one that a save wrote"
     ):
-        lively().save_pretrained(tmp_path, format="huggingface")
+        random_model().save_pretrained(tmp_path, format="huggingface")
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
     for _ in range(2):
-        lively().save_pretrained(tmp_path / "out", format="huggingface")
+        random_model().save_pretrained(tmp_path / "out", format="huggingface")
     with pytest.raises(InputError, match="format: 'hf' is unknown, the nearest valid one is"):
-        lively().save_pretrained(tmp_path / "other", format="hf")
+        random_model().save_pretrained(tmp_path / "other", format="hf")
 
 
 TOKENIZERS = {"char": CharTokenizer.train(TEXT + "éß☃"), "bpe": BPETokenizer.train(TEXT, 280)}
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
-def test_the_tokenizer_goes_along(tokenizer: Any, tmp_path: Path) -> None:
-    """Text that has other ids there, that does not come back, or a tokenizer that this package cannot read
-    again."""
-    ours = lively(vocab_size=300)
+def test_the_tokenizer_is_exported(tokenizer: Any, tmp_path: Path) -> None:
+    """Other ids in transformers, text that is not decoded exactly, or a tokenizer that does not load here."""
+    ours = random_model(vocab_size=300)
     ours.save_pretrained(tmp_path / "out", format="huggingface", tokenizer=tokenizer)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     text = "that cat\nsat" if isinstance(tokenizer, BPETokenizer) else "é cat\nß☃"
@@ -286,8 +284,8 @@ def test_the_tokenizer_goes_along(tokenizer: Any, tmp_path: Path) -> None:
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.eos_token_id == end
 
 
-def test_a_tokenizer_of_theirs_comes_along(tmp_path: Path) -> None:
-    """merges.txt, which older models have alone; and none at all."""
+def test_a_merges_file_loads_as_the_tokenizer(tmp_path: Path) -> None:
+    """A refused merges.txt, the only file of older models, or a traceback where there is none."""
     with pytest.raises(
         InputError, match=r"holds none, expected tokenizer\.json or merges\.txt beside the weights"
     ):
@@ -297,9 +295,9 @@ def test_a_tokenizer_of_theirs_comes_along(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_that_is_too_large_is_refused(tmp_path: Path) -> None:
-    """A model that meets ids it has no embedding for."""
+    """An exported tokenizer with ids that have no embedding."""
     with pytest.raises(InputError, match=r"the tokenizer has 2[0-9]+ ids, expected at most 61"):
-        lively().save_pretrained(tmp_path / "out", format="huggingface", tokenizer=TOKENIZERS["bpe"])
+        random_model().save_pretrained(tmp_path / "out", format="huggingface", tokenizer=TOKENIZERS["bpe"])
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -317,14 +315,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("padded", [False, True], ids=["even", "uneven"])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_generation_is_theirs(settings: dict[str, Any], padded: bool, tmp_path: Path) -> None:
-    """A processor of another order or meaning, a position that counts padding, or numbers drawn in another
-    way."""
+def test_generation_equals_transformers(settings: dict[str, Any], padded: bool, tmp_path: Path) -> None:
+    """A logits processor of another order or meaning, positions that count padding, or other sampling."""
     theirs = gpt2(n_positions=40)
     theirs.save_pretrained(tmp_path)
     ours = GPT.from_pretrained(tmp_path).eval()
     idx, mask = tokens(4, 9), torch.ones(4, 9, dtype=torch.long)
-    idx[:, 6] = 0  # padding's id is in every prompt: theirs penalises it, ours counts real tokens alone
+    idx[:, 6] = 0  # the padding id occurs in every prompt, since only transformers penalises padding
     if padded:
         for row, begin in enumerate((0, 5, 2, 6)):
             mask[row, :begin], idx[row, :begin] = 0, 0
@@ -338,8 +335,8 @@ def test_generation_is_theirs(settings: dict[str, Any], padded: bool, tmp_path: 
     assert torch.equal(actual, expected)
 
 
-def test_stop_tokens_are_theirs(tmp_path: Path) -> None:
-    """A row that goes on behind its end, or a batch that is wider than theirs."""
+def test_stop_tokens_equal_transformers(tmp_path: Path) -> None:
+    """A row that continues after its stop token, or an output that is wider than transformers'."""
     theirs = gpt2(n_positions=60)
     theirs.save_pretrained(tmp_path)
     ours = GPT.from_pretrained(tmp_path).eval()

@@ -1,5 +1,4 @@
-"""Checkpoints of nanoGPT and of the book: the logits of plain-torch models in these layouts, and what is said
-of a wrong one."""
+"""Weights of nanoGPT and of the book: logits equal to plain-torch models, and errors for wrong files."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from gpt import GPT, CharTokenizer, GPTConfig, InputError
 from gpt.weights.pretrained import load_pretrained_tokenizer
-from tests.gpt.weights.layouts import BookGPT, C, H, L, NanoGPT, T, V, lively
+from tests.gpt.weights.layouts import BookGPT, C, H, L, NanoGPT, T, V, randomise
 
 BOOK_CONFIG = {
     "vocab_size": V,
@@ -31,7 +30,7 @@ def tokens() -> Tensor:
 
 
 def nano_checkpoint(model: NanoGPT, prefix: str = "") -> dict[str, Any]:
-    """What nanoGPT's train.py saves."""
+    """A checkpoint as nanoGPT's train.py saves it."""
     return {
         "model": {prefix + name: tensor for name, tensor in model.state_dict().items()},
         "optimizer": torch.optim.SGD(model.parameters()).state_dict(),
@@ -54,18 +53,17 @@ def assert_same_logits(model: GPT, theirs: nn.Module) -> None:
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "_orig_mod.module.", "module."])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-def test_nanogpt(bias: bool, prefix: str, tmp_path: Path) -> None:
-    """A matrix transposed as Hugging Face's are, the tanh GELU, a mask taken for a bias, or a prefix that
-    hides every name."""
-    theirs = lively(NanoGPT(bias))
+def test_nanogpt_gives_the_same_logits(bias: bool, prefix: str, tmp_path: Path) -> None:
+    """A matrix transposed as in Hugging Face's layout, tanh GELU, a mask read as a bias, or a kept prefix."""
+    theirs = randomise(NanoGPT(bias))
     model = GPT.from_pretrained(saved(nano_checkpoint(theirs, prefix), tmp_path / "ckpt.pt"))
     assert model.config == GPTConfig(**theirs.arguments, qkv_bias=bias, activation="gelu")
     assert_same_logits(model, theirs)
 
 
 def test_a_folder_is_searched(tmp_path: Path) -> None:
-    """An --out folder of nanoGPT's that must be given file by file."""
-    theirs = lively(NanoGPT())
+    """An --out folder of nanoGPT in which ckpt.pt is not found."""
+    theirs = randomise(NanoGPT())
     saved(nano_checkpoint(theirs), tmp_path / "ckpt.pt")
     saved({}, tmp_path / "other.pt")
     assert_same_logits(GPT.from_pretrained(tmp_path), theirs)
@@ -75,9 +73,9 @@ def test_a_folder_is_searched(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "wrap", [lambda s: s, lambda s: {"model_state_dict": s, "optimizer_state_dict": {}}], ids=["bare", "dict"]
 )
-def test_the_book(qkv_bias: bool, wrap: Callable[[Any], Any], tmp_path: Path) -> None:
-    """Query, key and value stacked in another order, scale and shift mixed up, or a head that gets tied."""
-    theirs = lively(BookGPT(qkv_bias))
+def test_the_book_gives_the_same_logits(qkv_bias: bool, wrap: Callable[[Any], Any], tmp_path: Path) -> None:
+    """Query, key and value in another order, scale and shift swapped, or an untied head that is tied."""
+    theirs = randomise(BookGPT(qkv_bias))
     path = saved(wrap(theirs.state_dict()), tmp_path / "model.pth")
     model = GPT.from_pretrained(path, {"n_heads": H})
     assert not model.config.tie_weights
@@ -89,9 +87,9 @@ def test_the_book(qkv_bias: bool, wrap: Callable[[Any], Any], tmp_path: Path) ->
     [BOOK_CONFIG, GPTConfig.from_dict(BOOK_CONFIG), {"n_head": H}, {"num_heads": H}],
     ids=["dict", "GPTConfig", "ours", "another-package"],
 )
-def test_the_book_with_its_config(config: Any, tmp_path: Path) -> None:
-    """The book's own dict refused, or dropout and heads that are not taken from it."""
-    theirs = lively(BookGPT())
+def test_the_book_accepts_its_config(config: Any, tmp_path: Path) -> None:
+    """A refused config dict of the book, or dropout and heads that are not taken from it."""
+    theirs = randomise(BookGPT())
     model = GPT.from_pretrained(saved(theirs.state_dict(), tmp_path / "model.pth"), config)
     assert model.config.n_head == H
     assert model.config.dropout == (0.1 if config is BOOK_CONFIG or isinstance(config, GPTConfig) else 0.0)
@@ -99,32 +97,32 @@ def test_the_book_with_its_config(config: Any, tmp_path: Path) -> None:
 
 
 def test_a_tied_head_stays_tied(tmp_path: Path) -> None:
-    """Two copies of a shared matrix, which training would drive apart."""
-    theirs = lively(BookGPT(tied=True))
+    """A tied head loaded as a second matrix, which training would change separately."""
+    theirs = randomise(BookGPT(tied=True))
     model = GPT.from_pretrained(saved(theirs.state_dict(), tmp_path / "model.pth"), {"n_head": H})
     assert model.config.tie_weights
     assert_same_logits(model, theirs)
 
 
-def test_a_nanogpt_head_of_its_own_stays_untied(tmp_path: Path) -> None:
-    """A head that is dropped because nanoGPT's usually is the embedding."""
+def test_an_untied_nanogpt_head_stays_untied(tmp_path: Path) -> None:
+    """An untied head that is dropped because nanoGPT's is usually tied."""
     theirs = NanoGPT()
     theirs.lm_head.weight = nn.Parameter(torch.empty(V, C))
-    model = GPT.from_pretrained(saved(nano_checkpoint(lively(theirs)), tmp_path / "ckpt.pt"))
+    model = GPT.from_pretrained(saved(nano_checkpoint(randomise(theirs)), tmp_path / "ckpt.pt"))
     assert not model.config.tie_weights
     assert_same_logits(model, theirs)
 
 
-def test_dtype_comes_along(tmp_path: Path) -> None:
-    """Half-precision weights that double in memory."""
-    theirs = lively(NanoGPT()).bfloat16()
+def test_the_dtype_is_kept(tmp_path: Path) -> None:
+    """Half-precision weights that are loaded in float32."""
+    theirs = randomise(NanoGPT()).bfloat16()
     model = GPT.from_pretrained(saved(nano_checkpoint(theirs), tmp_path / "ckpt.pt"))
     assert model.wte.weight.dtype == torch.bfloat16
     assert torch.equal(model.wte.weight, theirs.lm_head.weight)
 
 
-def test_our_own_checkpoints(tmp_path: Path) -> None:
-    """A checkpoint of this package that is not recognised."""
+def test_own_checkpoints_are_recognised(tmp_path: Path) -> None:
+    """A checkpoint of this package that is read as another layout, or a config that is ignored."""
     model = GPT(GPTConfig(vocab_size=V, block_size=T, n_layer=L, n_head=H, n_embd=C, norm="post"))
     tokenizer = CharTokenizer.train("abc")
     model.save_pretrained(tmp_path / "own", tokenizer=tokenizer)
@@ -137,8 +135,8 @@ def test_our_own_checkpoints(tmp_path: Path) -> None:
         GPT.from_pretrained(tmp_path / "own", {"n_head": H})
 
 
-def test_the_random_state_is_left_alone(tmp_path: Path) -> None:
-    """Loading that shifts every number drawn after it, or that forgets use_triton."""
+def test_loading_keeps_the_random_state(tmp_path: Path) -> None:
+    """A load that consumes random numbers, or that ignores use_triton."""
     path = saved(nano_checkpoint(NanoGPT()), tmp_path / "ckpt.pt")
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -256,11 +254,11 @@ WRONG: dict[str, tuple[Any, Any, str]] = {
 }
 
 
-@pytest.mark.parametrize(("content", "config", "said"), WRONG.values(), ids=WRONG)
-def test_what_does_not_fit_is_said_in_a_line(content: Any, config: Any, said: str, tmp_path: Path) -> None:
-    """A model that loads and is wrong, or a traceback from inside torch."""
+@pytest.mark.parametrize(("content", "config", "message"), WRONG.values(), ids=WRONG)
+def test_a_wrong_file_is_refused_in_one_line(content: Any, config: Any, message: str, tmp_path: Path) -> None:
+    """A wrong file that loads, or that ends in a traceback of torch."""
     path = saved(content, tmp_path / "ckpt.pt")
     with pytest.raises(InputError) as raised:
         GPT.from_pretrained(path, config)
-    assert said in str(raised.value)
+    assert message in str(raised.value)
     assert "\n" not in str(raised.value)
