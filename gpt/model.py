@@ -200,7 +200,7 @@ class GPT(nn.Module):
 
     def backend(self) -> kernels.model_backend:
         """The context in which the ops run on the backend that `use_triton` names."""
-        return kernels.model_backend(BACKENDS[self._use_triton])
+        return kernels.model_backend(self._use_triton)
 
     def fit(
         self,
