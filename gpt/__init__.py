@@ -1,13 +1,11 @@
-"""A GPT on fused kernels that can be swapped for plain PyTorch at run time, with its tokenizers and its
-trainer."""
+"""A GPT whose fused kernels can be swapped for plain PyTorch at run time, with tokenizers and a trainer."""
 
 import kernels
 
 if not hasattr(kernels, "causal_attention"):
     raise ImportError(
-        f"gpt: the package `kernels` at {kernels.__path__[0]} is not fused-gpt's; Hugging Face has one of "
-        "that name: run "
-        "`pip uninstall kernels`, then install fused-gpt again"
+        f"gpt: the package `kernels` at {kernels.__path__[0]} is not fused-gpt's (Hugging Face has a "
+        "package of that name): run `pip uninstall kernels`, then install fused-gpt again"
     )
 
 from gpt.config import GPTConfig, TrainConfig

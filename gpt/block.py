@@ -1,4 +1,4 @@
-"""A block of the GPT: attention and feed-forward, and the fused ops of `kernels` in them.
+"""A block of the GPT: attention and a feed-forward network, each added to the residual stream.
 
 Shapes: B sequences, T tokens, C = n_embd, H heads of D = head_size.
 """
@@ -17,27 +17,27 @@ from gpt.config import GPTConfig
 from gpt.kv_cache import KVCache
 
 Seed = int | Tensor | None
-SITES = 3  # dropout masks of a block: attention's and the two branches'
+SITES = 3  # dropout masks of a block: one in attention and one for each of the two branches
 
 
 class Pass(NamedTuple):
-    """What the blocks share in one forward pass."""
+    """The arguments of one forward pass that all blocks share."""
 
     key_start: Tensor | None  # int32 (B,) or (B, T)
     dropout_p: float
-    seeds: Sequence[Seed]  # one for each mask
+    seeds: Sequence[Seed]  # one for each dropout mask of the model
     cache: KVCache | None
 
 
 class Linear(nn.Linear):
-    """`kernels.linear` with its parameters."""
+    """A linear layer that computes with `kernels.linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.linear(x, self.weight, self.bias)
 
 
 class Norm(nn.Module):
-    """LayerNorm, alone or fused with the addition before it."""
+    """LayerNorm, alone or fused with the residual addition before it."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -49,14 +49,14 @@ class Norm(nn.Module):
         return kernels.layer_norm(x, self.weight, self.bias, self.eps)
 
     def add(self, branch: Tensor, residual: Tensor, dropout_p: float, seed: Seed) -> tuple[Tensor, Tensor]:
-        """(the norm of the sum, the sum) of residual and dropout(branch)."""
+        """(norm(sum), sum), where sum = residual + dropout(branch)."""
         return kernels.add_layer_norm(
             branch, residual, self.weight, self.bias, self.eps, dropout_p=dropout_p, seed=seed
         )
 
 
 class Attention(nn.Module):
-    """proj(causal_attention(q, k, v)), with q, k and v views of one projection."""
+    """proj(causal_attention(q, k, v)), where q, k and v are views of one projection."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -67,8 +67,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, run: Pass) -> Tensor:
         B, T, _ = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.n_head, self.head_size)
-        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))  # (B, H, T, D), strided
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, self.head_size)  # (B, T, 3 HD) -> (B, T, 3, H, D)
+        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))  # (B, T, H, D) -> (B, H, T, D) each
+
         if run.cache is None:
             seed = run.seeds[SITES * self.layer]
             y = kernels.causal_attention(q, k, v, key_start=run.key_start, dropout_p=run.dropout_p, seed=seed)
@@ -96,11 +97,13 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each added to the stream before (norm="pre") or behind which (norm="post")
-    a norm stands.
+    """Two branches, attention and feed-forward, each added to the residual stream.
 
-    A pre-norm block hands its last branch on unadded, because the norm that fuses the addition is the next
-    block's.
+    With norm="pre" (GPT-2) a norm precedes each branch: x + branch(norm(x)). With norm="post" (GPT-1) a norm
+    follows each addition: norm(x + branch(x)).
+
+    `Norm.add` fuses an addition with the norm after it. In a pre-norm model, the norm after a block's last
+    addition belongs to the next block, so the block returns its last branch without adding it.
     """
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
@@ -112,11 +115,19 @@ class Block(nn.Module):
         self.ffn = FeedForward(config)
 
     def forward(self, branch: Tensor | None, x: Tensor, run: Pass) -> tuple[Tensor | None, Tensor]:
+        """(branch, x) after this block, from (branch, x) before it.
+
+        Args:
+            branch: (B, T, C), to be added to x; None if there is nothing to add.
+            x: (B, T, C), the residual stream.
+            run: The arguments of the forward pass.
+        """
         p, (_, seed_1, seed_2) = run.dropout_p, run.seeds[SITES * self.layer : SITES * (self.layer + 1)]
         if self.post:
             x, _ = self.ln_1.add(self.attn(x, run), x, p, seed_1)
             x, _ = self.ln_2.add(self.ffn(x), x, p, seed_2)
             return None, x
+
         y, x = (self.ln_1(x), x) if branch is None else self.ln_1.add(branch, x, p, seed_1)
         y, x = self.ln_2.add(self.attn(y, run), x, p, seed_2)
         return self.ffn(y), x

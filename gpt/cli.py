@@ -1,4 +1,4 @@
-"""Command lines from dataclasses: each field is a flag, and a key of its table in a TOML file."""
+"""Command lines from dataclasses: each field is a flag, and a key in a table of a TOML file."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def option(
 
 
 def use_triton_option() -> Any:
-    """The flag --use_triton, a key of USE_TRITON."""
+    """The flag --use_triton, whose values are the keys of USE_TRITON."""
     return option(
         "auto", "fused kernels: where faster, wherever they apply, or never", choices=tuple(USE_TRITON)
     )
@@ -62,10 +62,10 @@ class OptionParser(argparse.ArgumentParser):
     """A parser whose flags are the fields of dataclasses, spelt with hyphens or underscores.
 
     Args:
-        prog: The command, as in "python -m gpt.train".
-        description: The help's first paragraph.
-        skip: Fields that are no flags.
-        **tables: An instance for each table; its values are the defaults that the help shows.
+        prog: The command, for example "python -m gpt.train".
+        description: The first paragraph of the help.
+        skip: Fields that are not flags.
+        **tables: A dataclass instance for each table. The help shows its values as defaults.
     """
 
     def __init__(self, prog: str, description: str, *, skip: Collection[str] = (), **tables: Any) -> None:
@@ -88,10 +88,10 @@ class OptionParser(argparse.ArgumentParser):
         """Parses a command line.
 
         Returns:
-            The arguments that belong to no table, and by table the values of the flags that were given.
+            The arguments outside the tables, and for each table the values of the given flags.
 
         Raises:
-            InputError: An unknown flag (with the nearest valid one) or a value of the wrong type.
+            InputError: An unknown flag (the message suggests a valid one), or a value of the wrong type.
         """
         namespace, rest = self.parse_known_args([_with_underscores(argument) for argument in argv])
         for argument in rest:
@@ -112,15 +112,15 @@ class OptionParser(argparse.ArgumentParser):
         """The values in a TOML file's `tables`, by table.
 
         Raises:
-            InputError: The file is unreadable or no TOML, has an unknown table or key (with the nearest valid
-                one), or a value of the wrong type.
+            InputError: The file cannot be read, is not a TOML file, or has an unknown table or key or a value
+                of the wrong type.
         """
         try:
             content = tomllib.loads(Path(path).read_text("utf-8"))
         except OSError as error:
             raise InputError(f"--config: cannot read {path}: {error.strerror}") from error
         except ValueError as error:
-            raise InputError(f"--config: {path} is no TOML: {error}") from error
+            raise InputError(f"--config: {path} is not a TOML file: {error}") from error
         values: Values = {table: {} for table in tables}
         for table, entries in content.items():
             if table not in values:
@@ -140,15 +140,17 @@ class OptionParser(argparse.ArgumentParser):
 
 
 def run_command(name: str, command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
-    """Runs a command line and returns its exit code: 2 after an InputError, said in one line on stderr; 130
-    after Ctrl-C."""
+    """Runs a command and returns its exit code: 2 after an InputError, 130 after Ctrl-C.
 
-    def say(message: Warning | str, *_: Any, **__: Any) -> None:
+    InputErrors and warnings are printed on stderr, one line each.
+    """
+
+    def print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
         print(f"{name}: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = say
+        warnings.showwarning = print_warning
         try:
             return command(sys.argv[1:] if argv is None else argv)
         except InputError as error:
@@ -156,13 +158,13 @@ def run_command(name: str, command: Callable[[Sequence[str]], int], argv: Sequen
             return 2
         except KeyboardInterrupt:
             return 130
-        except BrokenPipeError:  # the reader of our output has gone, as in `| head`
+        except BrokenPipeError:  # the reader of our output has exited, as in `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
 
 
 def field_types(cls: type) -> dict[str, Any]:
-    """The annotated type of each field of a dataclass; a Literal where the metadata has `choices`."""
+    """The type of each field of a dataclass: its annotation, or a Literal of the option's choices."""
     hints = typing.get_type_hints(cls)
     return {
         field.name: Literal[tuple(field.metadata["choices"])]
@@ -176,12 +178,12 @@ def convert(where: str, expected: Any, value: Any) -> Any:
     """`value`, a flag's text or a TOML value, as the type `expected`.
 
     Args:
-        where: What to name in the error.
-        expected: bool, int, float, str, a Literal of strings, tuple[str, ...], or a union of these and None
-            ("none" in text).
+        where: The beginning of the error message.
+        expected: bool, int, float, str, a Literal of strings, tuple[str, ...], or a union of these and None,
+            which is spelt "none".
 
     Raises:
-        InputError: It is none.
+        InputError: The value is not of that type.
     """
     for option in get_args(expected) if _is_union(expected) else (expected,):
         try:
@@ -192,7 +194,7 @@ def convert(where: str, expected: Any, value: Any) -> Any:
 
 
 def describe(expected: Any) -> str:
-    """A type as help and errors show it: "int|none", "true|false", "auto|float32"."""
+    """A type as the help and errors show it: "int|none", "true|false", "auto|float32"."""
     if _is_union(expected):
         return "|".join(describe(option) for option in get_args(expected))
     if get_origin(expected) is Literal:
@@ -205,7 +207,7 @@ def describe(expected: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as one would type it."""
+    """A value as it is typed on a command line."""
     if isinstance(value, tuple):
         return " ".join(map(show, value))
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
@@ -216,7 +218,7 @@ def _is_union(expected: Any) -> bool:
 
 
 def _parse(expected: Any, value: Any) -> Any:
-    """Raises ValueError where `value` is no `expected`, which is no union."""
+    """`value` as the type `expected`, which is not a union; ValueError if it is not of that type."""
     text = isinstance(value, str)
     if get_origin(expected) is tuple and (text or isinstance(value, list)):
         return tuple(_parse(get_args(expected)[0], item) for item in ([value] if text else value))

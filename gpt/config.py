@@ -1,8 +1,6 @@
-"""What a model is and how it is trained: two frozen dataclasses, checked when made, whose fields are the
-command lines' flags.
+"""The configs of a model and of its training: frozen dataclasses that check their fields.
 
-`GPTConfig.from_dict` reads the names of other packages. A family of names brings its own package's defaults
-with it; our own names go with any of them.
+The fields are flags of the commands and keys of TOML files.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ class GPTConfig:
     """The shape of a GPT. The defaults are GPT-2 124M's.
 
     Raises:
-        InputError: A field of the wrong type or outside its range, or sizes that do not fit one another.
+        InputError: A field is of the wrong type or outside its range, or sizes contradict each other.
     """
 
     vocab_size: int = option(50257, "number of token ids", low=1)
@@ -60,7 +58,7 @@ class GPTConfig:
         total = self.parameter_counts()["total"]
         if total > LARGEST_MODEL:
             raise InputError(
-                f"GPTConfig: these sizes make {total:,} parameters, expected at most {LARGEST_MODEL:,}"
+                f"GPTConfig: the model has {total:,} parameters, expected at most {LARGEST_MODEL:,}"
             )
 
     @property
@@ -70,11 +68,12 @@ class GPTConfig:
 
     @property
     def inner_size(self) -> int:
-        """I, the width inside the feed-forward."""
+        """I, the width inside the feed-forward network."""
         return self.n_inner or 4 * self.n_embd
 
     @property
     def has_qkv_bias(self) -> bool:
+        """Whether the query, key and value projections have biases."""
         return self.bias if self.qkv_bias is None else self.qkv_bias
 
     @classmethod
@@ -82,34 +81,36 @@ class GPTConfig:
         """The preset `name`, with fields overridden.
 
         Raises:
-            InputError: Unknown preset or field, or as the constructor.
+            InputError: An unknown preset or field, or an error of the constructor.
         """
         return _preset(cls, _MODEL_PRESETS, name, overrides)
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> GPTConfig:
-        """The config that a dict of our names or another package's describes.
+        """The config that a dict describes, by our field names or by those of another package.
 
         Args:
-            d: Fields of this class (nanoGPT's names among them), and names of one family: llm-arch-research
-                (embed_dim, max_position_embeddings, …), simple-llm (emb_size, max_seq_len, head_size, …),
-                "Build a Large Language Model From Scratch" (emb_dim, context_length, drop_rate, …) or Hugging
-                Face's GPT-2 (n_positions, activation_function, resid_pdrop, …). The family's defaults fill
-                what is not said.
+            d: Fields of this class, which include nanoGPT's names, and names of at most one other package:
+                llm-arch-research (embed_dim, max_position_embeddings, …), simple-llm (emb_size, max_seq_len,
+                head_size, …), "Build a Large Language Model From Scratch" (emb_dim, context_length,
+                drop_rate, …) or Hugging Face's GPT-2 (n_positions, activation_function, resid_pdrop, …).
+                Fields that are not given have the defaults of that package.
 
         Raises:
-            InputError: A name of no family, names of different families, two names that contradict one
-                another, a Hugging Face setting that this model does not have, or as the constructor.
+            InputError: An unknown name, names of different packages, two names that contradict each other,
+                a setting that this model does not have, or an error of the constructor.
         """
         return cls(**translate_fields(d, [f.name for f in fields(cls)]))
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field by name, ready for JSON; `from_dict` reads it back."""
+        """Every field by name, for JSON; `from_dict` reads it back."""
         return asdict(self)
 
     def parameter_counts(self) -> dict[str, int]:
-        """Parameters by component, and their "total"; "block" is one of n_layer, and a tied "head" counts its
-        bias alone."""
+        """The number of parameters of each component, and the "total".
+
+        "block" is one of the n_layer blocks. A tied "head" counts its bias only.
+        """
         c, hd, inner = self.n_embd, self.n_head * self.head_size, self.inner_size
         norm = c * (1 + self.bias)
         attention = 3 * hd * (c + self.has_qkv_bias) + c * (hd + self.bias)
@@ -153,7 +154,7 @@ class TrainConfig:
     """How a GPT is trained.
 
     Raises:
-        InputError: A field of the wrong type or outside its range, or min_lr above learning_rate.
+        InputError: A field is of the wrong type or outside its range, or min_lr is above learning_rate.
     """
 
     max_steps: int = option(2000, "optimizer steps", low=1)
@@ -197,15 +198,15 @@ class TrainConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> TrainConfig:
-        """The training settings that go with the model preset `name`, with fields overridden.
+        """The training settings for the model preset `name`, with fields overridden.
 
         Raises:
-            InputError: Unknown preset or field, or as the constructor.
+            InputError: An unknown preset or field, or an error of the constructor.
         """
         return _preset(cls, _TRAIN_PRESETS, name, overrides)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field by name, ready for JSON."""
+        """Every field by name, for JSON."""
         return asdict(self)
 
 
@@ -259,7 +260,7 @@ def override(config: Config, overrides: Mapping[str, Any]) -> Config:
     """`config` with fields replaced.
 
     Raises:
-        InputError: An unknown field, or as the constructor.
+        InputError: An unknown field, or an error of the constructor.
     """
     names = [f.name for f in fields(config)]
     for key in overrides:

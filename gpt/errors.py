@@ -1,4 +1,4 @@
-"""What a user can get wrong, as one exception and one way to say it."""
+"""The exception for wrong input from the user, and the form of its message."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Something that the user gave is wrong; the message is one line naming it, its value and what was
-    expected."""
+    """Input from the user is wrong. The message is one line: "where: name is value, expected …"."""
 
 
 def unknown(where: str, name: object, valid: Iterable[str]) -> InputError:
-    """The error for a name that is none of `valid`, with the nearest one."""
+    """The error for a name that is not in `valid`; it suggests the most similar valid name."""
     nearest = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0)[0]
     return InputError(f"{where}: {name!r} is unknown, the nearest valid one is {nearest!r}")
 
 
 def first_line(error: BaseException) -> str:
-    """What somebody else's exception says, or its kind where it says nothing."""
+    """The first line of an exception's message; the name of its type if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""`python -m gpt.eval`: how well a model predicts a text."""
+"""`python -m gpt.eval`: the loss, perplexity and bits per byte of a text under a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gpt.weights.pretrained import load_pretrained, load_pretrained_tokenizer
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Which model, which text, and how."""
+    """The flags: the model, the text, and how to evaluate."""
 
     checkpoint: str | None = option(
         None, "a run (its newest valid checkpoint), a checkpoint, a file of weights, or a hub model"

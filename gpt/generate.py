@@ -1,6 +1,7 @@
-"""Generation: the processors of logits, and the loop.
+"""Generation: the logits processors, sampling, and the loop over tokens.
 
-The processors have Hugging Face's order and meaning: repetition penalty, temperature, top-k, top-p, min-p.
+The processors have the order and meaning of Hugging Face's: repetition penalty, temperature, top-k, top-p,
+min-p.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from gpt.model import GPT
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """logits / penalty where `seen` (B, V) and positive, logits · penalty where seen and negative."""
+    """Where `seen` (B, V) is True: logits / penalty if positive, logits · penalty if negative."""
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """-inf for all that are smaller than the k-th largest."""
+    """Sets all logits below the k-th largest to -inf."""
     return logits.masked_fill(logits < logits.topk(min(k, logits.shape[-1])).values[..., -1:], -math.inf)
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """-inf outside the nucleus: the fewest of the likeliest tokens whose probabilities sum to p or more."""
+    """Sets all logits to -inf but the fewest of the likeliest whose probabilities sum to p or more."""
     ascending, order = logits.sort(-1)
     outside = ascending.softmax(-1).cumsum(-1) <= 1 - p
     outside[..., -1] = False
@@ -37,14 +38,16 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def keep_min_p(logits: Tensor, p: float) -> Tensor:
-    """-inf for all that are less likely than p times the likeliest."""
+    """Sets the logits of all tokens to -inf that are less likely than p times the likeliest."""
     probabilities = logits.softmax(-1)
     return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), -math.inf)
 
 
 def sample(logits: Tensor, generator: torch.Generator | None) -> Tensor:
-    """(B,) int64 from p = softmax(logits): argmax p / e, e ~ Exp(1). `torch.multinomial` draws the same, but
-    waits for a GPU."""
+    """(B,) int64 samples of p = softmax(logits), as argmax p / e with e ~ Exp(1).
+
+    `torch.multinomial` gives the same samples, but synchronises with a GPU.
+    """
     probabilities = logits.softmax(-1)
     noise = torch.empty_like(probabilities).exponential_(1, generator=generator)
     return (probabilities / noise.clamp_(min=torch.finfo(noise.dtype).tiny)).argmax(-1)
@@ -114,8 +117,8 @@ def generate(model: GPT, idx: Tensor, max_new_tokens: int, settings: Settings) -
     B, T = idx.shape
     ids = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], 1)  # (B, T + max_new_tokens)
     seen = _seen(idx, key_start, model.config.vocab_size) if settings.repetition_penalty != 1 else None
-    waits = idx.device.type != "cuda" or settings.on_token is not None
-    stop = Stops(settings.stop_ids, B, idx.device, waits=waits) if settings.stop_ids else None
+    synchronise = idx.device.type != "cuda" or settings.on_token is not None
+    stop = Stops(settings.stop_ids, B, idx.device, synchronise=synchronise) if settings.stop_ids else None
     states = _hidden_states(model, ids, T, key_start, settings.use_cache)
 
     length = T
@@ -140,10 +143,11 @@ def generate(model: GPT, idx: Tensor, max_new_tokens: int, settings: Settings) -
 def _hidden_states(
     model: GPT, ids: Tensor, length: int, key_start: Tensor | None, use_cache: bool
 ) -> Iterator[Tensor]:
-    """(B, C) of the last of ids[:, :length], then of each token that the caller writes behind it.
+    """Yields the last token's hidden state (B, C): for ids[:, :length], then for each token after them.
 
-    The cache serves while the tokens fit the block; past it, and without it, the last block_size tokens are
-    computed anew.
+    The caller writes the next token into `ids` before it asks for the next state. The cache is used while the
+    tokens fit into block_size. After that, and without a cache, each step recomputes the last block_size
+    tokens.
     """
     block, end = model.config.block_size, ids.shape[1]
     if use_cache and length <= block:
@@ -153,6 +157,7 @@ def _hidden_states(
             yield decoder.step(ids[:, length])
             length += 1
         length += 1
+
     for stop in range(length, end + 1):
         begin = max(0, stop - block)
         start = None if key_start is None else (key_start - begin).clamp(min=0)
@@ -161,7 +166,7 @@ def _hidden_states(
 
 
 def _seen(idx: Tensor, key_start: Tensor | None, vocab_size: int) -> Tensor:
-    """Bool (B, V): the ids in each row, not counting padding."""
+    """Bool (B, V): whether a row has an id, padding excluded."""
     real = torch.ones_like(idx)
     if key_start is not None:
         real = (torch.arange(idx.shape[1], device=idx.device) >= key_start[:, None]).long()

@@ -1,4 +1,4 @@
-"""`python -m gpt.info`: what a model is made of, and what it costs."""
+"""`python -m gpt.info`: a model's parameters, FLOPs and training memory."""
 
 from __future__ import annotations
 

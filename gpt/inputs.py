@@ -1,5 +1,7 @@
-"""Checks of what a model is called with. Values are read on a CPU only, so that a GPU is never waited for;
-padding always is."""
+"""Checks of a model's inputs.
+
+Values on a GPU are not read, because that would synchronise; the attention mask is the exception.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from gpt.errors import InputError
 
 
 def check_ids(idx: Tensor, vocab_size: int, device: torch.device) -> None:
-    """Refuses anything but int64 (B, T) on `device` and, on a CPU, ids outside [0, vocab_size)."""
+    """Raises InputError unless `idx` is int64 (B, T) on `device`, on a CPU with ids in [0, vocab_size)."""
     if not isinstance(idx, Tensor) or idx.ndim != 2 or idx.dtype != torch.int64 or idx.numel() == 0:
         raise InputError(f"GPT: idx is {describe(idx)}, expected int64 (B, T) with at least one token")
     if idx.device != device:
@@ -22,23 +24,24 @@ def check_ids(idx: Tensor, vocab_size: int, device: torch.device) -> None:
 
 
 def check_targets(targets: Tensor, idx: Tensor) -> None:
-    """Refuses targets of another shape, dtype or device; their values are checked by the loss."""
+    """Raises InputError unless `targets` has idx's shape, dtype and device; the loss checks the values."""
     if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or not _alike(targets, idx):
         raise InputError(f"GPT: targets is {describe(targets)}, expected {describe(idx)} (idx's)")
 
 
 def padding(attention_mask: Tensor, idx: Tensor) -> Tensor:
-    """int32 (B,): how many tokens of each row are padding, which must stand on the left of at least one
-    token."""
+    """int32 (B,), the number of padding tokens on the left of each row.
+
+    Raises:
+        InputError: The mask does not fit `idx`, has other values than 0 and 1, or has padding on the right.
+    """
     if not isinstance(attention_mask, Tensor) or not _alike(attention_mask, idx):
         expected = f"{tuple(idx.shape)} on {idx.device} (idx's)"
         raise InputError(f"GPT: attention_mask is {describe(attention_mask)}, expected {expected}")
     real = attention_mask == 1
     if not torch.compiler.is_compiling():
         if not (real | (attention_mask == 0)).all():
-            raise InputError(
-                "GPT: attention_mask has a value that is neither, expected 0 for padding and 1 for tokens"
-            )
+            raise InputError("GPT: attention_mask has another value, expected 0 for padding and 1 for tokens")
         if not (real[:, 1:] >= real[:, :-1]).all() or not real[:, -1].all():
             raise InputError(
                 "GPT: attention_mask has 0 after a 1 or in a whole row, expected padding on the left of a "
@@ -48,7 +51,7 @@ def padding(attention_mask: Tensor, idx: Tensor) -> Tensor:
 
 
 def check_document_start(document_start: Tensor, idx: Tensor) -> None:
-    """Refuses anything but int32 (B, T) and, on a CPU, a start behind its own token or below 0."""
+    """Raises InputError unless document_start is int32 (B, T), on a CPU with values in [0, token's index]."""
     if (
         not isinstance(document_start, Tensor)
         or document_start.dtype != torch.int32
@@ -68,7 +71,7 @@ def check_document_start(document_start: Tensor, idx: Tensor) -> None:
 
 
 def positions(length: int, key_start: Tensor | None, device: torch.device) -> Tensor:
-    """int64 (T,) or (B, T): the position of each token, counted from where its keys start, 0 before."""
+    """int64 (T,) or (B, T), the position of each token relative to its key_start; 0 for padding."""
     index = torch.arange(length, device=device)
     if key_start is None:
         return index
@@ -76,7 +79,7 @@ def positions(length: int, key_start: Tensor | None, device: torch.device) -> Te
 
 
 def describe(value: object) -> str:
-    """A tensor's dtype, shape and device, or a type's name."""
+    """A tensor's dtype, shape and device; for any other value, the name of its type."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
     return type(value).__name__
@@ -87,4 +90,5 @@ def _alike(tensor: Tensor, idx: Tensor) -> bool:
 
 
 def _readable(tensor: Tensor) -> bool:
+    """Whether values can be read without synchronising or breaking a compiled graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

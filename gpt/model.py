@@ -1,7 +1,6 @@
-"""A GPT: embedding, blocks of attention and feed-forward, head. Every fused op of `kernels` has its place
-here.
+"""The GPT: token and position embeddings, blocks (see `gpt.block`), and the head.
 
-Shapes: B sequences, T tokens, C = n_embd, H heads of D = head_size, V = vocab_size.
+Shapes: B sequences, T tokens, C = n_embd, V = vocab_size.
 """
 
 from __future__ import annotations
@@ -25,12 +24,11 @@ from gpt.kv_cache import KVCache
 from gpt.preflight import preflight
 
 Callback = Callable[["GPT", int], object]
-BACKENDS: dict[bool | str, str] = {True: "triton", False: "reference", "auto": "auto"}
-GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2**64 / φ as int64: multiples of it stay far apart
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2**64 / φ as int64: its multiples are far apart
 
 
 class Head(nn.Module):
-    """The head's own parameters: none where it is tied and has no bias."""
+    """The head's own parameters: none if it is tied and has no bias."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -44,16 +42,15 @@ class GPT(nn.Module):
     """A GPT whose fused ops run in Triton or in plain PyTorch, with the same parameters.
 
     Args:
-        config: A GPTConfig, a dict in any package's names that `GPTConfig.from_dict` knows, or a preset's
-            name. Left out, the overrides alone count, in any of those names, over GPTConfig's defaults (GPT-2
-            124M).
+        config: A GPTConfig, a dict for `GPTConfig.from_dict`, or the name of a preset. Without it, the
+            overrides are such a dict, and GPTConfig's defaults (GPT-2 124M) apply to the rest.
         use_triton: False for the references, True for kernels wherever they apply, "auto" for the faster of
-            the two. It can be set at any time.
-        device, dtype: Of the parameters; torch's defaults.
+            the two. It can be changed at any time.
+        device, dtype: Of the parameters. None is torch's default.
         **overrides: Fields of GPTConfig to change.
 
     Raises:
-        InputError: A config that cannot be, or another use_triton.
+        InputError: The config is invalid, or use_triton is another value.
     """
 
     def __init__(
@@ -68,8 +65,9 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config = _resolve(config, overrides)
         self.dropout_seed: Seed = None
-        self.train_loss: list[float] = []  # of each epoch of the last `fit`
+        self.train_loss: list[float] = []  # one entry for each epoch of the last `fit`
         self.validation_loss: list[float] = []
+
         with torch.device("meta"):
             self.wte = nn.Embedding(config.vocab_size, config.n_embd)
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -82,8 +80,10 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws each parameter as GPT-2 does: deviation 0.02, 0.02 / sqrt(2 n_layer) where a branch ends;
-        biases 0, norms 1."""
+        """Initialises as GPT-2: matrices from N(0, 0.02²), biases 0, norms 1.
+
+        The last matrix of each branch has the standard deviation 0.02 / sqrt(2 n_layer).
+        """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
@@ -95,13 +95,12 @@ class GPT(nn.Module):
 
     @property
     def use_triton(self) -> bool | str:
-        """False, True or "auto". True gives a FallbackWarning where Triton cannot be had, and the references
-        run there."""
+        """False, True or "auto". True warns with a FallbackWarning if a reference has to run instead."""
         return self._use_triton
 
     @use_triton.setter
     def use_triton(self, value: bool | str) -> None:
-        if not isinstance(value, (bool, str)) or value not in BACKENDS:
+        if not isinstance(value, bool) and value != "auto":
             raise InputError(f"GPT: use_triton is {value!r}, expected True, False or 'auto'")
         self._use_triton = value
         if value is True:
@@ -113,7 +112,7 @@ class GPT(nn.Module):
         return self.config.block_size
 
     def num_parameters(self) -> int:
-        """Parameters in all; a tied head counts once."""
+        """The number of parameters; a tied head counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def forward(
@@ -128,19 +127,20 @@ class GPT(nn.Module):
 
         Args:
             idx: int64 (B, T), ids in [0, V), T <= block_size.
-            targets: int64 (B, T), ids or -100 where the loss does not look; they are not shifted here.
-            attention_mask: (B, T), 0 for padding, which stands on the left, 1 for tokens. Positions count
-                from the first token.
-            document_start: int32 (B, T), for each token the index at which its document starts. Documents do
-                not see each other, and positions restart.
+            targets: int64 (B, T), the next token of each position; -100 is ignored. They are not shifted
+                here.
+            attention_mask: (B, T), 0 for padding, 1 for tokens. Padding is on the left. Positions count from
+                the first token.
+            document_start: int32 (B, T), the index of the first token of each token's document. Attention
+                stays within a document, and positions restart in each.
 
         Returns:
-            (B, T, V) logits; with targets a float32 scalar, for which the logits are never held.
+            (B, T, V) logits; with targets a float32 scalar, without holding the logits in memory.
 
         Raises:
-            InputError: Any of these of another type, shape or device; T > block_size; padding that is not on
-                the left; both attention_mask and document_start; on a CPU also ids outside [0, V), or a
-                document_start behind its token.
+            InputError: An argument has another type, shape or device; T > block_size; padding is not on the
+                left; both attention_mask and document_start are given. On a CPU also: an id is outside
+                [0, V), or a document_start is after its token.
         """
         check_ids(idx, self.config.vocab_size, self.wte.weight.device)
         if targets is not None:
@@ -153,17 +153,19 @@ class GPT(nn.Module):
             raise InputError(
                 "GPT: attention_mask and document_start are both given, expected at most one of them"
             )
+
         key_start = None
         if attention_mask is not None:
             key_start = padding(attention_mask, idx)
         elif document_start is not None:
             check_document_start(document_start, idx)
             key_start = document_start
-        position = positions(idx.shape[1], key_start, idx.device)
+
+        position = positions(idx.shape[1], key_start, idx.device)  # (T,) or (B, T)
         with self.backend():
             x = self.hidden(idx, position, key_start, self.config.dropout if self.training else 0.0)
             if targets is None:
-                return self.head(x)
+                return self.head(x)  # (B, T, C) -> (B, T, V)
             return kernels.linear_cross_entropy(x, self.head_weight, targets, self.lm_head.bias)
 
     def hidden(
@@ -174,13 +176,15 @@ class GPT(nn.Module):
         dropout_p: float = 0.0,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """The head's input (B, T, C) for tokens (B, T) at positions (T,) or (B, T)."""
+        """The input (B, T, C) of the head, for token ids (B, T) at positions (T,) or (B, T)."""
         seeds = _site_seeds(self.dropout_seed if dropout_p else None, SITES * self.config.n_layer + 2)
         run = Pass(key_start, dropout_p, seeds, cache)
+
         x = _dropout(self.wte(idx) + self.wpe(position), dropout_p, seeds[-2])  # (B, T, C)
-        branch = None
+        branch = None  # (B, T, C), what the previous block has left to add to x
         for block in self.blocks:
             branch, x = block(branch, x, run)
+
         if self.ln_f is None:
             return x if branch is None else x + _dropout(branch, dropout_p, seeds[-1])
         return self.ln_f(x) if branch is None else self.ln_f.add(branch, x, dropout_p, seeds[-1])[0]
@@ -191,12 +195,12 @@ class GPT(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, C): the token embedding's where tied."""
+        """(V, C), which is the token embedding's if the head is tied."""
         return self.wte.weight if self.lm_head.weight is None else self.lm_head.weight
 
     def backend(self) -> kernels.model_backend:
-        """The context in which this model's ops choose their backend."""
-        return kernels.model_backend(BACKENDS[self._use_triton])
+        """The context in which the ops run on the backend that `use_triton` names."""
+        return kernels.model_backend(self._use_triton)
 
     def fit(
         self,
@@ -301,10 +305,9 @@ class GPT(nn.Module):
         return generate(self, idx, max_new_tokens, settings)
 
     def preflight(self, batch_size: int, seq_len: int, dtype: torch.dtype | None = None) -> kernels.Report:
-        """Each fused op, forward and backward, against its reference, at this model's shapes: see
-        `gpt.preflight.preflight`."""
+        """Checks each fused op against its reference at this model's shapes; see `gpt.preflight`."""
         weight = self.wte.weight
-        prefer = BACKENDS[self._use_triton or "auto"]
+        prefer = self.backend().backend if self._use_triton else "auto"
         return preflight(
             self.config,
             weight.device,
@@ -322,17 +325,16 @@ class GPT(nn.Module):
         *,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        """Writes config, parameters and tokenizer into `directory`, hashed: a checkpoint, or what
-        `transformers` loads.
+        """Writes config, parameters, tokenizer and their hashes into `directory`.
 
         Args:
-            directory: A new or empty folder, or one written before.
-            format: "fused-gpt" or "huggingface".
-            tokenizer: Saved along.
+            directory: A new or empty folder, or one that an earlier save wrote.
+            format: "fused-gpt" for a checkpoint, or "huggingface" for a GPT-2 that `transformers` loads.
+            tokenizer: Saved with the model.
 
         Raises:
-            InputError: Another format, a model that transformers' GPT-2 cannot be, or a directory that cannot
-                be written.
+            InputError: The format is unknown, the model has an option that GPT-2 in `transformers` lacks, or
+                the directory cannot be written.
         """
         from gpt.weights.checkpoint import save_model
         from gpt.weights.huggingface import save_huggingface
@@ -351,7 +353,7 @@ class GPT(nn.Module):
         device: torch.device | str | None = None,
         use_triton: bool | str = "auto",
     ) -> GPT:
-        """The model at `source`, in a layout that `gpt.weights.pretrained.load_pretrained` knows."""
+        """Loads a model: see `gpt.weights.pretrained.load_pretrained`."""
         from gpt.weights.pretrained import load_pretrained
 
         return load_pretrained(source, config, device=device, use_triton=use_triton)
@@ -367,7 +369,7 @@ def _dropout(x: Tensor, p: float, seed: Seed) -> Tensor:
 
 
 def _site_seeds(seed: Seed, count: int) -> Sequence[Seed]:
-    """seed · GOLDEN + i in wrapping int64, for each mask i: the same for an int as for a tensor."""
+    """seed · GOLDEN + i for dropout mask i, in wrapping int64; an int and a tensor give the same seeds."""
     if seed is None:
         return [None] * count
     if isinstance(seed, Tensor):
@@ -376,6 +378,7 @@ def _site_seeds(seed: Seed, count: int) -> Sequence[Seed]:
 
 
 def _resolve(config: GPTConfig | Mapping[str, Any] | str | None, overrides: dict[str, Any]) -> GPTConfig:
+    """The GPTConfig that the constructor's arguments describe."""
     if config is None:
         return GPTConfig.from_dict(overrides)
     if isinstance(config, str):

@@ -1,4 +1,4 @@
-"""A model's own calls of the fused ops, as cases for `kernels.preflight`."""
+"""The fused ops that a model calls, as cases for `kernels.preflight`."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ def preflight(
     prefer: str = "triton",
     use_cache: bool = True,
 ) -> kernels.Report:
-    """Checks each op of a model, forward and backward, at the shapes of a forward pass over (batch_size,
-    seq_len) tokens.
+    """Compares each op of a model with its reference, forward and backward, at the shapes of one pass.
 
     Args:
-        config: The model's.
-        device: The model's.
-        batch_size: Sequences of a micro-batch.
-        seq_len: Tokens of a sequence.
-        dtype: What the ops compute in: the autocast dtype, or the parameters'.
-        parameters: The parameters' own dtype, which the residual stream shares.
+        config: The config of the model.
+        device: The device of the model.
+        batch_size: Sequences per micro-batch.
+        seq_len: Tokens per sequence.
+        dtype: The dtype that the ops compute in: that of autocast, or that of the parameters.
+        parameters: The dtype of the parameters and of the residual stream.
         prefer, use_cache: As in `kernels.preflight`.
     """
     return kernels.preflight(
@@ -41,26 +40,26 @@ def preflight(
 def cases(
     config: GPTConfig, batch_size: int, seq_len: int, parameters: torch.dtype
 ) -> list[tuple[str, kernels.Case]]:
-    """(op, case) for each op that the model calls, with its options and layouts."""
+    """(op, case) for each op that the model calls, with the options and layouts of the call."""
     n, c = batch_size * seq_len, config.n_embd
     heads = {"B": batch_size, "H": config.n_head, "D": config.head_size}
     dropout = {"dropout_p": config.dropout, "seed": 1} if config.dropout else {}
     norm = {"parameters": parameters, "bias": config.bias}
-    found: list[tuple[str, dict[str, int], dict[str, Any]]] = [
+    calls: list[tuple[str, dict[str, int], dict[str, Any]]] = [
         ("causal_attention", {**heads, "Tq": seq_len, "Tk": seq_len}, {"layout": "qkv", **dropout}),
         ("decode_attention", {**heads, "Tq": 1, "Tmax": config.block_size}, {}),
         ("add_layer_norm", {"N": n, "C": c}, {**norm, "residual": parameters, **dropout}),
         ("linear_cross_entropy", {"N": n, "C": c, "V": config.vocab_size}, {"bias": config.head_bias}),
     ]
     if config.norm == "pre":
-        found.append(("layer_norm", {"N": n, "C": c}, norm))
+        calls.append(("layer_norm", {"N": n, "C": c}, norm))
     if config.activation != "relu":
         approximate = "tanh" if config.activation == "gelu_tanh" else "none"
-        found.append(
+        calls.append(
             (
                 "gelu_ffn",
                 {"N": n, "C": c, "I": config.inner_size},
                 {"bias": config.bias, "approximate": approximate},
             )
         )
-    return [(op, kernels.Case(sizes, options)) for op, sizes, options in found]
+    return [(op, kernels.Case(sizes, options)) for op, sizes, options in calls]

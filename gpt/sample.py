@@ -1,4 +1,4 @@
-"""`python -m gpt.sample`: continues a prompt with a trained model, as the tokens come."""
+"""`python -m gpt.sample`: continues a prompt with a trained model, and prints each token at once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gpt.weights.pretrained import load_pretrained, load_pretrained_tokenizer
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """What to continue, and how tokens are chosen."""
+    """The flags: the model, the prompt, and how tokens are chosen."""
 
     checkpoint: str | None = option(
         None, "a run (its newest valid checkpoint), a checkpoint, a file of weights, or a hub model"
@@ -57,18 +57,15 @@ def _sample(argv: Sequence[str]) -> int:
     prompt = _prompt(config)
     if config.checkpoint is None:
         raise InputError("--checkpoint is not given, expected a run, a checkpoint or a model")
-    if config.num_samples < 1:
-        raise InputError(f"--num_samples is {config.num_samples}, expected at least 1")
-    if not 0 <= config.seed < 2**63:
-        raise InputError(f"--seed is {config.seed}, expected 0 to {2**63 - 1}")
-    if "" in config.stop:
-        raise InputError("--stop is '', expected texts that are not empty")
+    _check(config)
+
     device = pick_device(config.device)
     source = locate(config.checkpoint)
     source = find_checkpoint(source) if is_own(source) else source
     tokenizer = load_pretrained_tokenizer(source)
     ids = tokenizer.encode(prompt) if prompt else first_ids(tokenizer)
     model = load_pretrained(source, device=device, use_triton=USE_TRITON[config.use_triton]).eval()
+
     generator = torch.Generator(device).manual_seed(config.seed)
     for number in range(config.num_samples):
         if config.num_samples > 1:
@@ -77,7 +74,18 @@ def _sample(argv: Sequence[str]) -> int:
     return 0
 
 
+def _check(config: SampleConfig) -> None:
+    """Refuses values that `GPT.generate` does not check."""
+    if config.num_samples < 1:
+        raise InputError(f"--num_samples is {config.num_samples}, expected at least 1")
+    if not 0 <= config.seed < 2**63:
+        raise InputError(f"--seed is {config.seed}, expected 0 to {2**63 - 1}")
+    if "" in config.stop:
+        raise InputError("--stop is '', expected texts that are not empty")
+
+
 def _prompt(config: SampleConfig) -> str:
+    """The text of --prompt, --prompt_file or stdin."""
     if config.prompt is not None and config.prompt_file is not None:
         raise InputError("--prompt and --prompt_file are both given, expected one of them")
     if config.prompt == "-":
@@ -96,7 +104,7 @@ def _continue(
     config: SampleConfig,
     generator: torch.Generator,
 ) -> None:
-    """Prints one continuation of the prompt, behind the prompt."""
+    """Prints the prompt and one continuation of it."""
 
     def write(text: str) -> None:
         print(text, end="", flush=True)

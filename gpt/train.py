@@ -1,5 +1,7 @@
-"""`python -m gpt.train`: trains a GPT on text; with no arguments on Python's own sources, for about three
-minutes."""
+"""`python -m gpt.train`: trains a GPT on text.
+
+Without arguments it trains on Python's own sources, for about three minutes.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ FINE_TUNING = {"learning_rate": 3e-5, "min_lr": 3e-6}
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What belongs to one call of the command, and to no table of a file."""
+    """The flags that are not keys of a --config file."""
 
     preset: str | None = option(
         None,
@@ -59,8 +61,7 @@ class RunConfig:
     init: str | None = option(
         None,
         "start from the model and tokenizer of a run, a checkpoint, a file of weights or the hub; the "
-        "preset's learning rate is "
-        f"then {FINE_TUNING['learning_rate']}",
+        f"preset's learning rate is then {FINE_TUNING['learning_rate']}",
     )
     use_triton: str = use_triton_option()
     strict: bool = option(False, "end with exit code 3 where a kernel fails its check before the first step")
@@ -69,8 +70,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class Start:
-    """What a run starts from: settings, and where they come from an earlier model its tokenizer and
-    weights."""
+    """The settings of a run, and the tokenizer and weights of the model that it continues, if any."""
 
     model: GPTConfig
     train: TrainConfig
@@ -95,6 +95,7 @@ def _run(argv: Sequence[str], ranks: Ranks) -> int:
         device = pick_device(start.train.device)
         ranks.check(start.train)
         data = TokenData.load(start.data, start.tokenizer)
+
     with ranks.agreement():
         vocab_size = data.tokenizer.vocab_size if start.weights is None else start.model.vocab_size
         config = override(start.model, {"vocab_size": vocab_size})
@@ -103,17 +104,20 @@ def _run(argv: Sequence[str], ranks: Ranks) -> int:
         model = GPT(config, use_triton=USE_TRITON[run.use_triton], device=device)
         if start.weights is not None:
             _copy_weights(start.weights, model)
+
     out = Path(run.out) if run.out else _next_folder(Path("runs"))
     options = {"data": dataclasses.asdict(start.data)}
     trainer = Trainer(model, data, start.train, out=out, resume=run.resume, options=options, ranks=ranks)
     _introduce(trainer, start.data, out)
     if not _preflight(trainer, strict=run.strict):
         return 3
+
     try:
         result = trainer.run()
     except NonFiniteError as error:
         print(f"gpt.train: {error}", file=sys.stderr)
         return 4
+
     if result.signal is not None:
         launch = f"-m torch.distributed.run --nproc_per_node {ranks.local_size} " if ranks.size > 1 else ""
         resume = f"{_python()} {launch}-m gpt.train --out {shlex.quote(str(out))} --resume"
@@ -124,12 +128,12 @@ def _run(argv: Sequence[str], ranks: Ranks) -> int:
 
 
 def _settings(argv: Sequence[str]) -> tuple[RunConfig, Start]:
+    """The settings that flags, --config, an earlier model and the preset give, in this precedence."""
     preset = "char-gpu" if torch.cuda.is_available() else "char-cpu"
     parser = OptionParser(
         "python -m gpt.train",
         "Trains a GPT on text. Flags are spelt with underscores or hyphens. Defaults of model and train "
-        f"are {preset}'s; "
-        "with another --preset, they are that one's.",
+        f"are {preset}'s; with another --preset, they are that one's.",
         skip=("vocab_size",),
         run=RunConfig(),
         data=DataConfig(),
@@ -143,13 +147,13 @@ def _settings(argv: Sequence[str]) -> tuple[RunConfig, Start]:
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    return run, _saved(run, given) if run.resume else _initial(run, given) if run.init else _preset(
-        run, given
-    )
+    if run.resume:
+        return run, _from_run(run, given)
+    return run, _from_weights(run, given) if run.init else _from_preset(run, given)
 
 
-def _preset(run: RunConfig, given: Values) -> Start:
-    """From the preset, or the one for the device."""
+def _from_preset(run: RunConfig, given: Values) -> Start:
+    """Starts from --preset; without it, from the preset for the device."""
     name = run.preset or (
         "char-cpu" if pick_device(given["train"].get("device")).type == "cpu" else "char-gpu"
     )
@@ -161,10 +165,10 @@ def _preset(run: RunConfig, given: Values) -> Start:
     )
 
 
-def _initial(run: RunConfig, given: Values) -> Start:
-    """From a model that is trained already; flags may change its dropout and shorten its context."""
+def _from_weights(run: RunConfig, given: Values) -> Start:
+    """Starts from the trained model in --init; flags may change its dropout and shorten its context."""
     assert run.init is not None
-    base = _preset(run, {**given, "model": {}, "train": FINE_TUNING | given["train"]})
+    base = _from_preset(run, {**given, "model": {}, "train": FINE_TUNING | given["train"]})
     weights = load_pretrained(run.init, device="cpu").float()
     config = override(weights.config, given["model"])
     for name, value in given["model"].items():
@@ -175,8 +179,8 @@ def _initial(run: RunConfig, given: Values) -> Start:
     return Start(config, base.train, base.data, tokenizer, weights)
 
 
-def _saved(run: RunConfig, given: Values) -> Start:
-    """From what the run in --out was started with."""
+def _from_run(run: RunConfig, given: Values) -> Start:
+    """Continues the run in --out, with the settings that it was started with."""
     if run.out is None:
         raise InputError("--resume: --out is not given, expected the folder of the run to go on with")
     folder = checkpoint.find_checkpoint(run.out)
@@ -200,11 +204,11 @@ def _saved(run: RunConfig, given: Values) -> Start:
 def _copy_weights(source: GPT, target: GPT) -> None:
     parameters = dict(source.named_parameters())
     for name, p in target.named_parameters():
-        p.copy_(parameters[name][: len(p)])  # the positions of a shorter context are the first ones
+        p.copy_(parameters[name][: len(p)])  # a shorter context uses the first positions
 
 
 def _next_folder(parent: Path) -> Path:
-    """`parent`/N, one above the highest N there."""
+    """`parent`/N, where N is one more than the largest N in `parent`."""
     taken = [int(path.name) for path in parent.glob("*") if path.name.isdecimal()]
     return parent / str(max(taken, default=0) + 1)
 
@@ -214,9 +218,8 @@ def _introduce(trainer: Trainer, data: DataConfig, out: Path) -> None:
     processes = f", {trainer.ranks.size} processes" if trainer.ranks.size > 1 else ""
     print(
         f"model: {trainer.model.num_parameters() / 1e6:.2f} M parameters, {config.n_layer} layers, "
-        f"{config.n_head} heads, "
-        f"{config.n_embd} wide, context {config.block_size}; {trainer.precision} on "
-        f"{trainer.device}{processes}\n"
+        f"{config.n_head} heads, {config.n_embd} wide, context {config.block_size}; "
+        f"{trainer.precision} on {trainer.device}{processes}\n"
         f"data: {' '.join(data.data)}, {len(tokens.tokens('train')):,} tokens to train on and "
         f"{len(tokens.tokens('validation')):,} to validate, of {tokens.tokenizer.vocab_size:,} kinds\n"
         f"out: {out}",
@@ -225,8 +228,10 @@ def _introduce(trainer: Trainer, data: DataConfig, out: Path) -> None:
 
 
 def _preflight(trainer: Trainer, *, strict: bool) -> bool:
-    """Checks the kernels that would run, and leaves those that fail to their references; False where that is
-    not wanted."""
+    """Checks the kernels that will run; False if one fails and `strict` is set.
+
+    Without `strict`, the references run instead of the kernels that fail.
+    """
     if trainer.model.use_triton is False:
         return True
     report = trainer.ranks.on_first(trainer.preflight)
@@ -260,8 +265,9 @@ def _conclude(result: TrainResult, targets: int, out: Path, prompt: str) -> None
 
 
 def _python() -> str:
-    """What to type for this interpreter: "python" where that is it, else its path."""
-    if (found := shutil.which("python")) and Path(found).parent == Path(sys.executable).parent:
+    """The shell word for this interpreter: "python" if the shell finds it by that name, else its path."""
+    python = shutil.which("python")
+    if python and Path(python).parent == Path(sys.executable).parent:
         return "python"
     executable = Path(sys.executable)
     return shlex.quote(

@@ -8,15 +8,19 @@ environment is read once, at import, so that ``torch.compile(fullgraph=True)`` c
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+Prepare = TypeVar("Prepare", bound=Callable[..., Any])
+
 BACKENDS = ("triton", "reference", "auto")
+USE_TRITON: dict[bool | str, str] = {True: "triton", False: "reference", "auto": "auto"}  # -> backend
 OLDEST_TRITON = (3, 6)
 OLDEST_CAPABILITY = (8, 0)
 
@@ -30,13 +34,6 @@ class Choice(NamedTuple):
 
 class FallbackWarning(UserWarning):
     """Triton was preferred, cannot be had here, and the reference runs instead."""
-
-
-class _Explained(BaseException):
-    """Carries the choice out of an op that `explain` calls, before anything is computed."""
-
-    def __init__(self, choice: Choice) -> None:
-        self.choice = choice
 
 
 def _installed_triton() -> tuple[int, int] | None:
@@ -53,10 +50,10 @@ interpreter_has_bfloat16 = False  # set by whoever mends the interpreter
 environment = os.environ.get("FUSED_GPT_BACKEND", "auto")
 
 _ops: dict[str, Op] = {}
+_preparations: dict[str, Callable[..., Any]] = {}  # op -> its argument checks and choice
 _overrides: dict[str, str] = {}  # op, family, or "all" -> backend
 _distrusted: dict[str, str] = {}  # op -> why its kernel must not run in this process
 _model = "auto"
-_explaining = False
 
 
 @dataclass(frozen=True)
@@ -70,6 +67,16 @@ class Op:
     def __post_init__(self) -> None:
         _ops[self.name] = self
 
+    def prepares(self, prepare: Prepare) -> Prepare:
+        """Decorator: registers the function that checks a call's arguments and chooses its backend.
+
+        `prepare` takes all parameters of the public op under the same names, without defaults. It computes
+        nothing, and returns the Choice, or a tuple that starts with it. The public op calls it first, and
+        `explain` calls nothing else.
+        """
+        _preparations[self.name] = prepare
+        return prepare
+
     def choose(self, tensor: torch.Tensor, *, limit: str | None = None, slower: str | None = None) -> Choice:
         """The backend for a call whose leading tensor is `tensor`.
 
@@ -81,25 +88,17 @@ class Op:
         Raises:
             RuntimeError: ``use_backend("triton")`` or ``FUSED_GPT_BACKEND=triton`` cannot be honoured.
         """
-        choice = self._choose(tensor.device, tensor.dtype, limit, slower)
-        if _explaining:
-            raise _Explained(choice)
-        return choice
-
-    def _choose(
-        self, device: torch.device, dtype: torch.dtype, limit: str | None, slower: str | None
-    ) -> Choice:
         wanted, source, binding = self._wanted()
         if wanted == "reference":
             return Choice("reference", source)
-        obstacle = self.obstacle(device, dtype) or limit
+        obstacle = self.obstacle(tensor.device, tensor.dtype) or limit
         if obstacle is not None:
             if wanted == "triton" and binding:
                 raise RuntimeError(f"{self.name}: {source} cannot be honoured: {obstacle}")
             return Choice("reference", obstacle)
         if wanted == "triton":
             return Choice("triton", source)
-        if device.type == "cpu":
+        if tensor.device.type == "cpu":
             return Choice("reference", "auto: on a CPU the interpreter only serves tests")
         if slower is not None:
             return Choice("reference", f"auto: {slower}")
@@ -113,7 +112,7 @@ class Op:
         if "all" in _overrides:
             return _overrides["all"], f"use_backend({_overrides['all']!r})", True
         if _model != "auto":
-            return _model, f"use_triton={_model == 'triton'}", False
+            return _model, f"use_triton={_model == USE_TRITON[True]}", False
         if environment not in BACKENDS:
             raise RuntimeError(f"FUSED_GPT_BACKEND is {environment!r}, expected one of {', '.join(BACKENDS)}")
         return environment, f"FUSED_GPT_BACKEND={environment}", True
@@ -191,20 +190,28 @@ class use_backend:
 
 
 class model_backend:
-    """Context manager for a model's own preference: weaker than `use_backend`, stronger than the environment.
+    """Context manager: a model's ops take the backend that the model prefers.
 
-    "triton" falls back to the reference where the kernel cannot run; see `warn_if_unavailable`.
+    It is weaker than `use_backend` and stronger than the environment. An op whose kernel cannot run falls
+    back to its reference; see `warn_if_unavailable`.
+
+    Args:
+        backend: "triton", "reference" or "auto"; or a model's `use_triton`: True for "triton", False for
+            "reference", or "auto".
+
+    Raises:
+        ValueError: Another backend.
     """
 
-    def __init__(self, backend: str) -> None:
-        if backend not in BACKENDS:
+    def __init__(self, backend: bool | str) -> None:
+        self.backend = USE_TRITON.get(backend, str(backend)) if isinstance(backend, (bool, str)) else ""
+        if self.backend not in BACKENDS:
             raise ValueError(f"model_backend: backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
-        self._backend = backend
 
     def __enter__(self) -> None:
         global _model
         self._previous = _model
-        _model = self._backend
+        _model = self.backend
 
     def __exit__(self, *exc: object) -> None:
         global _model
@@ -241,18 +248,13 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
     """
     import kernels
 
-    global _explaining
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in _ops:
         raise ValueError(f"explain: {name!r} is no op, expected one of {', '.join(sorted(_ops))}")
-    _explaining = True
-    try:
-        getattr(kernels, name)(*args, **kwargs)
-    except _Explained as explained:
-        return explained.choice
-    finally:
-        _explaining = False
-    raise RuntimeError(f"explain: {name} returned without choosing a backend")
+    call = inspect.signature(getattr(kernels, name)).bind(*args, **kwargs)
+    call.apply_defaults()
+    prepared = _preparations[name](**call.arguments)
+    return prepared if isinstance(prepared, Choice) else prepared[0]
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

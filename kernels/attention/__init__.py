@@ -8,7 +8,7 @@ import torch
 
 from kernels import checks
 from kernels.attention import reference
-from kernels.dispatch import Op, autocast
+from kernels.dispatch import Choice, Op, autocast
 from kernels.tuning import slower
 
 _CAUSAL = Op("causal_attention", family="attention")
@@ -70,6 +70,29 @@ def causal_attention(
         Dao, "FlashAttention-2" (2023), section 3; Vaswani et al., "Attention Is All You Need" (2017), section
         3.2.1.
     """
+    choice, q, k, v = _prepare_causal_attention(q, k, v, key_start, scale, dropout_p, seed, deterministic)
+    if choice.backend == "triton":
+        from kernels.attention import torch_op
+
+        return torch_op.causal_attention(q, k, v, key_start, scale, dropout_p, seed, deterministic)
+    options: Any = {"key_start": key_start, "scale": scale, "dropout_p": dropout_p, "seed": seed}
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= SHORT:
+        with torch.autocast("cpu", enabled=False):
+            return reference.causal_attention(q.float(), k.float(), v.float(), **options).to(q.dtype)
+    return reference.causal_attention(q, k, v, deterministic=deterministic, **options)
+
+
+@_CAUSAL.prepares
+def _prepare_causal_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_start: torch.Tensor | None,
+    scale: float | None,
+    dropout_p: float,
+    seed: int | torch.Tensor | None,
+    deterministic: bool | None,
+) -> tuple[Choice, torch.Tensor, torch.Tensor, torch.Tensor]:
     op = "causal_attention"
     q, k, v = autocast(q, k, v)
     sizes = checks.shapes(
@@ -86,15 +109,7 @@ def causal_attention(
     checks.seed(op, seed, q.device)
     checks.boolean(op, "deterministic", deterministic)
     choice = _CAUSAL.choose(q, limit=_limit(sizes["D"]), slower=slower(op, q, **sizes))
-    if choice.backend == "reference":
-        options: Any = {"key_start": key_start, "scale": scale, "dropout_p": dropout_p, "seed": seed}
-        if q.device.type == "cpu" and q.dtype == torch.bfloat16 and sizes["Tk"] <= SHORT:
-            with torch.autocast("cpu", enabled=False):
-                return reference.causal_attention(q.float(), k.float(), v.float(), **options).to(q.dtype)
-        return reference.causal_attention(q, k, v, deterministic=deterministic, **options)
-    from kernels.attention import torch_op
-
-    return torch_op.causal_attention(q, k, v, key_start, scale, dropout_p, seed, deterministic)
+    return choice, q, k, v
 
 
 def decode_attention(
@@ -133,6 +148,23 @@ def decode_attention(
     Source:
         Dao et al., "Flash-Decoding for long-context inference" (2023).
     """
+    choice, q, k_cache, v_cache = _prepare_decode_attention(q, k_cache, v_cache, cache_len, key_start, scale)
+    if choice.backend == "triton":
+        from kernels.attention import torch_op
+
+        return torch_op.decode_attention(q, k_cache, v_cache, cache_len, key_start, scale)
+    return reference.decode_attention(q, k_cache, v_cache, cache_len, key_start=key_start, scale=scale)
+
+
+@_DECODE.prepares
+def _prepare_decode_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_len: torch.Tensor,
+    key_start: torch.Tensor | None,
+    scale: float | None,
+) -> tuple[Choice, torch.Tensor, torch.Tensor, torch.Tensor]:
     op = "decode_attention"
     q, k_cache, v_cache = autocast(q, k_cache, v_cache)
     cache_dims = ("B", "Hkv", "Tmax", "D")
@@ -156,11 +188,7 @@ def decode_attention(
             f"{op}: an input requires a gradient, expected inference (torch.no_grad) or causal_attention"
         )
     choice = _DECODE.choose(q, limit=_limit(sizes["D"]), slower=slower(op, q, **sizes))
-    if choice.backend == "reference":
-        return reference.decode_attention(q, k_cache, v_cache, cache_len, key_start=key_start, scale=scale)
-    from kernels.attention import torch_op
-
-    return torch_op.decode_attention(q, k_cache, v_cache, cache_len, key_start, scale)
+    return choice, q, k_cache, v_cache
 
 
 def _limit(d: int) -> str | None:

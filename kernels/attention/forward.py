@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import triton
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from kernels.device_functions import LOG2E, dropout_keep, dropout_keep_quads
 from kernels.launch import Launch, cdiv, precision
+from kernels.philox import threshold
 from kernels.tuning import Tile, next_power_of_2
 
 
@@ -221,7 +221,7 @@ def common_arguments(
         "Tq": q.shape[2],
         "Tk": k.shape[2],
         "scale2": scale * LOG2E.value,
-        "threshold": math.floor(dropout_p * 2**32),
+        "threshold": threshold(dropout_p),
         "keep_scale": 1 / (1 - dropout_p),
         "GROUPS": q.shape[1] // k.shape[1],
         "D": d,

@@ -11,7 +11,8 @@ from torch import Tensor
 from kernels.attention.backward import launch_backward
 from kernels.attention.decode import launch_decode
 from kernels.attention.forward import launch_forward
-from kernels.torch_library import dropout_seed, refuse, register
+from kernels.philox import dropout_seed
+from kernels.torch_library import refuse, register
 from kernels.tuning import (
     AttentionTiles,
     architecture,

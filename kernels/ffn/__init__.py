@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kernels import checks
-from kernels.dispatch import Op, autocast
+from kernels.dispatch import Choice, Op, autocast
 from kernels.ffn import reference
 from kernels.tuning import slower
 
@@ -50,6 +50,23 @@ def gelu_ffn(
     Source:
         Hendrycks and Gimpel, "Gaussian Error Linear Units" (2016), section 2; Radford et al., GPT-2 (2019).
     """
+    choice, x, w_up, b_up, w_down, b_down = _prepare_gelu_ffn(x, w_up, b_up, w_down, b_down, approximate)
+    if choice.backend == "triton":
+        from kernels.ffn import torch_op
+
+        return torch_op.gelu_ffn(x, w_up, b_up, w_down, b_down, approximate)
+    return reference.gelu_ffn(x, w_up, b_up, w_down, b_down, approximate=approximate)
+
+
+@_GELU_FFN.prepares
+def _prepare_gelu_ffn(
+    x: torch.Tensor,
+    w_up: torch.Tensor,
+    b_up: torch.Tensor | None,
+    w_down: torch.Tensor,
+    b_down: torch.Tensor | None,
+    approximate: str,
+) -> tuple[Choice, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
     op = "gelu_ffn"
     x, w_up, b_up, w_down, b_down = autocast(x, w_up, b_up, w_down, b_down)
     sizes = checks.shapes(
@@ -65,8 +82,4 @@ def gelu_ffn(
     checks.one_of(op, "approximate", approximate, ("tanh", "none"))
     limit = "the kernel takes no empty dimension" if 0 in (*w_up.shape, *w_down.shape) else None
     choice = _GELU_FFN.choose(x, limit=limit, slower=slower(op, x, **sizes))
-    if choice.backend == "triton":
-        from kernels.ffn import torch_op
-
-        return torch_op.gelu_ffn(x, w_up, b_up, w_down, b_down, approximate)
-    return reference.gelu_ffn(x, w_up, b_up, w_down, b_down, approximate=approximate)
+    return choice, x, w_up, b_up, w_down, b_down

@@ -7,7 +7,7 @@ import math
 import torch
 
 from kernels import checks
-from kernels.dispatch import Op, autocast
+from kernels.dispatch import Choice, Op, autocast
 from kernels.loss import reference
 from kernels.tuning import slower
 
@@ -63,22 +63,9 @@ def linear_cross_entropy(
         Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (2024), section 3, for the
         problem; Chowdhery et al., PaLM (2022), section 5, for z-loss.
     """
-    op = "linear_cross_entropy"
-    x, weight, bias = autocast(x, weight, bias)
-    sizes = checks.shapes(
-        op, ("bias",), x=(x, ("...", "C")), weight=(weight, ("V", "C")), bias=(bias, ("V",))
+    choice, x, weight, bias = _prepare_linear_cross_entropy(
+        x, weight, targets, bias, ignore_index, reduction, label_smoothing, z_loss
     )
-    checks.same_dtype(op, x=x, weight=weight, bias=bias)
-    checks.shapes(op, x=(x, ("...", "C")), targets=(targets, ("...",)))
-    checks.dtype(op, "targets", targets, torch.int64)
-    checks.one_of(op, "reduction", reduction, ("mean", "sum", "none"))
-    checks.integer(op, "ignore_index", ignore_index)
-    checks.number(op, "label_smoothing", label_smoothing, 0, 1)
-    checks.number(op, "z_loss", z_loss, 0, math.inf, open_high=True)
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_targets(op, targets, ignore_index, sizes["V"])
-    limit = "the kernel takes no empty dimension" if 0 in weight.shape else None
-    choice = _LINEAR_CROSS_ENTROPY.choose(x, limit=limit, slower=slower(op, x, **sizes))
     if choice.backend == "triton":
         from kernels.loss import torch_op
 
@@ -95,6 +82,36 @@ def linear_cross_entropy(
         label_smoothing=label_smoothing,
         z_loss=z_loss,
     )
+
+
+@_LINEAR_CROSS_ENTROPY.prepares
+def _prepare_linear_cross_entropy(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Choice, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    op = "linear_cross_entropy"
+    x, weight, bias = autocast(x, weight, bias)
+    sizes = checks.shapes(
+        op, ("bias",), x=(x, ("...", "C")), weight=(weight, ("V", "C")), bias=(bias, ("V",))
+    )
+    checks.same_dtype(op, x=x, weight=weight, bias=bias)
+    checks.shapes(op, x=(x, ("...", "C")), targets=(targets, ("...",)))
+    checks.dtype(op, "targets", targets, torch.int64)
+    checks.one_of(op, "reduction", reduction, ("mean", "sum", "none"))
+    checks.integer(op, "ignore_index", ignore_index)
+    checks.number(op, "label_smoothing", label_smoothing, 0, 1)
+    checks.number(op, "z_loss", z_loss, 0, math.inf, open_high=True)
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_targets(op, targets, ignore_index, sizes["V"])
+    limit = "the kernel takes no empty dimension" if 0 in weight.shape else None
+    choice = _LINEAR_CROSS_ENTROPY.choose(x, limit=limit, slower=slower(op, x, **sizes))
+    return choice, x, weight, bias
 
 
 def _check_targets(op: str, targets: torch.Tensor, ignore_index: int, vocabulary: int) -> None:

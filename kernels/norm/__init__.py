@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from kernels import checks
-from kernels.dispatch import Op, autocast_dtype
+from kernels.dispatch import Choice, Op, autocast_dtype
 from kernels.norm import reference
 from kernels.tuning import NORM_COLUMNS, slower
 
@@ -44,18 +44,26 @@ def layer_norm(
     Source:
         Ba, Kiros, Hinton, "Layer Normalization" (2016), section 3.
     """
-    op = "layer_norm"
-    sizes = checks.shapes(op, ("bias",), x=(x, ("...", "C")), weight=(weight, ("C",)), bias=(bias, ("C",)))
-    checks.floating(op, x=x, weight=weight, bias=bias)
-    checks.number(op, "eps", eps, 0, torch.finfo(torch.float32).max)
-    dtype = None if x.dtype == torch.float64 else autocast_dtype(x.device)
-    choice = _LAYER_NORM.choose(x, limit=_limit(weight, bias), slower=slower(op, x, **sizes))
+    choice, dtype = _prepare_layer_norm(x, weight, bias, eps)
     if choice.backend == "triton":
         from kernels.norm import torch_op
 
         return torch_op.layer_norm(x, weight, bias, eps, dtype or x.dtype)
     y = reference.layer_norm(x, weight, bias, eps)
     return y if dtype is None else y.to(dtype)
+
+
+@_LAYER_NORM.prepares
+def _prepare_layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+) -> tuple[Choice, torch.dtype | None]:
+    """The choice, and the dtype of y under autocast."""
+    op = "layer_norm"
+    sizes = checks.shapes(op, ("bias",), x=(x, ("...", "C")), weight=(weight, ("C",)), bias=(bias, ("C",)))
+    checks.floating(op, x=x, weight=weight, bias=bias)
+    checks.number(op, "eps", eps, 0, torch.finfo(torch.float32).max)
+    dtype = None if x.dtype == torch.float64 else autocast_dtype(x.device)
+    return _LAYER_NORM.choose(x, limit=_limit(weight, bias), slower=slower(op, x, **sizes)), dtype
 
 
 def add_layer_norm(
@@ -97,6 +105,26 @@ def add_layer_norm(
     Source:
         As `layer_norm`; Vaswani et al., "Attention Is All You Need" (2017), section 5.4, for the dropout.
     """
+    choice, dtype = _prepare_add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed)
+    if choice.backend == "triton":
+        from kernels.norm import torch_op
+
+        return torch_op.add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed, dtype or x.dtype)
+    y, new_residual = reference.add_layer_norm(x, residual, weight, bias, eps, dropout_p=dropout_p, seed=seed)
+    return (y if dtype is None else y.to(dtype)), new_residual
+
+
+@_ADD_LAYER_NORM.prepares
+def _prepare_add_layer_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    dropout_p: float,
+    seed: int | torch.Tensor | None,
+) -> tuple[Choice, torch.dtype | None]:
+    """The choice, and the dtype of y under autocast."""
     op = "add_layer_norm"
     dims = ("...", "C")
     sizes = checks.shapes(
@@ -107,13 +135,8 @@ def add_layer_norm(
     checks.number(op, "dropout_p", dropout_p, 0, 1, open_high=True)
     checks.seed(op, seed, x.device)
     dtype = None if x.dtype == torch.float64 else autocast_dtype(x.device)
-    choice = _ADD_LAYER_NORM.choose(x, limit=_limit(weight, bias, residual), slower=slower(op, x, **sizes))
-    if choice.backend == "triton":
-        from kernels.norm import torch_op
-
-        return torch_op.add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed, dtype or x.dtype)
-    y, new_residual = reference.add_layer_norm(x, residual, weight, bias, eps, dropout_p=dropout_p, seed=seed)
-    return (y if dtype is None else y.to(dtype)), new_residual
+    limit = _limit(weight, bias, residual)
+    return _ADD_LAYER_NORM.choose(x, limit=limit, slower=slower(op, x, **sizes)), dtype
 
 
 def _limit(weight: torch.Tensor, *others: torch.Tensor | None) -> str | None:

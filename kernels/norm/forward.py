@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import triton
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from kernels.device_functions import dropout_keep, dropout_keep_quads
 from kernels.launch import Launch, cdiv
+from kernels.philox import threshold
 from kernels.tuning import norm_tile
 
 
@@ -117,7 +117,7 @@ def launch_forward(
 
 
 def dropout_arguments(dropout_p: float) -> dict[str, Any]:
-    return {"threshold": math.floor(dropout_p * 2**32), "keep_scale": 1 / (1 - dropout_p)}
+    return {"threshold": threshold(dropout_p), "keep_scale": 1 / (1 - dropout_p)}
 
 
 def tile_arguments(c: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels.philox import keep_mask
+from kernels.philox import seeded_dropout
 
 
 def layer_norm(
@@ -36,7 +36,7 @@ def add_layer_norm(
         if seed is None:
             branch = F.dropout(branch, dropout_p)
         else:
-            branch = torch.where(keep_mask(seed, x.shape, dropout_p, x.device), branch / (1 - dropout_p), 0)
+            branch = seeded_dropout(branch, dropout_p, seed)
     new_residual = (residual + branch).to(residual.dtype)
     if x.dtype == new_residual.dtype:
         return layer_norm(new_residual, weight, bias, eps), new_residual

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kernels.norm.backward import launch_backward, launch_sum
 from kernels.norm.forward import launch_forward
-from kernels.torch_library import dropout_seed, refuse, register
+from kernels.philox import dropout_seed
+from kernels.torch_library import refuse, register
 from kernels.tuning import norm_programs
 
 

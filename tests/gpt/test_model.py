@@ -323,9 +323,9 @@ def test_the_model_chooses_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     class Recording(kernels.model_backend):
-        def __init__(self, backend: str) -> None:
-            asked.append(backend)
+        def __init__(self, backend: bool | str) -> None:
             super().__init__(backend)
+            asked.append(self.backend)
 
     monkeypatch.setattr(kernels, "model_backend", Recording)
     monkeypatch.setattr(

@@ -60,6 +60,20 @@ def test_precedence() -> None:
     assert backend() == "reference"
 
 
+@pytest.mark.parametrize(
+    ("use_triton", "choice"),
+    [
+        (True, ("triton", "use_triton=True")),
+        (False, ("reference", "use_triton=False")),
+        ("auto", ("reference", "auto: on a CPU the interpreter only serves tests")),
+    ],
+)
+def test_a_model_passes_its_use_triton(use_triton: bool | str, choice: tuple[str, str]) -> None:
+    """A model's use_triton that selects another backend, or a reason that does not name it."""
+    with kernels.model_backend(use_triton):
+        assert OP.choose(X) == choice
+
+
 def test_environment_is_weaker_than_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """FUSED_GPT_BACKEND that overrides a model's use_triton, or that is ignored."""
     monkeypatch.setattr(dispatch, "environment", "triton")
@@ -205,6 +219,7 @@ def test_one_warning_per_reason(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (lambda: kernels.use_backend(attention="gpu"), "use_backend: attention is 'gpu', expected one of"),
         (lambda: kernels.model_backend("yes"), "model_backend: backend is 'yes', expected one of"),
+        (lambda: kernels.model_backend(1), "model_backend: backend is 1, expected one of"),  # type: ignore[arg-type]
         (lambda: kernels.explain("softmax"), "explain: 'softmax' is no op, expected one of"),
     ],
 )
@@ -214,11 +229,25 @@ def test_unknown_names_are_refused(call: object, message: str) -> None:
         call()  # type: ignore[operator]
 
 
-def test_explain_checks_arguments_and_leaves_nothing_behind() -> None:
-    """explain that accepts what the call refuses, or that leaves the ops in its mode after an error."""
+def test_explain_checks_arguments() -> None:
+    """explain that accepts a call that the op refuses."""
     with pytest.raises(ValueError, match="layer_norm: weight has C=8, expected 4"):
         kernels.explain("layer_norm", torch.randn(3, 4), W)
-    assert kernels.layer_norm(X, W).shape == X.shape
+    with pytest.raises(TypeError, match="missing a required argument: 'weight'"):
+        kernels.explain("layer_norm", X)
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=lambda spec: spec.name)
+def test_explain_computes_nothing(spec: OpSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """explain that runs the op to learn which backend it takes."""
+    inputs = spec.make_inputs(
+        spec.tagged("small")[0], torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0)
+    )
+    monkeypatch.setattr(
+        f"kernels.{spec.family}.reference.{spec.name}", lambda *_, **__: pytest.fail("the reference ran")
+    )
+    with torch.no_grad():
+        assert kernels.explain(spec.name, **inputs).backend == "reference"
 
 
 def test_a_bad_environment_is_named() -> None:
