@@ -34,7 +34,7 @@ SHAKESPEARE = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxy
 FOREIGN_FLAGS = {"--benchmark-compare", "--benchmark-only", "--benchmark-save", "--dist", "--nproc_per_node"}
 EXAMPLE = re.compile(r"activation|relu_squared")  # names of the op that CONTRIBUTING.md adds as an example
 EXAMPLE_FILE = re.compile(
-    r"^\*\*`(kernels/[\w/]+\.py)`\*\*.*\n+```python\n(.*?)^```$", re.MULTILINE | re.DOTALL
+    r"^\*\*`(kernels/[\w/]+\.py)`\*\*(?:(?!^```).)*?^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL
 )
 
 
