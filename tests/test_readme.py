@@ -114,7 +114,8 @@ def test_code_runs(document: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def flags_of(command: str) -> frozenset[str]:
     """The flags in a command's help."""
     output = io.StringIO()
-    loaded = sys.modules.pop(command, None)  # otherwise runpy warns that the module is loaded already
+    module = "bench.__main__" if command == "bench" else command
+    loaded = sys.modules.pop(module, None)  # otherwise runpy warns that the module is loaded already
     argv, sys.argv = sys.argv, [command, "--help"]
     try:
         with contextlib.redirect_stdout(output), pytest.raises(SystemExit):
@@ -122,7 +123,7 @@ def flags_of(command: str) -> frozenset[str]:
     finally:
         sys.argv = argv
         if loaded is not None:
-            sys.modules[command] = loaded
+            sys.modules[module] = loaded
     return frozenset(re.findall(r"--\w+", output.getvalue()))
 
 
