@@ -374,7 +374,7 @@ def test_wrong_bins_are_refused(tmp_path: Path) -> None:
     for name in (None, "char", "bpe"):
         with pytest.raises(InputError, match=rf"tokenizer is {name or 'not given'}, expected gpt2 or a path"):
             load(tmp_path, tokenizer=name)
-    with pytest.raises(InputError, match=r"\.bin files among others"):
+    with pytest.raises(InputError, match=r"\.bin files among other sources"):
         load(tmp_path / "train.bin", tmp_path / "val.bin")
     CharTokenizer("abc").save(tmp_path)
     with pytest.raises(InputError, match=r"have id 1\d\d, expected 0 to 2"):
