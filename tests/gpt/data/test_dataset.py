@@ -15,7 +15,7 @@ import torch
 from gpt import BPETokenizer, CharTokenizer, InputError
 from gpt.data.corpus import open_corpus
 from gpt.data.dataset import IGNORED, Batch, DataConfig, TokenData, save_bin
-from tests.gpt.models import lively
+from tests.gpt.models import random_model
 from tests.gpt.text import TEXT
 
 BATCH = {"batch_size": 3, "block_size": 8, "seed": 5, "step": 7, "micro_step": 1}
@@ -292,7 +292,7 @@ def test_packed_documents_equal_separate_batches(tmp_path: Path) -> None:
     """Attention across documents, or positions that do not restart."""
     documents(tmp_path)
     data = load(tmp_path, pack_documents=True)
-    model = lively().double().eval()
+    model = random_model().double().eval()
     batch = next(iter(data.windows("train", 6, 12)))
 
     def loss(batch: Batch) -> torch.Tensor:
