@@ -1,1 +1,1 @@
-"""Text and tokens: corpora, tokenizers, token files, and batches of a data set."""
+"""Text and tokens: corpora, tokenizers, token files, and the batches of a data set."""

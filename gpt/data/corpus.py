@@ -1,4 +1,4 @@
-"""Where text comes from: Python's standard library, tiny Shakespeare, or the user's files."""
+"""The text to train on: Python's standard library, tiny Shakespeare, or the user's files."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from gpt.files import verified_file
 from kernels.files import cache_folder
 
 STDLIB, SHAKESPEARE = "stdlib", "shakespeare"
-STDLIB_CHARACTERS = 4_000_000  # more than a first run on two cores reads
+STDLIB_CHARACTERS = 4_000_000  # more than the default run reads
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 class Document(NamedTuple):
-    """One text of a corpus, read when asked for; reading checks that it is UTF-8 text and not empty."""
+    """One text of a corpus. `read` loads it, and raises InputError if it is empty or not UTF-8 text."""
 
     name: str
     read: Callable[[], str]
 
 
 def open_corpus(sources: Iterable[str]) -> list[Document]:
-    """The documents of `sources`: "stdlib", "shakespeare", files, folders (all files below, sorted) and
-    globs.
+    """The documents of `sources`.
+
+    Args:
+        sources: "stdlib", "shakespeare", files, folders (all files in them, sorted) and globs.
 
     Raises:
-        InputError: A source is missing, or holds no file. Reading raises it for what is empty, binary or not
-            UTF-8.
+        InputError: A source does not exist or has no files, or no source is given.
     """
     documents: list[Document] = []
     for source in sources:
@@ -52,7 +53,8 @@ def read_text(path: Path) -> str:
     """The text of a UTF-8 file.
 
     Raises:
-        InputError: With the path, and the byte where it stops being text.
+        InputError: The file cannot be read, is empty, or is not UTF-8 text. The message names the path and
+            the first wrong byte.
     """
     try:
         content = path.read_bytes()
@@ -71,6 +73,7 @@ def read_text(path: Path) -> str:
 
 
 def _files(source: str) -> list[Path]:
+    """The files of a path or glob, sorted. Hidden files and folders in a folder are left out."""
     path = Path(source).expanduser()
     if path.is_file():
         return [path]
@@ -88,7 +91,7 @@ def _files(source: str) -> list[Path]:
         )
     files = sorted(file for file in below if file.is_file())
     if not files:
-        raise InputError(f"data: {source} holds no file, expected at least one of UTF-8 text")
+        raise InputError(f"data: {source} holds no files, expected at least one with UTF-8 text")
     return files
 
 
@@ -105,9 +108,10 @@ def _shakespeare() -> str:
 
 @functools.cache
 def _stdlib() -> list[Document]:
-    """The running Python's documentation topics and top-level modules, in printable ASCII.
+    """Documentation topics and top-level modules of the running Python that are printable ASCII.
 
-    A hash of the name orders them, so that the last tenth, the validation split, resembles the rest.
+    They are ordered by a hash of their names, so that the last tenth, the validation split, resembles the
+    rest.
     """
     try:
         from pydoc_data.topics import topics
@@ -116,6 +120,7 @@ def _stdlib() -> list[Document]:
     texts = {f"topics/{name}": text.translate(_TYPOGRAPHY) for name, text in topics.items()}
     for path in Path(sysconfig.get_path("stdlib")).glob("*.py"):
         texts[path.name] = path.read_text("utf-8", errors="replace")
+
     chosen: list[Document] = []
     length = 0
     for name in sorted(texts, key=lambda name: hashlib.sha256(name.encode()).digest()):

@@ -1,4 +1,4 @@
-"""Corpora as memory-mapped token ids, and batches that are a pure function of (seed, step, micro-step)."""
+"""A tokenized corpus, and batches that are a function of (seed, step, micro-step)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _STREAMS: dict[Stream, int] = {"train": 0, "validation": 1, "estimate": 2}
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the text comes from and how it becomes tokens."""
+    """Which text to use, and how to tokenize it."""
 
     data: tuple[str, ...] = option(
         (STDLIB,),
@@ -58,10 +58,12 @@ class DataConfig:
 
 
 class Batch(NamedTuple):
-    """A step's tensors.
+    """The input of one forward pass.
 
-    `inputs` and `targets` are (B, T) int64, each target the token after its input, -100 where there is none;
-    `document_start` is (B, T) int32 as the model takes it, for packed documents alone.
+    Attributes:
+        inputs: (B, T) int64 token ids.
+        targets: (B, T) int64, the token after each input, or -100 where there is none.
+        document_start: (B, T) int32 for packed documents, as in `GPT.forward`; else None.
     """
 
     inputs: torch.Tensor
@@ -70,8 +72,7 @@ class Batch(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """A split: its tokens, the number of ids, and for packed documents the sorted positions at which they
-    begin."""
+    """A split: its tokens, the vocabulary size, and the sorted begins of packed documents, if any."""
 
     tokens: Ids
     vocab_size: int
@@ -79,15 +80,16 @@ class _Part(NamedTuple):
 
 
 class TokenData:
-    """A tokenized corpus: the first 90% of its tokens to train on, the rest to validate.
+    """A tokenized corpus: the first 90% of its tokens for training, the rest for validation.
 
     Args:
-        tokens: (N,) unsigned ids; an array or a memory map.
-        tokenizer: What made them, kept for samples and checkpoints.
-        validation: Ids to validate on; all of `tokens` are then trained on.
-        documents: Where documents begin, sorted, counted through `tokens` and `validation`; they are then
-            kept apart.
-        identity: A hash of the corpus and tokenizer, by which a resumed run knows its data.
+        tokens: (N,) unsigned ids, as an array or a memory map.
+        tokenizer: The tokenizer of the ids, kept for samples and checkpoints.
+        validation: Ids for validation; all of `tokens` are then for training.
+        documents: The sorted positions at which documents begin, counted through `tokens` and then
+            `validation`. Documents are then kept separate: see `DataConfig.pack_documents`.
+        identity: A hash of the corpus and the tokenizer, which a resumed run compares. None computes it from
+            the tokens.
     """
 
     def __init__(
@@ -116,7 +118,7 @@ class TokenData:
 
     @classmethod
     def from_text(cls, text: str, tokenizer: Tokenizer | None = None) -> TokenData:
-        """The tokens of `text`, by default one for each character."""
+        """Tokenizes `text`, by default with one token per character."""
         import numpy as np
 
         tokenizer = tokenizer or CharTokenizer.train(text)
@@ -124,12 +126,13 @@ class TokenData:
 
     @classmethod
     def load(cls, config: DataConfig, tokenizer: Tokenizer | None = None) -> TokenData:
-        """Reads the corpus that `config` names; its tokens are mapped from a cache keyed by the hash of text
-        and tokenizer.
+        """Loads the corpus that `config` names.
+
+        The tokens are cached under a hash of the text and the tokenizer, and memory-mapped.
 
         Args:
-            config: The corpus.
-            tokenizer: In place of the one that `config` names.
+            config: The corpus and the tokenizer.
+            tokenizer: Used instead of the one that `config` names.
 
         Raises:
             InputError: A source or the tokenizer is missing or damaged, or the tokenizer lacks a character.
@@ -175,14 +178,13 @@ class TokenData:
         return self._parts[split].tokens
 
     def all_tokens(self) -> Ids:
-        """The ids of both splits in order."""
+        """The ids of both splits: train, then validation."""
         import numpy as np
 
         return np.concatenate([part.tokens for part in self._parts.values()])
 
     def check(self, block_size: int) -> None:
-        """Raises InputError where a split is too short for one window of `block_size` tokens and their
-        targets."""
+        """Raises InputError if a split is shorter than one window of `block_size` tokens and its targets."""
         for split, part in self._parts.items():
             if len(part.tokens) <= block_size:
                 raise InputError(
@@ -200,10 +202,9 @@ class TokenData:
         step: int,
         micro_step: int = 0,
     ) -> Batch:
-        """Windows of a split, drawn by Philox at counter (step, micro_step): the same arguments give the same
-        batch, at any time.
+        """Random windows of a split, a function of the arguments: Philox with counter (step, micro_step).
 
-        "estimate" draws from the train split, independently of the training batches.
+        The stream "estimate" reads the train split, with windows independent of the training batches.
         """
         import numpy as np
 
@@ -215,8 +216,7 @@ class TokenData:
         return _windows(part, starts, block_size)
 
     def windows(self, split: Split, batch_size: int, block_size: int) -> Iterator[Batch]:
-        """The whole split in windows that meet without overlapping: each token but the first is a target
-        once."""
+        """The whole split in adjacent windows: each token but the first is a target exactly once."""
         import numpy as np
 
         part = self._parts[split]
@@ -225,29 +225,30 @@ class TokenData:
             yield _windows(part, starts[i : i + batch_size], block_size)
 
     def bigram_loss(self) -> float:
-        """Mean of -log((count(a, b) + 1) / (count(a) + V)) over the validation split, counted on the train
-        split.
+        """The mean of -log((count(a, b) + 1) / (count(a) + V)) over the pairs (a, b) of the validation split.
 
-        Memory grows with the distinct pairs of the validation split, so a large vocabulary or corpus is no
-        obstacle.
+        Counts are taken on the train split. Memory is proportional to the distinct pairs of the validation
+        split plus V, not to V².
         """
         import numpy as np
 
         vocab_size = self.tokenizer.vocab_size
         pairs = [a.astype(np.int64) * vocab_size + b for a, b in self._pairs("validation")]
-        wanted, times = np.unique(np.concatenate(pairs), return_counts=True)
-        pair_counts = np.zeros(len(wanted), np.int64)
+        validation_pairs, times = np.unique(np.concatenate(pairs), return_counts=True)
+        pair_counts = np.zeros(len(validation_pairs), np.int64)
         token_counts = np.zeros(vocab_size, np.int64)
         for a, b in self._pairs("train"):
             token_counts += np.bincount(a, minlength=vocab_size)
-            keys = a.astype(np.int64) * vocab_size + b
-            found = np.minimum(np.searchsorted(wanted, keys), len(wanted) - 1)
-            pair_counts += np.bincount(found[wanted[found] == keys], minlength=len(wanted))
-        loss = np.log(token_counts[wanted // vocab_size] + vocab_size) - np.log(pair_counts + 1)
+            pair = a.astype(np.int64) * vocab_size + b
+            index = np.minimum(np.searchsorted(validation_pairs, pair), len(validation_pairs) - 1)
+            index = index[validation_pairs[index] == pair]
+            pair_counts += np.bincount(index, minlength=len(validation_pairs))
+        first_counts = token_counts[validation_pairs // vocab_size]
+        loss = np.log(first_counts + vocab_size) - np.log(pair_counts + 1)
         return float((loss * times).sum() / times.sum())
 
     def _pairs(self, split: Split) -> Iterator[tuple[Ids, Ids]]:
-        """Each token with the one after it, in chunks; none across packed documents."""
+        """Pairs of adjacent tokens, in chunks, without the pairs that span two packed documents."""
         import numpy as np
 
         tokens, _, documents = self._parts[split]
@@ -284,7 +285,10 @@ def save_bin(data: TokenData, directory: str | os.PathLike[str]) -> None:
 
 
 def _windows(part: _Part, starts: Positions, block_size: int) -> Batch:
-    """The rows [start, start + block_size) of a split; past its end, the last token without a target."""
+    """The windows [start, start + block_size) of a split.
+
+    Positions past the end of the split repeat the last token and have no target.
+    """
     import numpy as np
 
     tokens, vocab_size, documents = part
@@ -310,16 +314,18 @@ def _windows(part: _Part, starts: Positions, block_size: int) -> Batch:
 
 
 def _bin_tokenizer(file: Path, config: DataConfig) -> Tokenizer:
+    """The tokenizer of a .bin file: the one that `config` names, else the tokenizer.json beside the file."""
     beside = file.with_name(FILE_NAME)
     if config.tokenizer in ("char", "bpe") or (config.tokenizer is None and not beside.exists()):
         given = config.tokenizer or "not given"
         raise InputError(
-            f"tokenizer is {given}, expected gpt2 or a path: {file} does not say what its ids mean"
+            f"tokenizer is {given}, expected gpt2 or a path, because {file} does not contain its tokenizer"
         )
     return _tokenizer(config, set(), []) if config.tokenizer else load_tokenizer(beside)
 
 
 def _tokenizer(config: DataConfig, characters: set[str], documents: Sequence[Document]) -> Tokenizer:
+    """The tokenizer that `config` names; "char" uses `characters`, "bpe" is trained on `documents`."""
     if config.tokenizer is None or config.tokenizer == "char":
         return CharTokenizer("".join(characters))
     if config.tokenizer == "gpt2":

@@ -25,13 +25,20 @@ CHUNK = 1 << 20  # characters tokenized, or tokens looked through, at a time
 
 
 def ids_dtype(tokenizer: Tokenizer) -> np.dtype[np.unsignedinteger[Any]]:
+    """uint16 if every id fits, else uint32."""
     import numpy as np
 
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
 
 
 def cached_tokens(documents: Sequence[Document], tokenizer: Tokenizer, stem: Path) -> tuple[Ids, Positions]:
-    """The tokens of all documents and where each begins: from the cache, made first where it has none."""
+    """The tokens of all documents, and the position at which each begins; read from the cache if it has them.
+
+    Args:
+        documents: The texts.
+        tokenizer: Encodes them.
+        stem: The path in the cache, without a suffix.
+    """
     import numpy as np
 
     dtype = ids_dtype(tokenizer)
@@ -45,7 +52,7 @@ def cached_tokens(documents: Sequence[Document], tokenizer: Tokenizer, stem: Pat
 
     try:
         return read()
-    except (OSError, ValueError, EOFError):  # not there yet, or damaged: made anew
+    except (OSError, ValueError, EOFError):  # not in the cache, or damaged: tokenize
         ends = [0]
     try:
         with replacing(tokens_file) as file:
@@ -54,14 +61,14 @@ def cached_tokens(documents: Sequence[Document], tokenizer: Tokenizer, stem: Pat
         with replacing(ends_file) as file:
             np.save(file, np.asarray(ends, np.int64))
         return read()
-    except OSError:  # a full or read-only cache: the tokens stay in memory
+    except OSError:  # the cache is full or read-only: keep the tokens in memory
         ends = [0]
         chunks = [np.asarray(ids, dtype) for ids in _tokenize(documents, tokenizer, ends)]
         return np.concatenate(chunks), np.asarray(ends[:-1], np.int64)
 
 
 def _tokenize(documents: Sequence[Document], tokenizer: Tokenizer, ends: list[int]) -> Iterator[list[int]]:
-    """Ids in chunks, with progress when it takes long; appends to `ends` where each document ends."""
+    """Yields the ids in chunks, with a progress bar after a second; appends each document's end to `ends`."""
     from tqdm import tqdm
 
     count = 0
@@ -78,10 +85,10 @@ def _tokenize(documents: Sequence[Document], tokenizer: Tokenizer, ends: list[in
 
 
 def _chunks(text: str) -> Iterator[tuple[int, str]]:
-    """Pieces of `text` and where they begin.
+    """Pieces of `text` and their positions.
 
-    A cut is between a character and a newline, which GPT-2's split never joins, so the ids are those of the
-    whole text.
+    Each cut is before a newline that follows a non-space character. GPT-2's pre-tokenization never joins
+    these two, so the pieces have the same ids as the whole text.
     """
     cut = re.compile(r"(?<=\S)(?=\n)")
     start = 0
@@ -92,30 +99,30 @@ def _chunks(text: str) -> Iterator[tuple[int, str]]:
 
 
 def bin_files(sources: Sequence[str]) -> list[Path]:
-    """nanoGPT's files, where `sources` names them: [train.bin, val.bin] of a folder that holds train.bin, or
-    one .bin file.
+    """nanoGPT's files in `sources`: train.bin and val.bin of a folder, or one .bin file; else [].
 
     Raises:
-        InputError: A folder without val.bin, or .bin files beside other sources.
+        InputError: A folder has train.bin but no val.bin, or .bin files are mixed with other sources.
     """
     paths = [Path(source).expanduser() for source in sources]
-    if len(paths) == 1 and (paths[0] / "train.bin").is_file():
-        if not (paths[0] / "val.bin").is_file():
-            raise InputError(f"data: {paths[0]} holds train.bin without val.bin, expected both")
-        return [paths[0] / "train.bin", paths[0] / "val.bin"]
+    train, validation = BIN_NAMES.values()
+    if len(paths) == 1 and (paths[0] / train).is_file():
+        if not (paths[0] / validation).is_file():
+            raise InputError(f"data: {paths[0]} holds {train} without {validation}, expected both")
+        return [paths[0] / train, paths[0] / validation]
     if any(path.suffix == ".bin" for path in paths) and len(paths) > 1:
         raise InputError(
-            f"data: {' '.join(sources)} has .bin files among others, expected one, or the folder of "
-            "train.bin and val.bin"
+            f"data: {' '.join(sources)} has .bin files among other sources, expected one .bin file, or "
+            f"the folder of {train} and {validation}"
         )
     return [path for path in paths if path.suffix == ".bin"]
 
 
 def map_bin(path: Path) -> Ids:
-    """The ids in a file of raw little-endian uint16.
+    """The ids in a file of raw little-endian uint16, memory-mapped.
 
     Raises:
-        InputError: It is missing, empty, or of an odd size.
+        InputError: The file is missing, empty, or has an odd number of bytes.
     """
     import numpy as np
 
@@ -129,8 +136,7 @@ def map_bin(path: Path) -> Ids:
 
 
 def bin_identity(files: Sequence[Path]) -> str:
-    """A hash of each file's size, beginning and end: enough to tell corpora apart without reading them
-    whole."""
+    """A hash of each file's size, beginning and end, which identifies a corpus without reading all of it."""
     hashed = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
@@ -142,15 +148,17 @@ def bin_identity(files: Sequence[Path]) -> str:
 
 
 def document_begins(ids: Ids, tokenizer: Tokenizer) -> Positions:
-    """Where documents begin: at 0, and behind each end of text.
+    """The positions at which documents begin: 0, and after each end-of-text token.
 
     Raises:
-        InputError: The tokenizer has no such token.
+        InputError: The tokenizer has no end-of-text token.
     """
     import numpy as np
 
     end = getattr(tokenizer, "special_tokens", {}).get(END_OF_TEXT)
     if end is None:
-        raise InputError(f"data: pack_documents with .bin files, expected a tokenizer that has {END_OF_TEXT}")
-    found = [np.flatnonzero(ids[i : i + CHUNK] == end) + i + 1 for i in range(0, len(ids), CHUNK)]
-    return np.concatenate([np.zeros(1, np.int64), *found])
+        raise InputError(
+            f"data: pack_documents needs {END_OF_TEXT} in .bin files, expected a tokenizer that has it"
+        )
+    begins = [np.flatnonzero(ids[i : i + CHUNK] == end) + i + 1 for i in range(0, len(ids), CHUNK)]
+    return np.concatenate([np.zeros(1, np.int64), *begins])

@@ -1,8 +1,7 @@
-"""Tokenizers: the corpus's own characters, and byte-level byte-pair encodings (GPT-2's, or trained on the
-user's text).
+"""Tokenizers: one token per character, and byte-level byte-pair encoding (GPT-2's, or trained on a text).
 
-Each is one `tokenizer.json`. Byte-pair encodings are trained by Hugging Face `tokenizers`, kept in its
-format, and encoded by tiktoken.
+A tokenizer is saved as one `tokenizer.json`. Byte-pair encodings are trained by Hugging Face `tokenizers`,
+saved in its format, and encoded by tiktoken.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ GPT2_MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b77
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back.
+    """Converts text to token ids and back.
 
-    `to_json` is the whole state; `decode_bytes` serves streaming, where ids may end inside a character.
+    `to_json` returns the whole state. `decode_bytes` is for streaming, where ids may end inside a character.
     """
 
     @property
@@ -42,7 +41,10 @@ class Tokenizer(Protocol):
 
 
 class CharTokenizer:
-    """One token per character; the ids follow the sorted order of `characters`.
+    """One token per character.
+
+    Args:
+        characters: Distinct characters; their ids follow the sorted order.
 
     Raises:
         InputError: `characters` is empty or repeats a character.
@@ -53,13 +55,13 @@ class CharTokenizer:
         self._ids = {character: i for i, character in enumerate(self.characters)}
         if not characters or len(self._ids) != len(characters):
             raise InputError(
-                f"CharTokenizer: characters has {len(characters)} with repeats, expected distinct ones, at "
-                "least 1"
+                f"CharTokenizer: characters has {len(characters)} characters, {len(self._ids)} of them "
+                "distinct, expected distinct ones, at least 1"
             )
 
     @classmethod
     def train(cls, texts: str | Iterable[str]) -> CharTokenizer:
-        """The tokenizer of every character that occurs in `texts`."""
+        """A tokenizer with every character that occurs in `texts`."""
         seen: set[str] = set()
         for text in [texts] if isinstance(texts, str) else texts:
             seen.update(text)
@@ -70,10 +72,10 @@ class CharTokenizer:
         return len(self.characters)
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """The ids of `text`; there are no special tokens, so `special` changes nothing.
+        """The ids of `text`. `special` has no effect, because there are no special tokens.
 
         Raises:
-            InputError: A character the tokenizer never saw.
+            InputError: The tokenizer does not have a character of `text`.
         """
         try:
             return [self._ids[character] for character in text]
@@ -81,8 +83,7 @@ class CharTokenizer:
             position, character = next((i, c) for i, c in enumerate(text) if c not in self._ids)
         raise InputError(
             f"CharTokenizer: character {character!a} (U+{ord(character):04X}) at position {position} of the "
-            "text, "
-            f"expected one of the {self.vocab_size} characters that the tokenizer was made from"
+            f"text, expected one of the tokenizer's {self.vocab_size} characters"
         )
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -104,12 +105,16 @@ class CharTokenizer:
 
 
 class BPETokenizer:
-    """Byte-level byte-pair encoding in GPT-2's pre-tokenization; any Unicode text makes the round trip.
+    """Byte-level byte-pair encoding with GPT-2's pre-tokenization; any Unicode text is decoded exactly.
 
     Args:
-        ranks: Each token's bytes and its id; ids are the order of merging, and all 256 single bytes are
-            tokens.
-        special_tokens: Name and id of tokens outside the merges; encoded only when asked for.
+        ranks: The bytes of each token -> its id. Ids follow the order of merging, and all 256 single bytes
+            are tokens.
+        special_tokens: The name of each token outside the merges -> its id. `encode` uses them only on
+            request.
+
+    Raises:
+        InputError: The ids have gaps or repeats, or a single byte has no token.
     """
 
     def __init__(self, ranks: dict[bytes, int], special_tokens: dict[str, int] | None = None) -> None:
@@ -129,17 +134,16 @@ class BPETokenizer:
 
     @classmethod
     def gpt2(cls) -> BPETokenizer:
-        """GPT-2's 50,257 tokens, from tiktoken's cache or the network.
+        """GPT-2's tokenizer with 50,257 tokens, from tiktoken's cache, this package's cache, or a download.
 
         Raises:
-            InputError: Neither is there; said within a few seconds.
+            InputError: The merges are in no cache, and the download fails, within a few seconds.
         """
         return cls(*_ranks_from_merges(_gpt2_merges()))
 
     @classmethod
     def train(cls, texts: str | Iterable[str], vocab_size: int = 4096) -> BPETokenizer:
-        """A byte-pair encoding of at most `vocab_size` tokens, learned from `texts`, with `<|endoftext|>` as
-        the last."""
+        """Learns at most `vocab_size` tokens, including <|endoftext|> as the last, from `texts`."""
         from tokenizers import Tokenizer as HuggingFaceTokenizer
         from tokenizers import models, pre_tokenizers, trainers
 
@@ -166,7 +170,7 @@ class BPETokenizer:
         return len(self.ranks) + len(self.special_tokens)
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """The ids of `text`; with `special`, the names of special tokens in it become these tokens."""
+        """The ids of `text`; with `special`, names of special tokens in the text become those tokens."""
         if special:
             return self._encoding.encode(text, allowed_special="all")
         return self._encoding.encode_ordinary(text)
@@ -176,13 +180,13 @@ class BPETokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of `ids`, which may end inside a character."""
+        """The bytes of `ids`; they may end inside a character."""
         ids = list(ids)
         _check_ids(ids, self.vocab_size, "BPETokenizer")
         return self._encoding.decode_bytes(ids)
 
     def to_json(self) -> dict[str, Any]:
-        """The state as Hugging Face's `tokenizer.json` has it."""
+        """The state in the format of Hugging Face's `tokenizer.json`."""
         byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
         vocab = {_to_printable(token): i for token, i in self.ranks.items()} | self.special_tokens
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -203,8 +207,7 @@ class BPETokenizer:
         _save(self, Path(path))
 
     def _merges(self) -> list[list[bytes]]:
-        """The pair that each longer token was merged from: its bytes, encoded with the earlier tokens
-        alone."""
+        """The two parts of each longer token: its bytes, encoded with earlier tokens only."""
         return [
             _merge([bytes([b]) for b in token], self.ranks, below=rank)
             for token, rank in sorted(self.ranks.items(), key=lambda item: item[1])
@@ -216,10 +219,11 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """Loads a tokenizer that `save` or Hugging Face `tokenizers` wrote.
 
     Args:
-        path: A `tokenizer.json`, a folder that holds one, or GPT-2's `vocab.bpe` (`merges.txt`).
+        path: A `tokenizer.json`, a folder with one, or GPT-2's `vocab.bpe` (`merges.txt`).
 
     Raises:
-        InputError: The file is missing, damaged, or of a kind other than characters or byte-level byte pairs.
+        InputError: The file is missing or damaged, or holds another kind of tokenizer than characters or
+            byte-level byte pairs.
     """
     file = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
     try:
@@ -237,8 +241,8 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
             or pre_tokenizer.get("add_prefix_space")
         ):
             raise InputError(
-                f"{file}: a {model['type']} tokenizer, expected characters, or BPE with GPT-2's ByteLevel "
-                "split"
+                f"tokenizer: {file} holds a {model['type']} tokenizer, expected characters, or BPE with "
+                "GPT-2's ByteLevel split"
             )
         special = {token["content"]: token["id"] for token in state.get("added_tokens", [])}
         ranks = {_from_printable(token): i for token, i in model["vocab"].items() if token not in special}
@@ -250,19 +254,18 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"tokenizer: {file} is no tokenizer.json ({type(error).__name__}: {error})"
+            f"tokenizer: {file} is not a tokenizer.json ({type(error).__name__}: {error})"
         ) from error
     merged = list(dict.fromkeys(merged))
     if merged != sorted(merged):
         raise InputError(
-            f"tokenizer: {file} has ids that do not follow its merges, expected ids in the order of merging"
+            f"tokenizer: {file} has ids in another order than its merges, expected the order of merging"
         )
     return BPETokenizer(ranks, special)
 
 
 def first_ids(tokenizer: Tokenizer) -> list[int]:
-    """What generation starts from when there is no prompt: a new line, or the first token where there is
-    none."""
+    """The ids from which generation without a prompt starts: a newline, or id 0 if there is none."""
     try:
         return tokenizer.encode("\n")
     except InputError:
@@ -270,7 +273,7 @@ def first_ids(tokenizer: Tokenizer) -> list[int]:
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """A hash of all that decides how `tokenizer` encodes."""
+    """A hash of the whole state of `tokenizer`."""
     return hashlib.sha256(json.dumps(tokenizer.to_json(), sort_keys=True).encode()).hexdigest()
 
 
@@ -292,7 +295,7 @@ def _check_ids(ids: Sequence[int], vocab_size: int, name: str) -> None:
 
 
 def _merge(parts: list[bytes], ranks: dict[bytes, int], below: int) -> list[bytes]:
-    """Merges neighbours, lowest rank first, with the tokens whose rank is below `below`."""
+    """Merges neighbours, lowest rank first, into tokens whose rank is below `below`."""
     while len(parts) > 1:
         rank, i = min((ranks.get(parts[i] + parts[i + 1], below), i) for i in range(len(parts) - 1))
         if rank >= below:
@@ -302,8 +305,7 @@ def _merge(parts: list[bytes], ranks: dict[bytes, int], below: int) -> list[byte
 
 
 def _printable_bytes() -> dict[int, str]:
-    """GPT-2's bijection from bytes to printable characters: printable Latin-1 stands for itself, the rest
-    follows from U+0100."""
+    """GPT-2's map from bytes to printable characters: printable Latin-1 to itself, the rest from U+0100."""
     itself = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     rest = [b for b in range(256) if b not in itself]
     return {b: chr(b) for b in itself} | {b: chr(256 + i) for i, b in enumerate(rest)}
@@ -322,26 +324,28 @@ def _from_printable(token: str) -> bytes:
 
 
 def _ranks_from_merges(text: str) -> tuple[dict[bytes, int], dict[str, int]]:
-    """GPT-2's merges file: a header, then a pair on each line. The single bytes come first, printable ones
-    ahead."""
+    """The ranks and special tokens of GPT-2's merges file: a header, then one pair per line.
+
+    The single bytes come before the merges, printable bytes first.
+    """
     merged = [_from_printable("".join(line.split(" "))) for line in text.splitlines()[1:] if line]
     ranks = {token: i for i, token in enumerate([*(bytes([b]) for b in _PRINTABLE), *merged])}
     return ranks, {END_OF_TEXT: len(ranks)}
 
 
 def _gpt2_merges() -> str:
-    """GPT-2's merges from tiktoken's cache, our own, or the network; tiktoken itself downloads without a
-    timeout."""
-    named = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
-    theirs = Path(
-        named or Path(tempfile.gettempdir(), "data-gym-cache"), hashlib.sha1(GPT2_MERGES.encode()).hexdigest()
-    )
+    """GPT-2's merges from tiktoken's cache, our own, or the network.
+
+    tiktoken does not download them, because it sets no timeout.
+    """
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
+    folder = folder or os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    theirs = Path(folder, hashlib.sha1(GPT2_MERGES.encode()).hexdigest())  # tiktoken's name for the file
     ours = cache_folder() / "gpt2-vocab.bpe"
     try:
         return verified_file([theirs, ours], GPT2_MERGES, GPT2_MERGES_SHA256).decode("utf-8")
     except OSError as error:
         raise InputError(
             f"gpt2 tokenizer: cannot download {GPT2_MERGES} ({error}), expected a network, that file as "
-            f"{ours}, "
-            "or --tokenizer PATH of GPT-2's tokenizer.json, vocab.bpe or merges.txt"
+            f"{ours}, or --tokenizer PATH of GPT-2's tokenizer.json, vocab.bpe or merges.txt"
         ) from error

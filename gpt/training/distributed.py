@@ -155,8 +155,8 @@ def join() -> Iterator[Ranks]:
         return
     if missing := [name for name in VARIABLES if name not in os.environ]:
         raise InputError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but {missing[0]} is not set, expected both, as set by "
-            "torchrun"
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} without {missing[0]}, expected both, as torchrun "
+            "sets them"
         )
 
     ranks = Ranks(*(int(os.environ[name]) for name in VARIABLES[:4]))

@@ -61,7 +61,7 @@ class Progress:
 
 
 class Restored(NamedTuple):
-    """What a checkpoint says besides the tensors: its folder, the progress, and one random state per rank."""
+    """A loaded checkpoint, besides its tensors: the folder, the progress, and one random state per rank."""
 
     folder: Path
     progress: Progress

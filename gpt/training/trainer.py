@@ -307,7 +307,7 @@ class Trainer:
             rng.set_state(random_states[self.ranks.rank], self.device)
             return
         warnings.warn(
-            f"resume: the run was saved by {len(random_states)} process(es) and goes on with "
+            f"resume: the run was saved by {len(random_states)} process(es) and continues with "
             f"{self.ranks.size}: the result is close, but not equal bit by bit, and random numbers differ",
             stacklevel=3,
         )

@@ -1,1 +1,1 @@
-"""Weights on disk: this package's checkpoints, and the files of other packages."""
+"""Weights on disk: checkpoints of this package, and files of other packages."""

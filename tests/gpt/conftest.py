@@ -1,4 +1,4 @@
-"""A cache folder for every test of gpt; a text, and a run trained on it, for the commands."""
+"""Fixtures of all tests of gpt: a cache folder for each test, a text, and a run trained on it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def text(tmp_path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run whose model knows the text a little."""
-    from gpt import train  # only now: this file is read before tests/conftest.py chooses the interpreter
+    """The folder of a run that was trained on the text for 60 steps."""
+    from gpt import train  # not at the top: tests/conftest.py chooses the interpreter after this import
     from tests.gpt.training.small_runs import TINY
 
     folder = tmp_path_factory.mktemp("trained")

@@ -1,5 +1,7 @@
-"""CUDA graphs on a CPU: what is captured leaves no trace, and a replay does the same operations on the same
-memory."""
+"""CUDA graphs simulated on a CPU.
+
+A capture leaves memory unchanged, and a replay runs the same operations on the same memory.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +17,13 @@ from torch.utils._pytree import tree_leaves
 
 
 class Recording(TorchDispatchMode):
-    """Stands for torch.cuda.CUDAGraph. Whatever the host decided while it was captured stays decided."""
+    """Replaces torch.cuda.CUDAGraph. Values that the host read during capture stay fixed in replays."""
 
     def __init__(self) -> None:
         super().__init__()
         self._operations: list[tuple[Any, Any, Any, Any]] = []
-        self._before: dict[
-            int, tuple[Tensor, Tensor]
-        ] = {}  # of what was there before, and is written: the tensor and its values
-        self._own: dict[int, Tensor] = {}  # memory of the graph, kept as its pool would be
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}  # tensors that are written, and their old values
+        self._own: dict[int, Tensor] = {}  # memory of the graph, kept alive as in its pool
         self.replays = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -60,7 +60,7 @@ def _memory(tensor: Tensor) -> int:
 
 
 def fake(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
-    """Puts recordings in the place of CUDA graphs; returns those that are made from now on."""
+    """Replaces CUDA graphs by recordings; the returned list grows with each one."""
     made: list[Recording] = []
 
     def create() -> Recording:

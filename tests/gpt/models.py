@@ -22,18 +22,19 @@ CONFIGS = {
 BYTES = BPETokenizer({bytes([b]): b for b in range(256)} | {b"th": 256, b"the": 257})
 
 
-def random_model(vocab_size: int) -> GPT:
-    """A GPT with block_size 8 and fixed random parameters, in evaluation mode on the CPU."""
+def random_byte_model() -> GPT:
+    """A GPT for the tokens of BYTES, with block_size 8 and fixed random parameters, in evaluation mode."""
     torch.manual_seed(1)
-    model = GPT(vocab_size=vocab_size, block_size=8, n_layer=1, n_head=1, n_embd=16, device="cpu").eval()
+    sizes = {"vocab_size": BYTES.vocab_size, "block_size": 8, "n_layer": 1, "n_head": 1, "n_embd": 16}
+    model = GPT(sizes, device="cpu").eval()
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(0, 0.3)
     return model
 
 
-def lively(**fields: Any) -> GPT:
-    """A small GPT whose parameters all matter: with logits far apart, and greedy tokens that vary."""
+def random_model(**fields: Any) -> GPT:
+    """A small GPT with large random parameters: each one affects the logits, and greedy tokens vary."""
     model = GPT(SMALL, **fields)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

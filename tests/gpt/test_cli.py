@@ -1,34 +1,30 @@
-"""Flags and TOML tables made from dataclasses."""
+"""Flags and TOML tables from dataclasses."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gpt import InputError
-from gpt.cli import OptionParser, run_command
+from gpt.cli import OptionParser, option, run_command
 from gpt.config import GPTConfig, TrainConfig
 from gpt.data.dataset import DataConfig
-
-
-def option(default: Any, help: str = "", **limits: Any) -> Any:
-    return field(default=default, metadata={"help": help, **limits})
 
 
 @dataclass(frozen=True)
 class Fruit:
     max_count: int = option(3, "how many")
     weight: float = option(1.5, "100% of it")
-    ripe: bool = option(False)
-    peel: bool | None = option(None)
-    limit: int | None = option(None)
-    kind: str = option("apple", choices=("apple", "pear"))
-    names: tuple[str, ...] = option(("a", "b"))
+    ripe: bool = option(False, "")
+    peel: bool | None = option(None, "")
+    limit: int | None = option(None, "")
+    kind: str = option("apple", "", choices=("apple", "pear"))
+    names: tuple[str, ...] = option(("a", "b"), "")
 
 
 def parser() -> OptionParser:
@@ -56,9 +52,8 @@ def parse(*argv: str) -> dict[str, Any]:
         ("", {}),
     ],
 )
-def test_values(argv: str, values: dict[str, Any]) -> None:
-    """A flag read as another type, a hyphen changed inside a value, a default mistaken for a choice of the
-    user's."""
+def test_flags_become_values(argv: str, values: dict[str, Any]) -> None:
+    """A value of another type, a hyphen replaced inside a value, or a default that counts as given."""
     given = parse(*argv.split())
     assert given == values
     assert {name: type(value) for name, value in given.items()} == {
@@ -81,8 +76,8 @@ def test_values(argv: str, values: dict[str, Any]) -> None:
         ("stray", "'stray' --help"),
     ],
 )
-def test_wrong_flags(argv: str, words: str) -> None:
-    """A message that leaves out the flag, the value, or what was expected."""
+def test_wrong_flags_are_named(argv: str, words: str) -> None:
+    """A message without the flag, the value or what was expected."""
     with pytest.raises(InputError) as caught:
         parse(*argv.split())
     for word in words.split():
@@ -90,7 +85,7 @@ def test_wrong_flags(argv: str, words: str) -> None:
 
 
 def test_help_shows_type_default_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:
-    """A help that keeps something to itself, or breaks on a percent sign."""
+    """A help text that leaves something out, or that a percent sign breaks."""
     with pytest.raises(SystemExit) as caught:
         parse("--help")
     text = capsys.readouterr().out
@@ -130,7 +125,7 @@ def write(path: Path, text: str) -> str:
 
 
 def test_toml_values(tmp_path: Path) -> None:
-    """A TOML value that becomes another than the same flag would."""
+    """A TOML value that is read differently from the same value of a flag."""
     text = (
         '[fruit]\nmax_count = 4\nweight = 2\nripe = true\nlimit = "none"\nnames = ["x", "y"]\nkind = "pear"\n'
     )
@@ -163,22 +158,22 @@ def test_toml_values(tmp_path: Path) -> None:
         ("[fruit\n", "TOML f.toml"),
     ],
 )
-def test_wrong_toml(tmp_path: Path, text: str, words: str) -> None:
-    """A file whose mistakes pass, or whose error does not say where."""
+def test_wrong_toml_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    """A mistake in a file that passes, or an error that does not name its place."""
     with pytest.raises(InputError) as caught:
         parser().read_file(write(tmp_path / "f.toml", text), ["fruit"])
     for word in words.split():
         assert word in str(caught.value)
 
 
-def test_missing_toml(tmp_path: Path) -> None:
+def test_a_missing_toml_file_is_named(tmp_path: Path) -> None:
     """A traceback for a mistyped path."""
     with pytest.raises(InputError, match=r"nowhere\.toml.*No such file"):
         parser().read_file(str(tmp_path / "nowhere.toml"), ["fruit"])
 
 
-def test_run_command(capsys: pytest.CaptureFixture[str]) -> None:
-    """An input error shown as a traceback or in several lines, or a bug of ours shown as the user's."""
+def test_run_command_prints_input_errors_only(capsys: pytest.CaptureFixture[str]) -> None:
+    """An InputError as a traceback or on several lines, or a bug that is shown as wrong input."""
 
     def refuse(argv: Sequence[str]) -> int:
         warnings.warn("slow\nhere", stacklevel=1)

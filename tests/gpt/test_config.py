@@ -1,4 +1,4 @@
-"""Configurations: every family of names, the presets, the arithmetic of parameters, and what is refused."""
+"""Configs: the names of each package, the presets, the parameter counts, and the checks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BOOK = {
     "drop_rate": 0.1,
     "qkv_bias": False,
 }
-HUGGING_FACE = {  # what a saved GPT-2 says about itself
+HUGGING_FACE = {  # the config.json of a saved GPT-2
     "_name_or_path": "gpt2",
     "activation_function": "gelu_new",
     "architectures": ["GPT2LMHeadModel"],
@@ -118,18 +118,17 @@ PLAIN_HEAD = {"tie_weights": False, "head_bias": True, "final_norm": False}
                 **PLAIN_HEAD,
                 "head_bias": False,
             },
-            id="ours-over-a-family",
+            id="our-names-over-a-package",
         ),
     ],
 )
-def test_families(given: dict[str, Any], expected: dict[str, Any]) -> None:
-    """A name that sets another field, or a family whose defaults or tying are lost, or that overrule what was
-    said."""
+def test_names_of_other_packages(given: dict[str, Any], expected: dict[str, Any]) -> None:
+    """A name that sets another field, or a package's defaults that are lost or override values."""
     assert GPTConfig.from_dict(given) == GPTConfig(**expected)
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         ({"n_embed": 64}, "'n_embed' is unknown, the nearest valid one is 'n_embd'"),
         ({"emb_dimm": 64}, "'emb_dimm' is unknown, the nearest valid one is 'emb_dim'"),
@@ -153,16 +152,16 @@ def test_families(given: dict[str, Any], expected: dict[str, Any]) -> None:
         ([("n_embd", 64)], "list, expected a dict"),
     ],
 )
-def test_what_no_family_says(given: Any, said: str) -> None:
+def test_wrong_names_are_refused(given: Any, message: str) -> None:
     """A key that is silently ignored, or one of two contradicting names that silently wins."""
     with pytest.raises(InputError) as caught:
         GPTConfig.from_dict(given)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"n_embd": 100, "n_head": 3}, "n_embd is 100, expected a multiple of n_head (3), or head_dim given"),
         ({"vocab_size": 2**31}, "vocab_size is 2147483648, expected an integer in [1, 2147483647]"),
@@ -194,16 +193,16 @@ def test_what_no_family_says(given: Any, said: str) -> None:
         ({"eps": 0}, "eps is 0, expected a number in (0, 1)"),
     ],
 )
-def test_what_cannot_be_a_model(fields: dict[str, Any], said: str) -> None:
+def test_wrong_model_fields_are_refused(fields: dict[str, Any], message: str) -> None:
     """A size, type or value that fails deep inside torch, or not at all."""
     with pytest.raises(InputError) as caught:
         GPTConfig(**fields)
     assert str(caught.value).startswith("GPTConfig: ")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"max_steps": 0}, "max_steps is 0"),
         ({"warmup_steps": -1}, "warmup_steps is -1"),
@@ -220,11 +219,11 @@ def test_what_cannot_be_a_model(fields: dict[str, Any], said: str) -> None:
         ({"patience": 0}, "patience is 0"),
     ],
 )
-def test_what_cannot_train(fields: dict[str, Any], said: str) -> None:
-    """A training setting that is noticed hours later."""
+def test_wrong_training_fields_are_refused(fields: dict[str, Any], message: str) -> None:
+    """A wrong training setting that is noticed hours later."""
     with pytest.raises(InputError) as caught:
         TrainConfig(**fields)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +238,7 @@ def test_what_cannot_train(fields: dict[str, Any], said: str) -> None:
     ],
 )
 def test_presets(name: str, millions: float) -> None:
-    """A preset of another size than the model that it is named after, or without its training settings."""
+    """A preset of another size than the model of its name, or without training settings."""
     assert round(GPTConfig.preset(name).parameter_counts()["total"] / 1e6, 2) == millions
     assert GPTConfig.preset(name, dropout=0.5) == dataclasses.replace(GPTConfig.preset(name), dropout=0.5)
     assert TrainConfig.preset(name, max_steps=7).max_steps == 7
@@ -255,7 +254,7 @@ def test_unknown_presets_and_fields(cls: type[GPTConfig] | type[TrainConfig]) ->
 
 
 def test_parameters_by_component() -> None:
-    """A component counted wrongly: these are the figures of the book's chapter 4."""
+    """A component that is counted wrongly; the figures are those of the book's chapter 4."""
     counts = GPTConfig.from_dict(BOOK).parameter_counts()
     assert counts["token_embedding"] + counts["position_embedding"] == 39_383_808
     assert (counts["block"], counts["final_norm"], counts["head"]) == (7_085_568, 1_536, 38_597_376)
@@ -273,8 +272,8 @@ def test_a_config_survives_json(config: GPTConfig) -> None:
 
 
 @pytest.mark.parametrize("cls", [GPTConfig, TrainConfig])
-def test_fields_explain_themselves(cls: type[GPTConfig] | type[TrainConfig]) -> None:
-    """A flag without a meaning in --help, or a config that changes after it was checked."""
+def test_every_field_has_a_help_text(cls: type[GPTConfig] | type[TrainConfig]) -> None:
+    """A flag without a text in --help, or a config that can change after its check."""
     for field in dataclasses.fields(cls):
         assert field.metadata["help"]
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -11,13 +11,13 @@ import pytest
 from gpt import eval
 from gpt.training.evaluation import evaluate
 from gpt.weights.checkpoint import save_model
-from tests.gpt.models import BYTES, random_model
+from tests.gpt.models import BYTES, random_byte_model
 from tests.gpt.text import TEXT
 
 
 def test_the_command_prints_the_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Another tokenizer, text or stride than requested, or wrong input that raises a traceback."""
-    model = random_model(BYTES.vocab_size)
+    model = random_byte_model()
     save_model(model, tmp_path / "m", BYTES)
     (tmp_path / "text.txt").write_text(TEXT[:300])
     flags = ["--checkpoint", str(tmp_path / "m"), "--data", str(tmp_path / "text.txt"), "--device", "cpu"]

@@ -1,4 +1,4 @@
-"""Generation: against a loop without cache that processes logits token by token in plain Python."""
+"""Generation, compared with a loop in plain Python that has no cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gpt import GPT, InputError
 from gpt.generate import keep_top_p, sample
 from gpt.kv_cache import KVCache
 from tests.gpt.graphs import fake
-from tests.gpt.models import CONFIGS, SMALL, lively, padded, tokens
+from tests.gpt.models import CONFIGS, SMALL, padded, random_model, tokens
 
 V = SMALL.vocab_size
 each_config = pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
@@ -47,7 +47,7 @@ def processed(
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
 ) -> list[float]:
-    """Probabilities of one row after all processors, in their order."""
+    """The probabilities of one row after all processors, in their order."""
     z = list(logits)
     for i in seen:
         z[i] = z[i] * repetition_penalty if z[i] < 0 else z[i] / repetition_penalty
@@ -74,8 +74,8 @@ def softmax(z: list[float]) -> list[float]:
     return [x / sum(e) for x in e]
 
 
-def by_hand(model: GPT, idx: Tensor, new: int, seed: int | None = None, **settings: Any) -> Tensor:
-    """`generate` without a cache, with `processed` and, for a seed, `torch.multinomial`."""
+def plain_generate(model: GPT, idx: Tensor, new: int, seed: int | None = None, **settings: Any) -> Tensor:
+    """`generate` without a cache, with `processed` and, if there is a seed, `torch.multinomial`."""
     generator = torch.Generator().manual_seed(seed or 0)
     for _ in range(new):
         logits = model(idx[:, -SMALL.block_size :])[:, -1].tolist()
@@ -89,17 +89,16 @@ def by_hand(model: GPT, idx: Tensor, new: int, seed: int | None = None, **settin
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_sampling_by_hand(settings: dict[str, Any]) -> None:
-    """A processor that is wrong, or in another place than Hugging Face's; a nucleus without the token that
-    crosses it."""
-    model, idx = lively().double(), tokens(4, 5)
+def test_sampling_equals_a_plain_loop(settings: dict[str, Any]) -> None:
+    """A wrong or misplaced processor; a nucleus without the token whose probability reaches p."""
+    model, idx = random_model().double(), tokens(4, 5)
     for seed in range(4):
-        found = model.generate(idx, 12, generator=torch.Generator().manual_seed(seed), **settings)
-        assert torch.equal(found, by_hand(model, idx, 12, seed, **settings))
+        actual = model.generate(idx, 12, generator=torch.Generator().manual_seed(seed), **settings)
+        assert torch.equal(actual, plain_generate(model, idx, 12, seed, **settings))
 
 
-def test_the_smallest_nucleus() -> None:
-    """A nucleus of one token too many where the sum meets p exactly, or of none where p rounds away."""
+def test_the_nucleus_is_the_smallest() -> None:
+    """One token too many where the sum equals p exactly, or none where p rounds to 0."""
     even = torch.zeros(1, 8)
     assert [int(keep_top_p(even, p).isfinite().sum()) for p in (1e-9, 0.125, 0.2, 0.5, 0.75, 1.0)] == [
         1,
@@ -113,35 +112,33 @@ def test_the_smallest_nucleus() -> None:
 
 @pytest.mark.parametrize("use_cache", [True, False])
 @each_config
-def test_greedy_by_hand(fields: dict[str, Any], use_cache: bool) -> None:
-    """A cache that gives other tokens than no cache: within the block, when it is full, and past it; prompts
-    of any length."""
-    model, generated = lively(**fields), set()
+def test_greedy_equals_a_plain_loop(fields: dict[str, Any], use_cache: bool) -> None:
+    """A cache that changes tokens within the block, when it is full, or past it."""
+    model, generated = random_model(**fields), set()
     for length in (1, 5, 11, 12, 13, 30):
         idx = tokens(3, length)
         for penalty in (1.0, 1.5):
-            found = model.generate(idx, 20, do_sample=False, use_cache=use_cache, repetition_penalty=penalty)
-            assert torch.equal(found, by_hand(model, idx, 20, repetition_penalty=penalty))
-            generated |= set(found[:, length:].flatten().tolist())
-    assert len(generated) > 8  # else any two loops agree
+            actual = model.generate(idx, 20, do_sample=False, use_cache=use_cache, repetition_penalty=penalty)
+            assert torch.equal(actual, plain_generate(model, idx, 20, repetition_penalty=penalty))
+            generated |= set(actual[:, length:].flatten().tolist())
+    assert len(generated) > 8  # otherwise two wrong loops could agree
 
 
-def test_greedy_ignores_what_samples() -> None:
-    """Greedy decoding that warms up, filters or refuses, or that forgets the penalty."""
-    model, idx = lively(), tokens(3, 5)
+def test_greedy_ignores_sampling_settings() -> None:
+    """Greedy decoding that applies or refuses sampling settings, or that forgets the penalty."""
+    model, idx = random_model(), tokens(3, 5)
     ignored = {"temperature": 0.0, "top_k": -1, "top_p": 7.0, "min_p": -1.0}
-    assert torch.equal(model.generate(idx, 9, do_sample=False, **ignored), by_hand(model, idx, 9))
+    assert torch.equal(model.generate(idx, 9, do_sample=False, **ignored), plain_generate(model, idx, 9))
     penalized = model.generate(idx, 9, do_sample=False, repetition_penalty=2.0, **ignored)
-    assert torch.equal(penalized, by_hand(model, idx, 9, repetition_penalty=2.0))
-    assert not torch.equal(penalized, by_hand(model, idx, 9))
+    assert torch.equal(penalized, plain_generate(model, idx, 9, repetition_penalty=2.0))
+    assert not torch.equal(penalized, plain_generate(model, idx, 9))
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
 @each_config
-def test_uneven_prompts_decode_as_alone(fields: dict[str, Any], use_cache: bool) -> None:
-    """Padding that is attended to, counted in positions, penalised, or kept when the window moves past the
-    block."""
-    model, prompts = lively(**fields), [tokens(1, length) for length in (2, 7, 1, 15)]
+def test_uneven_prompts_decode_as_if_alone(fields: dict[str, Any], use_cache: bool) -> None:
+    """Padding that is attended to, counted in positions, penalised, or kept in a moved window."""
+    model, prompts = random_model(**fields), [tokens(1, length) for length in (2, 7, 1, 15)]
     for batch in (prompts[:3], prompts):
         idx, mask = padded(batch)
         for settings in ({}, {"repetition_penalty": 1.5}):
@@ -152,14 +149,13 @@ def test_uneven_prompts_decode_as_alone(fields: dict[str, Any], use_cache: bool)
             for row, prompt in zip(together, batch, strict=True):
                 assert (
                     row[idx.shape[1] :].tolist()
-                    == by_hand(model, prompt, 20, **settings)[0, prompt.shape[1] :].tolist()
+                    == plain_generate(model, prompt, 20, **settings)[0, prompt.shape[1] :].tolist()
                 )
 
 
-def test_ids_of_no_token_are_barred() -> None:
-    """A padded vocabulary whose meaningless ids are likely, reached because a penalty or a filter puts them
-    back (bug 26)."""
-    model, idx = lively(head_bias=True), tokens(4, 5) % 9
+def test_ids_past_the_vocabulary_are_not_generated() -> None:
+    """A padding id of the vocabulary that a penalty or a filter makes possible again (bug 26)."""
+    model, idx = random_model(head_bias=True), tokens(4, 5) % 9
     with torch.no_grad():
         model.lm_head.bias[9:] = 50
     for settings in ({"do_sample": False}, *SETTINGS.values()):
@@ -167,8 +163,8 @@ def test_ids_of_no_token_are_barred() -> None:
         assert int(model.generate(idx, 20, vocab_size=V + 5, **settings).max()) >= 9
 
 
-def test_drawing_is_multinomial() -> None:
-    """Tokens drawn from another distribution, or ones that were filtered out."""
+def test_sample_equals_multinomial() -> None:
+    """Tokens from another distribution, or tokens that were filtered out."""
     logits = torch.randn(3, 50).masked_fill(torch.rand(3, 50) < 0.5, -math.inf)
     for seed in range(50):
         generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
@@ -180,9 +176,9 @@ def test_drawing_is_multinomial() -> None:
     assert (counts - logits[0].softmax(-1)).abs().max() < 0.04
 
 
-def test_a_seed_repeats_itself() -> None:
-    """Sampling that a generator, or torch's seed without one, does not decide."""
-    model, idx = lively(), tokens(2, 3)
+def test_a_seed_determines_the_tokens() -> None:
+    """Sampling that depends on more than the generator, or than torch's seed if there is none."""
+    model, idx = random_model(), tokens(2, 3)
     draws = [model.generate(idx, 9, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
@@ -191,9 +187,8 @@ def test_a_seed_repeats_itself() -> None:
 
 
 def test_stop_tokens_end_a_row() -> None:
-    """A row that goes on after its stop token, is filled with another, or holds up the rest; an output that
-    is too wide."""
-    model, idx = lively(), tokens(4, 3)
+    """A row that continues after its stop token or is filled with another, or an output too wide."""
+    model, idx = random_model(), tokens(4, 3)
 
     def run(**settings: Any) -> Tensor:
         return model.generate(
@@ -209,30 +204,29 @@ def test_stop_tokens_end_a_row() -> None:
     assert len(set(ends)) > 1
     assert torch.equal(run(stop_tokens=stops), expected[:, : max(ends) + 1])
     assert torch.equal(run(stop_tokens=[]), free)
-    unheard = next(i for i in range(SMALL.vocab_size) if i not in free[:, 3:])
-    assert torch.equal(run(stop_tokens=unheard), free)
+    absent = next(i for i in range(SMALL.vocab_size) if i not in free[:, 3:])
+    assert torch.equal(run(stop_tokens=absent), free)
 
 
-def test_each_step_is_told() -> None:
-    """A stream that misses tokens, repeats them, or shows what comes after a stop."""
-    model, idx, told = lively(), tokens(2, 3), []
-    found = model.generate(idx, 15, stop_tokens=range(5), on_token=told.append)
-    assert all(step.shape == (2,) and step.dtype == torch.int64 for step in told)
-    assert torch.equal(torch.stack(told, 1), found[:, 3:])
+def test_on_token_gets_every_step() -> None:
+    """A stream that misses or repeats tokens, or that has tokens after a stop."""
+    model, idx, steps = random_model(), tokens(2, 3), []
+    ids = model.generate(idx, 15, stop_tokens=range(5), on_token=steps.append)
+    assert all(step.shape == (2,) and step.dtype == torch.int64 for step in steps)
+    assert torch.equal(torch.stack(steps, 1), ids[:, 3:])
 
 
-def test_nothing_is_left_behind() -> None:
-    """Dropout in generation, a mode that is not restored, a prompt that is written to, a gradient, 0 tokens
-    that are 1."""
-    model = lively(dropout=0.5)
+def test_generate_changes_no_state() -> None:
+    """Dropout, a mode that is not restored, a prompt that is written to, or a gradient."""
+    model = random_model(dropout=0.5)
     model.blocks[0].eval()
     modes, idx = [m.training for m in model.modules()], tokens(2, 5)
     before = idx.clone()
-    found = model.generate(idx, 15, do_sample=False)
-    assert torch.equal(found, model.generate(idx, 15, do_sample=False))
+    ids = model.generate(idx, 15, do_sample=False)
+    assert torch.equal(ids, model.generate(idx, 15, do_sample=False))
     assert [m.training for m in model.modules()] == modes
     assert torch.equal(idx, before)
-    assert not found.requires_grad
+    assert not ids.requires_grad
     assert all(parameter.grad is None for parameter in model.parameters())
     with pytest.raises(ZeroDivisionError):
         model.generate(idx, 3, on_token=lambda token: 1 // 0)
@@ -241,9 +235,8 @@ def test_nothing_is_left_behind() -> None:
 
 
 def test_the_cache_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache that is filled, and everything computed anew all the same; or one that is larger than what is
-    asked for."""
-    model, idx, passes = lively(), tokens(2, 4), []
+    """A cache that is filled but not used, or that is larger than the tokens need."""
+    model, idx, passes = random_model(), tokens(2, 4), []
     hidden: Callable[..., Tensor] = GPT.hidden
 
     def counting(self: GPT, window: Tensor, *args: Any, cache: KVCache | None = None) -> Tensor:
@@ -261,35 +254,33 @@ def test_the_cache_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("name", ["gpt2", "post-bare"])
-def test_a_captured_step_serves_every_token(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A length, position, place or token that the host knows and a graph would repeat, or a capture that
-    counts as a step."""
-    model, (idx, mask) = lively(**CONFIGS[name], use_triton=True), padded([tokens(1, 4), tokens(1, 2)])
+def test_a_captured_step_is_right_for_every_token(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A length, position or token that the host reads, which a graph would replay unchanged."""
+    model, (idx, mask) = random_model(**CONFIGS[name], use_triton=True), padded([tokens(1, 4), tokens(1, 2)])
     settings = {"do_sample": False, "repetition_penalty": 1.5, "attention_mask": mask}
     plain = model.generate(idx, 7, use_cache=False, **settings)
     graphs = fake(monkeypatch)
     monkeypatch.setattr("gpt.kv_cache.captures", lambda device: True)
     assert torch.equal(model.generate(idx, 7, **settings), plain)
-    assert [graph.replays for graph in graphs] == [
-        5
-    ]  # the prompt gives a token, and the first step is not captured
+    # 7 tokens: the prompt gives the first, and the first step runs without a capture.
+    assert [graph.replays for graph in graphs] == [5]
     assert len(plain[:, 4:].unique()) > 3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes(dtype: torch.dtype) -> None:
-    """A cache of another dtype than the model's, or processors that overflow in half precision."""
-    model, idx = lively(dtype=dtype), tokens(2, 3)
+    """A cache in another dtype than the model, or processors that overflow in half precision."""
+    model, idx = random_model(dtype=dtype), tokens(2, 3)
     assert model.generate(idx, 20, **SETTINGS["all"]).shape == (2, 23)
     with torch.autocast("cpu", torch.bfloat16):
-        assert lively().generate(idx, 20, **SETTINGS["all"]).shape == (2, 23)
+        assert random_model().generate(idx, 20, **SETTINGS["all"]).shape == (2, 23)
 
 
 IDX = torch.zeros(2, 4, dtype=torch.int64)
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"max_new_tokens": -1}, "max_new_tokens is -1, expected an integer >= 0"),
         ({"max_new_tokens": 2.0}, "max_new_tokens is 2.0"),
@@ -310,10 +301,10 @@ IDX = torch.zeros(2, 4, dtype=torch.int64)
         ({"idx": IDX[:, :0]}, "at least one token"),
     ],
 )
-def test_what_cannot_be_generated(settings: dict[str, Any], said: str) -> None:
+def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     """A setting that is ignored or clamped, or an error from inside torch after some tokens."""
     arguments = {"idx": IDX, "max_new_tokens": 3, **settings}
     with pytest.raises(InputError) as caught:
-        lively().generate(**arguments)
-    assert said in str(caught.value)
+        random_model().generate(**arguments)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)

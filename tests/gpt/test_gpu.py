@@ -1,5 +1,4 @@
-"""The whole model on a GPU: captured decoding, synchronisations, runs that go on, training on either side,
-preflight's time."""
+"""The whole model on a GPU: captured decoding, synchronisation, resumed runs, training, preflight's time."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ def test_captured_decoding_equals_eager(use_triton: bool, monkeypatch: pytest.Mo
     model = GPT("gpt2", use_triton=use_triton, device=DEVICE, n_layer=3, block_size=128)
     with torch.no_grad():
         for parameter in model.blocks.parameters():
-            parameter.mul_(2)  # untrained blocks add so little that tokens repeat themselves
+            parameter.mul_(2)  # untrained blocks change so little that tokens would repeat
     idx = torch.randint(50257, (3, 20), device=DEVICE)
     mask = torch.ones_like(idx)
     mask[1, :7] = 0
@@ -43,10 +42,10 @@ def test_captured_decoding_equals_eager(use_triton: bool, monkeypatch: pytest.Mo
 
 
 def synchronizations(model: GPT, idx: torch.Tensor, new: int, stop_tokens: list[int] | None) -> list[Path]:
-    """The file of each place where `generate` waits for the GPU."""
+    """The source file of each synchronisation with the GPU in `generate`."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")  # which itself warns, that it is a prototype
+        torch.cuda.set_sync_debug_mode("warn")  # this call warns too, that it is a prototype
         try:
             model.generate(idx, new, top_k=50, top_p=0.9, repetition_penalty=1.1, stop_tokens=stop_tokens)
         finally:
@@ -57,23 +56,20 @@ def synchronizations(model: GPT, idx: torch.Tensor, new: int, stop_tokens: list[
 @pytest.mark.parametrize(
     "stop_tokens", [None, [50256], list(range(50200, 50257))], ids=["free", "stop", "stops"]
 )
-def test_no_token_waits(stop_tokens: list[int] | None) -> None:
-    """A token that costs a synchronisation although nobody looks at it."""
+def test_tokens_do_not_synchronise(stop_tokens: list[int] | None) -> None:
+    """A synchronisation for each token although nothing reads the token."""
     model = GPT("gpt2", use_triton=True, device=DEVICE, n_layer=2)
     idx = torch.randint(50000, (2, 16), device=DEVICE)
     model.generate(idx, 4)  # compiles
     few, many = (synchronizations(model, idx, new, stop_tokens) for new in (5, 40))
     assert many == few
-    ours = [place for place in few if place.parent.name == "gpt"]  # the others are the capture's
-    assert len(ours) == (2 if stop_tokens else 0)  # the stop tokens' way there, and the length's back
+    ours = [place for place in few if place.parent.name == "gpt"]  # the others belong to the capture
+    assert len(ours) == (2 if stop_tokens else 0)  # stop tokens to the GPU, and the length back
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_stopped_run_goes_on_bit_by_bit(
-    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A resume without the GPU's random numbers or the scale of its losses, or a sample that cannot be had
-    deterministically."""
+def test_a_resumed_run_is_bitwise_equal(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resume that loses the GPU's random state or the loss scale, or a nondeterministic sample."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     monkeypatch.setattr("gpt.training.trainer.SAMPLE_TOKENS", 30)
     data, config = TokenData.from_text(TEXT), replace(CONFIG, decay_steps=8, device="cuda", dtype=dtype)
@@ -99,8 +95,8 @@ def test_a_stopped_run_goes_on_bit_by_bit(
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_batches_from_either_side(device: str) -> None:
-    """A loader whose batches are on the GPU already, where nothing can be pinned."""
+def test_fit_takes_batches_on_cpu_and_gpu(device: str) -> None:
+    """A loader with batches on the GPU, where nothing can be pinned."""
     model = GPT(vocab_size=64, block_size=16, n_layer=1, n_head=2, n_embd=32, use_triton=False)
     idx = torch.randint(64, (2, 16), device=device)
     model.fit([(idx, idx)] * 4, num_epoch=2)
@@ -130,7 +126,7 @@ def gap(a: list[float], b: list[float], window: int = 20) -> float:
 
 
 def test_training_stays_within_the_noise_of_seeds() -> None:
-    """A kernel whose error biases training, at a real size in bfloat16."""
+    """A kernel whose error biases training, at a realistic size in bfloat16."""
     data = batches(200)
     triton, reference, other = curve(True, 0, data), curve(False, 0, data), curve(False, 1, data)
     assert reference[-1] < 0.6 * reference[0]
@@ -138,7 +134,7 @@ def test_training_stays_within_the_noise_of_seeds() -> None:
 
 
 def test_preflight_is_quick() -> None:
-    """A preflight that delays the first step by more than fifteen seconds, or that fails on this GPU."""
+    """A preflight that delays the first step by over fifteen seconds, or that fails on this GPU."""
     report = preflight(
         GPTConfig.preset("gpt2"), DEVICE, 8, 1024, torch.bfloat16, torch.float32, use_cache=False
     )

@@ -1,4 +1,4 @@
-"""What a training step asks of the host: kernels launched, and operations dispatched, for each layer."""
+"""The host work of a training step: kernel launches and dispatched operations per layer."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Dispatches(TorchDispatchMode):
 
 
 def step(n_layer: int, *, use_triton: bool) -> Dispatches:
-    """A step, forward and backward, of gradients that are allocated already."""
+    """Records one forward and backward pass, with gradients that are already allocated."""
     model = GPT(vocab_size=64, block_size=16, n_layer=n_layer, n_head=2, n_embd=32, use_triton=use_triton)
     idx = torch.randint(64, (2, 16))
     model(idx, idx).backward()
@@ -61,7 +61,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.interpreter
 def test_launches_of_a_layer(launches: list[str]) -> None:
-    """A pass that one kernel made and two make now: a GPT-2 step would be bound by its launches."""
+    """Two kernels for a pass that took one; launches bound the time of a GPT-2 step."""
     step(2, use_triton=True)
     shallow = len(launches)
     launches.clear()
@@ -74,14 +74,13 @@ def test_launches_of_a_layer(launches: list[str]) -> None:
 
 @pytest.mark.interpreter
 def test_operations_of_a_layer(launches: list[str]) -> None:
-    """Copies, casts and fills that creep in between the kernels: zeros for an output without gradient,
-    say."""
-    found = {}
+    """An extra copy, cast or fill between kernels, such as zeros for an unused gradient."""
+    operations = {}
     for use_triton in (True, False):
         deep, shallow = step(3, use_triton=use_triton).names, step(2, use_triton=use_triton).names
-        found[use_triton] = len(deep) - len(shallow)
+        operations[use_triton] = len(deep) - len(shallow)
         assert "zeros.default" not in deep or not use_triton
-    # 7 ops of ours, 6 products, 2 sums for biases, 1 stack for the three parts of the projection, 12
-    # gradients added to others.
-    assert found[True] <= 29
-    assert found[True] < found[False]
+    # 7 fused ops, 6 matmuls, 2 sums for biases, 1 stack of the projection's three parts, 12 additions to
+    # gradients.
+    assert operations[True] <= 29
+    assert operations[True] < operations[False]

@@ -1,4 +1,4 @@
-"""`python -m gpt.info`: counts and costs of a model."""
+"""`python -m gpt.info`: a model's parameters, FLOPs and training memory."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from gpt import info
 from gpt.weights.checkpoint import load_model
 
 
-def test_info(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Counts that are not the model's, or costs by another formula than stated."""
+def test_the_command_prints_counts_and_costs(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Counts that differ from the model's, or costs by another formula than the printed one."""
     assert info.main(["gpt2", "--tie_weights", "false", "--qkv-bias", "false"]) == 0
     printed = capsys.readouterr().out
     for part in ("39,383,808", "38,597,376", "786,432", "7,085,568", "1,536", "163,009,536", "621.83"):

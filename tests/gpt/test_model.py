@@ -1,4 +1,4 @@
-"""The model: against the formula written out, and what must hold whatever its parameters are."""
+"""The model, compared with its formula, and its properties for any parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 import kernels
 from gpt import GPT, GPTConfig, InputError
-from tests.gpt.models import CONFIGS, SMALL, lively, padded, tokens
+from tests.gpt.models import CONFIGS, SMALL, padded, random_model, tokens
 
 each_config = pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
 BOOK = {
@@ -25,8 +25,8 @@ BOOK = {
 }
 
 
-def written_out(model: GPT, idx: Tensor) -> Tensor:
-    """Logits (T, V) of one sequence (T,), from the parameters by name."""
+def formula(model: GPT, idx: Tensor) -> Tensor:
+    """The logits (T, V) of one sequence (T,), computed from the named parameters."""
     c, w = model.config, dict(model.named_parameters())
 
     def linear(x: Tensor, name: str) -> Tensor:
@@ -48,7 +48,7 @@ def written_out(model: GPT, idx: Tensor) -> Tensor:
             qh, kh, vh = (t[:, h * c.head_size : (h + 1) * c.head_size] for t in (q, k, v))
             logits = qh @ kh.T / c.head_size**0.5
             heads.append(
-                logits.masked_fill(torch.ones_like(logits).triu(1) == 1, -torch.inf).softmax(-1) @ vh
+                logits.mcalls_fill(torch.ones_like(logits).triu(1) == 1, -torch.inf).softmax(-1) @ vh
             )
         return linear(torch.cat(heads, -1), f"{name}.proj")
 
@@ -73,16 +73,15 @@ def written_out(model: GPT, idx: Tensor) -> Tensor:
 
 @each_config
 def test_logits_follow_the_formula(fields: dict[str, Any]) -> None:
-    """A switch that is ignored, a norm or residual in the wrong place, a head that takes the wrong weight."""
-    model, idx = lively(**fields).double(), tokens(2, 9)
-    torch.testing.assert_close(model(idx), torch.stack([written_out(model, row) for row in idx]))
+    """An option that is ignored, a misplaced norm or residual, or a head with the wrong weight."""
+    model, idx = random_model(**fields).double(), tokens(2, 9)
+    torch.testing.assert_close(model(idx), torch.stack([formula(model, row) for row in idx]))
 
 
 @each_config
 def test_the_loss_is_cross_entropy(fields: dict[str, Any]) -> None:
-    """A loss over shifted, ignored or missing tokens, or without the head's bias; a parameter that it does
-    not reach."""
-    model, idx, targets = lively(**fields).double(), tokens(3, 12), tokens(3, 12)
+    """A loss over shifted or ignored tokens, without the head's bias, or without some parameter."""
+    model, idx, targets = random_model(**fields).double(), tokens(3, 12), tokens(3, 12)
     targets[0, 3], targets[2] = -100, -100
     loss = model(idx, targets)
     torch.testing.assert_close(
@@ -95,9 +94,9 @@ def test_the_loss_is_cross_entropy(fields: dict[str, Any]) -> None:
 
 
 @each_config
-def test_no_logit_sees_the_future(fields: dict[str, Any]) -> None:
+def test_logits_do_not_depend_on_later_tokens(fields: dict[str, Any]) -> None:
     """A causal mask that is off by one."""
-    model, idx = lively(**fields).double(), tokens(2, 10)
+    model, idx = random_model(**fields).double(), tokens(2, 10)
     before = model(idx)
     for t in range(10):
         changed = idx.clone()
@@ -109,8 +108,8 @@ def test_no_logit_sees_the_future(fields: dict[str, Any]) -> None:
 
 @each_config
 def test_padding_changes_nothing(fields: dict[str, Any]) -> None:
-    """Padding that is attended to, or positions that count it."""
-    model, prompts = lively(**fields).double(), [tokens(1, length) for length in (4, 9, 1)]
+    """Padding that is attended to, or that positions count."""
+    model, prompts = random_model(**fields).double(), [tokens(1, length) for length in (4, 9, 1)]
     idx, mask = padded(prompts)
     for form in (mask, mask.bool(), mask.float()):
         for logits, prompt in zip(model(idx, attention_mask=form), prompts, strict=True):
@@ -118,9 +117,9 @@ def test_padding_changes_nothing(fields: dict[str, Any]) -> None:
 
 
 @each_config
-def test_documents_do_not_see_each_other(fields: dict[str, Any]) -> None:
-    """Packed documents that are not the same as separate ones: keys, positions, loss or gradients."""
-    model = lively(**fields).double()
+def test_packed_documents_equal_separate_ones(fields: dict[str, Any]) -> None:
+    """Keys, positions, a loss or gradients that cross from one packed document to another."""
+    model = random_model(**fields).double()
     rows = [[tokens(1, n) for n in lengths] for lengths in ((5, 1, 6), (12,))]
     packed = torch.cat([torch.cat(row, 1) for row in rows])
     starts = [[0] * 5 + [5] + [6] * 6, [0] * 12]
@@ -131,10 +130,10 @@ def test_documents_do_not_see_each_other(fields: dict[str, Any]) -> None:
     expected = torch.autograd.grad(
         F.cross_entropy(apart.flatten(0, 1), targets.flatten()), list(model.parameters())
     )
-    found = torch.autograd.grad(
+    actual = torch.autograd.grad(
         model(packed, targets, document_start=document_start), list(model.parameters())
     )
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize(
@@ -148,8 +147,7 @@ def test_documents_do_not_see_each_other(fields: dict[str, Any]) -> None:
     ],
 )
 def test_parameter_counts(fields: dict[str, Any], count: int | None) -> None:
-    """Parameters that the config does not account for, GPT-2 of another size than GPT-2's, or memory taken
-    for either."""
+    """A parameter that the config does not count, or memory that a meta model allocates."""
     model = GPT(**fields, device="meta")
     assert model.num_parameters() == model.config.parameter_counts()["total"]
     assert count in (None, model.num_parameters())
@@ -157,7 +155,7 @@ def test_parameter_counts(fields: dict[str, Any], count: int | None) -> None:
 
 
 def test_a_tied_head_is_the_embedding() -> None:
-    """A head that is tied by value only, or counted, saved or moved twice."""
+    """A head that is tied by value only, or that is counted, saved or moved twice."""
     tied, untied = GPT(SMALL), GPT(SMALL, tie_weights=False)
     assert tied.head_weight.data_ptr() == tied.wte.weight.data_ptr()
     assert untied.head_weight.data_ptr() != untied.wte.weight.data_ptr()
@@ -168,8 +166,7 @@ def test_a_tied_head_is_the_embedding() -> None:
 
 
 def test_initialisation_is_gpt2s() -> None:
-    """A deviation that is not scaled with depth, a bias that does not start at 0, draws that the seed does
-    not decide."""
+    """A deviation that does not depend on depth, a bias other than 0, or ignoring torch's seed."""
     torch.manual_seed(3)
     model = GPT(vocab_size=500, block_size=64, n_layer=8, n_head=2, n_embd=64)
     for name, parameter in model.named_parameters():
@@ -182,9 +179,8 @@ def test_initialisation_is_gpt2s() -> None:
     assert torch.equal(GPT(model.config).wte.weight, model.wte.weight)
 
 
-def test_ways_to_make_one() -> None:
-    """Keywords, dicts, presets and configs that do not lead to the same model, or keywords that start from a
-    preset."""
+def test_all_constructors_agree() -> None:
+    """Keywords, a dict, a preset and a config that give different models."""
     config = GPTConfig(
         65, 32, 2, 4, 64, dropout=0.1, tie_weights=False, head_bias=True, final_norm=False, head_dim=16
     )
@@ -216,10 +212,9 @@ DROPOUT = {"dropout": 0.4}
 
 
 @each_config
-def test_a_seed_decides_every_mask(fields: dict[str, Any]) -> None:
-    """A mask that is drawn elsewhere, that is the same as another, or that a tensor seed draws
-    differently."""
-    model, idx, targets = lively(**fields, **DROPOUT), tokens(2, 8), tokens(2, 8)
+def test_the_seed_determines_every_mask(fields: dict[str, Any]) -> None:
+    """A mask that ignores the seed, or a tensor seed that gives other masks than an int."""
+    model, idx, targets = random_model(**fields, **DROPOUT), tokens(2, 8), tokens(2, 8)
     losses = {}
     for seed in (0, 1, -1, 2**40, torch.tensor(1)):
         model.dropout_seed = seed
@@ -240,7 +235,7 @@ def test_a_seed_decides_every_mask(fields: dict[str, Any]) -> None:
 def test_every_mask_has_its_own_seed(
     monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], seed: int | Tensor
 ) -> None:
-    """Two layers or two places of a layer that drop the same elements, or a place that does not drop."""
+    """Two layers or sites that drop the same elements, or a site that does not drop."""
     drawn = []
 
     def recording(name: str) -> Any:
@@ -255,7 +250,7 @@ def test_every_mask_has_its_own_seed(
 
     for name in ("causal_attention", "add_layer_norm"):
         monkeypatch.setattr(kernels, name, recording(name))
-    model = lively(**fields, **DROPOUT)
+    model = random_model(**fields, **DROPOUT)
     for step in (seed, seed + 1):
         model.dropout_seed = step
         model(tokens(1, 4))
@@ -263,14 +258,14 @@ def test_every_mask_has_its_own_seed(
 
 
 @pytest.mark.parametrize("seed", [None, 5])
-def test_the_embedding_is_dropped(seed: int | None) -> None:
-    """Elements that are kept without being scaled up, or an evaluation that drops."""
+def test_dropout_applies_to_the_embedding(seed: int | None) -> None:
+    """Kept elements that are not scaled up, or dropout in evaluation mode."""
     model = GPT(SMALL, n_embd=64, final_norm=False, dropout=0.5)
     model.dropout_seed = seed
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-        model.wte.weight.fill_(1)  # the branches are 0: what comes out is the dropped embedding
+        model.wte.weight.fill_(1)  # the branches are 0, so the output is the dropped embedding
         dropped, kept = model(tokens(8, 12)) / 64, model.eval()(tokens(8, 12)) / 64
     assert (dropped > 0.4).all()
     assert (dropped < 1.6).all()
@@ -281,8 +276,8 @@ def test_the_embedding_is_dropped(seed: int | None) -> None:
 
 @each_config
 def test_autocast(fields: dict[str, Any]) -> None:
-    """Mixed precision that fails, or that rounds the residual stream of a pre-norm model away."""
-    model, idx, targets = lively(**fields), tokens(3, 12), tokens(3, 12)
+    """Mixed precision that fails, or that rounds the residual stream of a pre-norm model."""
+    model, idx, targets = random_model(**fields), tokens(3, 12), tokens(3, 12)
     full = model(idx, targets)
     streams = []
     for block in model.blocks:
@@ -301,9 +296,8 @@ def test_autocast(fields: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("name", "seed"), [("gpt2", None), ("post-bare", torch.tensor(3))])
 def test_compiles_as_one_graph(name: str, seed: Tensor | None) -> None:
-    """A graph break: Python that depends on a tensor's values, a warning, or a context that cannot be
-    traced."""
-    model, idx = lively(**CONFIGS[name], dropout=0.0 if seed is None else 0.3), tokens(2, 8)
+    """A graph break: a branch on tensor values, a warning, or a context that cannot be traced."""
+    model, idx = random_model(**CONFIGS[name], dropout=0.0 if seed is None else 0.3), tokens(2, 8)
     model.dropout_seed = seed
     starts = torch.zeros_like(idx, dtype=torch.int32)
     torch._dynamo.reset()
@@ -318,25 +312,24 @@ def test_compiles_as_one_graph(name: str, seed: Tensor | None) -> None:
 
 
 def test_the_model_chooses_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A use_triton that is not asked for in forward or generate, that outlives them, or that cannot be set at
-    run time."""
-    asked = []
+    """A use_triton that forward or generate ignores, that outlives them, or that cannot change."""
+    calls = []
 
     class Recording(kernels.model_backend):
         def __init__(self, backend: bool | str) -> None:
             super().__init__(backend)
-            asked.append(self.backend)
+            calls.append(self.backend)
 
     monkeypatch.setattr(kernels, "model_backend", Recording)
     monkeypatch.setattr(
-        kernels, "warn_if_unavailable", lambda device, dtype: asked.append((device.type, dtype))
+        kernels, "warn_if_unavailable", lambda device, dtype: calls.append((device.type, dtype))
     )
     model, idx = GPT(SMALL, use_triton=False), tokens(1, 4)
     model(idx)
     model.use_triton = "auto"
     model.generate(idx, 1)
     model.use_triton = True
-    assert asked == ["reference", "auto", ("cpu", torch.float32)]
+    assert calls == ["reference", "auto", ("cpu", torch.float32)]
     assert kernels.explain("layer_norm", torch.ones(2), torch.ones(2)).reason != "use_triton=False"
     for wrong in ("true", 1, None):
         with pytest.raises(InputError, match="use_triton is"):
@@ -355,7 +348,7 @@ def changed(tensor: Tensor, value: float, *index: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({"idx": [[1, 2]]}, "idx is list, expected int64 (B, T)"),
         ({"idx": IDX.int()}, "idx is int32 (2, 5) on cpu, expected int64 (B, T)"),
@@ -388,18 +381,18 @@ def changed(tensor: Tensor, value: float, *index: int) -> Tensor:
         ({"document_start": changed(STARTS, -1, 0, 2)}, "document_start has -1 at row 0, token 2"),
     ],
 )
-def test_what_cannot_go_in(arguments: dict[str, Any], said: str) -> None:
-    """An input that gives an index error from inside torch, or an answer."""
-    model = lively()
+def test_wrong_inputs_are_refused(arguments: dict[str, Any], message: str) -> None:
+    """An input that gives an index error from inside torch, or a wrong result."""
+    model = random_model()
     with pytest.raises(ValueError) as caught:  # noqa: PT011 - the message is compared below
         model(**{"idx": IDX, **arguments})
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_right_padding_is_named_in_every_place() -> None:
-    """A mask that passes the check although padding follows a token somewhere."""
-    model, idx = lively(), tokens(1, 4)
+def test_padding_on_the_right_is_refused() -> None:
+    """A mask with padding after a token that passes the check."""
+    model, idx = random_model(), tokens(1, 4)
     for bits in itertools.product((0, 1), repeat=4):
         mask = torch.tensor([bits])
         if bits[-1] == 1 and list(bits) == sorted(bits):

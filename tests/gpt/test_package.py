@@ -1,4 +1,4 @@
-"""The package beside other people's."""
+"""The package next to a third-party package of the same name."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_somebody_elses_kernels(tmp_path: Path) -> None:
-    """An AttributeError from somewhere inside, when Hugging Face's package of the same name is the one that
-    is installed."""
+def test_a_third_party_kernels_package_is_named(tmp_path: Path) -> None:
+    """An AttributeError from inside gpt when Hugging Face's `kernels` is installed."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("def get_kernel(name): ...\n", encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}

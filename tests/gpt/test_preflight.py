@@ -1,5 +1,4 @@
-"""Preflight from a model and from a training run: the shapes are the run's own, and a failing kernel does
-what was promised."""
+"""Preflight of a model and of a training run: the checked shapes, and the effect of a failing kernel."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ pytestmark = pytest.mark.interpreter
 
 
 @pytest.fixture(autouse=True)
-def a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSED_GPT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(dispatch, "_distrusted", {})
     monkeypatch.setattr(gpt.training.trainer, "SAMPLE_TOKENS", 5)
@@ -50,9 +49,8 @@ def train(tmp_path: Path, *flags: str) -> int:
     return main([f"--data={text}", f"--out={tmp_path / 'run'}", "--device=cpu", *model, *steps, *flags])
 
 
-def test_every_op_of_a_model_is_checked_at_its_own_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An op that the model calls with other sizes, options, dtypes or strides than preflight, or that
-    preflight leaves out."""
+def test_every_op_is_checked_as_the_model_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An op that preflight omits, or checks with other sizes, options, dtypes or strides."""
     config = GPTConfig(
         vocab_size=37,
         block_size=12,
@@ -94,7 +92,7 @@ def test_every_op_of_a_model_is_checked_at_its_own_shape(monkeypatch: pytest.Mon
 
 
 def test_a_model_checks_itself() -> None:
-    """A report that leaves out an op, or that fails on right kernels."""
+    """A report that omits an op, or that fails for correct kernels."""
     report = GPT(vocab_size=33, **MODEL).preflight(2, 16)
     assert report.checked == []  # "auto" runs the references on a CPU
     model = GPT(vocab_size=33, **MODEL, use_triton=True)
@@ -103,10 +101,10 @@ def test_a_model_checks_itself() -> None:
     assert sorted(report.checked) == sorted(preflight.SPECS)
 
 
-def test_a_failing_kernel_falls_back_loudly(
+def test_a_failing_kernel_falls_back_with_a_warning(
     tmp_path: Path, lost_mask: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run that goes on with the wrong kernel, that stops although it need not, or that says nothing."""
+    """A run that uses a wrong kernel, that stops without --strict, or that does not warn."""
     assert train(tmp_path, "--use_triton=true") == 0
     printed = capsys.readouterr()
     assert "PREFLIGHT FAILED, the references run instead: causal_attention: out: FAILED" in printed.err
@@ -117,20 +115,20 @@ def test_a_failing_kernel_falls_back_loudly(
 
 
 def test_strict_ends_the_run(tmp_path: Path, lost_mask: None, capsys: pytest.CaptureFixture[str]) -> None:
-    """--strict that trains all the same, with another exit code, or that leaves a folder behind."""
+    """A --strict run that trains, has another exit code, or leaves a folder."""
     assert train(tmp_path, "--use_triton=true", "--strict") == 3
     assert "--strict: preflight failed, nothing was trained: causal_attention" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_right_kernels_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """--strict that ends a run whose kernels are right."""
+def test_strict_accepts_correct_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A --strict run that ends although its kernels are correct."""
     assert train(tmp_path, "--use_triton=true", "--strict") == 0
     assert "FAILED" not in capsys.readouterr().out
 
 
 def test_references_need_no_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run on references that says nothing of it, or that spends time on checking them."""
+    """A run on references that does not print so, or that spends time on a check."""
     assert train(tmp_path) == 0
     assert (
         "kernels: none, the references run (auto: on a CPU the interpreter only serves tests)"

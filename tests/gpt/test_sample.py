@@ -1,4 +1,4 @@
-"""`python -m gpt.sample`: continuations, stop texts, streaming, and what it refuses in one line."""
+"""`python -m gpt.sample`: continuations, stop texts, streaming, and wrong input."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def run_sample(capsys: pytest.CaptureFixture[str], trained: Path, *flags: str) -
     return printed
 
 
-def test_sample(
+def test_every_flag_affects_the_sample(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A prompt that is not continued, or a seed, a length or a setting that does not matter."""
+    """A prompt that is not continued, or a seed, length or setting without effect."""
     flags = ("--prompt", "the cat", "--max_new_tokens", "30")
     first = run_sample(capsys, trained, *flags)
     assert first.startswith("the cat")
@@ -54,8 +54,8 @@ def test_sample(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the shell is POSIX's")
-def test_a_reader_that_goes_away(trained: Path) -> None:
-    """A traceback behind `| head`."""
+def test_a_closed_pipe_ends_the_command(trained: Path) -> None:
+    """A traceback in `gpt.sample … | head`."""
     command = (
         f"{sys.executable} -m gpt.sample --checkpoint "
         f"{trained} --prompt the --num_samples 9 --device cpu | head -n 1"
@@ -64,7 +64,7 @@ def test_a_reader_that_goes_away(trained: Path) -> None:
     assert done.stderr == ""
 
 
-def test_several_samples(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_samples_differ(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same sample several times."""
     printed = run_sample(capsys, trained, "--num_samples", "3", "--prompt", "a dog", "--max_new_tokens", "20")
     parts = re.split(r"\n*--- \d ---\n", printed)[1:]
@@ -72,8 +72,8 @@ def test_several_samples(trained: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert all(part.startswith("a dog") for part in parts)
 
 
-def test_stop_texts(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A stop text that is shown, or that ends nothing."""
+def test_a_stop_text_ends_the_sample(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A stop text that is printed, or that has no effect."""
     flags = ("--prompt", "the cat", "--max_new_tokens", "200", "--seed", "3")
     whole = run_sample(capsys, trained, *flags)
     stop = whole[60:63]
@@ -81,8 +81,8 @@ def test_stop_texts(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert stopped == whole[: whole.index(stop, len("the cat"))] + "\n"
 
 
-def test_tokens_are_shown_as_they_come(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sample that appears when it is finished."""
+def test_each_token_is_printed_at_once(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample that is printed only when it is complete."""
     events: list[str] = []
     decode = CharTokenizer.decode_bytes
 
@@ -103,8 +103,10 @@ def test_tokens_are_shown_as_they_come(trained: Path, monkeypatch: pytest.Monkey
     assert events[:7] == ["print True", *["token", "print True"] * 3]
 
 
-def test_padded_ids_are_never_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Ids that no tokenizer knows, from a vocabulary padded for speed (bug 26)."""
+def test_ids_past_the_vocabulary_are_never_sampled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ids that the tokenizer does not know, from a vocabulary padded for speed (bug 26)."""
     model = GPT(GPTConfig(vocab_size=40, block_size=8, n_layer=1, n_head=1, n_embd=8, head_bias=True)).eval()
     with torch.no_grad():
         model.lm_head.bias.zero_()
@@ -139,8 +141,8 @@ WRONG_SAMPLES = {
 
 
 @pytest.mark.parametrize("case", WRONG_SAMPLES)
-def test_wrong_samples(case: str, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A traceback, or a message that leaves out what was wrong."""
+def test_wrong_input_is_refused(case: str, trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A traceback, or a message without the wrong value."""
     flags, words = WRONG_SAMPLES[case]
     assert sample.main([str(trained) if flag == "RUN" else flag for flag in flags.split()]) == 2
     error = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""One model on either side: kernels (interpreted here) or references, whole and op by op."""
+"""One model on kernels (interpreted here) and on references, as a whole and op by op."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def curve(use_triton: bool, steps: int) -> list[float]:
     losses = []
     for step in range(steps):
         idx, _ = tokens(step % 4)
-        loss = model(idx, idx.roll(1, 1))  # copy the token before: learnable, so that the curve falls
+        loss = model(idx, idx.roll(1, 1))  # to copy the previous token can be learned, so the loss falls
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -55,7 +55,7 @@ def curve(use_triton: bool, steps: int) -> list[float]:
 
 
 def test_training_curves_agree() -> None:
-    """A gradient that is wrong somewhere in the model although each op alone is right."""
+    """A wrong gradient in the model although each op alone is correct."""
     triton, reference = curve(True, 50), curve(False, 50)
     assert reference[-1] < 0.8 * reference[0]
     assert max(abs(a - b) for a, b in zip(triton, reference, strict=True)) < 1e-3
@@ -63,7 +63,7 @@ def test_training_curves_agree() -> None:
 
 @pytest.mark.parametrize("op", [*SPECS, "all"])
 def test_swapping_an_op_changes_nothing(op: str) -> None:
-    """A swap that draws other numbers, takes other parameters, or leaves the tolerance rule."""
+    """A swap that uses other random numbers or parameters, or that breaks the tolerance rule."""
     model = make(use_triton=False)
     reference = gradients(model)
     exact = gradients(make(use_triton=False).double())
@@ -75,24 +75,23 @@ def test_swapping_an_op_changes_nothing(op: str) -> None:
         assert verdict.ok, str(verdict)
 
 
-def test_dropout_masks_are_the_same_on_either_side() -> None:
-    """A mask that differs between kernel and reference, or between forward and backward, with dropout_seed
-    set."""
+def test_both_backends_draw_the_same_dropout_masks() -> None:
+    """Masks that differ between kernel and reference, or forward and backward, under dropout_seed."""
     config = GPTConfig.from_dict(CONFIG.to_dict() | {"dropout": 0.3})
-    found = []
+    results = []
     for use_triton in (True, False):
         model = make(config, use_triton=use_triton)
         model.dropout_seed = 5
-        found.append(gradients(model))
+        results.append(gradients(model))
     model.dropout_seed = 6
-    assert (gradients(model)["loss"] - found[1]["loss"]).abs() > 1e-4
-    for name, value in found[0].items():
-        torch.testing.assert_close(value, found[1][name], rtol=1e-3, atol=1e-5)
+    assert (gradients(model)["loss"] - results[1]["loss"]).abs() > 1e-4
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("use_triton", [True, False])
-def test_no_logit_sees_the_future(use_triton: bool) -> None:
-    """A causal mask that is off by one in the kernel path."""
+def test_logits_do_not_depend_on_later_tokens(use_triton: bool) -> None:
+    """A causal mask that is off by one in the kernels."""
     model, (idx, _) = make(use_triton=use_triton).eval(), tokens()
     with torch.no_grad():
         before = model(idx)
@@ -105,8 +104,8 @@ def test_no_logit_sees_the_future(use_triton: bool) -> None:
 
 
 @pytest.mark.parametrize("use_triton", [True, False])
-def test_uneven_prompts_decode_as_alone(use_triton: bool) -> None:
-    """Padding that leaks into a shorter prompt of a batch, or a cache that is read one key too far."""
+def test_uneven_prompts_decode_as_if_alone(use_triton: bool) -> None:
+    """Padding that leaks into a shorter prompt, or a cache that is read one key too far."""
     model = make(use_triton=use_triton)
     prompts = [tokens(i, 1, length)[0] for i, length in enumerate((3, 9, 6))]
     longest = max(p.shape[1] for p in prompts)
@@ -118,8 +117,8 @@ def test_uneven_prompts_decode_as_alone(use_triton: bool) -> None:
         assert torch.equal(row, alone)
 
 
-def test_the_parameters_are_the_same() -> None:
-    """A checkpoint that fits one side only."""
+def test_both_backends_have_the_same_parameters() -> None:
+    """A checkpoint that only one backend can load."""
     triton, reference = make(use_triton=True), make(use_triton=False)
     assert list(triton.state_dict()) == list(reference.state_dict())
     for a, b in zip(triton.parameters(), reference.parameters(), strict=True):
@@ -127,7 +126,7 @@ def test_the_parameters_are_the_same() -> None:
 
 
 def test_without_a_gpu_it_warns_once_and_trains() -> None:
-    """GPT(use_triton=True) on a laptop: an error, silence, or a warning for each call."""
+    """GPT(use_triton=True) without a GPU: an error, no warning, or a warning for each call."""
     program = """
 import warnings, torch, gpt
 with warnings.catch_warnings(record=True) as caught:

@@ -1,4 +1,4 @@
-"""`python -m gpt.train`: from text to a sample, and what it refuses in one line."""
+"""`python -m gpt.train`: a run from text to sample, and wrong input."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from tests.gpt.training.small_runs import TINY
 ROOT = Path(__file__).parents[2]
 
 
-def test_train_ends_with_what_to_do_next(
+def test_train_prints_its_results_and_the_next_command(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run that keeps its result to itself, or a last line that does not work when typed."""
+    """A result that is not printed, or a next command that does not work when typed."""
     out = tmp_path / "my run"
     assert train.main([*TINY, "--max_steps", "4", "--data", text, "--out", str(out)]) == 0
     printed, shown = capsys.readouterr()
@@ -58,7 +58,7 @@ def settings(out: Path) -> dict[str, Any]:
 
 
 def test_flags_win_over_the_file_and_the_file_over_the_preset(text: str, tmp_path: Path) -> None:
-    """A setting that the user gave and the run did not take."""
+    """A setting of the user's that the run ignores."""
     config = tmp_path / "c.toml"
     config.write_text(
         f'[model]\nn_layer = 2\nn_embd = 8\n[train]\nmax_steps = 2\nseed = 5\n[data]\ndata = ["{text}"]\n'
@@ -81,10 +81,10 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(text: str, tmp_pat
     assert taken["vocab_size"] == len(set(TEXT))
 
 
-def test_a_gpt2_preset_takes_gpt2s_tokens(
+def test_a_gpt2_preset_uses_the_gpt2_tokenizer(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """GPT-2 trained on characters because nobody named its tokenizer."""
+    """GPT-2 that is trained on characters because no flag names a tokenizer."""
 
     def refuse(url: str) -> bytes:
         raise OSError("Network is unreachable")
@@ -96,10 +96,10 @@ def test_a_gpt2_preset_takes_gpt2s_tokens(
     assert re.fullmatch(r"gpt\.train: gpt2 tokenizer: cannot download .*\n", capsys.readouterr().err)
 
 
-def test_a_process_that_has_no_others(
+def test_an_incomplete_torchrun_environment_is_refused(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """The same run several times over in one folder, where a launcher promised the work to be shared."""
+    """Several processes that each train the whole run in one folder."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert train.main([*TINY, "--data", text, "--out", str(tmp_path / "run")]) == 2
     assert (
@@ -109,7 +109,7 @@ def test_a_process_that_has_no_others(
     assert not (tmp_path / "run").exists()
 
 
-def test_resume_takes_the_settings_of_the_run(
+def test_resume_uses_the_settings_of_the_run(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A resumed run that falls back to the preset."""
@@ -132,8 +132,10 @@ def test_resume_takes_the_settings_of_the_run(
     assert "the text or the tokenizer is not the one" in capsys.readouterr().err
 
 
-def test_init(trained: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A start from other weights, another tokenizer or the preset's shape and learning rate."""
+def test_init_starts_from_a_trained_model(
+    trained: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A start from other weights, another tokenizer, or the preset's shape or learning rate."""
     Path(text).write_text(TEXT.replace("U", "u").replace("T", "t"))  # fewer characters than the model knows
     out = tmp_path / "run"
     flags = [
@@ -209,7 +211,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_input(
+def test_wrong_input_is_refused(
     case: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """A traceback, a vague message, another exit code, or files left behind."""
@@ -225,8 +227,8 @@ def test_wrong_input(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_wrong_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """A file of another kind that is trained on."""
+def test_wrong_texts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """Training on a file that is not text."""
     monkeypatch.chdir(tmp_path)
     for content, word in ((b"", "empty"), (b"ab\0c", "binary"), (b"ab\xff", "byte 2")):
         Path("text.txt").write_bytes(content)
@@ -236,10 +238,10 @@ def test_wrong_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: An
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
-def test_a_non_finite_loss_ends_with_4(
+def test_a_non_finite_loss_exits_with_4(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """A diverged run that goes on, or that a script takes for a good one."""
+    """A diverged run that continues, or whose exit code reports success."""
     forward = GPT.forward
     monkeypatch.setattr(GPT, "forward", lambda *args, **kwargs: forward(*args, **kwargs) * float("nan"))
     out = tmp_path / "run"
@@ -254,7 +256,7 @@ def test_a_non_finite_loss_ends_with_4(
 def test_exit_codes_of_signals(
     number: int, code: int, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stopped run that a script takes for a finished one."""
+    """A stopped run whose exit code reports success."""
     batch = TokenData.batch
 
     def interrupting(self: TokenData, stream: Any, *args: Any, **kwargs: Any) -> Any:
@@ -268,8 +270,8 @@ def test_exit_codes_of_signals(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
-def test_ctrl_c(text: str, tmp_path: Path) -> None:
-    """A run that is stopped and has nothing to go on from."""
+def test_ctrl_c_saves_a_checkpoint(text: str, tmp_path: Path) -> None:
+    """A run that is stopped without a checkpoint to resume from."""
     out = tmp_path / "run"
     command = [
         sys.executable,
@@ -300,8 +302,8 @@ def test_ctrl_c(text: str, tmp_path: Path) -> None:
     assert printed.splitlines()[-1].endswith(f"gpt.train --out {out} --resume")
 
 
-def test_help() -> None:
-    """A help that takes a GPU, a network or a minute."""
+def test_help_is_light() -> None:
+    """A --help that needs a GPU, a network or a minute."""
     done = subprocess.run(
         [sys.executable, "-m", "gpt.train", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
     )

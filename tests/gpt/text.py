@@ -1,4 +1,4 @@
-"""A small text with some order in it, for tests that train or tokenize."""
+"""A small text with some structure, for tests that train or tokenize."""
 
 from __future__ import annotations
 

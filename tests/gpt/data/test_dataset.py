@@ -1,4 +1,4 @@
-"""Corpora, the token cache, batches, and the bigram baseline."""
+"""Corpora, the token cache, batches, .bin files, and the bigram baseline."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from gpt import BPETokenizer, CharTokenizer, InputError
 from gpt.data.corpus import open_corpus
 from gpt.data.dataset import IGNORED, Batch, DataConfig, TokenData, save_bin
-from tests.gpt.models import lively
+from tests.gpt.models import random_model
 from tests.gpt.text import TEXT
 
 BATCH = {"batch_size": 3, "block_size": 8, "seed": 5, "step": 7, "micro_step": 1}
@@ -40,14 +40,14 @@ def joined(data: TokenData) -> str:
     return data.tokenizer.decode([*data.tokens("train").tolist(), *data.tokens("validation").tolist()])
 
 
-def test_split(data: TokenData) -> None:
-    """Validation tokens that are trained on, or a split of other proportions."""
+def test_the_first_90_percent_are_for_training(data: TokenData) -> None:
+    """Validation tokens in the train split, or a split in other proportions."""
     assert len(data.tokens("train")) == 5400
     assert joined(data) == TEXT
 
 
 def test_targets_are_the_next_tokens(data: TokenData) -> None:
-    """Targets that are the inputs, or shifted the wrong way."""
+    """Targets equal to the inputs, or shifted in the wrong direction."""
     inputs, targets, document_start = data.batch("train", **BATCH)
     assert inputs.dtype == targets.dtype == torch.int64
     assert inputs.shape == targets.shape == (3, 8)
@@ -59,8 +59,7 @@ def test_targets_are_the_next_tokens(data: TokenData) -> None:
 
 
 def test_batches_are_a_function_of_seed_and_step(data: TokenData) -> None:
-    """Batches that depend on what was drawn before (a resumed run would read other text), or that use up
-    random state."""
+    """Batches that depend on earlier batches, so that a resume reads other text, or consume random state."""
     first = data.batch("train", **BATCH)
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
     for change in (
@@ -78,7 +77,7 @@ def test_batches_are_a_function_of_seed_and_step(data: TokenData) -> None:
 
 
 def test_every_window_can_be_drawn(data: TokenData) -> None:
-    """A first or last window that is never drawn, or one past the end."""
+    """A first or last window that is never drawn, or a window past the end."""
     batch = data.batch("validation", 20_000, 592, seed=0, step=0)
     tokens = torch.from_numpy(data.tokens("validation").astype(np.int64))
     assert {tuple(row) for row in batch.inputs[:, :4].unique(dim=0).tolist()} == {
@@ -87,7 +86,7 @@ def test_every_window_can_be_drawn(data: TokenData) -> None:
 
 
 def test_windows_cover_each_target_once(data: TokenData) -> None:
-    """An evaluation that skips the split's end, or counts tokens twice."""
+    """An evaluation that leaves out the end of the split, or counts tokens twice."""
     targets: list[int] = []
     for batch in data.windows("validation", batch_size=7, block_size=11):
         for x, y in zip(batch.inputs, batch.targets, strict=True):
@@ -97,9 +96,8 @@ def test_windows_cover_each_target_once(data: TokenData) -> None:
     assert targets == data.tokens("validation")[1:].tolist()
 
 
-def test_bigram_loss(data: TokenData, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A baseline counted on the validation split, without smoothing, or over other targets than the
-    model's."""
+def test_the_bigram_loss_follows_its_formula(data: TokenData, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A baseline counted on the validation split, without smoothing, or over other targets."""
     monkeypatch.setattr("gpt.data.dataset.CHUNK", 97)
     train, validation = data.tokens("train").tolist(), data.tokens("validation").tolist()
     pairs, singles = Counter(itertools.pairwise(train)), Counter(train[:-1])
@@ -108,8 +106,8 @@ def test_bigram_loss(data: TokenData, monkeypatch: pytest.MonkeyPatch) -> None:
     assert data.bigram_loss() == pytest.approx(sum(terms) / len(terms), rel=1e-12)
 
 
-def test_too_short() -> None:
-    """A corpus shorter than a window that fails inside a batch."""
+def test_a_short_corpus_is_refused() -> None:
+    """A corpus shorter than a window that fails only when a batch is drawn."""
     data = TokenData.from_text(TEXT[:100])
     data.check(9)
     with pytest.raises(
@@ -120,8 +118,8 @@ def test_too_short() -> None:
         data.check(1024)
 
 
-def test_files_folders_and_globs(tmp_path: Path) -> None:
-    """Files left out, read twice or in an order that differs between machines."""
+def test_files_folders_and_globs_are_read_in_order(tmp_path: Path) -> None:
+    """Files left out, read twice, or read in an order that depends on the machine."""
     (tmp_path / "sub").mkdir()
     write(tmp_path, b=TEXT[:50], a=TEXT[50:90])
     write(tmp_path / "sub", c=TEXT[90:120])
@@ -142,8 +140,8 @@ def test_files_folders_and_globs(tmp_path: Path) -> None:
         (b"abcd\xe6\x9d", "UTF-8 byte 4 0xe6"),
     ],
 )
-def test_wrong_files(content: bytes | None, words: str, tmp_path: Path) -> None:
-    """A file that is half read, or an error that does not say which file and where in it."""
+def test_a_wrong_file_is_named(content: bytes | None, words: str, tmp_path: Path) -> None:
+    """A file that is read in part, or an error without the file and the position."""
     path = tmp_path / "text.txt"
     if content is not None:
         path.write_bytes(content)
@@ -153,17 +151,17 @@ def test_wrong_files(content: bytes | None, words: str, tmp_path: Path) -> None:
         assert word in str(caught.value)
 
 
-def test_wrong_sources(tmp_path: Path) -> None:
-    """An empty folder, glob or list that trains on nothing."""
+def test_sources_without_files_are_refused(tmp_path: Path) -> None:
+    """An empty folder, glob or list that is accepted."""
     for source in (tmp_path, tmp_path / "*.txt"):
-        with pytest.raises(InputError, match="holds no file"):
+        with pytest.raises(InputError, match="holds no files"):
             load(source)
     with pytest.raises(InputError, match="no source"):
         load()
 
 
-def test_unknown_character_names_the_file(tmp_path: Path) -> None:
-    """An error that leaves the user to search all files."""
+def test_an_unknown_character_is_named_with_its_file(tmp_path: Path) -> None:
+    """An error about an unknown character that does not name the file."""
     CharTokenizer("abc").save(tmp_path)
     path = write(tmp_path, text="abcaXb") / "text.txt"
     with pytest.raises(InputError, match=r"text\.txt.*'X' \(U\+0058\) at position 4"):
@@ -173,7 +171,7 @@ def test_unknown_character_names_the_file(tmp_path: Path) -> None:
 
 
 def test_tokens_are_cached_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokens of another text or tokenizer, or text that is tokenized at each start."""
+    """Cached tokens of another text or tokenizer, or text tokenized again at each start."""
     calls: list[str] = []
     encode = CharTokenizer.encode
 
@@ -195,8 +193,8 @@ def test_tokens_are_cached_by_content(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no ends", "garbage"])
-def test_a_damaged_cache_is_made_anew(damage: str, tmp_path: Path, cache: Path) -> None:
-    """Training on what a full disk left of the tokens."""
+def test_a_damaged_cache_is_replaced(damage: str, tmp_path: Path, cache: Path) -> None:
+    """Training on tokens that a full disk truncated."""
     path = write(tmp_path, text=TEXT) / "text.txt"
     load(path)
     tokens, ends = next(cache.rglob("*.tokens")), next(cache.rglob("*.npy"))
@@ -210,15 +208,15 @@ def test_a_damaged_cache_is_made_anew(damage: str, tmp_path: Path, cache: Path) 
     assert tokens.stat().st_size == 2 * len(TEXT)
 
 
-def test_an_unwritable_cache_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A read-only home folder that keeps people from training."""
+def test_loading_works_without_a_writable_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read-only home folder that makes training impossible."""
     path = write(tmp_path, text=TEXT) / "text.txt"
     monkeypatch.setenv("FUSED_GPT_CACHE", str(path / "below a file"))
     assert joined(load(path)) == TEXT
 
 
-def test_ids_above_65535(tmp_path: Path) -> None:
-    """Ids that wrap around in 16 bits."""
+def test_ids_above_65535_are_kept(tmp_path: Path) -> None:
+    """Ids above 65,535 that wrap around in 16 bits."""
     characters = "".join(map(chr, [*range(32, 0xD800), *range(0xE000, 0x13000)]))
     CharTokenizer(characters).save(tmp_path)
     text = characters[-500:]
@@ -229,8 +227,8 @@ def test_ids_above_65535(tmp_path: Path) -> None:
     assert int(data.batch("train", 4, 8, seed=0, step=0).inputs.min()) > 65535
 
 
-def test_long_texts_are_cut_where_no_token_crosses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A long file whose tokens differ from those of its text encoded at once."""
+def test_chunks_have_the_ids_of_the_whole_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long file whose ids differ from those of its text encoded in one piece."""
     path = write(tmp_path, text=TEXT.replace(" ", "  \n \n", 300)) / "text.txt"
     whole = load(path, tokenizer="bpe", bpe_vocab_size=300)
     monkeypatch.setattr("gpt.data.token_files.CHUNK", 50)
@@ -240,8 +238,8 @@ def test_long_texts_are_cut_where_no_token_crosses(tmp_path: Path, monkeypatch: 
         assert cut.tokens(split).tolist() == whole.tokens(split).tolist()
 
 
-def test_stdlib() -> None:
-    """A first run that finds no text, or a thousand rare characters."""
+def test_stdlib_is_large_and_plain() -> None:
+    """A default corpus that is missing, too small, or has a thousand rare characters."""
     data = load("stdlib")
     assert len(data.tokens("train")) > 1_000_000
     assert data.tokenizer.vocab_size <= 96
@@ -250,8 +248,8 @@ def test_stdlib() -> None:
     assert sum(len(document.read()) for document in open_corpus(["stdlib"])) <= 4_000_000
 
 
-def test_shakespeare_without_network(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without network that is not told what to put where."""
+def test_shakespeare_without_a_network_names_the_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error without a network that does not say which file is needed, and where."""
 
     def refuse(url: str) -> bytes:
         raise TimeoutError("no answer in 4 s")
@@ -267,8 +265,8 @@ def documents(tmp_path: Path) -> list[str]:
     return texts
 
 
-def test_packed_documents(tmp_path: Path) -> None:
-    """A document's start off by one, or a target that lies in the next document."""
+def test_packed_documents_have_their_starts(tmp_path: Path) -> None:
+    """A document start that is off by one, or a target in the next document."""
     texts = documents(tmp_path)
     data = load(tmp_path, pack_documents=True)
     begins = {0, *np.cumsum([len(text) for text in texts])}
@@ -291,10 +289,10 @@ def test_packed_documents(tmp_path: Path) -> None:
 
 
 def test_packed_documents_equal_separate_batches(tmp_path: Path) -> None:
-    """Documents that see one another, or positions that go on counting."""
+    """Attention across documents, or positions that do not restart."""
     documents(tmp_path)
     data = load(tmp_path, pack_documents=True)
-    model = lively().double().eval()
+    model = random_model().double().eval()
     batch = next(iter(data.windows("train", 6, 12)))
 
     def loss(batch: Batch) -> torch.Tensor:
@@ -311,8 +309,8 @@ def test_packed_documents_equal_separate_batches(tmp_path: Path) -> None:
     assert loss(batch).item() == pytest.approx(total / count, rel=1e-6)
 
 
-def test_packed_bigrams(tmp_path: Path) -> None:
-    """A baseline over pairs that the model is not asked for."""
+def test_packed_bigrams_stay_within_documents(tmp_path: Path) -> None:
+    """A baseline over pairs that span two documents, which the model does not predict."""
     documents(tmp_path)
     packed, flat = load(tmp_path, pack_documents=True), load(tmp_path)
     pairs = [
@@ -328,7 +326,7 @@ BINS = BPETokenizer({bytes([b]): b for b in range(256)}, {"<|endoftext|>": 256})
 
 
 def write_bins(folder: Path, tokenizer: bool = True, **texts: str) -> Path:
-    """nanoGPT's files of byte tokens, with | for the end of a document."""
+    """Writes nanoGPT's files with one token per byte; | becomes the end-of-text token."""
     for name, text in texts.items():
         ids = [256 if c == "|" else ord(c) for c in text]
         np.asarray(ids, "<u2").tofile(folder / f"{name}.bin")
@@ -337,8 +335,8 @@ def write_bins(folder: Path, tokenizer: bool = True, **texts: str) -> Path:
     return folder
 
 
-def test_bins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """nanoGPT's data split anew, read in another byte order, or without the tokenizer that made it."""
+def test_bins_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nanoGPT's data split again, read in another byte order, or without its tokenizer."""
     data = load(write_bins(tmp_path, train=TEXT[:200], val=TEXT[300:350]))
     assert BINS.decode(data.tokens("train").tolist()) == TEXT[:200]
     assert BINS.decode(data.tokens("validation").tolist()) == TEXT[300:350]
@@ -353,8 +351,8 @@ def test_bins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert load(tmp_path).identity != before
 
 
-def test_packed_bins(tmp_path: Path) -> None:
-    """Documents in .bin files that run into one another, or that begin with the last one's end."""
+def test_packed_bins_have_their_starts(tmp_path: Path) -> None:
+    """Documents in .bin files that are joined, or that begin with the previous end-of-text token."""
     data = load(write_bins(tmp_path, train="abc|de|fghijk|", val="lm|nopq"), pack_documents=True)
     inputs, targets, start = next(data.windows("train", 1, 13))
     assert BINS.decode(inputs[0].tolist()) == "abc<|endoftext|>de<|endoftext|>fghijk"
@@ -367,8 +365,8 @@ def test_packed_bins(tmp_path: Path) -> None:
         load(tmp_path, pack_documents=True)
 
 
-def test_wrong_bins(tmp_path: Path) -> None:
-    """Ids that nobody can read, half an id, or an id that the model does not have."""
+def test_wrong_bins_are_refused(tmp_path: Path) -> None:
+    """Ids without a tokenizer, half an id, or an id above the vocabulary."""
     write_bins(tmp_path, tokenizer=False, train=TEXT[:100])
     with pytest.raises(InputError, match=r"holds train\.bin without val\.bin"):
         load(tmp_path)
@@ -376,7 +374,7 @@ def test_wrong_bins(tmp_path: Path) -> None:
     for name in (None, "char", "bpe"):
         with pytest.raises(InputError, match=rf"tokenizer is {name or 'not given'}, expected gpt2 or a path"):
             load(tmp_path, tokenizer=name)
-    with pytest.raises(InputError, match=r"\.bin files among others"):
+    with pytest.raises(InputError, match=r"\.bin files among other sources"):
         load(tmp_path / "train.bin", tmp_path / "val.bin")
     CharTokenizer("abc").save(tmp_path)
     with pytest.raises(InputError, match=r"have id 1\d\d, expected 0 to 2"):
@@ -389,8 +387,8 @@ def test_wrong_bins(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "tokenizer", [CharTokenizer.train("hello\n"), BPETokenizer.train("hello hello", 259)], ids=["char", "bpe"]
 )
-def test_tokens_go_out_as_nanogpt_reads_them(tokenizer: Any, tmp_path: Path) -> None:
-    """Ids of another width or order, splits that lose a token, or a vocabulary that 16 bits cannot hold."""
+def test_save_bin_writes_what_nanogpt_reads(tokenizer: Any, tmp_path: Path) -> None:
+    """Ids of another width or order, or splits that lose a token."""
     text = "hello\n" * 40
     data = TokenData.from_text(text, tokenizer)
     save_bin(data, tmp_path / "out")
@@ -402,7 +400,7 @@ def test_tokens_go_out_as_nanogpt_reads_them(tokenizer: Any, tmp_path: Path) -> 
     assert all(np.array_equal(back.tokens(split), data.tokens(split)) for split in ("train", "validation"))
 
 
-def test_too_many_ids_for_bins(tmp_path: Path) -> None:
+def test_save_bin_refuses_a_large_vocabulary(tmp_path: Path) -> None:
     """Ids above 65,535 that wrap around."""
 
     class Large(CharTokenizer):

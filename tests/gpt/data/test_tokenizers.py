@@ -1,4 +1,4 @@
-"""Tokenizers: round trips, files, and what they refuse."""
+"""Tokenizers: round trips, files, and wrong input."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def bpe() -> BPETokenizer:
 
 
 def test_char_ids_follow_the_sorted_characters() -> None:
-    """Ids that depend on the order in which characters came."""
+    """Ids that depend on the order of the characters in the text."""
     tokenizer = CharTokenizer.train(SHAKESPEARE[::-1] * 2)
     assert tokenizer.vocab_size == 65
     assert tokenizer.encode("First Citi") == [18, 47, 56, 57, 58, 1, 15, 47, 58, 47]
@@ -31,8 +31,8 @@ def test_char_ids_follow_the_sorted_characters() -> None:
     assert CharTokenizer.train(["ba", "c"]).characters == "abc"
 
 
-def test_char_refuses_what_it_never_saw() -> None:
-    """An unseen character that is dropped, or an error that does not say which and where."""
+def test_char_refuses_an_unknown_character() -> None:
+    """An unknown character that is dropped, or an error without the character and its position."""
     with pytest.raises(InputError, match=r"'\\u2603' \(U\+2603\) at position 3 .* 65 characters"):
         CharTokenizer(SHAKESPEARE).encode("abc\u2603d")
     with pytest.raises(InputError, match=r"'\\ud800'"):
@@ -45,34 +45,34 @@ def test_char_refuses_what_it_never_saw() -> None:
 
 
 @given(st.text())
-def test_bpe_round_trip(bpe: BPETokenizer, text: str) -> None:
-    """A text that does not come back."""
+def test_bpe_decodes_exactly(bpe: BPETokenizer, text: str) -> None:
+    """A text that changes when it is encoded and decoded."""
     assert bpe.decode(bpe.encode(text)) == text
 
 
-def test_bpe_learns(bpe: BPETokenizer) -> None:
-    """A vocabulary of bytes alone, or of another size than asked for."""
+def test_bpe_learns_merges(bpe: BPETokenizer) -> None:
+    """A vocabulary of single bytes, or larger than requested."""
     assert bpe.vocab_size <= 400
     assert len(bpe.encode(TEXT)) < len(TEXT) / 2
     with pytest.raises(InputError, match="vocab_size is 256, expected at least 257"):
         BPETokenizer.train(TEXT, 256)
 
 
-def test_special_tokens_only_when_asked_for(bpe: BPETokenizer) -> None:
-    """The user's text turned into a control token."""
+def test_special_tokens_are_encoded_on_request_only(bpe: BPETokenizer) -> None:
+    """The name of a special token in a user's text that becomes the special token."""
     last = bpe.vocab_size - 1
     assert bpe.encode(END_OF_TEXT, special=True) == [last]
     assert last not in bpe.encode(END_OF_TEXT)
     assert bpe.decode([last]) == bpe.decode(bpe.encode(END_OF_TEXT)) == END_OF_TEXT
 
 
-def test_streaming_bytes(bpe: BPETokenizer) -> None:
-    """Bytes lost where a character spans tokens."""
+def test_single_tokens_decode_to_bytes(bpe: BPETokenizer) -> None:
+    """Bytes that are lost when a character spans several tokens."""
     assert b"".join(bpe.decode_bytes([i]) for i in bpe.encode("東京")) == "東京".encode()
 
 
 def test_hugging_face_reads_the_file(bpe: BPETokenizer, tmp_path: Path) -> None:
-    """A tokenizer.json that others read differently."""
+    """A tokenizer.json with other ids in Hugging Face `tokenizers`."""
     import tokenizers
 
     bpe.save(tmp_path)
@@ -85,8 +85,8 @@ def test_hugging_face_reads_the_file(bpe: BPETokenizer, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])
-def test_save_and_load(kind: str, bpe: BPETokenizer, tmp_path: Path) -> None:
-    """A loaded tokenizer that encodes otherwise."""
+def test_a_saved_tokenizer_loads(kind: str, bpe: BPETokenizer, tmp_path: Path) -> None:
+    """A loaded tokenizer that encodes differently."""
     tokenizer: Tokenizer = bpe if kind == "bpe" else CharTokenizer.train(UNICODE)
     tokenizer.save(tmp_path)
     for path in (tmp_path, tmp_path / "tokenizer.json"):
@@ -96,8 +96,8 @@ def test_save_and_load(kind: str, bpe: BPETokenizer, tmp_path: Path) -> None:
         assert loaded.encode(UNICODE) == tokenizer.encode(UNICODE)
 
 
-def test_save_makes_its_folder(bpe: BPETokenizer, tmp_path: Path) -> None:
-    """A traceback for a folder that is not there yet, or that cannot be."""
+def test_save_creates_its_folder(bpe: BPETokenizer, tmp_path: Path) -> None:
+    """A traceback for a missing folder, or for one that cannot be created."""
     bpe.save(tmp_path / "new" / "folder")
     assert load_tokenizer(tmp_path / "new" / "folder").vocab_size == bpe.vocab_size
     (tmp_path / "file").write_text("x")
@@ -108,9 +108,9 @@ def test_save_makes_its_folder(bpe: BPETokenizer, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("", "no tokenizer.json"),
-        ("[]", "no tokenizer.json"),
-        ("{}", "no tokenizer.json 'model'"),
+        ("", "not a tokenizer.json"),
+        ("[]", "not a tokenizer.json"),
+        ("{}", "not a tokenizer.json 'model'"),
         ('{"model": {"type": "characters", "vocab": "aa"}}', "distinct"),
         ('{"model": {"type": "Unigram", "vocab": []}}', "Unigram BPE"),
         ('{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "ByteLevel"),
@@ -129,11 +129,11 @@ def test_save_makes_its_folder(bpe: BPETokenizer, tmp_path: Path) -> None:
             '"model": {"type": "BPE", "vocab": {"\u6771": 0}, "merges": []}}',
             "KeyError",
         ),
-        ("\xff", "no tokenizer.json"),
+        ("\xff", "not a tokenizer.json"),
     ],
 )
-def test_damaged_files(content: str, words: str, tmp_path: Path) -> None:
-    """A file that loads as something else than it was, or fails with a traceback."""
+def test_a_damaged_file_is_refused(content: str, words: str, tmp_path: Path) -> None:
+    """A damaged file that loads, or that ends in a traceback."""
     (tmp_path / "tokenizer.json").write_text(content, encoding="latin-1" if content == "\xff" else "utf-8")
     with pytest.raises(InputError) as caught:
         load_tokenizer(tmp_path)
@@ -142,7 +142,7 @@ def test_damaged_files(content: str, words: str, tmp_path: Path) -> None:
 
 
 def test_ids_out_of_merge_order_are_refused(bpe: BPETokenizer, tmp_path: Path) -> None:
-    """A foreign vocabulary whose ids tiktoken would take for the order of merging."""
+    """A vocabulary in another order than its merges, which tiktoken would encode wrongly."""
     state = bpe.to_json()
     vocab, (first, second) = state["model"]["vocab"], state["model"]["merges"][:2]
     a, b = "".join(first), "".join(second)
@@ -152,22 +152,21 @@ def test_ids_out_of_merge_order_are_refused(bpe: BPETokenizer, tmp_path: Path) -
         load_tokenizer(tmp_path)
 
 
-def test_missing_file(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     """A traceback for a mistyped path."""
     with pytest.raises(InputError, match=r"cannot read .*nowhere.*No such file"):
         load_tokenizer(tmp_path / "nowhere")
 
 
-def test_merges_file(tmp_path: Path) -> None:
-    """GPT-2's own file format read with other ids: the printable bytes come first, then the rest, then the
-    merges."""
+def test_a_merges_file_gives_gpt2_ids(tmp_path: Path) -> None:
+    """Other ids than GPT-2's: printable bytes first, then the other bytes, then the merges."""
     (tmp_path / "vocab.bpe").write_text("#version: 0.2\n\u0120 t\nh e\n\u0120t he\n", encoding="utf-8")
     tokenizer = load_tokenizer(tmp_path / "vocab.bpe")
     assert tokenizer.encode("!~ \n the he") == [0, 93, 220, 198, 258, 220, 257]
     assert tokenizer.vocab_size == 260
 
 
-# Lines of GPT-2's vocab.bpe, counted from its first merge: all that make the tokens of the two phrases below.
+# The lines of GPT-2's vocab.bpe, counted from its first merge, that the two phrases below need.
 GPT2_LINES = {
     1: "\u0120 a",
     7: "e r",
@@ -197,9 +196,9 @@ GPT2_LINES = {
 }
 
 
-def test_gpt2_ids_without_network(tmp_path: Path) -> None:
-    """Another numbering, split or order of merging than GPT-2's. Lines that make other tokens are replaced by
-    control bytes."""
+def test_gpt2_ids_from_a_partial_merges_file(tmp_path: Path) -> None:
+    """Another numbering, split or order of merging than GPT-2's."""
+    # The lines of all other tokens merge control bytes, which do not occur in the phrases.
     lines = [GPT2_LINES.get(i, f"\u0100 {i:05}") for i in range(50_000)]
     (tmp_path / "vocab.bpe").write_text("\n".join(["#version: 0.2", *lines, ""]), encoding="utf-8")
     tokenizer = load_tokenizer(tmp_path / "vocab.bpe")
@@ -209,8 +208,8 @@ def test_gpt2_ids_without_network(tmp_path: Path) -> None:
     assert tokenizer.encode(END_OF_TEXT, special=True) == [50256]
 
 
-def test_gpt2_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without network that hangs, or that is not told what to put where."""
+def test_gpt2_without_a_network_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A download that hangs, or an error that does not say which file is needed, and where."""
 
     def refuse(url: str) -> bytes:
         raise OSError("Network is unreachable")
@@ -221,8 +220,8 @@ def test_gpt2_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         BPETokenizer.gpt2()
 
 
-def test_gpt2_ids(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another encoding than the one GPT-2 was trained with."""
+def test_gpt2_ids_from_the_original_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another encoding than GPT-2 was trained with."""
     monkeypatch.delenv("FUSED_GPT_CACHE")
     try:
         tokenizer = BPETokenizer.gpt2()
@@ -234,8 +233,8 @@ def test_gpt2_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tokenizer.encode(END_OF_TEXT, special=True) == [50256]
 
 
-def test_first_ids(bpe: BPETokenizer) -> None:
-    """A generation without a prompt that starts from nothing."""
+def test_generation_starts_from_a_newline(bpe: BPETokenizer) -> None:
+    """A generation without a prompt that starts from no token."""
     assert first_ids(CharTokenizer("xy")) == [0]
     assert first_ids(CharTokenizer("x\t\n")) == [1]
     assert first_ids(bpe) == bpe.encode("\n")

@@ -94,11 +94,11 @@ def test_steps_weigh_the_targets_of_all_ranks(pair: Pair) -> None:
         ):
             assert loss == pytest.approx(one_loss, rel=1e-6)
             assert norm == pytest.approx(one_norm, rel=1e-5)
-            for ours, theirs in zip(gradients, one_gradients, strict=True):
-                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
-    for ours, theirs in zip(*pair("steps"), strict=True):
-        assert ours[:2] == theirs[:2]
-        assert all(map(torch.equal, ours[2], theirs[2]))
+            for gradient, one_gradient in zip(gradients, one_gradients, strict=True):
+                torch.testing.assert_close(gradient, one_gradient, rtol=1e-4, atol=1e-7)
+    for first, second in zip(*pair("steps"), strict=True):
+        assert first[:2] == second[:2]
+        assert all(map(torch.equal, first[2], second[2]))
 
 
 def test_a_run_equals_one_process(pair: Pair, tmp_path: Path) -> None:
@@ -106,13 +106,13 @@ def test_a_run_equals_one_process(pair: Pair, tmp_path: Path) -> None:
     trainer = Trainer(without_noise(), TokenData.from_text(TEXT), PLAIN, out=tmp_path)
     before = trainer.evaluate("validation")
     result = trainer.run()
-    ours, theirs = read_log(pair.folder / "curve"), read_log(tmp_path)
-    assert [record["step"] for record in ours] == [record["step"] for record in theirs]
+    actual, expected = read_log(pair.folder / "curve"), read_log(tmp_path)
+    assert [record["step"] for record in actual] == [record["step"] for record in expected]
     for name in ("tokens", "learning_rate", "bigram_loss"):
-        assert [record.get(name) for record in ours] == [record.get(name) for record in theirs]
+        assert [record.get(name) for record in actual] == [record.get(name) for record in expected]
     for name in ("train_loss", "gradient_norm", "train_estimate", "validation_loss"):
-        assert [r[name] for r in ours if name in r] == pytest.approx(
-            [r[name] for r in theirs if name in r], rel=1e-5
+        assert [r[name] for r in actual if name in r] == pytest.approx(
+            [r[name] for r in expected if name in r], rel=1e-5
         )
     (first, second) = pair("curve")
     assert first[0] == second[0] == pytest.approx(before, rel=1e-6)
@@ -167,7 +167,7 @@ def test_another_number_of_processes_can_resume(pair: Pair, tmp_path: Path) -> N
     shutil.copytree(source, tmp_path / "checkpoints/step-8")
     draws = []
     for _ in range(2):
-        with pytest.warns(UserWarning, match=r"saved by 2 process\(es\) and goes on with 1"):
+        with pytest.warns(UserWarning, match=r"saved by 2 process\(es\) and continues with 1"):
             trainer = Trainer(make_model(data), data, replace(MUON, max_steps=9), out=tmp_path, resume=True)
         draws.append(torch.rand(3))
     assert torch.equal(*draws)

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 
 from gpt import GPT, InputError
 from gpt.training.evaluation import evaluate
-from tests.gpt.models import BYTES, random_model
+from tests.gpt.models import BYTES, random_byte_model
 from tests.gpt.text import TEXT
 
 
 @pytest.fixture(scope="module")
 def model() -> GPT:
-    return random_model(BYTES.vocab_size)
+    return random_byte_model()
 
 
 @pytest.mark.parametrize("length", [2, 8, 9, 10, 40, 41, 43])

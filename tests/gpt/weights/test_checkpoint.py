@@ -22,7 +22,7 @@ from gpt.weights.checkpoint import (
     save_checkpoint,
     save_model,
 )
-from tests.gpt.models import CONFIGS, SMALL, lively, tokens
+from tests.gpt.models import CONFIGS, SMALL, random_model, tokens
 
 ROOT = Path(__file__).parents[3]
 TOKENIZER = CharTokenizer("".join(map(chr, range(65, 65 + SMALL.vocab_size))))
@@ -30,7 +30,7 @@ TOKENIZER = CharTokenizer("".join(map(chr, range(65, 65 + SMALL.vocab_size))))
 
 @pytest.fixture
 def model() -> GPT:
-    return lively().eval()
+    return random_model().eval()
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def rehash(folder: Path) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_loaded_model_equals_the_saved_one(name: str, tmp_path: Path) -> None:
     """Another config, a parameter left at its initial value, or a head that is no longer tied (bug 25)."""
-    model = lively(**CONFIGS[name]).eval()
+    model = random_model(**CONFIGS[name]).eval()
     save_model(model, tmp_path / "m")
     loaded = load_model(tmp_path / "m").eval()
     assert loaded.config == model.config
@@ -70,7 +70,7 @@ def test_a_loaded_model_equals_the_saved_one(name: str, tmp_path: Path) -> None:
 
 def test_the_dtype_is_kept(tmp_path: Path) -> None:
     """A half-precision model that is loaded in float32."""
-    save_model(lively().bfloat16(), tmp_path / "m")
+    save_model(random_model().bfloat16(), tmp_path / "m")
     assert load_model(tmp_path / "m").wte.weight.dtype == torch.bfloat16
 
 
