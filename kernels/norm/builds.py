@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from kernels.norm.backward import launch_backward, launch_sum
+from kernels.norm.dropout_kernel import launch_dropout
 from kernels.norm.forward import launch_forward
 from kernels.spec import FLOAT_DTYPES, SHORT_DTYPE, Build
 
@@ -60,6 +61,17 @@ def _add_layer_norm(
     yield launch_backward(x, residual, residual, weight, seed, stats, *gradients, dropout_p, _PROGRAMS).build(
         label, gated=gated
     )
+
+
+def dropout_builds() -> Iterator[Build]:
+    """Dropout alone, from one narrow tile to rows of four thousand."""
+    for dtype in FLOAT_DTYPES:
+        for c in (64, 384, 768, 1600, 4096):
+            x = _empty(dtype, _ROWS, c)
+            gated = dtype == torch.bfloat16 and c == 768
+            yield launch_dropout(x, _empty(torch.int64), x, 0.1).build(
+                f"{SHORT_DTYPE[dtype]}-C{c}", gated=gated
+            )
 
 
 def _empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.norm.backward import launch_backward, launch_sum
+from kernels.norm.dropout_kernel import launch_dropout
 from kernels.norm.forward import launch_forward
 from kernels.philox import dropout_seed
 from kernels.torch_library import refuse, register
@@ -238,4 +239,35 @@ register(
     _backward,
     _backward_fake,
     refuse("layer_norm"),
+)
+
+
+def dropout(x: Tensor, p: float, seed: int | Tensor | None) -> Tensor:
+    """`kernels.dropout` for p > 0 and arguments that were checked."""
+    return torch.ops.fused_gpt.dropout(x, dropout_seed(p, seed, x.device), float(p))
+
+
+def _dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    y = x.new_empty(x.shape)
+    with torch.cuda.device_of(x):
+        launch_dropout(_rows(x), seed, y, p).run()
+    return y
+
+
+def _dropout_save(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+    _, seed, ctx.p = inputs
+    ctx.save_for_backward(seed)
+
+
+def _dropout_differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+    (seed,) = ctx.saved_tensors
+    return torch.ops.fused_gpt.dropout(dy, seed, ctx.p), None, None
+
+
+register(
+    "dropout(Tensor x, Tensor seed, float p) -> Tensor",
+    _dropout,
+    lambda x, seed, p: x.new_empty(x.shape),
+    _dropout_differentiate,
+    _dropout_save,
 )
