@@ -361,6 +361,8 @@ class GPT(nn.Module):
 
 def _dropout(x: Tensor, p: float, seed: Seed) -> Tensor:
     """dropout(x). Without a seed it is torch's own, so that every backend draws the same mask."""
+    if p == 0:
+        return x
     return F.dropout(x, p) if seed is None else kernels.dropout(x, p, seed=seed)
 
 

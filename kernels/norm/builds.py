@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from kernels.norm.backward import launch_backward, launch_sum
-from kernels.norm.dropout import launch_dropout
+from kernels.norm.dropout_kernel import launch_dropout
 from kernels.norm.forward import launch_forward
 from kernels.spec import FLOAT_DTYPES, SHORT_DTYPE, Build
 

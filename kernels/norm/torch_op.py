@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.norm.backward import launch_backward, launch_sum
-from kernels.norm.dropout import launch_dropout
+from kernels.norm.dropout_kernel import launch_dropout
 from kernels.norm.forward import launch_forward
 from kernels.philox import dropout_seed
 from kernels.torch_library import refuse, register

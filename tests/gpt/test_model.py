@@ -242,13 +242,13 @@ def test_every_mask_has_its_own_seed(
         op = getattr(kernels, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            if kwargs["dropout_p"] == DROPOUT["dropout"]:
+            if name == "dropout" or kwargs["dropout_p"] == DROPOUT["dropout"]:
                 drawn.append(int(kwargs["seed"]))
             return op(*args, **kwargs)
 
         return call
 
-    for name in ("causal_attention", "add_layer_norm"):
+    for name in ("causal_attention", "add_layer_norm", "dropout"):
         monkeypatch.setattr(kernels, name, recording(name))
     model = random_model(**fields, **DROPOUT)
     for step in (seed, seed + 1):
