@@ -34,6 +34,8 @@ def flash_attn_add() -> Callable[..., Any]:
 
 
 def peers(spec: OpSpec, compiled: bool) -> list[Contestant]:
+    if spec.name == "dropout":
+        return []  # no other package takes our masks
     if spec.name == "add_layer_norm":
         return [optional("flash-attn", lambda: only(flash_attn_add(), (*ARGUMENTS, "residual", "dropout_p")))]
     builders = {"liger-kernel": liger, "flash-attn": flash_attn}

@@ -362,12 +362,8 @@ class GPT(nn.Module):
 
 
 def _dropout(x: Tensor, p: float, seed: Seed) -> Tensor:
-    """dropout(x). A seeded mask is drawn by the op that draws the others, whose norm goes unused here."""
-    if p == 0:
-        return x
-    if seed is None:
-        return F.dropout(x, p)
-    return kernels.add_layer_norm(x, torch.zeros_like(x), x.new_ones(x.shape[-1]), dropout_p=p, seed=seed)[1]
+    """dropout(x). Without a seed it is torch's own, so that every backend draws the same mask."""
+    return F.dropout(x, p) if seed is None else kernels.dropout(x, p, seed=seed)
 
 
 def _site_seeds(seed: Seed, count: int) -> Sequence[Seed]:

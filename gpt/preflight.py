@@ -52,6 +52,8 @@ def cases(
         ("add_layer_norm", {"N": n, "C": c}, {**norm, "residual": parameters, **dropout}),
         ("linear_cross_entropy", {"N": n, "C": c, "V": config.vocab_size}, {"bias": config.head_bias}),
     ]
+    if config.dropout:
+        found.append(("dropout", {"N": n, "C": c}, {"p": config.dropout, "seed": 1}))
     if config.norm == "pre":
         found.append(("layer_norm", {"N": n, "C": c}, norm))
     if config.activation != "relu":

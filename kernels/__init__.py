@@ -10,7 +10,7 @@ from kernels.dispatch import Choice, FallbackWarning, explain, model_backend, us
 from kernels.ffn import gelu_ffn
 from kernels.linear import linear
 from kernels.loss import linear_cross_entropy
-from kernels.norm import add_layer_norm, layer_norm
+from kernels.norm import add_layer_norm, dropout, layer_norm
 from kernels.preflight import Report, preflight
 from kernels.spec import Case
 from kernels.version import __version__
@@ -24,6 +24,7 @@ __all__ = [
     "add_layer_norm",
     "causal_attention",
     "decode_attention",
+    "dropout",
     "explain",
     "gelu_ffn",
     "layer_norm",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 
+from kernels.philox import threshold
 from kernels.spec import Build
 from kernels.tuning import Tile
 
@@ -91,6 +91,6 @@ def dropout_arguments(seed: torch.Tensor | None, dropout_p: float) -> dict[str, 
     """The kernel arguments of dropout. It is on where there is a seed: a 0-d int64 tensor on the device."""
     return {
         "seed_ptr": seed,
-        "threshold": math.floor(dropout_p * 2**32),
+        "threshold": threshold(dropout_p),
         "keep_scale": 1 / (1 - dropout_p),
     }

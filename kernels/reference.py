@@ -3,12 +3,13 @@
 from kernels.attention.reference import causal_attention, decode_attention
 from kernels.ffn.reference import gelu_ffn
 from kernels.loss.reference import linear_cross_entropy
-from kernels.norm.reference import add_layer_norm, layer_norm
+from kernels.norm.reference import add_layer_norm, dropout, layer_norm
 
 __all__ = [
     "add_layer_norm",
     "causal_attention",
     "decode_attention",
+    "dropout",
     "gelu_ffn",
     "layer_norm",
     "linear_cross_entropy",

@@ -122,6 +122,7 @@ class OpSpec:
         builds: ``(architecture) -> Build``s, e.g. for 90; imports Triton when called. None while the op has
             no kernel.
         dtypes: What the kernels take; float64 runs on the reference alone.
+        follows_autocast: Whether the first output has the autocast dtype under autocast.
     """
 
     name: str
@@ -136,6 +137,7 @@ class OpSpec:
     bytes: Callable[[Case, torch.dtype, str], int]
     builds: Callable[[int], Iterable[Build]] | None = None
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
+    follows_autocast: bool = True
 
     def tagged(self, *tags: str) -> tuple[Case, ...]:
         """The cases that carry any of `tags`."""

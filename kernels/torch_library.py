@@ -45,13 +45,3 @@ def refuse(op: str) -> Callable[..., Any]:
         )
 
     return differentiate
-
-
-def dropout_seed(dropout_p: float, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
-    """The seed of a mask as a tensor on `device`, drawn from torch's generator for None; None where nothing
-    is dropped."""
-    if dropout_p == 0:
-        return None
-    if seed is None:
-        return torch.randint(2**62, (), device=device)
-    return seed if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=device)

@@ -7,7 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from kernels.philox import keep_mask
+from kernels.philox import seeded_dropout
 
 
 def causal_attention(
@@ -80,8 +80,7 @@ def _attention_with_mask(
     working = torch.promote_types(q.dtype, torch.float32)
     logits = (q.to(working) @ k.to(working).mT) * scale  # (B, H, Tq, Tk)
     p = torch.softmax(logits.masked_fill(~(allowed | empty), -math.inf), -1)
-    keep = keep_mask(seed, logits.shape, dropout_p, q.device)
-    p = torch.where(keep, p / (1 - dropout_p), 0)
+    p = seeded_dropout(p, dropout_p, seed)
     return (p @ v.to(working)).masked_fill(empty, 0).to(q.dtype)
 
 

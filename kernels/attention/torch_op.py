@@ -15,7 +15,8 @@ from torch import Tensor
 from kernels.attention.backward import attention_backward
 from kernels.attention.decode import attention_decode
 from kernels.attention.forward import attention_forward
-from kernels.torch_library import dropout_seed, refuse, register
+from kernels.philox import dropout_seed
+from kernels.torch_library import refuse, register
 from kernels.tuning import (
     AttentionTiles,
     architecture,

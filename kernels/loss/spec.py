@@ -114,6 +114,7 @@ LINEAR_CROSS_ENTROPY = OpSpec(
     flops=_flops,
     bytes=_bytes,
     builds=_builds,
+    follows_autocast=False,
 )
 
 SPECS = (LINEAR_CROSS_ENTROPY,)

@@ -1,4 +1,4 @@
-"""LayerNorm: `layer_norm`, and `add_layer_norm` with the residual addition and dropout before it."""
+"""`layer_norm`; `add_layer_norm`, with dropout and the residual addition before it; and `dropout` alone."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from kernels.tuning import NORM_COLUMNS, slower
 
 _LAYER_NORM = Op("layer_norm", family="norm")
 _ADD_LAYER_NORM = Op("add_layer_norm", family="norm")
+_DROPOUT = Op("dropout", family="norm")
 
 
 def layer_norm(
@@ -63,7 +64,8 @@ def _prepare_layer_norm(
     checks.floating(op, x=x, weight=weight, bias=bias)
     checks.number(op, "eps", eps, 0, torch.finfo(torch.float32).max)
     dtype = None if x.dtype == torch.float64 else autocast_dtype(x.device)
-    return _LAYER_NORM.choose(x, limit=_limit(weight, bias), slower=slower(op, x, **sizes)), dtype
+    limit = _limit(sizes["C"], weight, bias)
+    return _LAYER_NORM.choose(x, limit=limit, slower=slower(op, x, **sizes)), dtype
 
 
 def add_layer_norm(
@@ -135,14 +137,65 @@ def _prepare_add_layer_norm(
     checks.number(op, "dropout_p", dropout_p, 0, 1, open_high=True)
     checks.seed(op, seed, x.device)
     dtype = None if x.dtype == torch.float64 else autocast_dtype(x.device)
-    limit = _limit(weight, bias, residual)
+    limit = _limit(sizes["C"], weight, bias, residual)
     return _ADD_LAYER_NORM.choose(x, limit=limit, slower=slower(op, x, **sizes)), dtype
 
 
-def _limit(weight: torch.Tensor, *others: torch.Tensor | None) -> str | None:
-    """Why the kernels cannot take this call, if they cannot."""
-    if not 1 <= weight.shape[0] <= NORM_COLUMNS:
-        return f"the kernel takes C in [1, {NORM_COLUMNS}], not {weight.shape[0]}"
-    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in (weight, *others)):
+def dropout(x: torch.Tensor, p: float, *, seed: int | torch.Tensor | None = None) -> torch.Tensor:
+    """y = x * keep / (1 - p), where keep is 0 with probability p and 1 otherwise.
+
+    Args:
+        x: (..., C), any floating-point dtype and strides. With N the product of the leading dimensions, it is
+            the matrix (N, C).
+        p: Probability in [0, 1) of dropping an element; 0 returns x itself.
+        seed: None draws the mask from torch's generator. An int or a 0-d int64 tensor on x's device makes it
+            the Philox mask of the row-major index in (N, C): the same bits from kernel and reference, and the
+            same mask as `add_layer_norm` applies for this seed and shape.
+
+    Returns:
+        (..., C) in x's dtype, also under autocast.
+
+    Raises:
+        TypeError: x is not a floating-point tensor; p is not a number; seed has another type.
+        ValueError: p outside [0, 1); a seed of more than 64 bits or on another device.
+        RuntimeError: ``use_backend("triton")`` cannot be honoured.
+
+    Numerics:
+        The kernel multiplies in float32 by 1 / (1 - p) and rounds once, at the store. Saved for backward: the
+        seed; backward recomputes the mask. Derivatives of any order are right.
+
+    Backend:
+        The reference runs for float64, for C > 32,768, and wherever `kernels.explain` says that Triton cannot
+        run.
+
+    Source:
+        Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting" (2014), section
+        4, scaled in training.
+    """
+    choice = _prepare_dropout(x, p, seed)
+    if p == 0:
+        return x
+    if choice.backend == "triton":
+        from kernels.norm import torch_op
+
+        return torch_op.dropout(x, p, seed)
+    return reference.dropout(x, p, seed=seed)
+
+
+@_DROPOUT.prepares
+def _prepare_dropout(x: torch.Tensor, p: float, seed: int | torch.Tensor | None) -> Choice:
+    op = "dropout"
+    sizes = checks.shapes(op, x=(x, ("...", "C")))
+    checks.floating(op, x=x)
+    checks.number(op, "p", p, 0, 1, open_high=True)
+    checks.seed(op, seed, x.device)
+    return _DROPOUT.choose(x, limit=_limit(sizes["C"]), slower=slower(op, x, **sizes))
+
+
+def _limit(c: int, *tensors: torch.Tensor | None) -> str | None:
+    """Why the kernels cannot take rows of `c` elements, or parameters and residual in these dtypes."""
+    if not 1 <= c <= NORM_COLUMNS:
+        return f"the kernel takes C in [1, {NORM_COLUMNS}], not {c}"
+    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
         return "the kernel takes no float64"
     return None

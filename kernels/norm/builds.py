@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.norm.backward import layer_norm_backward, layer_norm_backward_sum
+from kernels.norm.dropout import dropout_forward
 from kernels.norm.forward import layer_norm_forward
 from kernels.spec import FLOAT_DTYPES, SHORT_DTYPE, Build
 
@@ -79,6 +80,16 @@ def _forward_and_backward(
         dropout_p=dropout_p,
         programs=_PROGRAMS,
     ).build(label, gated=gated)
+
+
+def dropout_builds() -> Iterator[Build]:
+    """Dropout alone, from rows of one tile to rows of 4,096 columns."""
+    for dtype in FLOAT_DTYPES:
+        for c in (64, 384, 768, 1600, 4096):
+            x = _empty(dtype, _ROWS, c)
+            gated = dtype == torch.bfloat16 and c == 768
+            launch = dropout_forward(x=x, seed=_empty(torch.int64), y=x, dropout_p=0.1)
+            yield launch.build(f"{SHORT_DTYPE[dtype]}-C{c}", gated=gated)
 
 
 def _empty(dtype: torch.dtype, *shape: int) -> Tensor:

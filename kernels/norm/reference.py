@@ -1,11 +1,11 @@
-"""LayerNorm, and residual + dropout + LayerNorm, in plain torch."""
+"""LayerNorm, residual + dropout + LayerNorm, and dropout, in plain torch."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
-from kernels.philox import keep_mask
+from kernels.philox import seeded_dropout
 
 
 def layer_norm(
@@ -31,12 +31,7 @@ def add_layer_norm(
     seed: int | torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """new = residual + dropout(x); (layer_norm(new), new); see `kernels.add_layer_norm`."""
-    branch = x.to(torch.promote_types(x.dtype, residual.dtype))
-    if dropout_p > 0:
-        if seed is None:
-            branch = F.dropout(branch, dropout_p)
-        else:
-            branch = torch.where(keep_mask(seed, x.shape, dropout_p, x.device), branch / (1 - dropout_p), 0)
+    branch = dropout(x.to(torch.promote_types(x.dtype, residual.dtype)), dropout_p, seed=seed)
     new_residual = (residual + branch).to(residual.dtype)
     if x.dtype == new_residual.dtype:
         return layer_norm(new_residual, weight, bias, eps), new_residual
@@ -44,3 +39,12 @@ def add_layer_norm(
     return layer_norm(
         new_residual.to(wide), weight.to(wide), None if bias is None else bias.to(wide), eps
     ).to(x.dtype), new_residual
+
+
+def dropout(x: torch.Tensor, p: float, *, seed: int | torch.Tensor | None = None) -> torch.Tensor:
+    """x * keep / (1 - p); see `kernels.dropout`."""
+    if p == 0:
+        return x
+    if seed is None:
+        return F.dropout(x, p)
+    return seeded_dropout(x, p, seed)

@@ -1,4 +1,4 @@
-"""What `layer_norm` and `add_layer_norm` say about themselves."""
+"""The specifications of `layer_norm`, `add_layer_norm` and `dropout`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kernels.norm import add_layer_norm, layer_norm, reference
+from kernels.norm import add_layer_norm, dropout, layer_norm, reference
 from kernels.spec import Argument, Build, Case, NumberArgument, OpSpec, SeedArgument, TensorArgument, randn
 
 
@@ -40,6 +40,15 @@ def _add_inputs(
     return inputs | {n: case.options[n] for n in ("dropout_p", "seed") if n in case.options}
 
 
+def _dropout_inputs(
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> dict[str, Any]:
+    x = randn((case["N"], case["C"]), torch.float32, device, generator)
+    if "magnitude" in case.options:
+        x = x.tanh() * case.options["magnitude"]
+    return {"x": x.to(dtype), "p": case.options["p"], "seed": case.options["seed"]}
+
+
 def _flops(case: Case, direction: str) -> int:
     return (8 if direction == "forward" else 14) * case["N"] * case["C"]
 
@@ -52,6 +61,14 @@ def _add_bytes(case: Case, dtype: torch.dtype, direction: str) -> int:
     residual = case.options.get("residual", dtype).itemsize
     elements = case["N"] * case["C"]
     return elements * (2 * dtype.itemsize + (2 if direction == "forward" else 3) * residual)
+
+
+def _dropout_flops(case: Case, direction: str) -> int:
+    return case["N"] * case["C"]
+
+
+def _dropout_bytes(case: Case, dtype: torch.dtype, direction: str) -> int:
+    return 2 * case["N"] * case["C"] * dtype.itemsize
 
 
 _COLUMNS = (1, 17, 64, 255, 256, 768, 1023, 1600, 4096)
@@ -75,6 +92,12 @@ def _add_builds(architecture: int) -> Iterator[Build]:
     from kernels.norm.builds import add_layer_norm_builds
 
     return add_layer_norm_builds()
+
+
+def _dropout_builds(architecture: int) -> Iterator[Build]:
+    from kernels.norm.builds import dropout_builds
+
+    return dropout_builds()
 
 
 LAYER_NORM = OpSpec(
@@ -147,4 +170,39 @@ ADD_LAYER_NORM = OpSpec(
     builds=_add_builds,
 )
 
-SPECS = (LAYER_NORM, ADD_LAYER_NORM)
+DROPOUT = OpSpec(
+    name="dropout",
+    family="norm",
+    function=dropout,
+    reference=reference.dropout,
+    arguments={
+        "x": TensorArgument(("...", "C")),
+        "p": NumberArgument(0, 1, open_high=True),
+        "seed": SeedArgument(),
+    },
+    make_inputs=_dropout_inputs,
+    gradients=("x",),
+    cases=(
+        _case(5, 17, p=0.1, seed=1),
+        _case(3, 768, p=0.5, seed=-1),
+        _case(7, 64, p=0.3, seed=2),
+        _case(6, 1, p=0.9, seed=2**40),
+        *(_case(13, c, "edge", p=0.1, seed=3) for c in _COLUMNS),
+        _case(5, 64, "edge", p=0.0, seed=2),
+        _case(67, 384, "edge", p=0.25, seed=-(2**63)),
+        _case(3, 768, "edge", p=0.1, seed=4, magnitude=50000),
+        *(
+            _case(n, c, "slow", p=p, seed=2**63 - 1)
+            for n in (1, 129, 301)
+            for c in _COLUMNS
+            for p in (0.2, 0.7)
+        ),
+        *(_case(n, c, "bench", "gpu", p=0.1, seed=5) for n, c in ((16384, 768), (8192, 1600))),
+    ),
+    flops=_dropout_flops,
+    bytes=_dropout_bytes,
+    builds=_dropout_builds,
+    follows_autocast=False,
+)
+
+SPECS = (LAYER_NORM, ADD_LAYER_NORM, DROPOUT)

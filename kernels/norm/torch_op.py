@@ -1,4 +1,4 @@
-"""The torch.library ops of LayerNorm: two forwards, with and without a residual, and the backward of both.
+"""The torch.library ops of LayerNorm, with and without a residual, their common backward, and dropout.
 
 They allocate the outputs and run the launches. The kernels see x (..., C) as N rows; stats (2, N) float32
 holds the mean and 1 / standard deviation of each row.
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from kernels.norm.backward import layer_norm_backward, layer_norm_backward_sum
+from kernels.norm.dropout import dropout_forward
 from kernels.norm.forward import layer_norm_forward
-from kernels.torch_library import dropout_seed, refuse, register
+from kernels.philox import dropout_seed
+from kernels.torch_library import refuse, register
 from kernels.tuning import norm_programs
 
 
@@ -39,6 +41,11 @@ def add_layer_norm(
         x, residual, weight, bias, seed, float(eps), float(dropout_p), dtype
     )
     return y, new_residual
+
+
+def dropout(x: Tensor, p: float, seed: int | Tensor | None) -> Tensor:
+    """`kernels.dropout` for p > 0, after its arguments have been checked."""
+    return torch.ops.fused_gpt.dropout(x, dropout_seed(p, seed, x.device), float(p))
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -261,6 +268,32 @@ def _add_differentiate(
     return *(gradient if need else None for gradient, need in gradients), None, None, None, None
 
 
+def _dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """y of dropout, contiguous."""
+    y = _dropout_fake(x, seed, p)
+    launch = dropout_forward(x=_rows(x), seed=seed, y=y, dropout_p=p)
+    with torch.cuda.device_of(x):
+        launch.run()
+    return y
+
+
+def _dropout_fake(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """y, uninitialised; also the fake of dropout."""
+    return x.new_empty(x.shape)
+
+
+def _dropout_save(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+    """Keeps the seed, from which backward recomputes the mask."""
+    _, seed, ctx.p = inputs
+    ctx.save_for_backward(seed)
+
+
+def _dropout_differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+    """From the gradient of y to the gradient of x: dropout of dy with the same mask."""
+    (seed,) = ctx.saved_tensors
+    return torch.ops.fused_gpt.dropout(dy, seed, ctx.p), None, None
+
+
 register(
     "layer_norm_forward(Tensor x, Tensor weight, Tensor? bias, float eps, ScalarType dtype)"
     " -> (Tensor y, Tensor stats)",
@@ -284,4 +317,11 @@ register(
     kernel=_backward,
     fake=_backward_fake,
     differentiate=refuse("layer_norm"),
+)
+register(
+    "dropout(Tensor x, Tensor seed, float p) -> Tensor",
+    kernel=_dropout,
+    fake=_dropout_fake,
+    differentiate=_dropout_differentiate,
+    save=_dropout_save,
 )

@@ -63,7 +63,7 @@ def test_keep_mask_keeps_its_share() -> None:
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("size", [12, 14], ids=["by fours", "one by one"])
-@pytest.mark.parametrize("op", ["attention", "norm"])
+@pytest.mark.parametrize("op", ["attention", "norm", "dropout"])
 def test_an_element_at_the_threshold_is_kept(op: str, size: int) -> None:
     """A kernel that compares the other way at the threshold itself, rounds it, or compares signed words."""
     shape, row = ((1, 1, size, size), (0, 0, size - 1)) if op == "attention" else ((3, size), (1,))
@@ -75,6 +75,8 @@ def test_an_element_at_the_threshold_is_kept(op: str, size: int) -> None:
                 if op == "attention":  # with v the identity and all logits equal, the output is the mask
                     q, v = torch.zeros(1, 1, size, 16), torch.eye(size, 16)[None, None]
                     found = kernels.causal_attention(q, q, v, dropout_p=p, seed=5)[..., :size]
+                elif op == "dropout":
+                    found = kernels.dropout(torch.ones(3, size), p, seed=5)
                 else:
                     x = torch.ones(3, size)
                     _, found = kernels.add_layer_norm(
