@@ -1,4 +1,4 @@
-"""A kernel launch as data: run it, or compile it ahead of time for a GPU that is not there."""
+"""A kernel launch as data: it can run on the current device, or be compiled ahead of time without a GPU."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kernels.philox import threshold
 from kernels.spec import Build
 from kernels.tuning import Tile
 
-_TYPES = {
+_TRITON_TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
@@ -19,14 +20,14 @@ _TYPES = {
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up; `triton.cdiv` unwraps constexprs first, which costs a launch more than the
-    division."""
+    """a / b, rounded up."""
+    # Not `triton.cdiv`: it unwraps constexprs first, which costs a launch more time than the division.
     return -(-a // b)
 
 
 def options(tile: Tile) -> dict[str, Any]:
-    """What Triton is told beside a kernel's arguments; fused multiply-adds are named since their default is
-    to change."""
+    """The compiler options of a launch with this tile."""
+    # Triton is about to change its default for fused multiply-adds, so the option is explicit.
     return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
 
 
@@ -40,8 +41,7 @@ class Launch(NamedTuple):
 
     @classmethod
     def of(cls, kernel: Any, grid: tuple[int, ...], available: dict[str, Any], tile: Tile) -> Launch:
-        """A launch with those of the `available` arguments that the kernel takes, and the tile's block
-        sizes."""
+        """Picks the kernel's arguments by name from `available` and the tile's block sizes."""
         available = available | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
         return cls(kernel, grid, {name: available[name] for name in kernel.arg_names}, tile)
 
@@ -51,16 +51,17 @@ class Launch(NamedTuple):
             self.kernel[self.grid](**self.arguments, **options(self.tile))
 
     def build(self, label: str, *, gated: bool = False) -> Build:
-        """What Triton would compile for this launch; its tensors may be on the meta device."""
+        """What Triton would compile for this launch. The tensors may be on the meta device."""
         constexpr = {p.name for p in self.kernel.params if p.is_constexpr}
         signature: dict[str, str] = {}
         constants: dict[str, Any] = {}
         divisible = set()
+
         for name, value in self.arguments.items():
             if name in constexpr or value is None or (type(value) is int and value == 1):
                 constants[name] = value
             elif isinstance(value, torch.Tensor):
-                signature[name] = f"*{_TYPES[value.dtype]}"
+                signature[name] = f"*{_TRITON_TYPES[value.dtype]}"
                 divisible.add(name)
             elif isinstance(value, float):
                 signature[name] = "fp32"
@@ -68,11 +69,28 @@ class Launch(NamedTuple):
                 signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
                 if value % 16 == 0:
                     divisible.add(name)
-        return Build(self.kernel, signature, constants, self.tile, label, gated, frozenset(divisible))
+
+        return Build(
+            kernel=self.kernel,
+            signature=signature,
+            constants=constants,
+            tile=self.tile,
+            label=label,
+            gated=gated,
+            divisible=frozenset(divisible),
+        )
 
 
 def precision(dtype: torch.dtype) -> str:
-    """`tl.dot`'s input_precision: float32 stays float32 unless torch's own products may use tf32."""
-    return (
-        "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-    )
+    """`tl.dot`'s input_precision: float32 matmuls use tf32 only where torch's own matmuls may."""
+    allows_tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allows_tf32 else "ieee"
+
+
+def dropout_arguments(seed: torch.Tensor | None, dropout_p: float) -> dict[str, Any]:
+    """The kernel arguments of dropout. It is on where there is a seed: a 0-d int64 tensor on the device."""
+    return {
+        "seed_ptr": seed,
+        "threshold": threshold(dropout_p),
+        "keep_scale": 1 / (1 - dropout_p),
+    }

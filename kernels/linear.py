@@ -1,4 +1,4 @@
-"""The product of few rows with a weight, as a CPU does it fastest."""
+"""A linear layer that is fast on a CPU for few rows, as in decoding."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEW = 8  # rows up to which the weight goes first
+FEW = 8  # up to this many rows, the weight is the left operand of the matmul
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x weightᵀ + bias, as `torch.nn.functional.linear`.
 
-    Without gradients, up to 8 rows of float32 on a CPU are multiplied as weight · xᵀ. BLAS shares the rows of
-    its left operand among cores, so that all of them read the weight, which decoding does once for each
-    token.
+    Without gradients, up to 8 rows of float32 on a CPU are multiplied as weight xᵀ. BLAS distributes the rows
+    of the left operand over the cores. With the weight on the left, all cores share the work of reading it,
+    which decoding does once per token.
 
     Args:
         x: (..., C).
-        weight: (O, C), as `nn.Linear` holds it.
+        weight: (O, C), as `nn.Linear` stores it.
         bias: (O,) or None.
 
     Returns:
@@ -30,9 +30,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     )
     if plain or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
+
     columns = x.reshape(rows, -1)
-    columns = (
-        columns.expand(2, -1).contiguous() if rows == 1 else columns
-    ).T  # one column would be a product of one core
+    if rows == 1:
+        columns = columns.expand(2, -1).contiguous()  # BLAS runs a matmul with one column on one core
+    columns = columns.T  # (C, rows)
     y = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)  # (O, rows)
     return y.T[:rows].reshape(*x.shape[:-1], -1).contiguous()

@@ -1,8 +1,8 @@
-"""The table of tiles, and of where the reference is the faster choice.
+"""The tuning table: the tile of each kernel, and where the reference is faster than the kernel.
 
-A tile is looked up by (architecture, op, shape class, dtype). Until a GPU has measured a row, it holds what
-compiles ahead of time without spilling (`python -m bench.aot`); an architecture without rows takes tiles that
-fit the smallest shared memory of the supported GPUs (99 KB).
+A tile is looked up by architecture, op, shape class and dtype. A row that no GPU has measured yet holds a
+tile that compiles ahead of time without spilling (`python -m bench.aot`). An architecture without rows takes
+tiles that fit the smallest shared memory of the supported GPUs (99 KB).
 """
 
 from __future__ import annotations
@@ -14,29 +14,23 @@ import torch
 
 from kernels.dispatch import capability_of
 
-SHARED_MEMORY = {
-    80: 163,
-    86: 99,
-    89: 99,
-    90: 227,
-    100: 227,
-    120: 99,
-}  # KB that one block may take, by architecture
-REGISTERS = 65536  # of a multiprocessor, on all of them
+# Architecture -> KB of shared memory that one block may take.
+SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+REGISTERS = 65536  # per multiprocessor, on every architecture
 
 
 class Tile(NamedTuple):
-    """Block sizes (rows of the output, columns or keys), warps per program and pipeline stages."""
+    """Block sizes, warps and pipeline stages of a kernel."""
 
-    block_m: int
-    block_n: int
-    num_warps: int = 4
-    num_stages: int = 2
+    block_m: int  # rows per tile: queries in attention
+    block_n: int  # columns per tile: keys in attention
+    num_warps: int = 4  # per program
+    num_stages: int = 2  # of the software pipeline
 
 
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """90 for sm_90; 0 for anything but CUDA, which is to say the interpreter."""
+    """90 for sm_90; 0 for a device other than CUDA, where kernels run in the interpreter."""
     if device.type != "cuda":
         return 0
     major, minor = capability_of(device)
@@ -44,29 +38,29 @@ def architecture(device: torch.device) -> int:
 
 
 class Slower(NamedTuple):
-    """A row: where a GPU has shown an op's reference to be faster than its kernel."""
+    """Sizes at which an op's kernel was measured to be slower than its reference."""
 
     architecture: int
     op: str
     dtype: torch.dtype
-    sizes: dict[str, tuple[int, int]]  # the least and the most of each
+    sizes: dict[str, tuple[int, int]]  # dimension -> smallest and largest size
 
 
 SLOWER: tuple[Slower, ...] = ()
 
 
 def slower(op: str, tensor: torch.Tensor, **sizes: int) -> str | None:
-    """Why "auto" takes the reference for a call of `op` with `sizes` in `tensor`'s dtype and on its device,
-    if it does."""
+    """The reason to take the reference in "auto", if the table has it faster than the kernel.
+
+    sizes: the sizes of the call's dimensions, by name. tensor: an argument, for its dtype and device.
+    """
     if not SLOWER or tensor.device.type != "cuda":
         return None
     major, minor = capability_of(tensor.device)
     call = (major * 10 + minor, op, tensor.dtype)
-    if any(
-        row[:3] == call and all(low <= sizes[n] <= high for n, (low, high) in row.sizes.items())
-        for row in SLOWER
-    ):
-        return f"the tuning table has the reference faster on sm_{call[0]}"
+    for row in SLOWER:
+        if row[:3] == call and all(low <= sizes[name] <= high for name, (low, high) in row.sizes.items()):
+            return f"the tuning table has the reference faster on sm_{call[0]}"
     return None
 
 
@@ -74,18 +68,19 @@ Row = TypeVar("Row")
 
 
 class AttentionTiles(NamedTuple):
-    """Causal attention's tiles at one head dimension: of the forward pass, of dQ, of dK with dV, and of the
-    smaller passes."""
+    """The tiles of causal attention's kernels at one head dimension."""
 
     forward: Tile
     dq: Tile
-    dkdv: Tile
-    delta: Tile = Tile(64, 64, 4, 1)
-    five: Tile | None = None  # the five-product backward's, where a GPU has shown it faster
+    dkdv: Tile  # dK and dV
+    delta: Tile = Tile(64, 64, 4, 1)  # the small kernels of backward
+    atomic: Tile | None = None  # backward's atomic form, where a GPU has shown it to be faster
 
 
-_GENERATION = {80: 80, 86: 86, 89: 86, 90: 90, 100: 100, 120: 86}  # a GPU that is not here takes 86's tiles
-_ATTENTION = {  # generation -> largest head dimension -> tiles, for 16-bit inputs
+# Architecture -> the architecture whose tiles it takes; one that is missing takes those of 86.
+_SHARED_ROWS = {80: 80, 86: 86, 89: 86, 90: 90, 100: 100, 120: 86}
+# Architecture -> largest head dimension -> tiles, for 16-bit inputs.
+_ATTENTION = {
     80: {
         64: AttentionTiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 3)),
         128: AttentionTiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2)),
@@ -108,20 +103,16 @@ _ATTENTION = {  # generation -> largest head dimension -> tiles, for 16-bit inpu
     },
 }
 _ATTENTION_INTERPRETED = AttentionTiles(Tile(32, 16), Tile(32, 16), Tile(16, 32), Tile(16, 16))
-_ATTENTION_DROPOUT = {  # every generation: the mask takes registers
+# On every architecture: smaller tiles, since the dropout mask takes registers.
+_ATTENTION_DROPOUT = {
     64: AttentionTiles(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(32, 128, 8, 2)),
     128: AttentionTiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 64, 8, 2)),
     256: AttentionTiles(Tile(64, 32, 8, 2), Tile(32, 32, 4, 1), Tile(16, 32, 4, 1)),
 }
-_ATTENTION_GROUPED = {
-    64: Tile(32, 128, 8, 2),
-    128: Tile(32, 64, 8, 2),
-    256: Tile(16, 32, 4, 1),
-}  # dK with dV, over query heads
-ATTENTION_FIVE = {
-    64: Tile(32, 128, 8, 2),
-    128: Tile(32, 64, 8, 2),
-}  # fits every generation: compiled, chosen by none
+# dK and dV where query heads share key heads.
+_ATTENTION_GROUPED = {64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 32, 4, 1)}
+# Tiles of the atomic form that fit every architecture: compiled ahead of time, and taken by no row yet.
+ATTENTION_ATOMIC = {64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2)}
 _ATTENTION_FLOAT32 = {
     32: AttentionTiles(Tile(64, 32), Tile(32, 32), Tile(32, 32)),
     64: AttentionTiles(Tile(32, 32), Tile(32, 32), Tile(32, 32)),
@@ -133,36 +124,44 @@ _ATTENTION_FLOAT32 = {
 def attention_tiles(
     architecture: int, itemsize: int, d: int, *, dropout: bool, grouped: bool
 ) -> AttentionTiles:
-    """For float32 (`itemsize` 4) or 16-bit inputs and head dimension `d`; `grouped` if query heads share key
-    heads."""
+    """The tiles of causal attention.
+
+    itemsize: bytes of an input's element, 4 or 2. d: head dimension. grouped: query heads share key heads.
+    """
     if architecture == 0:
         return _ATTENTION_INTERPRETED
     if itemsize == 4:
         return _narrowest(_ATTENTION_FLOAT32, d)
     if dropout:
         return _narrowest(_ATTENTION_DROPOUT, d)
-    tiles = _narrowest(_ATTENTION[_GENERATION.get(architecture, 86)], d)
-    return tiles._replace(dkdv=_narrowest(_ATTENTION_GROUPED, d), five=None) if grouped else tiles
+    tiles = _narrowest(_ATTENTION[_SHARED_ROWS.get(architecture, 86)], d)
+    return tiles._replace(dkdv=_narrowest(_ATTENTION_GROUPED, d), atomic=None) if grouped else tiles
 
 
 def _narrowest(rows: dict[int, Row], d: int) -> Row:
+    """The row of the smallest head dimension that is at least `d`."""
     return next(row for width, row in rows.items() if d <= width)
 
 
 def attention_decode_tile(architecture: int, itemsize: int, d: int) -> Tile:
-    """As `attention_tiles`: a tile of queries that share a key head, by keys."""
+    """The tile of decoding: queries that share a key head, by keys; arguments as `attention_tiles`'."""
     if architecture == 0:
         return Tile(16, 16)
     return Tile(16, 128 * 64 // max(64, next_power_of_2(d)) * 2 // itemsize, 4, 2)
 
 
 def attention_decode_splits(device: torch.device, programs: int, keys: int, block_n: int) -> int:
-    """Into how many parts the keys are split, so that `programs` times as many fill the GPU twice."""
-    multiprocessors = (
-        torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    )
+    """How many parts decoding splits the keys into: enough for two programs per multiprocessor, at most 64.
+
+    programs: programs per part. keys: the length of the cache. block_n: keys per tile.
+    """
+    multiprocessors = _multiprocessors(device) if device.type == "cuda" else 2
     wanted = -(-2 * multiprocessors // max(1, programs))
     return max(1, min(wanted, -(-keys // block_n), 64))
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 NORM_COLUMNS = 32768  # the longest row that LayerNorm's kernels hold in registers
@@ -170,11 +169,10 @@ NORM_COLUMNS = 32768  # the longest row that LayerNorm's kernels hold in registe
 
 @functools.cache
 def norm_tile(c: int) -> Tile:
-    """LayerNorm: rows and width of the sub-tiles, whose cdiv(c, block_n) <= 8 make up whole rows with the
-    fewest dead columns.
+    """The tile of LayerNorm at `c` columns: a whole row is cdiv(c, block_n) <= 8 tiles of one program.
 
-    Pieces of 256, where they do, let one warp hold a row with 16-byte accesses; a thread holds at most 32
-    elements of a row.
+    The width is the one with the fewest masked columns. Among equals it is 256, where one warp holds a row of
+    a tile with 16-byte accesses, else the widest. A thread holds at most 32 elements of a row.
     """
     widths = [width for width in (2**i for i in range(4, 16)) if -(-c // width) <= 8]
     width = min(widths, key=lambda w: (-(-c // w) * w, w != 256, -w))
@@ -184,7 +182,7 @@ def norm_tile(c: int) -> Tile:
 
 
 def norm_registers(c: int) -> int:
-    """The most that a thread of LayerNorm's backward takes, by the ahead-of-time report for sm_90."""
+    """The most registers that a thread of LayerNorm's backward takes, by the ahead-of-time report, sm_90."""
     tile = norm_tile(c)
     elements = tile.block_m * -(-c // tile.block_n) * tile.block_n // (32 * tile.num_warps)
     return 168 if elements <= 24 else 240
@@ -193,52 +191,54 @@ def norm_registers(c: int) -> int:
 def norm_programs(device: torch.device, n: int, c: int) -> int:
     """How many programs share the rows of LayerNorm's backward."""
     tile = norm_tile(c)
-    return min(-(-n // tile.block_m), _at_once(device, tile.num_warps, norm_registers(c)))
+    return min(-(-n // tile.block_m), _concurrent_programs(device, tile.num_warps, norm_registers(c)))
 
 
-def _at_once(device: torch.device, num_warps: int, registers: int) -> int:
-    """How many programs a device runs at once: more of them would begin when the first have ended, and find
-    it idle."""
-    multiprocessors = (
-        torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    )
+def _concurrent_programs(device: torch.device, num_warps: int, registers: int) -> int:
+    """How many programs a device runs at the same time, limited by their registers per thread.
+
+    More persistent programs than these would start after the first have finished, on a mostly idle device.
+    """
+    multiprocessors = _multiprocessors(device) if device.type == "cuda" else 1
     return multiprocessors * max(1, REGISTERS // (32 * num_warps * registers))
 
 
 def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least `n`."""
     return 1 << max(0, n - 1).bit_length()
 
 
 def loss_tile(v: int) -> Tile:
-    """Rows and columns of the logits that one program of the loss works on at a time."""
+    """The tile of the loss at a vocabulary of `v`: the logits that a program holds at a time."""
     width = min(4096, next_power_of_2(v))
     return Tile(max(1, min(32, 2048 // width)), width, num_warps=8 if width == 4096 else 4, num_stages=1)
 
 
 def loss_chunk_rows(device: torch.device, v: int) -> int:
-    """Rows of logits held at once: 512 MiB of 16-bit logits on a GPU, 128 MiB of float32 ones elsewhere."""
+    """Rows of a chunk of logits: 512 MiB in 16 bits on a GPU, 128 MiB in float32 elsewhere."""
     return max(16, (2**28 if device.type == "cuda" else 2**25) // v // 16 * 16)
 
 
-GELU_REGISTERS = (
-    96  # the most that a thread of the derivative's pass takes, by the ahead-of-time report for sm_90
-)
+# The most registers that a thread of GELU's backward takes, by the ahead-of-time report for sm_90.
+GELU_REGISTERS = 96
 
 
 def gelu_tile(f: int) -> Tile:
-    """Rows and columns of one step of the passes between the feed-forward's products."""
+    """The tile of the kernels between the feed-forward's matmuls, at `f` columns."""
     width = min(512, next_power_of_2(f))
     return Tile(min(32, 2048 // width), width, num_warps=4, num_stages=1)
 
 
 def gelu_programs(device: torch.device, n: int, f: int) -> int:
-    """How many programs share the rows of the feed-forward's backward pass, for each block of columns."""
+    """How many programs share the rows of GELU's backward pass, for each block of columns."""
     tile = gelu_tile(f)
-    at_once = _at_once(device, tile.num_warps, GELU_REGISTERS)
-    return min(-(-n // tile.block_m), max(1, at_once // -(-f // tile.block_n)))
+    concurrent = _concurrent_programs(device, tile.num_warps, GELU_REGISTERS)
+    return min(-(-n // tile.block_m), max(1, concurrent // -(-f // tile.block_n)))
 
 
 def gelu_gemm_tile(architecture: int, itemsize: int, m: int, n: int, k: int) -> Tile | None:
-    """The tile of the product with bias and GELU in its epilogue, where a GPU has shown it faster than two
-    steps: nowhere yet."""
+    """The tile of the matmul with bias + GELU in its epilogue, where a GPU has shown it to be faster.
+
+    None, which is every call so far: a matmul by torch, then a kernel for bias + GELU.
+    """
     return None

@@ -1,4 +1,8 @@
-"""The family's ops as torch.library sees them: forward and backward of causal attention, and decoding."""
+"""The torch.library ops of attention: causal attention, forward and backward, and decoding.
+
+They allocate the outputs and run the launches. Shapes: q, out (B, H, Tq, D); k, v (B, Hkv, Tk, D); lse2
+(B, H, Tq) float32, log2 of the softmax's denominators.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.attention.backward import launch_backward
-from kernels.attention.decode import launch_decode
-from kernels.attention.forward import launch_forward
+from kernels.attention.backward import attention_backward
+from kernels.attention.decode import attention_decode
+from kernels.attention.forward import attention_forward
 from kernels.philox import dropout_seed
 from kernels.torch_library import refuse, register
 from kernels.tuning import (
@@ -32,7 +36,7 @@ def causal_attention(
     seed: int | Tensor | None,
     deterministic: bool | None,
 ) -> Tensor:
-    """`kernels.causal_attention` for arguments that were checked."""
+    """`kernels.causal_attention`, after its arguments have been checked."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     seed = dropout_seed(dropout_p, seed, q.device)
     if deterministic is None:
@@ -51,25 +55,30 @@ def decode_attention(
     key_start: Tensor | None,
     scale: float | None,
 ) -> Tensor:
-    """`kernels.decode_attention` for arguments that were checked."""
+    """`kernels.decode_attention`, after its arguments have been checked."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     return torch.ops.fused_gpt.attention_decode(q, k_cache, v_cache, cache_len, key_start, scale)
 
 
 def _dense_like(x: Tensor) -> Tensor:
-    """Uninitialised, in x's order of dimensions, with a contiguous last one."""
+    """An uninitialised tensor with x's shape and order of dimensions, and a contiguous last dimension."""
     y = torch.empty_like(x)
     return y if y.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _tiles(q: Tensor, k: Tensor, seed: Tensor | None) -> AttentionTiles:
-    grouped = q.shape[1] != k.shape[1]
+    """The tuning table's row for a call."""
     return attention_tiles(
-        architecture(q.device), q.element_size(), q.shape[3], dropout=seed is not None, grouped=grouped
+        architecture(q.device),
+        q.element_size(),
+        q.shape[3],
+        dropout=seed is not None,
+        grouped=q.shape[1] != k.shape[1],
     )
 
 
 def _forward_outputs(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """out and lse2, uninitialised; also the fake of attention_forward."""
     return _dense_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -83,19 +92,32 @@ def _forward(
     dropout_p: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
+    """out and lse2. `deterministic` is an argument for backward's sake."""
     out, lse2 = _forward_outputs(q)
-    tile = _tiles(q, k, seed).forward
+    launch = attention_forward(
+        q=q,
+        k=k,
+        v=v,
+        key_start=key_start,
+        seed=seed,
+        out=out,
+        lse2=lse2,
+        scale=scale,
+        dropout_p=dropout_p,
+        tile=_tiles(q, k, seed).forward,
+    )
     with torch.cuda.device_of(q):
-        launch_forward(q, k, v, key_start, seed, out, lse2, scale, dropout_p, tile).run()
+        launch.run()
     return out, lse2
 
 
 def _backward_outputs(
     q: Tensor, k: Tensor, v: Tensor, need_dq: bool, need_dkdv: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    nothing = q.new_empty(0)
-    dk, dv = (_dense_like(k), _dense_like(v)) if need_dkdv else (nothing, nothing.clone())
-    return _dense_like(q) if need_dq else nothing.clone(), dk, dv
+    """dq, dk and dv, uninitialised; an empty tensor takes the place of a gradient that is not needed."""
+    empty = q.new_empty(0)  # an op may not return one tensor twice, hence the clones
+    dk, dv = (_dense_like(k), _dense_like(v)) if need_dkdv else (empty, empty.clone())
+    return _dense_like(q) if need_dq else empty.clone(), dk, dv
 
 
 def _backward(
@@ -113,16 +135,30 @@ def _backward(
     need_dq: bool,
     need_dkdv: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv for `grad`, the gradient of out, of any strides."""
     dq, dk, dv = _backward_outputs(q, k, v, need_dq, need_dkdv)
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
     tiles = _tiles(q, k, seed)
     if deterministic:
-        tiles = tiles._replace(five=None)
-    wanted = (dq if need_dq else None, dk if need_dkdv else None, dv if need_dkdv else None)
+        tiles = tiles._replace(atomic=None)
+
     with torch.cuda.device_of(q):
-        for launch in launch_backward(
-            grad, q, k, v, out, lse2, key_start, seed, *wanted, scale, dropout_p, tiles
+        for launch in attention_backward(
+            grad=grad,
+            q=q,
+            k=k,
+            v=v,
+            out=out,
+            lse2=lse2,
+            key_start=key_start,
+            seed=seed,
+            dq=dq if need_dq else None,
+            dk=dk if need_dkdv else None,
+            dv=dv if need_dkdv else None,
+            scale=scale,
+            dropout_p=dropout_p,
+            tiles=tiles,
         ):
             launch.run()
     return dq, dk, dv
@@ -131,71 +167,76 @@ def _backward(
 def _backward_fake(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The fake of attention_backward; the last two arguments are need_dq and need_dkdv."""
     return _backward_outputs(q, k, v, *args[-2:])
 
 
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keeps what backward needs of a call of attention_forward."""
+    q, k, v, key_start, seed, *ctx.options = inputs
+    out, lse2 = output
+    ctx.set_materialize_grads(False)  # no tensor of zeros for the gradient of lse2
+    ctx.mark_non_differentiable(lse2)
+    ctx.save_for_backward(q, k, v, out, lse2, key_start, seed)
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    """From the gradient of out to the gradients of attention_forward's eight arguments."""
+    need_q, need_k, need_v = ctx.needs_input_grad[:3]
+    dq, dk, dv = torch.ops.fused_gpt.attention_backward(
+        grad, *ctx.saved_tensors, *ctx.options, need_q, need_k or need_v
+    )
+    return dq if need_q else None, dk if need_k else None, dv if need_v else None, *(None,) * 5
+
+
 def _decode_output(q: Tensor, *args: Any) -> Tensor:
+    """out, uninitialised; also the fake of attention_decode."""
     return _dense_like(q)
 
 
 def _decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_len: Tensor, key_start: Tensor | None, scale: float
 ) -> Tensor:
-    out = _dense_like(q)
+    """out of attention_decode."""
+    out = _decode_output(q)
     tile = attention_decode_tile(architecture(q.device), q.element_size(), q.shape[3])
     splits = attention_decode_splits(q.device, q.shape[0] * k_cache.shape[1], k_cache.shape[2], tile.block_n)
+
     with torch.cuda.device_of(q):
-        for launch in launch_decode(q, k_cache, v_cache, cache_len, key_start, out, scale, splits, tile):
+        for launch in attention_decode(
+            q=q,
+            k=k_cache,
+            v=v_cache,
+            cache_len=cache_len,
+            key_start=key_start,
+            out=out,
+            scale=scale,
+            splits=splits,
+            tile=tile,
+        ):
             launch.run()
     return out
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, key_start, seed, *ctx.options = inputs
-    out, lse2 = output
-    ctx.set_materialize_grads(False)  # no zeros for lse2
-    ctx.mark_non_differentiable(lse2)
-    ctx.save_for_backward(q, k, v, out, lse2, key_start, seed)
-
-
-def _differentiate(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    need_q, need_k, need_v = ctx.needs_input_grad[:3]
-    dq, dk, dv = torch.ops.fused_gpt.attention_backward(
-        grad, *ctx.saved_tensors, *ctx.options, need_q, need_k or need_v
-    )
-    return (
-        dq if need_q else None,
-        dk if need_k else None,
-        dv if need_v else None,
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
-
-
 register(
-    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? key_start, Tensor? seed, float scale, float "
-    "dropout_p,"
-    " bool deterministic) -> (Tensor out, Tensor lse2)",
-    _forward,
-    _forward_outputs,
-    _differentiate,
-    _save,
+    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? key_start, Tensor? seed, float scale,"
+    " float dropout_p, bool deterministic) -> (Tensor out, Tensor lse2)",
+    kernel=_forward,
+    fake=_forward_outputs,
+    differentiate=_differentiate,
+    save=_save,
 )
 register(
-    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse2, Tensor? "
-    "key_start, Tensor? seed,"
-    " float scale, float dropout_p, bool deterministic, bool need_dq, bool need_dkdv) -> (Tensor dq, Tensor "
-    "dk, Tensor dv)",
-    _backward,
-    _backward_fake,
-    refuse("causal_attention"),
+    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse2,"
+    " Tensor? key_start, Tensor? seed, float scale, float dropout_p, bool deterministic, bool need_dq,"
+    " bool need_dkdv) -> (Tensor dq, Tensor dk, Tensor dv)",
+    kernel=_backward,
+    fake=_backward_fake,
+    differentiate=refuse("causal_attention"),
 )
 register(
-    "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_len, Tensor? key_start, float "
-    "scale) -> Tensor",
-    _decode,
-    _decode_output,
+    "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_len, Tensor? key_start,"
+    " float scale) -> Tensor",
+    kernel=_decode,
+    fake=_decode_output,
 )

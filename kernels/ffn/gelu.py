@@ -1,4 +1,4 @@
-"""Bias + GELU in one pass, and its derivative with the bias's gradient and GELU again in another."""
+"""What the feed-forward computes between its matmuls: bias + GELU, and the backward pass of both."""
 
 from __future__ import annotations
 
@@ -13,15 +13,23 @@ from kernels.tuning import gelu_tile
 
 @triton.jit
 def _bias_gelu_kernel(
-    h_ptr, bias_ptr, a_ptr, N, F,
-    TANH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    h_ptr,  # (N, F), contiguous
+    bias_ptr,  # (F,), contiguous, or None
+    a_ptr,  # out: (N, F), contiguous, gelu(h + bias); may be h
+    N,  # rows
+    F,  # columns
+    TANH: tl.constexpr,  # GELU by tanh, else by erf
+    BLOCK_M: tl.constexpr,  # rows per tile
+    BLOCK_N: tl.constexpr,  # columns per tile
+):
+    """One program computes one tile."""
     num_n = tl.cdiv(F, BLOCK_N)
     offs_m = (tl.program_id(0) // num_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = (offs_m < N)[:, None] & (offs_n < F)[None, :]
     offs = offs_m[:, None] * F + offs_n[None, :]
-    h = tl.load(h_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+
+    h = tl.load(h_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # (BLOCK_M, BLOCK_N)
     if bias_ptr is not None:
         h += tl.load(bias_ptr + offs_n, mask=offs_n < F, other=0.0).to(tl.float32)[None, :]
     tl.store(a_ptr + offs, gelu(h, TANH).to(a_ptr.dtype.element_ty), mask=mask)
@@ -29,31 +37,47 @@ def _bias_gelu_kernel(
 
 @triton.jit
 def _bias_gelu_bwd_kernel(
-    da_ptr, h_ptr, bias_ptr, dh_ptr, a_ptr, dbias_ptr, N, F,
-    TANH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    da_ptr,  # (N, F), contiguous, the gradient of a
+    h_ptr,  # (N, F), contiguous
+    bias_ptr,  # (F,), contiguous, or None
+    dh_ptr,  # out: (N, F), contiguous, da gelu'(h + bias); may be da
+    a_ptr,  # out: (N, F), contiguous, gelu(h + bias), or None
+    dbias_ptr,  # out: (programs, F) float32, contiguous, each program's partial sums of dh, or None
+    N,  # rows
+    F,  # columns
+    TANH: tl.constexpr,  # GELU by tanh, else by erf
+    BLOCK_M: tl.constexpr,  # rows per tile
+    BLOCK_N: tl.constexpr,  # columns per tile
+):
+    """The grid's axes are blocks of columns and programs; a program takes every programs-th block of rows."""
     pid_m = tl.program_id(1)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     bias = tl.zeros([BLOCK_N], tl.float32)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + offs_n, mask=offs_n < F, other=0.0).to(tl.float32)
-    dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+
+    dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # summed over this program's blocks of rows
     for block in tl.range(pid_m, tl.cdiv(N, BLOCK_M), tl.num_programs(1)):
         offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
         mask = (offs_m < N)[:, None] & (offs_n < F)[None, :]
         offs = offs_m[:, None] * F + offs_n[None, :]
+
         h = tl.load(h_ptr + offs, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
         dh = tl.load(da_ptr + offs, mask=mask, other=0.0).to(tl.float32) * gelu_derivative(h, TANH)
         dbias += dh
         tl.store(dh_ptr + offs, dh.to(dh_ptr.dtype.element_ty), mask=mask)
         if a_ptr is not None:
             tl.store(a_ptr + offs, gelu(h, TANH).to(a_ptr.dtype.element_ty), mask=mask)
+
     if dbias_ptr is not None:
         tl.store(dbias_ptr + pid_m.to(tl.int64) * F + offs_n, tl.sum(dbias, 0), mask=offs_n < F)
 
 
-def launch_forward(h: Tensor, bias: Tensor | None, a: Tensor, tanh: bool) -> Launch:
-    """a = gelu(h + bias) for contiguous h (N, F), which a may be."""
+def bias_gelu_forward(*, h: Tensor, bias: Tensor | None, a: Tensor, tanh: bool) -> Launch:
+    """The launch that fills a = gelu(h + bias).
+
+    h, a: (N, F), contiguous; they may be one tensor. bias: (F,), contiguous. tanh: GELU by tanh, else by erf.
+    """
     n, f = h.shape
     tile = gelu_tile(f)
     arguments = {
@@ -69,18 +93,22 @@ def launch_forward(h: Tensor, bias: Tensor | None, a: Tensor, tanh: bool) -> Lau
     return Launch(_bias_gelu_kernel, (cdiv(n, tile.block_m) * cdiv(f, tile.block_n),), arguments, tile)
 
 
-def launch_backward(
+def bias_gelu_backward(
+    *,
     da: Tensor,
     h: Tensor,
     bias: Tensor | None,
     dh: Tensor,
     a: Tensor | None,
-    dbias: Tensor | None,
+    partial_dbias: Tensor | None,
     tanh: bool,
     programs: int,
 ) -> Launch:
-    """dh = da gelu'(h + bias), which may be da, and a = gelu(h + bias), all (N, F); float32 partial sums of
-    dh (programs, F)."""
+    """The launch that fills dh = da gelu'(h + bias) and, unless they are None, a and partial_dbias.
+
+    da, h, dh, a: (N, F), contiguous; dh may be da; a = gelu(h + bias) is recomputed. bias: (F,), contiguous.
+    partial_dbias: (programs, F) float32, the sums of dh over each program's rows.
+    """
     n, f = h.shape
     tile = gelu_tile(f)
     arguments = {
@@ -89,7 +117,7 @@ def launch_backward(
         "bias_ptr": bias,
         "dh_ptr": dh,
         "a_ptr": a,
-        "dbias_ptr": dbias,
+        "dbias_ptr": partial_dbias,
         "N": n,
         "F": f,
         "TANH": tanh,

@@ -1,4 +1,7 @@
-"""x w_upᵀ with bias + GELU in the product's epilogue; see `tuning.gelu_gemm_tile` for where it runs."""
+"""The feed-forward's first matmul with bias + GELU in its epilogue.
+
+It runs where `tuning.gelu_gemm_tile` gives a tile.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,33 @@ from kernels.tuning import Tile
 
 @triton.jit
 def _gelu_gemm_kernel(
-    x_ptr, w_ptr, bias_ptr, h_ptr, a_ptr, stride_xm, stride_xk, stride_wn, stride_wk, M, N, K,
-    TANH: tl.constexpr, PRECISION: tl.constexpr, GROUP_M: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr,  # (M, K)
+    w_ptr,  # (N, K)
+    bias_ptr,  # (N,), contiguous, or None
+    h_ptr,  # out: (M, N), contiguous, x wᵀ
+    a_ptr,  # out: (M, N), contiguous, gelu(h + bias)
+    stride_xm, stride_xk,  # x: elements between rows, columns
+    stride_wn, stride_wk,  # w: elements between rows, columns
+    M,  # rows of x
+    N,  # rows of w
+    K,  # columns of both
+    TANH: tl.constexpr,  # GELU by tanh, else by erf
+    PRECISION: tl.constexpr,  # input_precision of tl.dot
+    GROUP_M: tl.constexpr,  # rows of tiles that run together
+    BLOCK_M: tl.constexpr,  # rows per tile of the output
+    BLOCK_N: tl.constexpr,  # columns per tile of the output
+    BLOCK_K: tl.constexpr,  # columns of x and w per step
 ):  # fmt: skip
+    """One program computes one tile of h and a."""
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
-    # Groups of GROUP_M rows of tiles keep their part of w in L2.
+    # Programs run through GROUP_M rows of tiles column by column, so that these rows of x and the column of w
+    # stay in L2.
     first = pid // (GROUP_M * num_n) * GROUP_M
     height = tl.minimum(num_m - first, GROUP_M)
     pid_m = first + pid % (GROUP_M * num_n) % height
     pid_n = pid % (GROUP_M * num_n) // height
+
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < N
@@ -42,17 +61,21 @@ def _gelu_gemm_kernel(
     offs = offs_m[:, None] * N + offs_n[None, :]
     mask = mask_m[:, None] & mask_n[None, :]
     tl.store(h_ptr + offs, h, mask=mask)
-    # GELU of the stored value, as backward will see it.
+
+    # GELU of the stored, rounded value, since backward reads that value.
     h = h.to(tl.float32)
     if bias_ptr is not None:
         h += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     tl.store(a_ptr + offs, gelu(h, TANH).to(a_ptr.dtype.element_ty), mask=mask)
 
 
-def launch_gelu_gemm(
-    x: Tensor, w: Tensor, bias: Tensor | None, h: Tensor, a: Tensor, tanh: bool, tile: Tile
+def gelu_gemm_forward(
+    *, x: Tensor, w: Tensor, bias: Tensor | None, h: Tensor, a: Tensor, tanh: bool, tile: Tile
 ) -> Launch:
-    """h = x wᵀ and a = gelu(h + bias), both contiguous (M, N), of x (M, K) and w (N, K) with any strides."""
+    """The launch that fills h = x wᵀ and a = gelu(h + bias).
+
+    x: (M, K) and w: (N, K), any strides. bias: (N,), contiguous. h, a: (M, N), contiguous.
+    """
     (m, k), n = x.shape, w.shape[0]
     arguments = {
         "x_ptr": x,

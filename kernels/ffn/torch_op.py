@@ -1,4 +1,8 @@
-"""The family's op as torch.library sees it: products by torch, what lies between them by Triton."""
+"""The torch.library ops of the feed-forward: torch computes the matmuls, Triton what comes between them.
+
+Shapes: x, y (..., C), as N rows in the kernels; w_up (I, C); w_down (C, I); h = x w_upᵀ (N, I), without the
+bias; a = gelu(h + b_up) (N, I).
+"""
 
 from __future__ import annotations
 
@@ -7,18 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.ffn.gelu import launch_backward, launch_forward
-from kernels.ffn.gemm import launch_gelu_gemm
+from kernels.ffn.gelu import bias_gelu_backward, bias_gelu_forward
+from kernels.ffn.gemm import gelu_gemm_forward
 from kernels.torch_library import refuse, register
 from kernels.tuning import architecture, gelu_gemm_tile, gelu_programs
 
+# dx, dw_up, db_up, dw_down, db_down
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def gelu_ffn(
     x: Tensor, w_up: Tensor, b_up: Tensor | None, w_down: Tensor, b_down: Tensor | None, approximate: str
 ) -> Tensor:
-    """`kernels.gelu_ffn` for arguments that were checked."""
+    """`kernels.gelu_ffn`, after its arguments have been checked."""
     tensors = x, w_up, b_up, w_down, b_down
     save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     y, _ = torch.ops.fused_gpt.gelu_ffn_forward(*tensors, approximate == "tanh", save)
@@ -26,6 +31,7 @@ def gelu_ffn(
 
 
 def _rows(x: Tensor) -> Tensor:
+    """x (..., C) as (N, C)."""
     return x.reshape(x.numel() // x.shape[-1], x.shape[-1])
 
 
@@ -38,19 +44,20 @@ def _forward(
     tanh: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
-    """y, and h = x w_upᵀ (N, I) for backward; without `save`, GELU overwrites h, and an empty tensor stands
-    for it."""
+    """y, and h for backward; without `save`, GELU overwrites h and an empty tensor takes its place."""
     rows, (i, c) = _rows(x), w_up.shape
     h = x.new_empty(rows.shape[0], i)
     a = torch.empty_like(h) if save else h
     b_up = None if b_up is None else b_up.contiguous()
     tile = gelu_gemm_tile(architecture(x.device), x.element_size(), rows.shape[0], i, c) if save else None
+
     with torch.cuda.device_of(x):
         if tile is not None:
-            launch_gelu_gemm(rows, w_up, b_up, h, a, tanh, tile).run()
+            gelu_gemm_forward(x=rows, w=w_up, bias=b_up, h=h, a=a, tanh=tanh, tile=tile).run()
         else:
             torch.mm(rows, w_up.t(), out=h)
-            launch_forward(h, b_up, a, tanh).run()
+            bias_gelu_forward(h=h, bias=b_up, a=a, tanh=tanh).run()
+
     y = x.new_empty(*x.shape[:-1], w_down.shape[0])
     if b_down is None:
         torch.mm(a, w_down.t(), out=_rows(y))
@@ -68,6 +75,7 @@ def _forward_fake(
     tanh: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
+    """The fake of gelu_ffn_forward."""
     h = x.new_empty(x.numel() // x.shape[-1], w_up.shape[0]) if save else x.new_empty(0)
     return x.new_empty(*x.shape[:-1], w_down.shape[0]), h
 
@@ -75,10 +83,10 @@ def _forward_fake(
 def _gradient_buffers(
     dy: Tensor, x: Tensor, h: Tensor, w_up: Tensor, w_down: Tensor, needs: tuple[bool, ...]
 ) -> Gradients:
-    """Gradients to fill; an empty tensor stands for each that is not needed."""
+    """The gradients, uninitialised; each that is not needed is an empty tensor."""
     shapes = x.shape, w_up.shape, w_up.shape[:1], w_down.shape, w_down.shape[:1]
     dx, dw_up, db_up, dw_down, db_down = (
-        x.new_empty(s if need else 0) for s, need in zip(shapes, needs, strict=True)
+        x.new_empty(shape if need else 0) for shape, need in zip(shapes, needs, strict=True)
     )
     return dx, dw_up, db_up, dw_down, db_down
 
@@ -93,21 +101,26 @@ def _backward(
     tanh: bool,
     *needs: bool,
 ) -> Gradients:
+    """The gradients for `dy`, the gradient of y. `needs` has a flag for each."""
     need_dx, need_dw_up, need_db_up, need_dw_down, need_db_down = needs
-    found = dx, dw_up, db_up, dw_down, db_down = _gradient_buffers(dy, x, h, w_up, w_down, needs)
+    gradients = dx, dw_up, db_up, dw_down, db_down = _gradient_buffers(dy, x, h, w_up, w_down, needs)
     rows, dy = _rows(x), _rows(dy)
     b_up = None if b_up is None else b_up.contiguous()
     a = torch.empty_like(h) if need_dw_down else None
+
     with torch.cuda.device_of(x):
         if need_dx or need_dw_up or need_db_up:
-            dh = torch.mm(dy, w_down, out=torch.empty_like(h))
+            dh = torch.mm(dy, w_down, out=torch.empty_like(h))  # da, which the kernel overwrites with dh
             programs = gelu_programs(h.device, *h.shape)
             partial = h.new_empty((programs, h.shape[1]), dtype=torch.float32) if need_db_up else None
-            launch_backward(dh, h, b_up, dh, a, partial, tanh, programs).run()
+            bias_gelu_backward(
+                da=dh, h=h, bias=b_up, dh=dh, a=a, partial_dbias=partial, tanh=tanh, programs=programs
+            ).run()
             if partial is not None:
                 db_up.copy_(partial.sum(0))
         elif a is not None:
-            launch_forward(h, b_up, a, tanh).run()
+            bias_gelu_forward(h=h, bias=b_up, a=a, tanh=tanh).run()
+
     if need_dx:
         torch.mm(dh, w_up, out=_rows(dx))
     if need_dw_up:
@@ -116,7 +129,7 @@ def _backward(
         torch.mm(dy.t(), a, out=dw_down)
     if need_db_down:
         torch.sum(dy, 0, out=db_down)
-    return found
+    return gradients
 
 
 def _backward_fake(
@@ -129,37 +142,39 @@ def _backward_fake(
     tanh: bool,
     *needs: bool,
 ) -> Gradients:
+    """The fake of gelu_ffn_backward."""
     return _gradient_buffers(dy, x, h, w_up, w_down, needs)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keeps what backward needs of a call of gelu_ffn_forward."""
     x, w_up, b_up, w_down, _, ctx.tanh, _ = inputs
-    ctx.set_materialize_grads(False)  # no zeros for h
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, output[1], w_up, b_up, w_down)
+    _, h = output
+    ctx.set_materialize_grads(False)  # no tensor of zeros for the gradient of h
+    ctx.mark_non_differentiable(h)
+    ctx.save_for_backward(x, h, w_up, b_up, w_down)
 
 
 def _differentiate(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    """From the gradient of y to the gradients of gelu_ffn_forward's seven arguments."""
     needs = ctx.needs_input_grad[:5]
-    found = torch.ops.fused_gpt.gelu_ffn_backward(dy, *ctx.saved_tensors, ctx.tanh, *needs)
-    return *(gradient if need else None for gradient, need in zip(found, needs, strict=True)), None, None
+    gradients = torch.ops.fused_gpt.gelu_ffn_backward(dy, *ctx.saved_tensors, ctx.tanh, *needs)
+    return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), None, None
 
 
 register(
-    "gelu_ffn_forward(Tensor x, Tensor w_up, Tensor? b_up, Tensor w_down, Tensor? b_down, bool tanh, bool "
-    "save)"
-    " -> (Tensor y, Tensor h)",
-    _forward,
-    _forward_fake,
-    _differentiate,
-    _save,
+    "gelu_ffn_forward(Tensor x, Tensor w_up, Tensor? b_up, Tensor w_down, Tensor? b_down, bool tanh,"
+    " bool save) -> (Tensor y, Tensor h)",
+    kernel=_forward,
+    fake=_forward_fake,
+    differentiate=_differentiate,
+    save=_save,
 )
 register(
-    "gelu_ffn_backward(Tensor dy, Tensor x, Tensor h, Tensor w_up, Tensor? b_up, Tensor w_down, bool tanh, "
-    "bool need_dx,"
-    " bool need_dw_up, bool need_db_up, bool need_dw_down, bool need_db_down)"
+    "gelu_ffn_backward(Tensor dy, Tensor x, Tensor h, Tensor w_up, Tensor? b_up, Tensor w_down, bool tanh,"
+    " bool need_dx, bool need_dw_up, bool need_db_up, bool need_dw_down, bool need_db_down)"
     " -> (Tensor dx, Tensor dw_up, Tensor db_up, Tensor dw_down, Tensor db_down)",
-    _backward,
-    _backward_fake,
-    refuse("gelu_ffn"),
+    kernel=_backward,
+    fake=_backward_fake,
+    differentiate=refuse("gelu_ffn"),
 )

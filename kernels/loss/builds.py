@@ -1,40 +1,47 @@
-"""What the family compiles ahead of time: each kernel at its tiles, for tensors that need not exist."""
+"""The ahead-of-time builds of the loss: each kernel at its tile, from tensors on the meta device."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
-from kernels.loss.softmax import launch_cross_entropy, launch_scale
+from kernels.loss.softmax import cross_entropy, scale_gradient
 from kernels.spec import FLOAT_DTYPES, SHORT_DTYPE, Build
 
 _ROWS = 4096
 
 
 def linear_cross_entropy_builds() -> Iterator[Build]:
-    """Losses alone and with gradients, plain and with every option, for a small and for GPT-2's
-    vocabulary."""
+    """Losses alone, with gradients, and with every option, for a small and for GPT-2's vocabulary."""
     for dtype in FLOAT_DTYPES:
         for v in (65, 50257):
             gated = dtype == torch.bfloat16 and v == 50257
-            logits = _empty(dtype, _ROWS, -(-v // 64) * 64)[:, :v]
-            targets, losses, bias = (
-                _empty(torch.int64, _ROWS),
-                _empty(torch.float32, _ROWS),
-                _empty(torch.float32, -(-v // 64) * 64),
-            )
             label = f"{SHORT_DTYPE[dtype]}-V{v}"
-            yield launch_cross_entropy(logits, targets, None, None, losses, -100, 0.0, 0.0, False).build(
-                f"{label}-loss"
-            )
-            yield launch_cross_entropy(logits, targets, None, None, losses, -100, 0.0, 0.0, True).build(
-                label, gated=gated
-            )
-            options = launch_cross_entropy(logits, targets, bias, losses, losses, -100, 0.1, 1e-4, True)
-            yield options.build(f"{label}-options", gated=gated)
-        yield launch_scale(
-            _empty(torch.float32, 50257, 768), _empty(torch.float32), _empty(dtype, 50257, 768)
+            width = -(-v // 64) * 64
+            losses = _empty(torch.float32, _ROWS)
+            arguments: dict[str, Any] = {
+                "logits": _empty(dtype, _ROWS, width)[:, :v],
+                "targets": _empty(torch.int64, _ROWS),
+                "bias": None,
+                "grad": None,
+                "losses": losses,
+                "ignore_index": -100,
+                "label_smoothing": 0.0,
+                "z_loss": 0.0,
+            }
+            yield cross_entropy(**arguments, gradient=False).build(f"{label}-loss")
+            yield cross_entropy(**arguments, gradient=True).build(label, gated=gated)
+
+            bias = _empty(torch.float32, width)
+            arguments |= {"bias": bias, "grad": losses, "label_smoothing": 0.1, "z_loss": 1e-4}
+            yield cross_entropy(**arguments, gradient=True).build(f"{label}-options", gated=gated)
+
+        yield scale_gradient(
+            gradient=_empty(torch.float32, 50257, 768),
+            scale=_empty(torch.float32),
+            out=_empty(dtype, 50257, 768),
         ).build(SHORT_DTYPE[dtype])
 
 

@@ -1,5 +1,4 @@
-"""Logits to losses and, in place, to their gradients; and the scaling of finished gradients by a number on
-the device."""
+"""From logits to losses and, in place, to the logits' gradients; and the scaling of finished gradients."""
 
 from __future__ import annotations
 
@@ -14,8 +13,12 @@ from kernels.tuning import Tile, loss_tile
 
 @triton.jit
 def _load_logits(logits_ptr, bias_ptr, offs_v, counted, V, width):
-    """Logits (BLOCK_M, BLOCK_V), -inf past V. The mask ends at the padded width: at an odd V it would split
-    every access."""
+    """Logits plus bias of the columns offs_v (BLOCK_V,): float32 (BLOCK_M, BLOCK_V), -inf past V.
+
+    logits_ptr: (BLOCK_M, 1), pointers to the rows. counted: (BLOCK_M,), the rows to load; others are -inf.
+    width: columns of the buffer, at least V.
+    """
+    # The mask ends at the padded width, not at V: a mask that ends at an odd V would split every access.
     mask = counted[:, None] & (offs_v < width)[None, :]
     logits = tl.load(logits_ptr + offs_v[None, :], mask=mask, other=float("-inf")).to(tl.float32)
     logits = tl.where((offs_v < V)[None, :], logits, float("-inf"))
@@ -26,36 +29,50 @@ def _load_logits(logits_ptr, bias_ptr, offs_v, counted, V, width):
 
 @triton.jit
 def _cross_entropy_kernel(
-    logits_ptr, targets_ptr, bias_ptr, grad_ptr, losses_ptr,
-    stride_ln, stride_gn, N, V, ignore_index, label_smoothing, z_loss,
-    HAS_SMOOTHING: tl.constexpr, HAS_GRADIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
+    logits_ptr,  # in, and out with HAS_GRADIENT: (N, V), the first columns of (N, stride_ln)
+    targets_ptr,  # (N,) int64, contiguous
+    bias_ptr,  # (stride_ln,) float32, contiguous, or None
+    grad_ptr,  # (N,) float32, the gradients of the losses; None: ones
+    losses_ptr,  # out: (N,) float32, contiguous
+    stride_ln,  # logits: elements between rows, the padded width
+    stride_gn,  # grad: elements between rows
+    N,  # rows
+    V,  # columns, the vocabulary
+    ignore_index,  # the target of rows with loss 0 and gradient 0
+    label_smoothing,  # share of the target that is spread evenly over the vocabulary
+    z_loss,  # weight of the squared log-normaliser
+    HAS_SMOOTHING: tl.constexpr,  # label_smoothing > 0
+    HAS_GRADIENT: tl.constexpr,  # the logits are overwritten with grad times their gradients
+    BLOCK_M: tl.constexpr,  # rows per program
+    BLOCK_V: tl.constexpr,  # columns per tile
+):
+    """One program reads BLOCK_M whole rows once for the losses, and once more for the gradients."""
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < N
     target = tl.load(targets_ptr + offs_m, mask=mask_m, other=ignore_index)
     counted = mask_m & (target != ignore_index)
     # A target outside [0, V) cannot raise here without a synchronisation: its loss is NaN.
     inside = counted & (target >= 0) & (target < V)
-    target_logit = tl.load(logits_ptr + offs_m * stride_ln + target, mask=inside, other=float("nan")).to(
-        tl.float32
-    )
+    target_ptrs = logits_ptr + offs_m * stride_ln + target
+    target_logit = tl.load(target_ptrs, mask=inside, other=float("nan")).to(tl.float32)  # (BLOCK_M,)
     if bias_ptr is not None:
         target_logit += tl.load(bias_ptr + target, mask=inside, other=0.0)
     logits_ptr += offs_m[:, None] * stride_ln
 
-    row_max = tl.full([BLOCK_M], -1e30, tl.float32)  # finite, so that a block of -inf gives no NaN
+    # Online softmax. The maximum starts at a finite value: -inf would give NaN for rows that are not counted.
+    row_max = tl.full([BLOCK_M], -1e30, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    row_total = tl.zeros([BLOCK_M], tl.float32)
+    row_total = tl.zeros([BLOCK_M], tl.float32)  # sum of the logits, for label smoothing
     for start in tl.range(0, V, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
-        logits = _load_logits(logits_ptr, bias_ptr, offs_v, counted, V, stride_ln)
+        logits = _load_logits(logits_ptr, bias_ptr, offs_v, counted, V, stride_ln)  # (BLOCK_M, BLOCK_V)
         new_max = tl.maximum(row_max, tl.max(logits, 1))
-        row_sum = row_sum * tl.exp2((row_max - new_max) * LOG2E) + tl.sum(
-            tl.exp2((logits - new_max[:, None]) * LOG2E), 1
-        )
+        row_sum = row_sum * tl.exp2((row_max - new_max) * LOG2E)
+        row_sum += tl.sum(tl.exp2((logits - new_max[:, None]) * LOG2E), 1)
         row_max = new_max
         if HAS_SMOOTHING:
             row_total += tl.sum(tl.where(counted[:, None] & (offs_v < V)[None, :], logits, 0.0), 1)
+
     row_sum = tl.where(counted, row_sum, 1.0)
     log_sum = tl.log(row_sum)
     lse = tl.where(counted, row_max + log_sum, 0.0)
@@ -70,20 +87,21 @@ def _cross_entropy_kernel(
         if grad_ptr is not None:
             grad *= tl.load(grad_ptr + offs_m * stride_gn, mask=counted, other=0.0)
         factor = grad * (1 + 2 * z_loss * lse) / row_sum
+
         for start in tl.range(0, V, BLOCK_V):
             offs_v = start + tl.arange(0, BLOCK_V)
             logits = _load_logits(logits_ptr, bias_ptr, offs_v, counted, V, stride_ln)
-            dlogits = tl.exp2((logits - row_max[:, None]) * LOG2E) * factor[:, None]
-            dlogits -= tl.where(
-                offs_v[None, :] == target[:, None], (grad * (1 - label_smoothing))[:, None], 0.0
-            )
+            dlogits = tl.exp2((logits - row_max[:, None]) * LOG2E) * factor[:, None]  # (BLOCK_M, BLOCK_V)
+            is_target = offs_v[None, :] == target[:, None]
+            dlogits -= tl.where(is_target, (grad * (1 - label_smoothing))[:, None], 0.0)
             if HAS_SMOOTHING:
                 dlogits -= (grad * (label_smoothing / V))[:, None]
             mask = mask_m[:, None] & (offs_v < stride_ln)[None, :]
             tl.store(logits_ptr + offs_v[None, :], dlogits.to(logits_ptr.dtype.element_ty), mask=mask)
 
 
-def launch_cross_entropy(
+def cross_entropy(
+    *,
     logits: Tensor,
     targets: Tensor,
     bias: Tensor | None,
@@ -94,11 +112,11 @@ def launch_cross_entropy(
     z_loss: float,
     gradient: bool,
 ) -> Launch:
-    """Losses (N,) of logits + bias; with `gradient`, the logits become grad (N,), or one, times their
-    gradients.
+    """The launch that fills `losses` and, with `gradient`, overwrites the logits with their gradients.
 
-    The logits are (N, V), the first columns of a contiguous buffer, whose others are overwritten; the float32
-    bias has an element for each column of the buffer.
+    logits: (N, V), the first columns of a contiguous buffer (N, width); the padding is overwritten too. bias:
+    (width,) float32, added to the logits. targets: (N,) int64. losses: (N,) float32. grad: (N,) float32, the
+    gradients of the losses; None stands for ones.
     """
     n, v = logits.shape
     tile = loss_tile(v)
@@ -124,15 +142,25 @@ def launch_cross_entropy(
 
 
 @triton.jit
-def _scale_kernel(in_ptr, scale_ptr, out_ptr, N, BLOCK_N: tl.constexpr):
+def _scale_kernel(
+    in_ptr,  # (N,)
+    scale_ptr,  # 0-d float32
+    out_ptr,  # out: (N,)
+    N,  # elements
+    BLOCK_N: tl.constexpr,  # elements per program
+):
+    """One program scales BLOCK_N elements."""
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     value = tl.load(in_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32) * tl.load(scale_ptr)
     tl.store(out_ptr + offs_n, value.to(out_ptr.dtype.element_ty), mask=offs_n < N)
 
 
-def launch_scale(x: Tensor, scale: Tensor, out: Tensor) -> Launch:
-    """out = x * scale, in float32 and rounded once, for contiguous tensors and a float32 scale () on their
-    device."""
+def scale_gradient(*, gradient: Tensor, scale: Tensor, out: Tensor) -> Launch:
+    """The launch that fills out = gradient * scale, computed in float32 and rounded once.
+
+    gradient, out: contiguous, of one shape. scale: 0-d float32 on their device.
+    """
     tile = Tile(1, 4096, num_warps=8, num_stages=1)
-    arguments = {"in_ptr": x, "scale_ptr": scale, "out_ptr": out, "N": x.numel(), "BLOCK_N": tile.block_n}
-    return Launch(_scale_kernel, (cdiv(x.numel(), tile.block_n),), arguments, tile)
+    n = gradient.numel()
+    arguments = {"in_ptr": gradient, "scale_ptr": scale, "out_ptr": out, "N": n, "BLOCK_N": tile.block_n}
+    return Launch(_scale_kernel, (cdiv(n, tile.block_n),), arguments, tile)

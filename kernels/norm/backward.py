@@ -1,5 +1,8 @@
-"""The backward pass: dx in one pass over the rows, dweight and dbias through partial sums of a fixed number
-of programs."""
+"""LayerNorm's backward pass.
+
+One kernel computes dx and dresidual; each of its programs, whose number is fixed, sums dweight and dbias over
+its own rows. A second kernel adds up these partial sums, always in the same order.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,39 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import Launch, cdiv
-from kernels.norm.forward import dropout_arguments, keep_tile, load_columns, tile_arguments
+from kernels.launch import Launch, cdiv, dropout_arguments
+from kernels.norm.forward import keep_tile, load_columns, tile_arguments
 from kernels.tuning import Tile, norm_tile
 
 
 @triton.jit
 def _layer_norm_bwd_kernel(
-    dy_ptr, dnew_ptr, h_ptr, weight_ptr, seed_ptr, stats_ptr, dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr,
-    stride_dyn, stride_dnn, stride_hn, N, threshold, keep_scale,
-    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
+    dy_ptr,  # (N, C), the gradient of y
+    dnew_ptr,  # (N, C), the gradient of new_residual, or None
+    h_ptr,  # (N, C), what forward normalised: new_residual, or x without a residual
+    weight_ptr,  # (C,), contiguous
+    seed_ptr,  # 0-d int64; None: without dropout
+    stats_ptr,  # (2, N) float32, contiguous, mean and 1 / standard deviation of each row
+    dx_ptr,  # out: (N, C), contiguous, or None
+    dresidual_ptr,  # out: (N, C), contiguous, or None
+    dweight_ptr,  # out: (programs, C) float32, contiguous, each program's partial sums, or None
+    dbias_ptr,  # out: the same for the bias, or None
+    stride_dyn,  # dy: elements between rows
+    stride_dnn,  # dnew: elements between rows
+    stride_hn,  # h: elements between rows
+    N,  # rows
+    threshold,  # uint32: an element is dropped where its random word is smaller
+    keep_scale,  # 1 / (1 - dropout_p)
+    C: tl.constexpr,  # columns
+    BLOCK_M: tl.constexpr,  # rows per block
+    BLOCK_C: tl.constexpr,  # columns per tile
+    TILES: tl.constexpr,  # tiles per row, cdiv(C, BLOCK_C)
+):
+    """A program takes every num_programs-th block of BLOCK_M whole rows."""
     pid = tl.program_id(0)
     offs_c = tl.arange(0, BLOCK_C)
-    dweight, dbias = (), ()  # this program's sums over its rows
+
+    dweight, dbias = (), ()  # TILES tiles (BLOCK_M, BLOCK_C): this program's sums over its blocks of rows
     for _ in tl.static_range(TILES):
         dweight += (tl.zeros([BLOCK_M, BLOCK_C], tl.float32),)
         dbias += (tl.zeros([BLOCK_M, BLOCK_C], tl.float32),)
@@ -30,18 +52,18 @@ def _layer_norm_bwd_kernel(
         mask_m = offs_m < N
         mean = tl.load(stats_ptr + offs_m, mask=mask_m, other=0.0)
         rstd = tl.load(stats_ptr + N + offs_m, mask=mask_m, other=0.0)
+
+        # With z = (h - mean) rstd and wdy = weight dy: dh = (wdy - mean(wdy) - z mean(wdy z)) rstd.
         normed, scaled, new_dweight, new_dbias = (), (), (), ()
         total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
         projection = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
         for i in tl.static_range(TILES):
             cols = i * BLOCK_C + offs_c
             mask = mask_m[:, None] & (cols < C)[None, :]
-            h = tl.load(h_ptr + offs_m[:, None] * stride_hn + cols[None, :], mask=mask, other=0.0).to(
-                tl.float32
-            )
-            dy = tl.load(dy_ptr + offs_m[:, None] * stride_dyn + cols[None, :], mask=mask, other=0.0).to(
-                tl.float32
-            )
+            h_ptrs = h_ptr + offs_m[:, None] * stride_hn + cols[None, :]
+            dy_ptrs = dy_ptr + offs_m[:, None] * stride_dyn + cols[None, :]
+            h = tl.load(h_ptrs, mask=mask, other=0.0).to(tl.float32)  # (BLOCK_M, BLOCK_C)
+            dy = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)  # (BLOCK_M, BLOCK_C)
             weight = load_columns(weight_ptr, offs_m, cols, mask)
             z = (h - mean[:, None]) * rstd[:, None]
             wdy = dy * weight
@@ -54,17 +76,16 @@ def _layer_norm_bwd_kernel(
         dweight, dbias = new_dweight, new_dbias
 
         if dx_ptr is not None or dresidual_ptr is not None:
-            total_row = (tl.sum(total, 1) / C)[:, None]
-            projection_row = (tl.sum(projection, 1) / C)[:, None]
+            mean_wdy = (tl.sum(total, 1) / C)[:, None]  # (BLOCK_M, 1)
+            mean_wdy_z = (tl.sum(projection, 1) / C)[:, None]  # (BLOCK_M, 1)
             for i in tl.static_range(TILES):
                 cols = i * BLOCK_C + offs_c
                 mask = mask_m[:, None] & (cols < C)[None, :]
                 out = offs_m[:, None] * C + cols[None, :]
-                dh = (scaled[i] - total_row - normed[i] * projection_row) * rstd[:, None]
+                dh = (scaled[i] - mean_wdy - normed[i] * mean_wdy_z) * rstd[:, None]
                 if dnew_ptr is not None:
-                    dh += tl.load(
-                        dnew_ptr + offs_m[:, None] * stride_dnn + cols[None, :], mask=mask, other=0.0
-                    ).to(tl.float32)
+                    dnew_ptrs = dnew_ptr + offs_m[:, None] * stride_dnn + cols[None, :]
+                    dh += tl.load(dnew_ptrs, mask=mask, other=0.0).to(tl.float32)
                 if dresidual_ptr is not None:
                     tl.store(dresidual_ptr + out, dh.to(dresidual_ptr.dtype.element_ty), mask=mask)
                 if dx_ptr is not None:
@@ -84,6 +105,7 @@ def _layer_norm_bwd_kernel(
 
 @triton.jit
 def _sum_rows(partial_ptr, out_ptr, cols, P, C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Sums the columns `cols` (BLOCK_C,) of a float32 matrix (P, C) over its rows, into a vector (C,)."""
     acc = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for start in tl.range(0, P, BLOCK_P):
         offs_p = start + tl.arange(0, BLOCK_P)
@@ -94,10 +116,16 @@ def _sum_rows(partial_ptr, out_ptr, cols, P, C: tl.constexpr, BLOCK_P: tl.conste
 
 @triton.jit
 def _layer_norm_bwd_sum_kernel(
-    partial_dweight_ptr, partial_dbias_ptr, dweight_ptr, dbias_ptr, P,
-    C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """dweight and dbias: the sums of P programs' rows, always in the same order."""
+    partial_dweight_ptr,  # (P, C) float32, contiguous, or None
+    partial_dbias_ptr,  # (P, C) float32, contiguous, or None
+    dweight_ptr,  # out: (C,), or None
+    dbias_ptr,  # out: (C,), or None
+    P,  # rows of the partial sums
+    C: tl.constexpr,  # columns
+    BLOCK_P: tl.constexpr,  # rows per tile
+    BLOCK_C: tl.constexpr,  # columns per program
+):
+    """dweight and dbias of BLOCK_C columns. The grid's second axis counts the gradients that are needed."""
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     if dweight_ptr is not None and tl.program_id(1) == 0:
         _sum_rows(partial_dweight_ptr, dweight_ptr, cols, P, C, BLOCK_P, BLOCK_C)
@@ -105,7 +133,8 @@ def _layer_norm_bwd_sum_kernel(
         _sum_rows(partial_dbias_ptr, dbias_ptr, cols, P, C, BLOCK_P, BLOCK_C)
 
 
-def launch_backward(
+def layer_norm_backward(
+    *,
     dy: Tensor,
     dnew_residual: Tensor | None,
     h: Tensor,
@@ -114,43 +143,50 @@ def launch_backward(
     stats: Tensor,
     dx: Tensor | None,
     dresidual: Tensor | None,
-    dweight: Tensor | None,
-    dbias: Tensor | None,
+    partial_dweight: Tensor | None,
+    partial_dbias: Tensor | None,
     dropout_p: float,
     programs: int,
 ) -> Launch:
-    """dx and dresidual (N, C), and each program's float32 partial sums of dweight and dbias (programs, C),
-    where h was normed."""
+    """The launch that fills dx, dresidual and the partial sums of dweight and dbias, each unless it is None.
+
+    dy, dnew_residual, h: (N, C) with a contiguous last dimension; h is what forward normalised. weight: (C,).
+    seed: 0-d int64, None without dropout. stats: (2, N) float32. dx, dresidual: (N, C), contiguous.
+    partial_dweight, partial_dbias: (programs, C) float32, for `layer_norm_backward_sum`.
+    """
     n, c = h.shape
     arguments = {
         "dy_ptr": dy,
         "dnew_ptr": dnew_residual,
         "h_ptr": h,
         "weight_ptr": weight,
-        "seed_ptr": seed,
         "stats_ptr": stats,
         "dx_ptr": dx,
         "dresidual_ptr": dresidual,
-        "dweight_ptr": dweight,
-        "dbias_ptr": dbias,
+        "dweight_ptr": partial_dweight,
+        "dbias_ptr": partial_dbias,
         "stride_dyn": dy.stride(0),
         "stride_dnn": 0 if dnew_residual is None else dnew_residual.stride(0),
         "stride_hn": h.stride(0),
         "N": n,
-        **dropout_arguments(dropout_p),
+        **dropout_arguments(seed, dropout_p),
         **tile_arguments(c),
     }
     return Launch(_layer_norm_bwd_kernel, (programs,), arguments, norm_tile(c))
 
 
-def launch_sum(
-    partial_dweight: Tensor | None, partial_dbias: Tensor | None, dweight: Tensor | None, dbias: Tensor | None
+def layer_norm_backward_sum(
+    *,
+    partial_dweight: Tensor | None,
+    partial_dbias: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
 ) -> Launch:
-    """dweight and dbias (C,) from the partial sums (P, C) of `launch_backward`."""
+    """The launch that fills dweight and dbias (C,) from the partial sums (P, C); at least one is not None."""
     partial = partial_dweight if partial_dweight is not None else partial_dbias
     assert partial is not None
     p, c = partial.shape
-    tile = Tile(512, 16, num_warps=8)  # a loop over the partial sums would wait for the memory each time
+    tile = Tile(512, 16, num_warps=8)  # tall: each further turn of the loop over P would stall on memory
     arguments = {
         "partial_dweight_ptr": partial_dweight,
         "partial_dbias_ptr": partial_dbias,
@@ -161,5 +197,5 @@ def launch_sum(
         "BLOCK_P": tile.block_m,
         "BLOCK_C": tile.block_n,
     }
-    sums = (dweight is not None) + (dbias is not None)
-    return Launch(_layer_norm_bwd_sum_kernel, (cdiv(c, tile.block_n), sums), arguments, tile)
+    gradients = (dweight is not None) + (dbias is not None)
+    return Launch(_layer_norm_bwd_sum_kernel, (cdiv(c, tile.block_n), gradients), arguments, tile)

@@ -1,39 +1,33 @@
-"""What the family compiles ahead of time: each kernel at its tiles, for tensors that need not exist."""
+"""The ahead-of-time builds of LayerNorm: each kernel at its tile, from tensors on the meta device."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
-from kernels.norm.backward import launch_backward, launch_sum
-from kernels.norm.dropout_kernel import launch_dropout
-from kernels.norm.forward import launch_forward
+from kernels.norm.backward import layer_norm_backward, layer_norm_backward_sum
+from kernels.norm.dropout_kernel import dropout_forward
+from kernels.norm.forward import layer_norm_forward
 from kernels.spec import FLOAT_DTYPES, SHORT_DTYPE, Build
 
 _ROWS, _PROGRAMS = 4096, 512
 
 
 def layer_norm_builds() -> Iterator[Build]:
-    """Forward, backward and the sum of its partial sums, from one narrow tile to rows of sixteen thousand."""
+    """Forward, backward and its second kernel, from rows of one tile to rows of 16,384 columns."""
     for dtype in FLOAT_DTYPES:
         for c in (64, 384, 768, 1024, 1600, 4096, 16384):
             gated = dtype == torch.bfloat16 and c in (768, 1600, 4096)
             label = f"{SHORT_DTYPE[dtype]}-C{c}"
-            x, weight, stats = (
-                _empty(dtype, _ROWS, c),
-                _empty(torch.float32, c),
-                _empty(torch.float32, 2, _ROWS),
-            )
-            partial = _empty(torch.float32, _PROGRAMS, c)
-            yield launch_forward(x, None, weight, weight, None, x, None, stats, 1e-5, 0.0).build(
-                label, gated=gated
-            )
-            backward = launch_backward(
-                x, None, x, weight, None, stats, x, None, partial, partial, 0.0, _PROGRAMS
-            )
-            yield backward.build(label, gated=gated)
-            yield launch_sum(partial, partial, weight, weight).build(label)
+            x = _empty(dtype, _ROWS, c)
+            yield from _forward_and_backward(x, None, x, 0.0, label, gated)
+
+            weight, partial = _empty(torch.float32, c), _empty(torch.float32, _PROGRAMS, c)
+            yield layer_norm_backward_sum(
+                partial_dweight=partial, partial_dbias=partial, dweight=weight, dbias=weight
+            ).build(label)
 
 
 def add_layer_norm_builds() -> Iterator[Build]:
@@ -42,37 +36,61 @@ def add_layer_norm_builds() -> Iterator[Build]:
     for dtype, residual_dtype in pairs:
         for c in (384, 768, 1600, 4096):
             for dropout_p in (0.0, 0.1):
-                yield from _add_layer_norm(dtype, residual_dtype, c, dropout_p)
+                gated = residual_dtype == torch.bfloat16 and c == 768
+                label = f"{SHORT_DTYPE[dtype]}+{SHORT_DTYPE[residual_dtype]}-C{c}"
+                x, residual = _empty(dtype, _ROWS, c), _empty(residual_dtype, _ROWS, c)
+                # Without dropout dx equals dresidual, and is computed only where the dtypes differ.
+                dx = x if dropout_p or dtype != residual_dtype else None
+                yield from _forward_and_backward(
+                    x, residual, dx, dropout_p, label + ("-dropout" if dropout_p else ""), gated
+                )
 
 
-def _add_layer_norm(
-    dtype: torch.dtype, residual_dtype: torch.dtype, c: int, dropout_p: float
+def _forward_and_backward(
+    x: Tensor, residual: Tensor | None, dx: Tensor | None, dropout_p: float, label: str, gated: bool
 ) -> Iterator[Build]:
-    gated = residual_dtype == torch.bfloat16 and c == 768
-    label = f"{SHORT_DTYPE[dtype]}+{SHORT_DTYPE[residual_dtype]}-C{c}" + ("-dropout" if dropout_p else "")
-    x, residual, weight = _empty(dtype, _ROWS, c), _empty(residual_dtype, _ROWS, c), _empty(torch.float32, c)
-    stats, partial = _empty(torch.float32, 2, _ROWS), _empty(torch.float32, _PROGRAMS, c)
+    """The two builds of one dtype and width; `residual` and `dx` as backward takes them."""
+    n, c = x.shape
+    weight, stats = _empty(torch.float32, c), _empty(torch.float32, 2, n)
+    partial = _empty(torch.float32, _PROGRAMS, c)
     seed = _empty(torch.int64) if dropout_p else None
-    yield launch_forward(x, residual, weight, weight, seed, x, residual, stats, 1e-5, dropout_p).build(
-        label, gated=gated
-    )
-    dx = x if dropout_p or dtype != residual_dtype else None
-    gradients = dx, residual, partial, partial
-    yield launch_backward(x, residual, residual, weight, seed, stats, *gradients, dropout_p, _PROGRAMS).build(
-        label, gated=gated
-    )
+    yield layer_norm_forward(
+        x=x,
+        residual=residual,
+        weight=weight,
+        bias=weight,
+        seed=seed,
+        y=x,
+        new_residual=residual,
+        stats=stats,
+        eps=1e-5,
+        dropout_p=dropout_p,
+    ).build(label, gated=gated)
+    yield layer_norm_backward(
+        dy=x,
+        dnew_residual=residual,
+        h=x if residual is None else residual,
+        weight=weight,
+        seed=seed,
+        stats=stats,
+        dx=dx,
+        dresidual=residual,
+        partial_dweight=partial,
+        partial_dbias=partial,
+        dropout_p=dropout_p,
+        programs=_PROGRAMS,
+    ).build(label, gated=gated)
 
 
 def dropout_builds() -> Iterator[Build]:
-    """Dropout alone, from one narrow tile to rows of four thousand."""
+    """Dropout alone, from rows of one tile to rows of 4,096 columns."""
     for dtype in FLOAT_DTYPES:
         for c in (64, 384, 768, 1600, 4096):
             x = _empty(dtype, _ROWS, c)
             gated = dtype == torch.bfloat16 and c == 768
-            yield launch_dropout(x, _empty(torch.int64), x, 0.1).build(
-                f"{SHORT_DTYPE[dtype]}-C{c}", gated=gated
-            )
+            launch = dropout_forward(x=x, seed=_empty(torch.int64), y=x, dropout_p=0.1)
+            yield launch.build(f"{SHORT_DTYPE[dtype]}-C{c}", gated=gated)
 
 
-def _empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+def _empty(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")

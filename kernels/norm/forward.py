@@ -1,4 +1,4 @@
-"""The forward pass: rows in registers, two-pass variance, with or without residual and dropout before it."""
+"""LayerNorm's forward pass: rows in registers, two-pass variance, with or without residual and dropout."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.device_functions import dropout_keep, dropout_keep_quads
-from kernels.launch import Launch, cdiv
-from kernels.philox import threshold
+from kernels.launch import Launch, cdiv, dropout_arguments
 from kernels.tuning import norm_tile
 
 
 @triton.jit
 def keep_tile(seed, offs_m, threshold, START: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The dropout mask (BLOCK_M, BLOCK_C) of rows `offs_m` and the columns from START."""
-    if C % 4 == 0:
+    """The dropout mask of the columns from START of an (N, C) matrix: bool (BLOCK_M, BLOCK_C).
+
+    offs_m: (BLOCK_M,) int64, rows. seed, threshold: scalars as in `dropout_keep`.
+    """
+    if C % 4 == 0:  # one counter covers four columns of one row
         counter = offs_m[:, None] * (C // 4) + START // 4 + tl.arange(0, BLOCK_C // 4)[None, :]
         keep = dropout_keep_quads(seed, counter, threshold)
     else:
@@ -27,61 +29,83 @@ def keep_tile(seed, offs_m, threshold, START: tl.constexpr, C: tl.constexpr, BLO
 
 @triton.jit
 def load_columns(ptr, offs_m, cols, mask):
-    """A vector's `cols` for each of the rows: each warp loads its own copy, for one to share goes through
-    shared memory."""
+    """The elements `cols` of a vector (C,), once per row: float32 (BLOCK_M, BLOCK_C).
+
+    offs_m: (BLOCK_M,). cols: (BLOCK_C,). mask: (BLOCK_M, BLOCK_C).
+    """
+    # Pointers that depend on the row make each warp load its own copy. A vector that the warps share would go
+    # through shared memory.
     return tl.load(ptr + tl.zeros_like(offs_m)[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _layer_norm_fwd_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, seed_ptr, y_ptr, new_residual_ptr, stats_ptr,
-    stride_xn, stride_rn, N, eps, threshold, keep_scale,
-    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
+    x_ptr,  # (N, C)
+    residual_ptr,  # (N, C); None: y = layer_norm(x)
+    weight_ptr,  # (C,), contiguous
+    bias_ptr,  # (C,), contiguous, or None
+    seed_ptr,  # 0-d int64; None: without dropout
+    y_ptr,  # out: (N, C), contiguous
+    new_residual_ptr,  # out: (N, C), contiguous, residual + dropout(x); None without a residual
+    stats_ptr,  # out: (2, N) float32, contiguous, mean and 1 / standard deviation of each row
+    stride_xn,  # x: elements between rows
+    stride_rn,  # residual: elements between rows
+    N,  # rows
+    eps,  # added to the variance
+    threshold,  # uint32: an element is dropped where its random word is smaller
+    keep_scale,  # 1 / (1 - dropout_p)
+    C: tl.constexpr,  # columns
+    BLOCK_M: tl.constexpr,  # rows per program
+    BLOCK_C: tl.constexpr,  # columns per tile
+    TILES: tl.constexpr,  # tiles per row, cdiv(C, BLOCK_C)
+):
+    """One program normalises BLOCK_M whole rows."""
     pid_m = tl.program_id(0).to(tl.int64)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < N
     offs_c = tl.arange(0, BLOCK_C)
 
-    rows = ()  # TILES tiles (BLOCK_M, BLOCK_C) make up whole rows
+    rows = ()  # TILES tiles (BLOCK_M, BLOCK_C) float32: the whole rows stay in registers
     total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for i in tl.static_range(TILES):
         cols = i * BLOCK_C + offs_c
         mask = mask_m[:, None] & (cols < C)[None, :]
-        h = tl.load(x_ptr + offs_m[:, None] * stride_xn + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + offs_m[:, None] * stride_xn + cols[None, :], mask=mask, other=0.0)
+        h = x.to(tl.float32)  # (BLOCK_M, BLOCK_C)
         if residual_ptr is not None:
             if seed_ptr is not None:
                 keep = keep_tile(tl.load(seed_ptr), offs_m, threshold, i * BLOCK_C, C, BLOCK_C)
                 h = tl.where(keep, h * keep_scale, 0.0)
-            residual = tl.load(
-                residual_ptr + offs_m[:, None] * stride_rn + cols[None, :], mask=mask, other=0.0
-            )
-            stored = (residual.to(tl.float32) + h).to(new_residual_ptr.dtype.element_ty)
+            residual_ptrs = residual_ptr + offs_m[:, None] * stride_rn + cols[None, :]
+            residual = tl.load(residual_ptrs, mask=mask, other=0.0).to(tl.float32)
+            stored = (residual + h).to(new_residual_ptr.dtype.element_ty)
             tl.store(new_residual_ptr + offs_m[:, None] * C + cols[None, :], stored, mask=mask)
-            h = stored.to(tl.float32)
+            h = stored.to(tl.float32)  # backward normalises the stored, rounded value too
         rows += (h,)
         total += h
-    mean = tl.sum(total, 1) / C
+    mean = tl.sum(total, 1) / C  # (BLOCK_M,)
 
     square = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     for i in tl.static_range(TILES):
+        # Columns past C hold 0, not the mean: without this they would add to the variance.
         centred = tl.where((i * BLOCK_C + offs_c < C)[None, :], rows[i] - mean[:, None], 0.0)
         square += centred * centred
-    rstd = tl.rsqrt(tl.sum(square, 1) / C + eps)
+    rstd = tl.rsqrt(tl.sum(square, 1) / C + eps)  # (BLOCK_M,)
     tl.store(stats_ptr + offs_m, mean, mask=mask_m)
     tl.store(stats_ptr + N + offs_m, rstd, mask=mask_m)
 
     for i in tl.static_range(TILES):
         cols = i * BLOCK_C + offs_c
-        y = (rows[i] - mean[:, None]) * rstd[:, None]
         mask = mask_m[:, None] & (cols < C)[None, :]
+        y = (rows[i] - mean[:, None]) * rstd[:, None]
         y *= load_columns(weight_ptr, offs_m, cols, mask)
         if bias_ptr is not None:
             y += load_columns(bias_ptr, offs_m, cols, mask)
         tl.store(y_ptr + offs_m[:, None] * C + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def launch_forward(
+def layer_norm_forward(
+    *,
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor,
@@ -93,8 +117,11 @@ def launch_forward(
     eps: float,
     dropout_p: float,
 ) -> Launch:
-    """y (N, C), new_residual (N, C) and stats (2, N), the rows' mean and 1 / std, of rows with a contiguous
-    last dimension."""
+    """The launch that fills `y`, `stats` and, with a residual, `new_residual`.
+
+    x, residual: (N, C) with a contiguous last dimension. weight, bias: (C,), contiguous. seed: 0-d int64,
+    None without dropout. y, new_residual: (N, C), contiguous. stats: (2, N) float32.
+    """
     n, c = x.shape
     tile = norm_tile(c)
     arguments = {
@@ -102,7 +129,6 @@ def launch_forward(
         "residual_ptr": residual,
         "weight_ptr": weight,
         "bias_ptr": bias,
-        "seed_ptr": seed,
         "y_ptr": y,
         "new_residual_ptr": new_residual,
         "stats_ptr": stats,
@@ -110,16 +136,13 @@ def launch_forward(
         "stride_rn": 0 if residual is None else residual.stride(0),
         "N": n,
         "eps": eps,
-        **dropout_arguments(dropout_p),
+        **dropout_arguments(seed, dropout_p),
         **tile_arguments(c),
     }
     return Launch(_layer_norm_fwd_kernel, (cdiv(n, tile.block_m),), arguments, tile)
 
 
-def dropout_arguments(dropout_p: float) -> dict[str, Any]:
-    return {"threshold": threshold(dropout_p), "keep_scale": 1 / (1 - dropout_p)}
-
-
 def tile_arguments(c: int) -> dict[str, Any]:
+    """The kernel arguments that follow from the number of columns."""
     tile = norm_tile(c)
     return {"C": c, "BLOCK_M": tile.block_m, "BLOCK_C": tile.block_n, "TILES": cdiv(c, tile.block_n)}

@@ -1,5 +1,8 @@
-"""The family's ops as torch.library sees them: one forward and one backward, which serve both public
-functions."""
+"""The torch.library ops of LayerNorm, with and without a residual, their common backward, and dropout.
+
+They allocate the outputs and run the launches. The kernels see x (..., C) as N rows; stats (2, N) float32
+holds the mean and 1 / standard deviation of each row.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.norm.backward import launch_backward, launch_sum
-from kernels.norm.dropout_kernel import launch_dropout
-from kernels.norm.forward import launch_forward
+from kernels.norm.backward import layer_norm_backward, layer_norm_backward_sum
+from kernels.norm.dropout_kernel import dropout_forward
+from kernels.norm.forward import layer_norm_forward
 from kernels.philox import dropout_seed
 from kernels.torch_library import refuse, register
 from kernels.tuning import norm_programs
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
-    """`kernels.layer_norm` in `dtype`, for arguments that were checked."""
+    """`kernels.layer_norm` with y in `dtype`, after its arguments have been checked."""
     y, _ = torch.ops.fused_gpt.layer_norm_forward(x, weight, bias, float(eps), dtype)
     return y
 
@@ -32,7 +35,7 @@ def add_layer_norm(
     seed: int | Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """`kernels.add_layer_norm` with y in `dtype`, for arguments that were checked."""
+    """`kernels.add_layer_norm` with y in `dtype`, after its arguments have been checked."""
     seed = dropout_seed(dropout_p, seed, x.device)
     y, new_residual, _ = torch.ops.fused_gpt.add_layer_norm_forward(
         x, residual, weight, bias, seed, float(eps), float(dropout_p), dtype
@@ -40,8 +43,13 @@ def add_layer_norm(
     return y, new_residual
 
 
+def dropout(x: Tensor, p: float, seed: int | Tensor | None) -> Tensor:
+    """`kernels.dropout` for p > 0, after its arguments have been checked."""
+    return torch.ops.fused_gpt.dropout(x, dropout_seed(p, seed, x.device), float(p))
+
+
 def _rows(x: Tensor) -> Tensor:
-    """(N, C) with a contiguous last dimension; a view where strides allow it."""
+    """x as (N, C) with a contiguous last dimension; a view where the strides allow it."""
     c = x.shape[-1]
     x = x.reshape(x.numel() // c, c)
     return x if x.stride(1) == 1 else x.contiguous()
@@ -50,6 +58,7 @@ def _rows(x: Tensor) -> Tensor:
 def _forward_outputs(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
+    """y and stats, uninitialised; also the fake of layer_norm_forward."""
     stats = x.new_empty((2, x.numel() // x.shape[-1]), dtype=torch.float32)
     return x.new_empty(x.shape, dtype=dtype), stats
 
@@ -57,14 +66,27 @@ def _forward_outputs(
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
+    """y and stats of layer_norm_forward."""
     y, stats = _forward_outputs(x, weight, bias, eps, dtype)
-    bias = None if bias is None else bias.contiguous()
+    launch = layer_norm_forward(
+        x=_rows(x),
+        residual=None,
+        weight=weight.contiguous(),
+        bias=None if bias is None else bias.contiguous(),
+        seed=None,
+        y=y,
+        new_residual=None,
+        stats=stats,
+        eps=eps,
+        dropout_p=0.0,
+    )
     with torch.cuda.device_of(x):
-        launch_forward(_rows(x), None, weight.contiguous(), bias, None, y, None, stats, eps, 0.0).run()
+        launch.run()
     return y, stats
 
 
 def _add_forward_outputs(x: Tensor, residual: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """y, new_residual and stats, uninitialised; also the fake of add_layer_norm_forward. dtype is last."""
     stats = x.new_empty((2, x.numel() // x.shape[-1]), dtype=torch.float32)
     return x.new_empty(x.shape, dtype=args[-1]), residual.new_empty(x.shape), stats
 
@@ -79,12 +101,22 @@ def _add_forward(
     dropout_p: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """y, new_residual and stats of add_layer_norm_forward."""
     y, new_residual, stats = _add_forward_outputs(x, residual, dtype)
-    bias = None if bias is None else bias.contiguous()
+    launch = layer_norm_forward(
+        x=_rows(x),
+        residual=_rows(residual),
+        weight=weight.contiguous(),
+        bias=None if bias is None else bias.contiguous(),
+        seed=seed,
+        y=y,
+        new_residual=new_residual,
+        stats=stats,
+        eps=eps,
+        dropout_p=dropout_p,
+    )
     with torch.cuda.device_of(x):
-        launch_forward(
-            _rows(x), _rows(residual), weight.contiguous(), bias, seed, y, new_residual, stats, eps, dropout_p
-        ).run()  # fmt: skip
+        launch.run()
     return y, new_residual, stats
 
 
@@ -96,16 +128,16 @@ def _backward_outputs(
     need_dweight: bool,
     dbias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to fill; an empty tensor stands for each that is not needed."""
+    """dx, dresidual, dweight and dbias, uninitialised; each that is not needed is an empty tensor."""
 
-    def like(shape: torch.Size, dtype: torch.dtype | None) -> Tensor:
+    def buffer(shape: torch.Size, dtype: torch.dtype | None) -> Tensor:
         return h.new_empty(0) if dtype is None else h.new_empty(shape, dtype=dtype)
 
     return (
-        like(h.shape, dx_dtype),
-        like(h.shape, dresidual_dtype),
-        like(weight.shape, weight.dtype if need_dweight else None),
-        like(weight.shape, dbias_dtype),
+        buffer(h.shape, dx_dtype),
+        buffer(h.shape, dresidual_dtype),
+        buffer(weight.shape, weight.dtype if need_dweight else None),
+        buffer(weight.shape, dbias_dtype),
     )
 
 
@@ -122,60 +154,83 @@ def _backward(
     need_dweight: bool,
     dbias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    found = _backward_outputs(h, weight, dx_dtype, dresidual_dtype, need_dweight, dbias_dtype)
+    """dx, dresidual, dweight and dbias; one without a dtype or need is an empty tensor.
+
+    h is what forward normalised: new_residual, or x without a residual.
+    """
+    outputs = _backward_outputs(h, weight, dx_dtype, dresidual_dtype, need_dweight, dbias_dtype)
     needed = (dx_dtype is not None, dresidual_dtype is not None, need_dweight, dbias_dtype is not None)
-    dx, dresidual, dweight, dbias = (grad if need else None for grad, need in zip(found, needed, strict=True))
+    dx, dresidual, dweight, dbias = (
+        output if need else None for output, need in zip(outputs, needed, strict=True)
+    )
     programs = norm_programs(h.device, stats.shape[1], h.shape[-1])
     partial_dweight, partial_dbias = (
-        None if grad is None else h.new_empty((programs, h.shape[-1]), dtype=torch.float32)
-        for grad in (dweight, dbias)
+        None if gradient is None else h.new_empty((programs, h.shape[-1]), dtype=torch.float32)
+        for gradient in (dweight, dbias)
     )
-    dnew_residual = None if dnew_residual is None else _rows(dnew_residual)
+
+    launch = layer_norm_backward(
+        dy=_rows(dy),
+        dnew_residual=None if dnew_residual is None else _rows(dnew_residual),
+        h=_rows(h),
+        weight=weight.contiguous(),
+        seed=seed,
+        stats=stats,
+        dx=dx,
+        dresidual=dresidual,
+        partial_dweight=partial_dweight,
+        partial_dbias=partial_dbias,
+        dropout_p=dropout_p,
+        programs=programs,
+    )
     with torch.cuda.device_of(h):
-        launch_backward(
-            _rows(dy), dnew_residual, _rows(h), weight.contiguous(), seed, stats, dx, dresidual,
-            partial_dweight, partial_dbias,
-            dropout_p, programs,
-        ).run()  # fmt: skip
+        launch.run()
         if dweight is not None or dbias is not None:
-            launch_sum(partial_dweight, partial_dbias, dweight, dbias).run()
-    return found
+            layer_norm_backward_sum(
+                partial_dweight=partial_dweight, partial_dbias=partial_dbias, dweight=dweight, dbias=dbias
+            ).run()
+    return outputs
 
 
 def _backward_fake(
     dy: Tensor, dnew_residual: Tensor | None, h: Tensor, weight: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fake of layer_norm_backward; the last four arguments are dtypes and needs."""
     return _backward_outputs(h, weight, *args[-4:])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keeps what backward needs of a call of layer_norm_forward."""
     x, weight, bias, _, _ = inputs
-    ctx.set_materialize_grads(False)  # no zeros for the statistics
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, weight, output[1])
+    _, stats = output
+    ctx.set_materialize_grads(False)  # no tensor of zeros for the gradient of stats
+    ctx.mark_non_differentiable(stats)
+    ctx.save_for_backward(x, weight, stats)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _differentiate(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    """From the gradient of y to the gradients of layer_norm_forward's five arguments."""
     x, weight, stats = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
     dx, _, dweight, dbias = torch.ops.fused_gpt.layer_norm_backward(
-        dy,
-        None,
-        x,
-        weight,
-        None,
-        stats,
-        0.0,
-        x.dtype if need_x else None,
-        None,
-        need_weight,
-        ctx.bias_dtype if need_bias else None,
+        dy=dy,
+        dnew_residual=None,
+        h=x,
+        weight=weight,
+        seed=None,
+        stats=stats,
+        dropout_p=0.0,
+        dx_dtype=x.dtype if need_x else None,
+        dresidual_dtype=None,
+        need_dweight=need_weight,
+        dbias_dtype=ctx.bias_dtype if need_bias else None,
     )
     return dx if need_x else None, dweight if need_weight else None, dbias if need_bias else None, None, None
 
 
 def _add_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Keeps what backward needs of a call of add_layer_norm_forward."""
     x, _, weight, bias, seed, _, ctx.dropout_p, _ = inputs
     _, new_residual, stats = output
     ctx.set_materialize_grads(False)
@@ -187,87 +242,86 @@ def _add_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, T
 def _add_differentiate(
     ctx: Any, dy: Tensor | None, dnew_residual: Tensor | None, _: None
 ) -> tuple[Tensor | None, ...]:
+    """From the gradients of y and new_residual to those of add_layer_norm_forward's eight arguments."""
     new_residual, weight, seed, stats = ctx.saved_tensors
     need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
     if dy is None:
         dy = torch.zeros_like(new_residual)
-    # Without dropout the two gradients are one, and one tensor serves for both where their dtypes agree.
+    # Without dropout dx equals dresidual: one tensor serves for both where their dtypes agree.
     shared = need_x and need_residual and seed is None and ctx.x_dtype == new_residual.dtype
     dx, dresidual, dweight, dbias = torch.ops.fused_gpt.layer_norm_backward(
-        dy,
-        dnew_residual,
-        new_residual,
-        weight,
-        seed,
-        stats,
-        ctx.dropout_p,
-        ctx.x_dtype if need_x and not shared else None,
-        new_residual.dtype if need_residual else None,
-        need_weight,
-        ctx.bias_dtype if need_bias else None,
+        dy=dy,
+        dnew_residual=dnew_residual,
+        h=new_residual,
+        weight=weight,
+        seed=seed,
+        stats=stats,
+        dropout_p=ctx.dropout_p,
+        dx_dtype=ctx.x_dtype if need_x and not shared else None,
+        dresidual_dtype=new_residual.dtype if need_residual else None,
+        need_dweight=need_weight,
+        dbias_dtype=ctx.bias_dtype if need_bias else None,
     )
     if shared:
         dx = dresidual
-    needed = zip(
-        (dx, dresidual, dweight, dbias), (need_x, need_residual, need_weight, need_bias), strict=True
-    )
-    return *(grad if need else None for grad, need in needed), None, None, None, None
-
-
-register(
-    "layer_norm_forward(Tensor x, Tensor weight, Tensor? bias, float eps, ScalarType dtype) -> (Tensor y, "
-    "Tensor stats)",
-    _forward,
-    _forward_outputs,
-    _differentiate,
-    _save,
-)
-register(
-    "add_layer_norm_forward(Tensor x, Tensor residual, Tensor weight, Tensor? bias, Tensor? seed, float "
-    "eps, float dropout_p,"
-    " ScalarType dtype) -> (Tensor y, Tensor new_residual, Tensor stats)",
-    _add_forward,
-    _add_forward_outputs,
-    _add_differentiate,
-    _add_save,
-)
-register(
-    "layer_norm_backward(Tensor dy, Tensor? dnew_residual, Tensor h, Tensor weight, Tensor? seed, Tensor "
-    "stats, float dropout_p,"
-    " ScalarType? dx_dtype, ScalarType? dresidual_dtype, bool need_dweight, ScalarType? dbias_dtype)"
-    " -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
-    _backward,
-    _backward_fake,
-    refuse("layer_norm"),
-)
-
-
-def dropout(x: Tensor, p: float, seed: int | Tensor | None) -> Tensor:
-    """`kernels.dropout` for p > 0 and arguments that were checked."""
-    return torch.ops.fused_gpt.dropout(x, dropout_seed(p, seed, x.device), float(p))
+    gradients = zip((dx, dresidual, dweight, dbias), ctx.needs_input_grad[:4], strict=True)
+    return *(gradient if need else None for gradient, need in gradients), None, None, None, None
 
 
 def _dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    y = x.new_empty(x.shape)
+    """y of dropout, contiguous."""
+    y = _dropout_fake(x, seed, p)
+    launch = dropout_forward(x=_rows(x), seed=seed, y=y, dropout_p=p)
     with torch.cuda.device_of(x):
-        launch_dropout(_rows(x), seed, y, p).run()
+        launch.run()
     return y
 
 
+def _dropout_fake(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """y, uninitialised; also the fake of dropout."""
+    return x.new_empty(x.shape)
+
+
 def _dropout_save(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+    """Keeps the seed, from which backward recomputes the mask."""
     _, seed, ctx.p = inputs
     ctx.save_for_backward(seed)
 
 
 def _dropout_differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+    """From the gradient of y to the gradient of x: dropout of dy with the same mask."""
     (seed,) = ctx.saved_tensors
     return torch.ops.fused_gpt.dropout(dy, seed, ctx.p), None, None
 
 
 register(
+    "layer_norm_forward(Tensor x, Tensor weight, Tensor? bias, float eps, ScalarType dtype)"
+    " -> (Tensor y, Tensor stats)",
+    kernel=_forward,
+    fake=_forward_outputs,
+    differentiate=_differentiate,
+    save=_save,
+)
+register(
+    "add_layer_norm_forward(Tensor x, Tensor residual, Tensor weight, Tensor? bias, Tensor? seed, float eps,"
+    " float dropout_p, ScalarType dtype) -> (Tensor y, Tensor new_residual, Tensor stats)",
+    kernel=_add_forward,
+    fake=_add_forward_outputs,
+    differentiate=_add_differentiate,
+    save=_add_save,
+)
+register(
+    "layer_norm_backward(Tensor dy, Tensor? dnew_residual, Tensor h, Tensor weight, Tensor? seed,"
+    " Tensor stats, float dropout_p, ScalarType? dx_dtype, ScalarType? dresidual_dtype, bool need_dweight,"
+    " ScalarType? dbias_dtype) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
+    kernel=_backward,
+    fake=_backward_fake,
+    differentiate=refuse("layer_norm"),
+)
+register(
     "dropout(Tensor x, Tensor seed, float p) -> Tensor",
-    _dropout,
-    lambda x, seed, p: x.new_empty(x.shape),
-    _dropout_differentiate,
-    _dropout_save,
+    kernel=_dropout,
+    fake=_dropout_fake,
+    differentiate=_dropout_differentiate,
+    save=_dropout_save,
 )

@@ -1,4 +1,4 @@
-"""Kernels compiled ahead of time for GPUs that are not here, in a process without the interpreter."""
+"""Kernels compiled ahead of time, without a GPU, in a process without the interpreter."""
 
 from __future__ import annotations
 
@@ -22,20 +22,18 @@ FAMILIES = sorted({spec.family for spec in SPECS.values()})
 
 
 def report(folder: Path, *arguments: str) -> list[dict[str, Any]]:
-    """The rows of `python -m bench.aot`, which must find nothing broken."""
+    """The rows of `python -m bench.aot`, which must exit with 0: no build is broken."""
     path = folder / "report.json"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "bench.aot", *arguments, "--json", str(path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, (
-        "\n".join(line for line in done.stdout.splitlines() if "BROKEN" in line) + done.stderr
-    )
+    broken = "\n".join(line for line in done.stdout.splitlines() if "BROKEN" in line)
+    assert done.returncode == 0, broken + done.stderr
     return json.loads(path.read_text(encoding="utf-8"))["builds"]
 
 
 def test_attention_in_bfloat16(tmp_path: Path) -> None:
-    """A kernel of attention at D = 64 that spills, takes too much shared memory, or has no warp-group product
-    on sm_90."""
+    """A kernel of attention at D = 64 spills, exceeds shared memory, or has no warp-group MMA on sm_90."""
     rows = report(tmp_path, "--op", "attention", "--arch", "80", "90", "--gated", "--match", "bf16-D64")
     assert {row["kernel"] for row in rows} >= {
         f"_attention_{name}_kernel" for name in ("fwd", "bwd_dq", "bwd_dkdv")
@@ -46,8 +44,7 @@ def test_attention_in_bfloat16(tmp_path: Path) -> None:
 
 
 def test_persistent_programs_run_at_once(tmp_path: Path) -> None:
-    """More programs than the registers of their threads leave family for: the last ones begin when all others
-    have ended."""
+    """More programs than the register file holds at once: the last ones start after the others have ended."""
     rows = report(tmp_path, "--op", "norm", "ffn", "--arch", "90", "--gated", "--match", "_bwd_kernel bf16")
     limits = {"gelu_ffn": lambda columns: GELU_REGISTERS}
     for row in rows:
@@ -60,5 +57,5 @@ def test_persistent_programs_run_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_kernel_fits(family: str, architecture: int, tmp_path: Path) -> None:
-    """A tile that does not compile, or that an architecture's shared memory does not hold."""
+    """A tile that does not compile, or that exceeds an architecture's shared memory."""
     assert report(tmp_path, "--op", family, "--arch", str(architecture))

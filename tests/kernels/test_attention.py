@@ -1,5 +1,8 @@
-"""Attention in Triton beyond the registry's cases: gradients, strides, seeds, skipped tiles,
-torch.library."""
+"""Attention in Triton beyond the registry's cases.
+
+In this order: gradients and strides, dropout, skipped tiles, backward's two forms, torch.library and
+autocast, decoding, the reference on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from kernels.registry import SPECS
 from kernels.spec import Case, randn
 from kernels.tuning import AttentionTiles, Tile
 from kernels.verify import Oracle, run_case
+from tests.kernels.attention_suite import assert_all_ok, assert_same_gradients
 
 pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.interpreter
@@ -46,20 +50,17 @@ def inputs_of(chosen: Case, dtype: torch.dtype = torch.float32) -> dict[str, Any
     return CAUSAL.make_inputs(chosen, dtype, CPU, torch.Generator().manual_seed(0))
 
 
-def assert_right(
+def assert_agrees(
     inputs: dict[str, Any], dtype: torch.dtype = torch.float32, gradients: tuple[str, ...] = ("q", "k", "v")
 ) -> None:
     results = run_case(CAUSAL.function, inputs, gradients)
-    wrong = [
-        str(verdict) for verdict in Oracle(CAUSAL, inputs, dtype, gradients).judge(results) if not verdict.ok
-    ]
-    assert not wrong, wrong
+    assert_all_ok(Oracle(CAUSAL, inputs, dtype, gradients).judge(results))
 
 
 @pytest.mark.parametrize("gradients", [("q",), ("k",), ("v",), ("q", "v"), ("k", "v")], ids="".join)
 def test_any_subset_of_gradients(gradients: tuple[str, ...]) -> None:
-    """A backward that needs all three gradients asked for, or leaves one out."""
-    assert_right(inputs_of(case(key_start="documents")), gradients=gradients)
+    """A backward that works only where all three gradients are needed, or that leaves one out."""
+    assert_agrees(inputs_of(case(key_start="documents")), gradients=gradients)
 
 
 GRADIENTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -67,27 +68,20 @@ GRADIENTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "one head expanded": lambda out: torch.randn(1, 1, *out.shape[2:]).expand(out.shape),
     "one row expanded": lambda out: torch.randn(*out.shape[:2], 1, out.shape[3]).expand(out.shape),
     "transposed": lambda out: torch.randn(*out.shape[:2], out.shape[3], out.shape[2]).mT,
-    "heads inside": lambda out: torch.randn(out.shape[0], out.shape[2], out.shape[1], out.shape[3]).transpose(
-        1, 2
-    ),
+    "heads inside": lambda out: torch.randn(out.transpose(1, 2).shape).transpose(1, 2),
     "every other column": lambda out: torch.randn(*out.shape[:3], 2 * out.shape[3])[..., ::2],
 }
 
 
 @pytest.mark.parametrize("kind", GRADIENTS)
 def test_strides_of_the_output_gradient(kind: str) -> None:
-    """A backward that takes grad_output to be laid out as the output."""
+    """A backward that assumes the output's strides for the output's gradient."""
     inputs = inputs_of(case(b=2, h=3))
-    q, k, v = (inputs[name].requires_grad_() for name in "qkv")
-    grad = GRADIENTS[kind](q)
-    found = torch.autograd.grad(kernels.causal_attention(q, k, v), (q, k, v), grad)
-    plain = torch.autograd.grad(kernels.reference.causal_attention(q, k, v), (q, k, v), grad)
-    for mine, theirs in zip(found, plain, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    assert_same_gradients([inputs[name] for name in "qkv"], GRADIENTS[kind](inputs["q"]))
 
 
-def test_rowsums_of_the_output_gradient_keep_float32() -> None:
-    """rowsum(dO * O) from products in float16, which overflow here although no gradient does."""
+def test_rowsums_of_the_output_gradient_are_float32() -> None:
+    """dO * O computed in float16, where it overflows although no gradient does."""
     q, k, v = (0.01 * torch.randn(3, 1, 1, 20, 16)).half()
     leaves = [x.requires_grad_() for x in (q, k, v.detach() + 300)]
     out = kernels.causal_attention(*leaves)
@@ -105,19 +99,19 @@ VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @pytest.mark.parametrize("kind", VIEWS)
 def test_strides_of_the_inputs(kind: str) -> None:
-    """A kernel that takes q, k or v to be contiguous."""
+    """A kernel that assumes a contiguous q, k or v."""
     inputs = inputs_of(case(b=2, h=2))
     for name in "qkv":
-        assert_right(inputs | {name: VIEWS[kind](inputs[name])})
+        assert_agrees(inputs | {name: VIEWS[kind](inputs[name])})
 
 
 def test_no_output_is_left_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel that leaves part of an output as it was allocated: here all memory is allocated as NaN."""
+    """A kernel that leaves part of an output uninitialised; here all memory is allocated as NaN."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
     try:
         for chosen in (case(tq=33, tk=70, d=24, hkv=1), case(key_start="empty"), case(tq=1, d=8)):
-            assert_right(inputs_of(chosen))
+            assert_agrees(inputs_of(chosen))
         inputs = DECODE.make_inputs(DECODE.cases[0], torch.float32, CPU, torch.Generator().manual_seed(0))
         assert torch.isfinite(kernels.decode_attention(**inputs)).all()
     finally:
@@ -126,19 +120,16 @@ def test_no_output_is_left_unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("shape", [(0, 2, 5, 16), (2, 2, 0, 16)], ids=str)
 def test_empty_tensors(shape: tuple[int, ...]) -> None:
-    """A launch with an empty grid, or keys that no query sees left without a gradient."""
+    """A launch with an empty grid that fails, or keys without queries whose gradient stays uninitialised."""
     q, k, v = torch.randn(shape), *torch.randn(2, shape[0], shape[1], 7, shape[3])
     results = run_case(kernels.causal_attention, {"q": q, "k": k, "v": v}, ("q", "k", "v"))
     assert all(value is not None and not value.count_nonzero() for value in results.values())
     assert results["out"].shape == q.shape
 
 
-# Dropout ----------------------------------------------------------------------------------------------------
-
-
 def test_one_mask_in_forward_and_backward() -> None:
-    """A backward that draws another dropout mask than its forward; with v the identity, the output is the
-    dropped softmax."""
+    """A backward with another dropout mask than its forward."""
+    # With v the identity, the output is the softmax after dropout.
     q, k = torch.randn(2, 1, 2, 16, 16)
     v = torch.eye(16).expand(1, 2, 16, 16).clone().requires_grad_()
     dropped = kernels.causal_attention(q, k, v, dropout_p=0.5)
@@ -148,8 +139,8 @@ def test_one_mask_in_forward_and_backward() -> None:
     torch.testing.assert_close(dv, dropped.detach().mT @ grad)
 
 
-def test_a_seed_is_drawn_from_torchs_generator() -> None:
-    """A mask that ignores torch.manual_seed, or that is the same at every call."""
+def test_a_seed_of_none_follows_torchs_generator() -> None:
+    """A mask that ignores torch.manual_seed, or that is the same in every call."""
     inputs = inputs_of(case()) | {"dropout_p": 0.3}
     torch.manual_seed(5)
     first, second = (kernels.causal_attention(**inputs) for _ in range(2))
@@ -160,7 +151,7 @@ def test_a_seed_is_drawn_from_torchs_generator() -> None:
 
 @pytest.mark.parametrize("seed", [0, -1, 2**63 - 1])
 def test_int_and_tensor_seeds_agree(seed: int) -> None:
-    """A seed that loses its high word on the way, or that is read on the host."""
+    """An int seed that loses its sign or its high 32 bits."""
     inputs = inputs_of(case(tk=39)) | {"dropout_p": 0.3}
     assert torch.equal(
         kernels.causal_attention(**inputs, seed=seed),
@@ -168,30 +159,24 @@ def test_int_and_tensor_seeds_agree(seed: int) -> None:
     )
 
 
-def test_without_dropout_no_random_number_is_drawn() -> None:
-    """A call without dropout that moves torch's generator."""
+def test_without_dropout_the_generator_is_unchanged() -> None:
+    """A call without dropout that draws from torch's generator."""
     before = torch.get_rng_state()
     kernels.causal_attention(**inputs_of(case()))
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# What key_start skips ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
 def test_tiles_outside_are_not_read() -> None:
-    """Documents that cost as much as one long text: what a tile must not touch is NaN here, in both
-    directions."""
+    """Tiles outside a document that are read, so that documents cost as much as one long text."""
+    # What a tile must not read is NaN: first keys and values in forward and dQ, then gradients in dK and dV.
     q, k, v = torch.randn(3, 1, 2, 128, 16)
     start = torch.where(torch.arange(128) < 64, 0, 64).to(torch.int32)[None]
-    expected = run_case(
-        kernels.causal_attention, {"q": q, "k": k, "v": v, "key_start": start}, ("q", "k", "v")
-    )
+    inputs = {"q": q, "k": k, "v": v, "key_start": start}
+    expected = run_case(kernels.causal_attention, inputs, ("q", "k", "v"))
     poisoned_k, poisoned_v = k.clone(), v.clone()
     poisoned_k[:, :, :64], poisoned_v[:, :, :64] = float("nan"), float("nan")
-    results = run_case(
-        kernels.causal_attention, {"q": q, "k": poisoned_k, "v": poisoned_v, "key_start": start}, ("q",)
-    )
+    results = run_case(kernels.causal_attention, inputs | {"k": poisoned_k, "v": poisoned_v}, ("q",))
     for name in ("out", "dq"):
         assert torch.equal(results[name][:, :, 64:], expected[name][:, :, 64:])
 
@@ -200,48 +185,46 @@ def test_tiles_outside_are_not_read() -> None:
     clean = torch.autograd.grad(kernels.causal_attention(*leaves, key_start=start), leaves, grad)
     grad[:, :, 64:] = float("nan")
     poisoned = torch.autograd.grad(kernels.causal_attention(*leaves, key_start=start), leaves, grad)
-    for mine, theirs in zip(poisoned, clean, strict=True):
-        assert torch.equal(mine[:, :, :64], theirs[:, :, :64])
+    for actual, unpoisoned in zip(poisoned, clean, strict=True):
+        assert torch.equal(actual[:, :, :64], unpoisoned[:, :, :64])
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 37)], ids=str)
 @pytest.mark.parametrize("extreme", [-(2**31), 2**31 - 1])
 def test_extreme_key_starts(shape: tuple[int, ...], extreme: int) -> None:
-    """A key_start that overflows when it is rounded to tiles."""
+    """A key_start that overflows when it is rounded to a multiple of the tile."""
     inputs = inputs_of(case(b=2))
     start = torch.zeros(shape, dtype=torch.int32)
     start[..., -1] = extreme
-    assert_right(inputs | {"key_start": start})
+    assert_agrees(inputs | {"key_start": start})
 
 
 def test_any_order_of_key_starts() -> None:
-    """Tiles skipped as if key_start grew with the position."""
+    """Tiles that are skipped as if key_start never decreased with the position."""
     start = torch.randint(-5, 150, (2, 130), generator=torch.Generator().manual_seed(3)).to(torch.int32)
-    assert_right(inputs_of(case(b=2, h=1, tq=130)) | {"key_start": start})
-    assert_right(inputs_of(case(b=2, h=1, tq=130)) | {"key_start": start.sort(descending=True).values})
-    assert_right(inputs_of(case(b=2, h=1, tq=130)) | {"key_start": start.T.contiguous().T})
+    assert_agrees(inputs_of(case(b=2, h=1, tq=130)) | {"key_start": start})
+    assert_agrees(inputs_of(case(b=2, h=1, tq=130)) | {"key_start": start.sort(descending=True).values})
+    assert_agrees(inputs_of(case(b=2, h=1, tq=130)) | {"key_start": start.T.contiguous().T})
 
 
-# Backward's two forms ---------------------------------------------------------------------------------------
-
-FIVE = AttentionTiles(Tile(32, 16), Tile(32, 16), Tile(16, 32), Tile(32, 16), five=Tile(32, 16))
+ATOMIC_TILES = AttentionTiles(Tile(32, 16), Tile(32, 16), Tile(16, 32), Tile(32, 16), atomic=Tile(32, 16))
 
 
 @pytest.fixture
-def five_products(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The tuning table chooses the five-product form; gives the names of the backward kernels launched."""
+def atomic_form(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Makes the tuning table choose backward's atomic form; lists the backward kernels that are launched."""
     from kernels.attention import torch_op
 
     launched: list[str] = []
+    attention_backward = torch_op.attention_backward
 
-    def recorded(*args: Any) -> Any:
-        launches = plan(*args)
+    def recorded(**arguments: Any) -> Any:
+        launches = attention_backward(**arguments)
         launched.extend(launch.kernel.__name__ for launch in launches)
         return launches
 
-    plan = torch_op.launch_backward
-    monkeypatch.setattr(torch_op, "attention_tiles", lambda *args, **options: FIVE)
-    monkeypatch.setattr(torch_op, "launch_backward", recorded)
+    monkeypatch.setattr(torch_op, "attention_tiles", lambda *args, **options: ATOMIC_TILES)
+    monkeypatch.setattr(torch_op, "attention_backward", recorded)
     return launched
 
 
@@ -256,30 +239,33 @@ def five_products(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     ],
     ids=lambda c: c.id,
 )
-def test_five_products(chosen: Case, dtype: torch.dtype, five_products: list[str]) -> None:
-    """The form with float additions into dQ is wrong, or is not the one that runs."""
-    assert_right(inputs_of(chosen, dtype), dtype)
-    assert five_products == [f"_attention_bwd_{name}_kernel" for name in ("delta", "dkdv", "convert")]
+def test_the_atomic_form(chosen: Case, dtype: torch.dtype, atomic_form: list[str]) -> None:
+    """Wrong gradients from the atomic form, or another form that runs in its place."""
+    assert_agrees(inputs_of(chosen, dtype), dtype)
+    assert atomic_form == [f"_attention_bwd_{name}_kernel" for name in ("delta", "dkdv", "convert")]
 
 
-def test_determinism_is_honoured(five_products: list[str]) -> None:
-    """Float additions in no fixed order although deterministic=True or torch's own flag forbids them."""
-    seven = [f"_attention_bwd_{name}_kernel" for name in ("dq", "dkdv")]
+def test_determinism_is_honoured(atomic_form: list[str]) -> None:
+    """Float atomics, in no fixed order, although deterministic=True or torch's own flag forbids them."""
+    deterministic_kernels = [f"_attention_bwd_{name}_kernel" for name in ("dq", "dkdv")]
     inputs = inputs_of(case())
     run_case(kernels.causal_attention, inputs | {"deterministic": True}, ("q", "k", "v"))
-    assert five_products == seven
+    assert atomic_form == deterministic_kernels
+
+    atomic_form.clear()
     torch.use_deterministic_algorithms(True)
     try:
         run_case(kernels.causal_attention, inputs, ("q", "k", "v"))
-        assert five_products == seven * 2
+        assert atomic_form == deterministic_kernels
+        atomic_form.clear()
         run_case(kernels.causal_attention, inputs | {"deterministic": False}, ("q", "k", "v"))
-        assert five_products != seven * 3
+        assert atomic_form != deterministic_kernels
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 def test_a_second_derivative_is_refused() -> None:
-    """A gradient of a gradient that is silently zero."""
+    """A second derivative that is silently zero."""
     q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 1, 5, 16))
     (dq,) = torch.autograd.grad(kernels.causal_attention(q, k, v).sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match=r"^causal_attention: .*expected"):
@@ -297,6 +283,7 @@ def _backward_arguments(
     seed: torch.Tensor | None,
     *needs: bool,
 ) -> tuple[Any, ...]:
+    """The arguments of attention_backward; needs: need_dq, need_dkdv."""
     lse2 = torch.zeros(q.shape[:3])
     return torch.randn_like(q), q, k, v, torch.randn_like(q), lse2, start, seed, 0.25, 0.1, False, *needs
 
@@ -313,7 +300,7 @@ OPS = {
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("options", [False, True], ids=["plain", "start-seed"])
 def test_opcheck(name: str, options: bool) -> None:
-    """An op whose schema, fake or autograd registration is not what it does."""
+    """A schema, a fake or an autograd registration that contradicts what the op does."""
     from kernels.attention import torch_op  # noqa: F401  registers the ops
 
     q, k, v = torch.randn(3, 1, 2, 9, 16)
@@ -326,8 +313,8 @@ def test_opcheck(name: str, options: bool) -> None:
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compile_is_eager(backend: str) -> None:
-    """A graph break, or a compiled call with other values, shapes or strides than the eager one."""
+def test_compiled_code_agrees_with_eager(backend: str) -> None:
+    """A graph break, or a compiled call whose values, shapes or strides differ from the eager call's."""
 
     def step(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seed: torch.Tensor
@@ -342,77 +329,64 @@ def test_compile_is_eager(backend: str) -> None:
     compiled = torch.compile(step, fullgraph=True, backend=backend)
     for seed in (torch.tensor(7), torch.tensor(11)):
         outputs = [function(q, k, v, seed) for function in (step, compiled)]
-        for mine, theirs in zip(*outputs, strict=True):
-            assert torch.equal(mine, theirs)
         gradients = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out, _ in outputs]
-        for mine, theirs in zip(*gradients, strict=True):
-            assert torch.equal(mine, theirs)
+        for eager, actual in (*zip(*outputs, strict=True), *zip(*gradients, strict=True)):
+            assert torch.equal(eager, actual)
 
 
 def test_autocast() -> None:
-    """Gradients in another dtype than the parameters', or an output in another than autocast's."""
+    """An output that does not have autocast's dtype, or gradients that do not have the inputs' dtype."""
     q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 2, 20, 16))
     with torch.autocast("cpu", torch.bfloat16):
         out = kernels.causal_attention(q, k, v)
     assert out.dtype == torch.bfloat16
-    assert [g.dtype for g in torch.autograd.grad(out.float().sum(), (q, k, v))] == [torch.float32] * 3
+    gradients = torch.autograd.grad(out.float().sum(), (q, k, v))
+    assert [gradient.dtype for gradient in gradients] == [torch.float32] * 3
 
 
-def test_strided_lengths_of_a_cache() -> None:
-    """cache_len or key_start read as if they were contiguous."""
+def test_strided_lengths_and_key_starts_of_decoding() -> None:
+    """cache_len or key_start that is read as if it were contiguous."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (
-        randn(shape, torch.float32, CPU, generator)
-        for shape in ((3, 2, 1, 16), (3, 2, 40, 16), (3, 2, 40, 16))
-    )
+    shapes = (3, 2, 1, 16), (3, 2, 40, 16), (3, 2, 40, 16)
+    q, k, v = (randn(shape, torch.float32, CPU, generator) for shape in shapes)
     lengths = torch.tensor([[40, 0], [7, 0], [23, 0]], dtype=torch.int32)
     starts = torch.tensor([[3, 99], [0, 99], [11, 99]], dtype=torch.int32)
-    found = kernels.decode_attention(q, k, v, lengths[:, 0], key_start=starts[:, 0])
+    actual = kernels.decode_attention(q, k, v, lengths[:, 0], key_start=starts[:, 0])
     expected = kernels.reference.decode_attention(q, k, v, lengths[:, 0], key_start=starts[:, 0])
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def decoding(**changes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """decode_attention at an odd scale, its keys in two parts, and its reference."""
+def assert_decoding_agrees(**changes: torch.Tensor) -> None:
+    """decode_attention agrees with its reference at an unusual scale, with the keys split into two parts."""
     q, k, v = torch.randn(3, 3, 1, 40, 16)
-    inputs = {
-        "q": q[:, :, :2],
-        "k_cache": k,
-        "v_cache": v,
-        "cache_len": torch.tensor([40, 1, 23], dtype=torch.int32),
-    } | changes
-    return kernels.decode_attention(**inputs, scale=0.7), kernels.reference.decode_attention(
-        **inputs, scale=0.7
-    )
+    lengths = torch.tensor([40, 1, 23], dtype=torch.int32)
+    inputs = {"q": q[:, :, :2], "k_cache": k, "v_cache": v, "cache_len": lengths, "scale": 0.7} | changes
+    actual = kernels.decode_attention(**inputs)
+    torch.testing.assert_close(actual, kernels.reference.decode_attention(**inputs), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("levels", [(0, 0), (-6, -6), (6, 6), (-6, 6), (6, -6)], ids=str)
-def test_the_level_of_decodings_logits(levels: tuple[int, int]) -> None:
-    """A scale that is ignored, a part's share that underflows or overflows beside the others', a query
-    without keys."""
+def test_decoding_at_any_level_of_the_logits(levels: tuple[int, int]) -> None:
+    """A scale that is ignored, or a part whose share of the softmax underflows or overflows."""
     q, k = torch.randn(3, 1, 2, 16) + 6, torch.randn(3, 1, 40, 16)
     k[:, :, :32] += levels[0]
     k[:, :, 32:] += levels[1]
-    torch.testing.assert_close(*decoding(q=q, k_cache=k), rtol=1e-4, atol=1e-5)
+    assert_decoding_agrees(q=q, k_cache=k)
 
 
 def test_lengths_outside_the_cache() -> None:
-    """A length past the cache that is read beyond it, or a negative one."""
-    torch.testing.assert_close(
-        *decoding(cache_len=torch.tensor([57, -7, 0], dtype=torch.int32)), rtol=1e-4, atol=1e-5
-    )
+    """A length past the cache's end that is read beyond it, or a negative length."""
+    assert_decoding_agrees(cache_len=torch.tensor([57, -7, 0], dtype=torch.int32))
 
 
 @pytest.mark.parametrize("extreme", [-(2**31), -7, 2**31 - 1])
 def test_extreme_key_starts_of_decoding(extreme: int) -> None:
     """Keys before the cache that are read, or a key_start that overflows when it is rounded to tiles."""
-    torch.testing.assert_close(
-        *decoding(key_start=torch.tensor([extreme, 3, extreme], dtype=torch.int32)), rtol=1e-4, atol=1e-5
-    )
+    assert_decoding_agrees(key_start=torch.tensor([extreme, 3, extreme], dtype=torch.int32))
 
 
-def test_what_lies_past_a_cache_is_not_read() -> None:
-    """Slots of a cache that were allocated and not yet written, here NaN, in the sums of a split."""
+def test_unwritten_slots_of_a_cache_are_not_read() -> None:
+    """Slots of a cache past its length, here NaN, that enter the sums of a part of the keys."""
     k, v = torch.randn(2, 3, 2, 40, 16)
     lengths = torch.tensor([39, 7, 23], dtype=torch.int32)
     q = torch.randn(3, 2, 2, 16)
@@ -423,9 +397,8 @@ def test_what_lies_past_a_cache_is_not_read() -> None:
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_cpu_takes_few_keys_of_bfloat16_in_float32(autocast: bool) -> None:
-    """Torch's own bfloat16 backward, which is slow on a CPU; or autocast, which undoes the cast to
-    float32."""
+def test_a_cpu_computes_few_keys_of_bfloat16_in_float32(autocast: bool) -> None:
+    """torch's bfloat16 attention, which is slow on a CPU, or an autocast that undoes the cast to float32."""
     for keys, exact in ((SHORT, True), (SHORT + 1, False)):
         q, k, v = (torch.randn(1, 2, keys, 16).bfloat16() for _ in range(3))
         with kernels.use_backend("reference"), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -436,21 +409,20 @@ def test_a_cpu_takes_few_keys_of_bfloat16_in_float32(autocast: bool) -> None:
 
 
 @pytest.mark.parametrize(("width", "copied"), [(43, True), (48, False)])
-def test_rows_begin_aligned_for_a_gpus_own_kernels(
+def test_the_reference_aligns_rows_for_torchs_gpu_kernels(
     width: int, copied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Strides at which torch's fused kernels fault on a GPU, and take every later call with them; or a
-    needless copy."""
-    seen: list[torch.Tensor] = []
+    """Strides at which torch's kernels fault on a GPU, so that every later call fails; or a needless copy."""
+    passed: list[torch.Tensor] = []
     q = torch.randn(1, 2, 8, width, dtype=torch.bfloat16)[..., :40]
     with monkeypatch.context() as patch:
         patch.setattr(
-            F, "scaled_dot_product_attention", lambda q, k, v, *args, **options: seen.extend((q, k, v))
+            F, "scaled_dot_product_attention", lambda q, k, v, *args, **options: passed.extend((q, k, v))
         )
         patch.setattr(torch.Tensor, "device", property(lambda self: torch.device("cuda")))
         kernels.reference.causal_attention(q, q, q)
-    assert len(seen) == 3
-    for x in seen:
+    assert len(passed) == 3
+    for x in passed:
         assert torch.equal(x, q)
         assert (x is not q) == copied
         assert all(stride % 8 == 0 for stride in x.stride()[:-1])

@@ -1,5 +1,4 @@
-"""What only a GPU shows of attention: no host synchronisation, CUDA graphs, other devices. test_ops runs the
-registry's cases."""
+"""Attention on a GPU: synchronisation, CUDA graphs, other devices. test_ops runs the registry's cases."""
 
 from __future__ import annotations
 
@@ -25,14 +24,14 @@ def qkv(t: int = 256, device: str = "cuda") -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("seed", [None, 7, "tensor"])
 def test_no_host_synchronisation(seed: int | str | None) -> None:
-    """A call that waits for the GPU: a seed, a key_start or a length read on the host."""
+    """A call that synchronises with the GPU: a seed, a key_start or a length that is read on the host."""
     q, k, v = qkv()
     start = torch.arange(256, device="cuda", dtype=torch.int32).expand(2, 256) // 2
-    drawn = torch.tensor(7, device="cuda") if seed == "tensor" else seed
+    chosen = torch.tensor(7, device="cuda") if seed == "tensor" else seed
     lengths = torch.tensor([256, 100], device="cuda", dtype=torch.int32)
 
     def step() -> None:
-        kernels.causal_attention(q, k, v, key_start=start, dropout_p=0.1, seed=drawn).sum().backward()
+        kernels.causal_attention(q, k, v, key_start=start, dropout_p=0.1, seed=chosen).sum().backward()
         kernels.decode_attention(q[:, :, :1].detach(), k.detach(), v.detach(), lengths)
 
     step()  # compiles
@@ -45,7 +44,7 @@ def test_no_host_synchronisation(seed: int | str | None) -> None:
 
 
 def test_a_graph_sees_new_seeds() -> None:
-    """A seed that is baked into a captured graph."""
+    """A seed whose value at capture is a constant of the CUDA graph."""
     q, k, v = (x.detach() for x in qkv())
     seed = torch.tensor(1, device="cuda")
     kernels.causal_attention(q, k, v, dropout_p=0.3, seed=seed)
@@ -59,7 +58,7 @@ def test_a_graph_sees_new_seeds() -> None:
 
 
 def test_a_graph_sees_a_growing_cache() -> None:
-    """A length that is baked into a captured graph."""
+    """A length whose value at capture is a constant of the CUDA graph."""
     q, k, v = (x.detach() for x in qkv())
     lengths = torch.tensor([10, 20], device="cuda", dtype=torch.int32)
     kernels.decode_attention(q[:, :, :1], k, v, lengths)
@@ -72,8 +71,8 @@ def test_a_graph_sees_a_growing_cache() -> None:
         assert torch.equal(out, kernels.decode_attention(q[:, :, :1], k, v, lengths))
 
 
-def test_another_device_than_the_current_one() -> None:
-    """Kernels launched on the current device while their tensors are on another."""
+def test_tensors_on_a_device_that_is_not_current() -> None:
+    """Kernels that are launched on the current device although their tensors are on another."""
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU: there is no other device")
     results = [kernels.causal_attention(*(x.detach().to(f"cuda:{i}") for x in qkv())) for i in (0, 1)]
@@ -81,8 +80,8 @@ def test_another_device_than_the_current_one() -> None:
     assert torch.cuda.current_device() == 0
 
 
-def test_compile_is_eager() -> None:
-    """A graph break on a GPU, or compiled values that differ."""
+def test_compiled_code_agrees_with_eager() -> None:
+    """A graph break on a GPU, or compiled code with other values."""
     q, k, v = qkv()
     seed = torch.tensor(3, device="cuda")
     compiled = torch.compile(kernels.causal_attention, fullgraph=True)
@@ -91,4 +90,4 @@ def test_compile_is_eager() -> None:
     ]
     assert torch.equal(*outputs)
     gradients = [torch.autograd.grad(out.float().square().sum(), (q, k, v)) for out in outputs]
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*gradients, strict=True))
+    assert all(torch.equal(eager, actual) for eager, actual in zip(*gradients, strict=True))

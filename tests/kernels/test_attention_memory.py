@@ -1,5 +1,4 @@
-"""Attention at the edges of memory: nothing past a tensor's end is touched, offsets beyond 2**31 are
-right."""
+"""Attention's addresses: no access past a tensor's end, and offsets beyond 2**31 elements."""
 
 from __future__ import annotations
 
@@ -26,15 +25,14 @@ triton, tl, forward, backward, torch_op = (
 )
 pytestmark = [
     pytest.mark.interpreter,
-    pytest.mark.skipif(
-        sys.platform != "linux", reason="guard pages and sparse memory are made with Linux's mmap"
-    ),
+    pytest.mark.skipif(sys.platform != "linux", reason="guard pages and sparse memory need Linux's mmap"),
 ]
 keep_tile, query_range = forward.keep_tile, backward._query_range
 
 
 @triton.jit
 def _keep_kernel(rows_ptr, out_ptr, Tk, QUADS: tl.constexpr):
+    """The mask of 16 keys from key 32, of rows (16,) int64, into out (16, 16) int32."""
     rows, offs = tl.load(rows_ptr + tl.arange(0, 16)), tl.arange(0, 16)
     keep = keep_tile(9, rows, 32, Tk, 2**31, QUADS, 16)
     tl.store(out_ptr + offs[:, None] * 16 + offs[None, :], keep.to(tl.int32))
@@ -44,6 +42,7 @@ def _keep_kernel(rows_ptr, out_ptr, Tk, QUADS: tl.constexpr):
 def _range_kernel(
     first_ptr, last_ptr, out_ptr, key, num_rows, Tq, Tk, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
+    """query_range for tiles of 32 queries, into out (4,) int32."""
     lo, full_lo, full_hi, hi = query_range(
         key, first_ptr, last_ptr, num_rows, Tq, Tk, True, BLOCK_M, BLOCK_N, 32
     )
@@ -54,8 +53,8 @@ def _range_kernel(
 
 
 @pytest.mark.parametrize("kind", ["documents", "window", "one late query", "one early query"])
-def test_queries_of_a_tile_of_keys_in_a_long_text(kind: str) -> None:
-    """Queries past the first 8,192 that add nothing to dK, or that are taken to see all of a tile."""
+def test_the_queries_of_a_tile_of_keys_in_a_long_text(kind: str) -> None:
+    """Queries past the first 8,192 that add nothing to dK, or that are assumed to see a whole tile."""
     tq, tk = 10_000, 10_040
     position = torch.arange(tk - tq, tk)
     start = {
@@ -64,13 +63,12 @@ def test_queries_of_a_tile_of_keys_in_a_long_text(kind: str) -> None:
         "one late query": torch.where(position == 9_000, 8_990, 0),
         "one early query": torch.where(position == 9_001, 0, position),
     }[kind]
-    padded = torch.nn.functional.pad(start, (0, 320 * 32 - tq), value=int(start[-1])).reshape(320, 32)[
-        : -(-tq // 32)
-    ]
+    padded = torch.nn.functional.pad(start, (0, -tq % 32), value=int(start[-1])).reshape(-1, 32)
     first, last = (x.to(torch.int32) for x in (padded.amin(1), padded.amax(1)))
     out = torch.zeros(4, dtype=torch.int32)
     for key, block in itertools.product((0, 32, 700, 5_000, 8_160, 8_960, 9_984), (16, 64)):
         _range_kernel[(1,)](first, last, out, key // 32 * 32, len(first), tq, tk, BLOCK_M=block, BLOCK_N=32)
+
         lo, full_lo, full_hi, hi = out.tolist()
         tile = key // 32 * 32 + torch.arange(32)
         seen = (tile <= position[:, None]) & (tile >= start[:, None]) & (tile < tk)
@@ -81,26 +79,26 @@ def test_queries_of_a_tile_of_keys_in_a_long_text(kind: str) -> None:
         assert lo <= full_lo <= full_hi
 
 
-def test_a_guard_page_is_deadly() -> None:
-    """Guard pages that guard nothing."""
+def test_a_guard_page_kills_a_process_that_touches_it() -> None:
+    """A guard page that can be read, so that the tests below catch nothing."""
     x = guarded(torch.zeros(5))
     assert in_a_fork(lambda: ctypes.string_at(x.data_ptr(), 20)) == ""
     assert in_a_fork(lambda: ctypes.string_at(x.data_ptr(), 21)) == "killed by signal 11"
 
 
 def test_nothing_past_the_end_is_touched() -> None:
-    """A load or store past the end of a tensor, which a mask at the store would hide."""
+    """A load past the end of a tensor, which a masked store hides, or a store past the end."""
     assert in_a_fork(lambda: stays_inside(torch_op)) == ""
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["batches", "heads", "rows"])
 def test_offsets_beyond_2_to_the_31(dim: int) -> None:
-    """An offset computed in 32 bits."""
+    """The offset of an element that is computed in 32 bits."""
     assert in_a_fork(lambda: reaches_far_along(dim)(torch_op)) == ""
 
 
 def test_key_starts_beyond_2_to_the_31() -> None:
-    """The offset of a query's key_start in 32 bits."""
+    """The offset of a query's key_start that is computed in 32 bits."""
     stride = 2**30 + 16
     start = sparse(4 * stride, torch.int32).as_strided((1, 4), (4 * stride, stride))
     start.copy_(torch.tensor([[0, 1, 0, 3]]))
@@ -114,7 +112,7 @@ def test_key_starts_beyond_2_to_the_31() -> None:
 
 
 def test_dropout_index_beyond_2_to_the_31() -> None:
-    """A mask that repeats because the index of an element was cut to 32 bits."""
+    """A mask that repeats because the index of an element is truncated to 32 bits."""
     rows = torch.arange(16) * 10**9
     for tk in (4096, 4097):
         out = torch.zeros(16, 16, dtype=torch.int32)
@@ -126,7 +124,7 @@ def test_dropout_index_beyond_2_to_the_31() -> None:
 
 
 def test_sparse_memory_is_sparse() -> None:
-    """A test that needs the memory it pretends to have."""
+    """Sparse tensors that need as much memory as their size."""
     memory = sparse(2**34, torch.float16)
     memory[2**33] = 3
     assert memory[2**33 - 1 : 2**33 + 2].tolist() == [0, 3, 0]

@@ -1,7 +1,7 @@
-"""Bugs planted in copies of the attention kernels: the suite must kill every one of them.
+"""Bugs planted in copies of the attention kernels: the checks of attention_suite must catch every one.
 
-A mutant is a replacement in the source of one kernel file. It runs in a forked child, because some of them
-fault.
+A mutant is a replacement in the source text of one kernel file. It runs in a forked child process, since some
+mutants access invalid memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.kernels.memory import in_a_fork
 torch_op = pytest.importorskip("kernels.attention.torch_op", reason="triton is not installed")
 pytestmark = [
     pytest.mark.interpreter,
-    pytest.mark.skipif(sys.platform != "linux", reason="the suite makes guard pages with Linux's mmap"),
+    pytest.mark.skipif(sys.platform != "linux", reason="guard pages need Linux's mmap"),
 ]
 SOURCES = {
     name: Path(torch_op.__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
@@ -30,7 +30,7 @@ SOURCES = {
 
 Mutation = tuple[str, str, str]  # file, text, replacement
 
-# Bugs that shipped in other packages, and the check that kills each.
+# Bugs that shipped in other packages, each with the check that catches it.
 FAMOUS: dict[str, tuple[Mutation, str]] = {
     "offsets in 32 bits": (
         ("forward", "rows.to(tl.int64)[:, None] * stride", "rows[:, None] * stride"),
@@ -44,7 +44,7 @@ FAMOUS: dict[str, tuple[Mutation, str]] = {
         ("forward", "(rows < T)[:, None] & (offs_d < D)[None, :], other", "(rows < T)[:, None], other"),
         "documents",
     ),
-    "the causal mask is aligned at the start": (
+    "the causal mask is aligned at the first key": (
         ("forward", "keys <= rows + (Tk - Tq)", "keys <= rows"),
         "one key ahead",
     ),
@@ -222,9 +222,10 @@ MUTANTS: dict[str, Mutation] = {
 
 @pytest.fixture
 def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., SimpleNamespace]]:
-    """Copies the kernel files with one replacement, and has the ops launch the copies."""
+    """A function that copies the kernel files with one replacement and makes the ops use the copies."""
 
     def planted(file: str, text: str, replacement: str) -> SimpleNamespace:
+        """The three launchers, with `text` replaced in the source of `file`."""
         package = tmp_path / f"mutant_{abs(hash(str(tmp_path)))}"
         package.mkdir()
         for name, source in SOURCES.items():
@@ -237,8 +238,9 @@ def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         launchers = SimpleNamespace()
         for name in SOURCES:
             module = importlib.import_module(f"{package.name}.{name}")
-            setattr(launchers, f"launch_{name}", getattr(module, f"launch_{name}"))
-            monkeypatch.setattr(torch_op, f"launch_{name}", getattr(module, f"launch_{name}"))
+            launcher = getattr(module, f"attention_{name}")
+            setattr(launchers, f"attention_{name}", launcher)
+            monkeypatch.setattr(torch_op, f"attention_{name}", launcher)
         return launchers
 
     yield planted
@@ -246,8 +248,8 @@ def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         del sys.modules[name]
 
 
-def outlives(launchers: SimpleNamespace, *checks: str) -> str:
-    """ "" if the launchers pass the checks, else what went wrong."""
+def failure(launchers: SimpleNamespace, *checks: str) -> str:
+    """An empty string if the launchers pass the checks, else the first failure."""
 
     def run() -> None:
         for name in checks:
@@ -257,20 +259,20 @@ def outlives(launchers: SimpleNamespace, *checks: str) -> str:
 
 
 @pytest.mark.slow
-def test_the_kernels_themselves_pass(plant: Callable[..., SimpleNamespace]) -> None:
-    """Checks that fail for every copy, so that they would kill any mutant."""
-    assert outlives(plant("forward", "tl.dot", "tl.dot"), *CHECKS) == ""
+def test_unmodified_kernels_pass(plant: Callable[..., SimpleNamespace]) -> None:
+    """Checks that fail for any copy, and so seem to catch every mutant."""
+    assert failure(plant("forward", "tl.dot", "tl.dot"), *CHECKS) == ""
 
 
 @pytest.mark.parametrize("name", FAMOUS)
-def test_famous_bugs_are_killed(name: str, plant: Callable[..., SimpleNamespace]) -> None:
-    """A bug that shipped in another package could ship in this one."""
+def test_famous_bugs_are_caught(name: str, plant: Callable[..., SimpleNamespace]) -> None:
+    """A bug that shipped in another package and that the suite does not catch."""
     mutation, check = FAMOUS[name]
-    assert outlives(plant(*mutation), check) != ""
+    assert failure(plant(*mutation), check) != ""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
-def test_mutants_are_killed(name: str, plant: Callable[..., SimpleNamespace]) -> None:
-    """A mask, a range, a cast or a scale that no test holds."""
-    assert outlives(plant(*MUTANTS[name]), *CHECKS) != ""
+def test_mutants_are_caught(name: str, plant: Callable[..., SimpleNamespace]) -> None:
+    """A mask, a range, a cast or a scale whose loss no check catches."""
+    assert failure(plant(*MUTANTS[name]), *CHECKS) != ""

@@ -1,5 +1,4 @@
-"""The feed-forward beyond the registry's cases: GELU at its extremes, what is saved, the product with GELU,
-far offsets."""
+"""The feed-forward beyond the registry's cases: GELU's range, saved tensors, the GELU matmul, far offsets."""
 
 from __future__ import annotations
 
@@ -21,9 +20,8 @@ APPROXIMATIONS = ("tanh", "none")
 def arguments(n: int, c: int, i: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     """x, w_up, b_up, w_down, b_down."""
     shapes, scales = ((n, c), (i, c), (i,), (c, i), (c,)), (1, c**-0.5, 1, i**-0.5, 1)
-    return [
-        (torch.randn(s) * scale).to(dtype).requires_grad_() for s, scale in zip(shapes, scales, strict=True)
-    ]
+    pairs = zip(shapes, scales, strict=True)
+    return [(torch.randn(shape) * scale).to(dtype).requires_grad_() for shape, scale in pairs]
 
 
 @pytest.fixture(autouse=True)
@@ -34,9 +32,8 @@ def on_triton() -> Any:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("approximate", APPROXIMATIONS)
-def test_gelu_from_end_to_end_of_its_range(approximate: str, dtype: torch.dtype) -> None:
-    """tanh by exponentials that overflow at |x| = 1e4, a derivative that is 0 times infinity, erf in place of
-    tanh."""
+def test_gelu_over_its_whole_range(approximate: str, dtype: torch.dtype) -> None:
+    """An exponential that overflows at |x| = 1e4, a derivative of 0 times infinity, or erf for tanh."""
     h = torch.cat(
         [torch.linspace(-12, 12, 481), torch.tensor([0.0, 1e-6, 100, -100, 1e4, -1e4, 6e4, -6e4])]
     ).to(dtype)
@@ -45,17 +42,15 @@ def test_gelu_from_end_to_end_of_its_range(approximate: str, dtype: torch.dtype)
     y = kernels.gelu_ffn(x, one, None, one, None, approximate=approximate)
     (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
     exact = h.double().requires_grad_()
-    true = F.gelu(exact, approximate=approximate)
-    (slope,) = torch.autograd.grad(true.sum(), exact)
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(
-        y[:, 0].double(), true, rtol=2 * eps, atol=2 * torch.finfo(torch.float32).eps * 12
-    )
+    oracle = F.gelu(exact, approximate=approximate)
+    (slope,) = torch.autograd.grad(oracle.sum(), exact)
+    eps, atol = torch.finfo(dtype).eps, 2 * torch.finfo(torch.float32).eps * 12
+    torch.testing.assert_close(y[:, 0].double(), oracle, rtol=2 * eps, atol=atol)
     torch.testing.assert_close(gradient[:, 0].double(), slope, rtol=2 * eps, atol=1e-6)
 
 
-def test_only_x_and_the_product_are_saved() -> None:
-    """GELU's output kept for backward: twice the activation memory."""
+def test_only_inputs_and_the_first_matmul_are_saved() -> None:
+    """GELU's output that is saved for backward, which doubles the activation memory."""
     saved: list[torch.Tensor] = []
     leaves = arguments(10, 8, 40)
     with torch.autograd.graph.saved_tensors_hooks(
@@ -67,8 +62,8 @@ def test_only_x_and_the_product_are_saved() -> None:
     )
 
 
-def test_inference_keeps_nothing() -> None:
-    """A forward without gradients that fills a second buffer of activations."""
+def test_inference_saves_nothing() -> None:
+    """A forward pass without gradients that returns a second buffer of activations."""
     leaves = arguments(10, 8, 40)
     expected = kernels.gelu_ffn(*leaves)
     with torch.no_grad():
@@ -79,24 +74,24 @@ def test_inference_keeps_nothing() -> None:
 @pytest.mark.parametrize("approximate", APPROXIMATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_product_with_gelu_inside(dtype: torch.dtype, approximate: str, bias: bool) -> None:
-    """The Triton product that the table may choose: a tail that is not masked, a lost bias, GELU of an
-    unrounded value."""
-    from kernels.ffn import gelu
-    from kernels.ffn.gemm import launch_gelu_gemm
+def test_the_matmul_with_gelu(dtype: torch.dtype, approximate: str, bias: bool) -> None:
+    """A tail that is not masked, a lost bias, or GELU of an unrounded value in the matmul with GELU."""
+    from kernels.ffn.gelu import bias_gelu_forward
+    from kernels.ffn.gemm import gelu_gemm_forward
 
     x, w, b, _, _ = (tensor.detach() for tensor in arguments(37, 75, 90, dtype))
+    options: dict[str, Any] = {"bias": b if bias else None, "tanh": approximate == "tanh"}
     for left, right in ((x, w), (x.mT.contiguous().mT, w.mT.contiguous().mT)):
-        h, a, again = (torch.full((37, 90), float("nan"), dtype=dtype) for _ in range(3))
-        launch_gelu_gemm(left, right, b if bias else None, h, a, approximate == "tanh", Tile(16, 32)).run()
-        true = x.double() @ w.double().mT
-        assert (h.double() - true).norm() / true.norm() < torch.finfo(dtype).eps
-        gelu.launch_forward(h, b if bias else None, again, approximate == "tanh").run()
-        assert torch.equal(a, again)
+        h, a, expected = (torch.full((37, 90), float("nan"), dtype=dtype) for _ in range(3))
+        gelu_gemm_forward(**options, x=left, w=right, h=h, a=a, tile=Tile(16, 32)).run()
+        oracle = x.double() @ w.double().mT
+        assert (h.double() - oracle).norm() / oracle.norm() < torch.finfo(dtype).eps
+        bias_gelu_forward(**options, h=h, a=expected).run()
+        assert torch.equal(a, expected)
 
 
-def test_the_table_can_choose_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row of the table that changes results, or is not followed."""
+def test_the_table_can_choose_the_matmul_with_gelu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tile in the tuning table that changes the results."""
     from kernels.ffn import torch_op
 
     leaves = arguments(20, 24, 70)
@@ -105,12 +100,11 @@ def test_the_table_can_choose_the_product(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(torch_op, "gelu_gemm_tile", lambda *args, tile=tile: tile)
         y = kernels.gelu_ffn(*leaves)
         results.append((y, *torch.autograd.grad(y, leaves, torch.ones_like(y))))
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
 def test_many_programs_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Partial sums of db_up that collide, or rows that no program takes."""
+    """Programs that overwrite each other's partial sums of db_up, or rows that no program takes."""
     from kernels.ffn import torch_op
 
     leaves = arguments(150, 8, 70)
@@ -119,14 +113,13 @@ def test_many_programs_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = torch.autograd.grad(kernels.reference.gelu_ffn(*exact), exact, dy.double())
     for programs in (1, 3, 5, 9):
         monkeypatch.setattr(torch_op, "gelu_programs", lambda *args, programs=programs: programs)
-        for gradient, true in zip(
-            torch.autograd.grad(kernels.gelu_ffn(*leaves), leaves, dy), expected, strict=True
-        ):
-            torch.testing.assert_close(gradient.double(), true, rtol=1e-4, atol=1e-4)
+        gradients = torch.autograd.grad(kernels.gelu_ffn(*leaves), leaves, dy)
+        for gradient, oracle in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(gradient.double(), oracle, rtol=1e-4, atol=1e-4)
 
 
 def test_partial_sums_keep_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Partial sums of db_up that are rounded to 16 bits: two programs' sums nearly cancel here."""
+    """Partial sums of db_up that are rounded to 16 bits; two programs' sums nearly cancel here."""
     from kernels.ffn import torch_op
 
     monkeypatch.setattr(torch_op, "gelu_programs", lambda *args: 2)
@@ -135,32 +128,30 @@ def test_partial_sums_keep_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     dy[gelu_tile(40).block_m :] *= -1
     with torch.no_grad():
         leaves[0].zero_()
-    (found,) = torch.autograd.grad(kernels.gelu_ffn(*leaves), leaves[2], dy.bfloat16())
+    (actual,) = torch.autograd.grad(kernels.gelu_ffn(*leaves), leaves[2], dy.bfloat16())
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    (true,) = torch.autograd.grad(kernels.reference.gelu_ffn(*exact), exact[2], dy.bfloat16().double())
-    assert (found.double() - true).norm() / true.norm() < 2 * torch.finfo(torch.bfloat16).eps
+    (oracle,) = torch.autograd.grad(kernels.reference.gelu_ffn(*exact), exact[2], dy.bfloat16().double())
+    assert (actual.double() - oracle).norm() / oracle.norm() < 2 * torch.finfo(torch.bfloat16).eps
 
 
 def test_autocast() -> None:
-    """Under autocast: products in float32, or gradients of float32 parameters that are not."""
+    """Under autocast, matmuls in float32, or gradients of float32 parameters that are not float32."""
     leaves = arguments(6, 8, 40)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = kernels.gelu_ffn(*leaves)
     half = [leaf.detach().bfloat16().requires_grad_() for leaf in leaves]
     expected = kernels.gelu_ffn(*half)
     assert torch.equal(y, expected)
-    found = (
-        torch.autograd.grad(y, leaves, torch.ones_like(y)),
-        torch.autograd.grad(expected, half, torch.ones_like(y)),
-    )
-    for gradient, true in zip(*found, strict=True):
+    gradients = torch.autograd.grad(y, leaves, torch.ones_like(y))
+    half_gradients = torch.autograd.grad(expected, half, torch.ones_like(y))
+    for gradient, half_gradient in zip(gradients, half_gradients, strict=True):
         assert gradient.dtype == torch.float32
-        assert torch.equal(gradient, true.float())
+        assert torch.equal(gradient, half_gradient.float())
 
 
 def test_activations_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
-    """N I in 32 bits: the last rows of activations with more than 2**31 elements."""
-    from kernels.ffn.gelu import launch_backward, launch_forward
+    """The offset of an activation that is computed in 32 bits; here there are more than 2**31 activations."""
+    from kernels.ffn.gelu import bias_gelu_backward, bias_gelu_forward
 
     width = 2**14
     rows, columns, _, _ = gelu_tile(width)
@@ -169,8 +160,10 @@ def test_activations_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None
     h, a, dh = (sparse(n * width, torch.bfloat16).view(n, width) for _ in range(3))
     near = torch.randn(rows, columns)
     h[-rows:, -columns:] = near
-    forward = launch_forward(h, None, a, True)
-    backward = launch_backward(h, h, None, dh, None, None, True, 1)
+    forward = bias_gelu_forward(h=h, bias=None, a=a, tanh=True)
+    backward = bias_gelu_backward(
+        da=h, h=h, bias=None, dh=dh, a=None, partial_dbias=None, tanh=True, programs=1
+    )
     with monkeypatch.context() as patch:
         start_at_program(patch, forward.grid[0] - 1)
         forward._replace(grid=(1,)).run()
@@ -183,31 +176,31 @@ def test_activations_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("far", ["rows of x", "columns of x", "rows of w", "columns of w"])
-def test_the_product_past_two_to_the_31(far: str) -> None:
-    """M K or N K in 32 bits, in the Triton product that the table may choose."""
-    from kernels.ffn.gemm import launch_gelu_gemm
+def test_matmul_operands_past_two_to_the_31(far: str) -> None:
+    """The offset of an operand's element that is computed in 32 bits."""
+    from kernels.ffn.gemm import gelu_gemm_forward
 
     x, w = torch.randn(4, 20), torch.randn(5, 20)
     stride = {"rows": 2**30 + 64, "columns": 2**27 + 64}[far.split()[0]]
     shape = (4, 20) if far.endswith("x") else (5, 20)
     spread = sparse(2**33, torch.float32).as_strided(shape, (stride, 1) if stride > 2**30 else (1, stride))
-    products = []
+    results = []
     for left, right in ((x, w), (spread.copy_(x), w) if far.endswith("x") else (x, spread.copy_(w))):
         h, a = torch.empty(2, 4, 5)
-        launch_gelu_gemm(left, right, None, h, a, True, Tile(16, 16)).run()
-        products += [h]
-    assert torch.equal(*products)
+        gelu_gemm_forward(x=left, w=right, bias=None, h=h, a=a, tanh=True, tile=Tile(16, 16)).run()
+        results.append(h)
+    assert torch.equal(*results)
 
 
-def test_products_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
-    """M N in 32 bits: the last rows of a product with more than 2**31 elements."""
-    from kernels.ffn.gemm import launch_gelu_gemm
+def test_matmul_outputs_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The offset of an output's element that is computed in 32 bits; here it has more than 2**31 elements."""
+    from kernels.ffn.gemm import gelu_gemm_forward
 
     m, n = 2**17 + 16, 2**14
     x, w = sparse(m * 8, torch.float32).view(m, 8), torch.zeros(n, 8)
     x[-16:], w[-16:] = torch.randn(16, 8), torch.randn(16, 8)
     h, a = (sparse(m * n, torch.float32).view(m, n) for _ in range(2))
-    launch = launch_gelu_gemm(x, w, None, h, a, True, Tile(16, 16))
+    launch = gelu_gemm_forward(x=x, w=w, bias=None, h=h, a=a, tanh=True, tile=Tile(16, 16))
     start_at_program(monkeypatch, launch.grid[0] - 1)
     launch._replace(grid=(1,)).run()
     torch.testing.assert_close(h[-16:, -16:], x[-16:] @ w[-16:].mT)

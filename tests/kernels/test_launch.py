@@ -1,5 +1,4 @@
-"""Every launch of every op, without naming one: its device, the order of its programs, how precise its
-products are."""
+"""Properties of every launch of every op: its device, independent programs, the precision of its matmuls."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ OPS = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 
 
 def results_of(spec: OpSpec, **sizes: int) -> dict[str, torch.Tensor]:
-    """Outputs and gradients of the op's first case on Triton, with other sizes."""
+    """Outputs and gradients of the op's first case on Triton, with `sizes` in place of its own."""
     case = spec.tagged("small")[0]
     case = Case({name: sizes.get(name, size) for name, size in case.sizes.items()}, case.options)
     inputs = spec.make_inputs(case, torch.float32, CPU, torch.Generator().manual_seed(0))
@@ -39,21 +38,21 @@ def results_of(spec: OpSpec, **sizes: int) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What is launched from now on."""
-    found: list[Any] = []
+    """Lists the launches that run from now on."""
+    recorded: list[Any] = []
     run = launch.Launch.run
 
-    def recorded(self: Any) -> None:
-        found.append(self)
+    def record_and_run(self: Any) -> None:
+        recorded.append(self)
         run(self)
 
-    monkeypatch.setattr(launch.Launch, "run", recorded)
-    return found
+    monkeypatch.setattr(launch.Launch, "run", record_and_run)
+    return recorded
 
 
 @OPS
 def test_launches_run_on_the_tensors_device(spec: OpSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel launched on the current device while its tensors are on another."""
+    """A kernel that is launched on the current device although its tensors are on another."""
     devices: list[torch.device] = []
     launched: list[str] = []
     run = launch.Launch.run
@@ -72,14 +71,14 @@ def test_launches_run_on_the_tensors_device(spec: OpSpec, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     monkeypatch.setattr(launch.Launch, "run", checked)
     results_of(spec)
-    assert len(set(launched)) >= 2
+    assert len(launched) >= 2
 
 
 @OPS
 def test_no_program_depends_on_another(
     spec: OpSpec, launches: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A race: programs that add to the same memory give other bits when they run in another order."""
+    """A race: programs that add to the same memory, so that their order changes the bits of the result."""
     sizes = {"N": 70, "C": 48, "I": 600, "V": 300, "Tq": 40, "Tk": 40, "Tmax": 70}
     forwards = results_of(spec, **sizes)
     builder = triton.runtime.interpreter.InterpreterBuilder
@@ -99,11 +98,10 @@ def test_no_program_depends_on_another(
 
 
 @OPS
-def test_float32_products_stay_float32(
+def test_float32_matmuls_use_tf32_only_where_torch_allows_it(
     spec: OpSpec, launches: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A launcher that lets float32 lose 13 bits where torch does not allow it, or keeps them where it
-    does."""
+    """A launcher that uses tf32 where torch does not allow it, or float32 where torch allows tf32."""
     monkeypatch.setattr("kernels.ffn.torch_op.gelu_gemm_tile", lambda *args: Tile(16, 16))
     for setting in ("none", "tf32"):
         torch.backends.cuda.matmul.fp32_precision = setting
@@ -118,25 +116,25 @@ def test_float32_products_stay_float32(
         launches.clear()
 
 
-def test_every_product_names_its_precision() -> None:
+def test_every_matmul_names_its_precision() -> None:
     """A `tl.dot` that takes Triton's default for float32, which is tf32."""
-    products = 0
+    matmuls = 0
     for path in Path(kernels.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.dot":
-                products += 1
+                matmuls += 1
                 given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                 assert given.get("input_precision") == "PRECISION", f"{path.name}:{node.lineno}"
-    assert products > 0
+    assert matmuls > 0
 
 
-def test_nothing_is_left_to_tritons_defaults() -> None:
-    """Fused multiply-adds that 3.9 warns about where nobody asked for them, and that 3.10 takes away."""
-    seen: dict[str, Any] = {}
+def test_every_compiler_option_is_explicit() -> None:
+    """Fused multiply-adds left to Triton's default, about which 3.9 warns and which 3.10 changes."""
+    options: dict[str, Any] = {}
 
     class Kernel:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            return lambda **arguments: seen.update(arguments)
+            return lambda **arguments: options.update(arguments)
 
     launch.Launch(Kernel(), (1,), {"n": 7}, Tile(16, 16, 8, 3)).run()
-    assert seen == {"n": 7, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
+    assert options == {"n": 7, "num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}

@@ -14,32 +14,33 @@ from kernels.linear import FEW
 @pytest.mark.parametrize(
     "shape", [(1, 48), (2, 1, 48), (48,), (3, 2, 48), (FEW, 48), (FEW + 1, 48), (0, 48), (2, 0)]
 )
-def test_linear_is_torchs(shape: tuple[int, ...], bias: bool) -> None:
-    """Rows mixed up or doubled, a lost bias, a shape or layout that the next op refuses."""
+def test_linear_agrees_with_torch(shape: tuple[int, ...], bias: bool) -> None:
+    """Rows swapped or doubled, a lost bias, or a shape or layout that the next op refuses."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator)
-    weight, b = (
-        torch.randn(33, shape[-1], generator=generator),
-        torch.randn(33, generator=generator) if bias else None,
-    )
+    weight = torch.randn(33, shape[-1], generator=generator)
+    b = torch.randn(33, generator=generator) if bias else None
     expected = F.linear(x.double(), weight.double(), None if b is None else b.double())
     with torch.no_grad():
-        for rows in (x, x.expand(2, *shape)[1], torch.stack([x, x], -1)[..., 0]):  # whole, and strided
+        for rows in (
+            x,
+            x.expand(2, *shape)[1],
+            torch.stack([x, x], -1)[..., 0],
+        ):  # contiguous, expanded, strided
             y = kernels.linear(rows, weight, b)
             assert y.is_contiguous()
             torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_weight_goes_first_where_rows_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A decoding step that reads its weights on one core; gradients, other dtypes or autocast that lose
-    torch's own path."""
-    calls = []
+def test_only_few_float32_rows_leave_torchs_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoding step that reads its weights on one core, or another call that does not use F.linear."""
+    calls: list[tuple[torch.Tensor | None, ...]] = []
 
-    def watched(*arguments: torch.Tensor | None) -> torch.Tensor:
+    def recorded(*arguments: torch.Tensor | None) -> torch.Tensor:
         calls.append(arguments)
         return torch.empty(0)
 
-    monkeypatch.setattr(F, "linear", watched)
+    monkeypatch.setattr(F, "linear", recorded)
     x, weight = torch.randn(1, 8), torch.randn(4, 8)
     with torch.no_grad():
         kernels.linear(x, weight)

@@ -1,5 +1,4 @@
-"""The loss beyond the registry's cases: chunks, what backward multiplies by, targets, memory, far offsets,
-forward only."""
+"""The loss beyond the registry's cases: chunks, loss scales, targets, forward only, far offsets, memory."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 def arguments(
     n: int, c: int, v: int, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x, weight and targets, of which every fifth is ignored."""
+    """x, weight and targets; every fifth target is ignored."""
     targets = torch.randint(v, (n,))
     targets[::5] = -100
     return (
@@ -40,7 +39,7 @@ def on_triton(*args: Any, **options: Any) -> torch.Tensor:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sixteen rows of logits at a time, in the kernel's loop and in the reference's."""
+    """Chunks of sixteen rows of logits, in the kernel's loop and in the reference's."""
     pytest.importorskip("triton")
     from kernels.loss import torch_op
 
@@ -52,68 +51,59 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunks_change_nothing(dtype: torch.dtype, reduction: str, small_chunks: None) -> None:
-    """dW accumulated in bfloat16 over chunks, a chunk that is lost or counted twice, a ragged last chunk that
-    is misread."""
+    """dW accumulated in bfloat16, a chunk that is lost or counted twice, or a wrong last, partial chunk."""
     x, weight, targets = arguments(1030, 24, 65, dtype)
     bias = torch.randn(65).to(dtype).requires_grad_()
     leaves = x, weight, bias
     options = {"reduction": reduction, "label_smoothing": 0.1, "z_loss": 1e-3}
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    r64 = reference.linear_cross_entropy(exact[0], exact[1], targets, exact[2], **options)
-    grad = torch.rand(r64.shape)
-    wide = torch.autograd.grad(r64, exact, grad.double())
+    exact_loss = reference.linear_cross_entropy(exact[0], exact[1], targets, exact[2], **options)
+    grad = torch.rand(exact_loss.shape)
+    oracle = exact_loss.detach(), *torch.autograd.grad(exact_loss, exact, grad.double())
+    # One rounding of the logits and one of dlogits; accumulating in bfloat16 would cost ten times as much.
+    limit = torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1)
+
     for backend in ("triton", "reference"):
         with kernels.use_backend(loss=backend):
             loss = kernels.linear_cross_entropy(x, weight, targets, bias, **options)
         assert loss.dtype == torch.float32
-        found = loss.detach(), *torch.autograd.grad(loss, leaves, grad)
-        for name, value, true in zip(
-            ("loss", "dx", "dweight", "dbias"), found, (r64.detach(), *wide), strict=True
-        ):
-            # One rounding of the logits and one of dlogits; accumulating in bfloat16 would cost an order of
-            # magnitude more.
-            error = (value.double() - true).norm() / true.norm()
-            assert error < torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1), (
-                backend,
-                name,
-                error,
-            )
+        results = loss.detach(), *torch.autograd.grad(loss, leaves, grad)
+        for name, actual, expected in zip(("loss", "dx", "dweight", "dbias"), results, oracle, strict=True):
+            error = (actual.double() - expected).norm() / expected.norm()
+            assert error < limit, (backend, name, error)
 
 
 @pytest.mark.interpreter
-def test_products_of_chunks_keep_float32(small_chunks: None) -> None:
-    """A chunk's share of dweight or dbias that is rounded to 16 bits: those of two chunks nearly cancel
-    here."""
+def test_gradients_of_chunks_are_summed_in_float32(small_chunks: None) -> None:
+    """A chunk's dweight or dbias that is rounded to 16 bits; those of two chunks nearly cancel here."""
     x, weight, _ = arguments(1, 24, 65, torch.bfloat16)
     leaves = x, weight, torch.randn(65).bfloat16().requires_grad_()
     targets, grad = torch.zeros(31, dtype=torch.int64), torch.where(torch.arange(31) < 16, 1.0, -1.0)
     loss = on_triton(x.expand(31, 24), weight, targets, leaves[2], reduction="none")
-    found = torch.autograd.grad(loss, leaves[1:], grad)
+    gradients = torch.autograd.grad(loss, leaves[1:], grad)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    wide = torch.autograd.grad(reference.linear_cross_entropy(*exact[:2], targets[:1], exact[2]), exact[1:])
-    for gradient, true in zip(found, wide, strict=True):
-        assert (gradient.double() / true - 1).abs().max() < 2 * torch.finfo(torch.bfloat16).eps
+    exact_loss = reference.linear_cross_entropy(*exact[:2], targets[:1], exact[2])
+    for gradient, oracle in zip(gradients, torch.autograd.grad(exact_loss, exact[1:]), strict=True):
+        assert (gradient.double() / oracle - 1).abs().max() < 2 * torch.finfo(torch.bfloat16).eps
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_loss_scale_reaches_half_precision_in_time(dtype: torch.dtype) -> None:
-    """Gradients that were divided by the token count in half precision, before the scaler's factor could save
-    them."""
+def test_a_loss_scale_prevents_underflow(dtype: torch.dtype) -> None:
+    """16-bit gradients that are divided by the token count before they are multiplied by the loss scale."""
     x, weight, targets = arguments(600, 16, 33, dtype)
     exact = [leaf.detach().double().requires_grad_() for leaf in (x, weight)]
     factor = 2.0**14
-    wide = torch.autograd.grad(reference.linear_cross_entropy(*exact, targets) * factor, exact)
-    found = torch.autograd.grad(on_triton(x, weight, targets) * factor, (x, weight))
-    for gradient, true in zip(found, wide, strict=True):
-        assert (gradient.double() - true).norm() / true.norm() < 4 * torch.finfo(dtype).eps
+    expected = torch.autograd.grad(reference.linear_cross_entropy(*exact, targets) * factor, exact)
+    gradients = torch.autograd.grad(on_triton(x, weight, targets) * factor, (x, weight))
+    for gradient, oracle in zip(gradients, expected, strict=True):
+        assert (gradient.double() - oracle).norm() / oracle.norm() < 4 * torch.finfo(dtype).eps
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("ignore_index", [-100, 0, 3])
-def test_the_kernel_computes_cross_entropy(ignore_index: int) -> None:
-    """A definition that is not torch's: mean over the tokens that count, smoothing, the weight of the
-    log-normaliser."""
+def test_the_definition_is_torchs(ignore_index: int) -> None:
+    """A mean over ignored tokens, a smoothing other than torch's, or a wrong weight of the log-normaliser."""
     x, weight, targets = arguments(40, 16, 33)
     targets[::5] = ignore_index
     logits = x.detach() @ weight.detach().mT
@@ -131,21 +121,18 @@ def test_the_kernel_computes_cross_entropy(ignore_index: int) -> None:
 @pytest.mark.interpreter
 @pytest.mark.parametrize("shift", [-500.0, 500.0])
 def test_the_level_of_the_logits_changes_nothing(shift: float) -> None:
-    """A maximum that starts from a number that is not far below every logit: sums that underflow, or that
-    overflow."""
+    """A running maximum that starts above the logits, so that the sums underflow, or no shift at all."""
     x, weight, targets = arguments(20, 16, 33)
-    found = []
+    results = []
     for bias in (torch.zeros(33), torch.full((33,), shift)):
         loss = on_triton(x, weight, targets, bias, label_smoothing=0.1)
-        found.append((loss, *torch.autograd.grad(loss, (x, weight))))
-    for level, shifted in zip(*found, strict=True):
-        torch.testing.assert_close(level, shifted, rtol=1e-3, atol=1e-5)
+        results.append((loss, *torch.autograd.grad(loss, (x, weight))))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.interpreter
-def test_nothing_counts() -> None:
-    """0 / 0 where every target is ignored, or gradients left uninitialised; another ignore_index than
-    -100."""
+def test_all_targets_ignored() -> None:
+    """0 / 0, or uninitialised gradients, where every target is ignored; or an ignore_index fixed at -100."""
     for reduction in ("mean", "sum", "none"):
         x, weight, _ = arguments(5, 8, 10)
         loss = on_triton(x, weight, torch.full((5,), 3), ignore_index=3, reduction=reduction)
@@ -154,35 +141,53 @@ def test_nothing_counts() -> None:
             assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
-@pytest.mark.interpreter
-def test_a_target_outside_the_vocabulary_is_not_a_number() -> None:
-    """An out-of-range target that reads past the logits, or gives a plausible loss, where nothing can be
-    raised."""
+def cross_entropy_launch(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    losses: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Any:
+    """The launch for losses and gradients of the sum."""
     pytest.importorskip("triton")
-    from kernels.loss.softmax import launch_cross_entropy
+    from kernels.loss.softmax import cross_entropy
 
+    return cross_entropy(
+        logits=logits,
+        targets=targets,
+        bias=bias,
+        grad=None,
+        losses=losses,
+        ignore_index=-100,
+        label_smoothing=label_smoothing,
+        z_loss=0.0,
+        gradient=True,
+    )
+
+
+@pytest.mark.interpreter
+def test_a_target_outside_the_vocabulary_gives_nan() -> None:
+    """An out-of-range target that reads past the logits, or that gives a plausible loss."""
     targets, losses = torch.tensor([2, 10, -5, -100, 2**40]), torch.empty(5)
-    launch_cross_entropy(torch.randn(5, 64)[:, :10], targets, None, None, losses, -100, 0.1, 0.0, True).run()
+    cross_entropy_launch(torch.randn(5, 64)[:, :10], targets, losses, label_smoothing=0.1).run()
     assert losses.isnan().tolist() == [False, True, True, False, True]
 
 
 @pytest.mark.interpreter
-@pytest.mark.skipif(sys.platform != "linux", reason="guard pages are made with Linux's mmap")
+@pytest.mark.skipif(sys.platform != "linux", reason="guard pages need Linux's mmap")
 def test_nothing_past_the_bias_is_read() -> None:
     """A tile wider than the padded vocabulary that reads past the end of the bias."""
-    from kernels.loss.softmax import launch_cross_entropy
-
     logits, bias, losses = torch.randn(3, 192), guarded(torch.randn(192)), torch.empty(3)
-    launch = launch_cross_entropy(
-        logits[:, :130], torch.tensor([0, 129, 64]), bias, None, losses, -100, 0.1, 0.0, True
-    )
+    targets = torch.tensor([0, 129, 64])
+    launch = cross_entropy_launch(logits[:, :130], targets, losses, bias=bias, label_smoothing=0.1)
     assert launch.tile.block_n > 192
     assert exit_status(launch.run) == 0
 
 
 @pytest.mark.interpreter
 def test_forward_only_computes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An evaluation that pays for gradients, in time or in memory."""
+    """An evaluation that computes or allocates gradients."""
     pytest.importorskip("triton")
     from kernels.loss import torch_op
 
@@ -191,35 +196,32 @@ def test_forward_only_computes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> 
         reduction: on_triton(x, weight, targets, reduction=reduction).detach()
         for reduction in ("mean", "sum", "none")
     }
-    monkeypatch.setattr(torch_op, "_gradient_buffers", lambda *args: pytest.fail("buffers for gradients"))
+    monkeypatch.setattr(torch_op, "_gradient_buffers", lambda *args: pytest.fail("gradients were allocated"))
     for reduction, expected in with_gradients.items():
         with torch.no_grad():
-            torch.testing.assert_close(on_triton(x, weight, targets, reduction=reduction), expected)
-        torch.testing.assert_close(
-            on_triton(x.detach(), weight.detach(), targets, reduction=reduction), expected
-        )
+            loss = on_triton(x, weight, targets, reduction=reduction)
+        detached_loss = on_triton(x.detach(), weight.detach(), targets, reduction=reduction)
+        torch.testing.assert_close((loss, detached_loss), (expected, expected))
 
 
 @pytest.mark.interpreter
 def test_a_tied_weight_and_accumulation() -> None:
-    """A tied embedding that gets one of its two gradients, or a second micro-batch that overwrites the
-    first."""
+    """A tied weight that gets one of its two gradients, or a second micro-batch that overwrites the first."""
     ids, targets = torch.randint(33, (2, 12)), torch.randint(33, (2, 12))
-    found = []
+    gradients = []
     for backend in ("triton", "reference"):
         torch.manual_seed(1)
         weight = torch.randn(33, 16, requires_grad=True)
         with kernels.use_backend(loss=backend):
             for rows, aims in zip(ids, targets, strict=True):
                 (kernels.linear_cross_entropy(weight[rows], weight, aims) / 2).backward()
-        found.append(weight.grad)
-    torch.testing.assert_close(*found)
+        gradients.append(weight.grad)
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.interpreter
 def test_autocast() -> None:
-    """Under autocast: products in float32, a loss in bfloat16, or a float32 weight whose gradient is not
-    float32."""
+    """Under autocast, matmuls in float32, a bfloat16 loss, or a float32 weight's gradient in bfloat16."""
     x, weight, targets = arguments(30, 16, 65)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = on_triton(x, weight, targets)
@@ -227,40 +229,36 @@ def test_autocast() -> None:
     expected = on_triton(*half, targets)
     assert loss.dtype == torch.float32
     assert torch.equal(loss, expected)
-    for gradient, true in zip(
-        torch.autograd.grad(loss, (x, weight)), torch.autograd.grad(expected, half), strict=True
-    ):
+    gradients, half_gradients = torch.autograd.grad(loss, (x, weight)), torch.autograd.grad(expected, half)
+    for gradient, half_gradient in zip(gradients, half_gradients, strict=True):
         assert gradient.dtype == torch.float32
-        assert torch.equal(gradient, true.float())
+        assert torch.equal(gradient, half_gradient.float())
 
 
 @pytest.mark.interpreter
 def test_logits_past_two_to_the_31() -> None:
-    """N V in 32 bits: rows of logits 2**30 elements apart."""
-    pytest.importorskip("triton")
-    from kernels.loss.softmax import launch_cross_entropy
-
+    """A row's offset that is computed in 32 bits; here the rows of logits are 2**30 elements apart."""
     near, targets = torch.randn(5, 320).bfloat16(), torch.randint(300, (5,))
     stride = 2**30 + 64
     far = sparse(5 * stride, torch.bfloat16).as_strided((5, 320), (stride, 1))
     far.copy_(near)
     losses = [torch.empty(5), torch.empty(5)]
     for logits, loss in zip((near[:, :300], far[:, :300]), losses, strict=True):
-        launch_cross_entropy(logits, targets, None, None, loss, -100, 0.0, 0.0, True).run()
+        cross_entropy_launch(logits, targets, loss).run()
     assert torch.equal(*losses)
     assert torch.equal(near[:, :300], far[:, :300])
 
 
 @pytest.mark.interpreter
 def test_gradients_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
-    """V C in 32 bits, where finished gradients are scaled."""
+    """An offset that is computed in 32 bits where finished gradients are scaled."""
     pytest.importorskip("triton")
-    from kernels.loss.softmax import launch_scale
+    from kernels.loss.softmax import scale_gradient
 
     size = 2**31 + 3 * 4096 + 5
     source, out = sparse(size, torch.bfloat16), sparse(size, torch.bfloat16)
     source[-5:] = torch.arange(1.0, 6.0)
-    launch = launch_scale(source, torch.tensor(3.0), out)
+    launch = scale_gradient(gradient=source, scale=torch.tensor(3.0), out=out)
     start_at_program(monkeypatch, launch.grid[0] - 1)
     launch._replace(grid=(1,)).run()
     assert out[-5:].tolist() == [3.0, 6.0, 9.0, 12.0, 15.0]
@@ -306,8 +304,7 @@ with kernels.use_backend(backend):
     ],
 )
 def test_memory_is_bounded(backend: str, dtype: str, n: int) -> None:
-    """Logits of the whole batch, or a copy of a chunk too many: at most 450 MB above inputs, output and
-    gradients."""
+    """Logits of the whole batch, or one chunk too many: over 450 MB besides inputs, output and gradients."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-c", MEMORY, backend, dtype, str(n)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)

@@ -1,5 +1,4 @@
-"""LayerNorm's kernels beyond what the registry's cases reach: seeds, unused outputs, autocast, far offsets,
-the tile table."""
+"""LayerNorm in Triton beyond the registry's cases: seeds, unused outputs, autocast, far offsets, tiles."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ def on_triton() -> Any:
 
 
 def drop(seed: int | torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mask of forward and of backward, as what of ones arrives."""
+    """The dropout masks of forward and of backward, times 1 / (1 - p): what becomes of ones."""
     x = torch.ones(9, 64, requires_grad=True)
     residual = torch.zeros(9, 64, requires_grad=True)
     _, new_residual = kernels.add_layer_norm(x, residual, torch.ones(64), dropout_p=0.5, seed=seed)
@@ -36,7 +35,7 @@ def drop(seed: int | torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Te
     return new_residual.detach(), gradient
 
 
-def test_backward_draws_the_same_mask() -> None:
+def test_forward_and_backward_have_one_mask() -> None:
     """A mask that differs between forward and backward."""
     for seed in (None, 5, torch.tensor(2**40 + 3)):
         forward, backward = drop(seed)
@@ -46,7 +45,7 @@ def test_backward_draws_the_same_mask() -> None:
 
 
 def test_a_seed_of_none_follows_torchs_generator() -> None:
-    """Masks that repeat from call to call, or that torch.manual_seed does not repeat."""
+    """A mask that ignores torch.manual_seed, or that is the same in every call."""
     torch.manual_seed(3)
     first, second = drop()[0], drop()[0]
     torch.manual_seed(3)
@@ -56,7 +55,7 @@ def test_a_seed_of_none_follows_torchs_generator() -> None:
 
 
 def test_a_seed_may_be_a_tensor() -> None:
-    """A tensor seed that gives other masks than the same int, or a sign or a high word that is lost."""
+    """A tensor seed with another mask than the same int, or a seed that loses its sign or high 32 bits."""
     for seed in (7, -7, 2**40 + 7, -(2**63)):
         assert torch.equal(drop(seed)[0], drop(torch.tensor(seed))[0])
     assert len({drop(seed)[0].sum().item() for seed in (7, 2**40 + 7, 2**33 + 7, -7)}) > 1
@@ -65,7 +64,7 @@ def test_a_seed_may_be_a_tensor() -> None:
 @pytest.mark.parametrize("used", ["y", "new_residual"])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 def test_one_output_may_be_unused(used: str, dropout_p: float) -> None:
-    """A backward that needs a gradient for both outputs."""
+    """A backward that needs the gradients of both outputs."""
     leaves = [tensor.requires_grad_() for tensor in arguments(6, 40)]
     results = []
     for backend in ("triton", "reference"):
@@ -73,12 +72,12 @@ def test_one_output_may_be_unused(used: str, dropout_p: float) -> None:
             y, new_residual = kernels.add_layer_norm(*leaves, dropout_p=dropout_p, seed=1)
         output = y if used == "y" else new_residual
         results.append(torch.autograd.grad(output, leaves, torch.ones_like(output), allow_unused=True))
-    for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, torch.zeros_like(found) if expected is None else expected)
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, torch.zeros_like(actual) if expected is None else expected)
 
 
 def test_many_programs_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program that skips a block of rows, takes one twice, or writes another program's partial sums."""
+    """A program that skips a block of rows, takes one twice, or overwrites another program's partial sums."""
     from kernels.norm import torch_op
 
     x, _, weight, bias = arguments(200, 96)
@@ -88,36 +87,35 @@ def test_many_programs_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     for programs in (1, 2, 7, 17):
         monkeypatch.setattr(torch_op, "norm_programs", lambda *args, programs=programs: programs)
         leaves = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
-        found = torch.autograd.grad(kernels.layer_norm(*leaves), leaves, dy)
-        again = torch.autograd.grad(kernels.layer_norm(*leaves), leaves, dy)
-        for gradient, same, true in zip(found, again, expected, strict=True):
-            assert torch.equal(gradient, same)
-            torch.testing.assert_close(gradient.double(), true, rtol=1e-4, atol=1e-4)
+        first, second = (torch.autograd.grad(kernels.layer_norm(*leaves), leaves, dy) for _ in range(2))
+        for actual, repeated, oracle in zip(first, second, expected, strict=True):
+            assert torch.equal(actual, repeated)
+            torch.testing.assert_close(actual.double(), oracle, rtol=1e-4, atol=1e-4)
 
 
 def test_sums_of_more_programs_than_one_tile_holds() -> None:
-    """Partial sums of dweight and dbias that are left out past the first tile of programs, or past its ragged
-    end."""
-    from kernels.norm.backward import launch_sum
+    """Partial sums of dweight and dbias that are lost after the first tile, or in the last, partial tile."""
+    from kernels.norm.backward import layer_norm_backward_sum
 
     partials = torch.randn(2, 700, 40)
     sums = torch.empty(2, 40)
-    launch_sum(*partials, *sums).run()
+    layer_norm_backward_sum(
+        partial_dweight=partials[0], partial_dbias=partials[1], dweight=sums[0], dbias=sums[1]
+    ).run()
     torch.testing.assert_close(sums, partials.sum(1), rtol=1e-4, atol=1e-4)
 
 
 def test_partial_sums_keep_float32() -> None:
-    """Partial sums of dweight and dbias that are rounded to 16 bits: two programs' sums nearly cancel
-    here."""
+    """Partial sums of dweight and dbias that are rounded to 16 bits; those of two programs nearly cancel."""
     rows = norm_tile(24).block_m
     x, _, weight, bias = (tensor.bfloat16() for tensor in arguments(1, 24))
     leaves = [weight.requires_grad_(), bias.requires_grad_()]
     dy = torch.randn(24).bfloat16().expand(2 * rows - 1, 24).clone()
     dy[rows:] *= -1
-    found = torch.autograd.grad(kernels.layer_norm(x.expand(2 * rows - 1, 24), *leaves), leaves, dy)
+    actual = torch.autograd.grad(kernels.layer_norm(x.expand(2 * rows - 1, 24), *leaves), leaves, dy)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    true = torch.autograd.grad(kernels.reference.layer_norm(x.double(), *exact), exact, dy[:1].double())
-    for gradient, expected in zip(found, true, strict=True):
+    oracle = torch.autograd.grad(kernels.reference.layer_norm(x.double(), *exact), exact, dy[:1].double())
+    for gradient, expected in zip(actual, oracle, strict=True):
         torch.testing.assert_close(
             gradient.double(), expected, rtol=2 * torch.finfo(torch.bfloat16).eps, atol=1e-4
         )
@@ -134,17 +132,14 @@ def test_eps_is_added_to_the_variance() -> None:
                 kernels.layer_norm(leaves[0], *leaves[2:], eps=eps),
                 *kernels.add_layer_norm(*leaves, eps=eps),
             )
-        results.append(
-            (*outputs, *torch.autograd.grad(outputs, leaves, [torch.ones_like(output) for output in outputs]))
-        )
-    for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        ones = [torch.ones_like(output) for output in outputs]
+        results.append((*outputs, *torch.autograd.grad(outputs, leaves, ones)))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_rounds_once(dtype: torch.dtype) -> None:
-    """Under autocast: a y that is rounded twice or stays float32, weights that are cast, a residual that
-    is."""
+    """Under autocast, a y that is rounded twice or stays float32, or weights or a residual that are cast."""
     x, residual, weight, bias = arguments(5, 48, dtype)
     leaves = [tensor.requires_grad_() for tensor in (x, residual.float().detach(), weight, bias)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -161,7 +156,7 @@ def test_autocast_rounds_once(dtype: torch.dtype) -> None:
 
 
 def test_gradients_take_their_inputs_dtypes() -> None:
-    """Mixed dtypes: a gradient in another dtype than its input's, or rounded to another on the way."""
+    """With mixed dtypes, a gradient in another dtype than its input's, or rounded to another on the way."""
     for dtype, residual_dtype, parameter_dtype in (
         (torch.bfloat16, torch.float32, torch.float32),
         (torch.float16, torch.float16, torch.bfloat16),
@@ -182,7 +177,7 @@ def test_gradients_take_their_inputs_dtypes() -> None:
 
 
 def test_rows_far_apart() -> None:
-    """A row's offset in 32 bits: rows 2**30 elements apart, the last one past 2**31."""
+    """A row's offset that is computed in 32 bits; here the rows are 2**30 elements apart."""
     stride, c = 2**30 + 16, 24
     memory = [sparse(4 * stride, torch.bfloat16).as_strided((4, c), (stride, 1)) for _ in range(3)]
     values = torch.randn(3, 4, c).bfloat16()
@@ -199,9 +194,9 @@ def test_rows_far_apart() -> None:
 
 
 def test_outputs_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An output's offset in 32 bits: the last rows of tensors with more than 2**31 elements."""
-    from kernels.norm.backward import launch_backward
-    from kernels.norm.forward import launch_forward
+    """An output's offset that is computed in 32 bits; here the outputs have more than 2**31 elements."""
+    from kernels.norm.backward import layer_norm_backward
+    from kernels.norm.forward import layer_norm_forward
 
     c = 4096
     rows = norm_tile(c).block_m
@@ -211,10 +206,24 @@ def test_outputs_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y, dx = (sparse(n * c, torch.bfloat16).view(n, c) for _ in range(3))
     x[first * rows :] = near
     stats = sparse(2 * n, torch.float32).view(2, n)
-    start_at_program(monkeypatch, first)
-    launch_forward(x, None, weight, None, None, y, None, stats, 1e-5, 0.0)._replace(grid=(1,)).run()
     partial = sparse((first + 1) * c, torch.float32).view(first + 1, c)
-    launch_backward(y, None, x, weight, None, stats, dx, None, partial, None, 0.0, 1).run()
+    common: dict[str, Any] = {"weight": weight, "seed": None, "stats": stats, "dropout_p": 0.0}
+
+    start_at_program(monkeypatch, first)
+    forward = layer_norm_forward(**common, x=x, residual=None, bias=None, y=y, new_residual=None, eps=1e-5)
+    forward._replace(grid=(1,)).run()
+    layer_norm_backward(
+        **common,
+        dy=y,
+        dnew_residual=None,
+        h=x,
+        dx=dx,
+        dresidual=None,
+        partial_dweight=partial,
+        partial_dbias=None,
+        programs=1,
+    ).run()
+
     leaf = x[first * rows :].float().requires_grad_()
     expected = torch.nn.functional.layer_norm(leaf, (c,), weight)
     torch.testing.assert_close(y[first * rows :], expected.detach().bfloat16())
@@ -224,7 +233,7 @@ def test_outputs_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_tensor_for_both_arguments_compiles() -> None:
-    """Compiled code that takes two names of one tensor for two tensors."""
+    """Compiled code that treats one tensor, passed twice, as two tensors."""
     x, _, weight, bias = arguments(5, 32)
 
     def function(x: torch.Tensor) -> torch.Tensor:
@@ -241,7 +250,7 @@ def test_one_tensor_for_both_arguments_compiles() -> None:
 
 
 def test_limits_are_explained() -> None:
-    """A call that the kernel cannot take, and that fails in it instead of falling back."""
+    """A call that the kernel does not support and that fails inside it, without a reason."""
     wide = torch.zeros(1, NORM_COLUMNS + 1)
     calls = (
         ((wide, wide[0]), rf"the kernel takes C in \[1, {NORM_COLUMNS}\], not {NORM_COLUMNS + 1}"),
@@ -254,9 +263,8 @@ def test_limits_are_explained() -> None:
             assert kernels.explain("layer_norm", *call).backend == "reference"
 
 
-def test_no_column_is_dead_at_the_models_sizes() -> None:
-    """A tile table that masks a quarter of the lanes at C = 768, or needs blocks that are no powers of
-    two."""
+def test_tiles_mask_few_columns() -> None:
+    """A tile that masks a quarter of the lanes at C = 768, or whose sizes are not powers of two."""
     for c in (64, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 2048, 3072, 4096, 5120, 8192, 16384):
         tile = norm_tile(c)
         assert c % tile.block_n == 0
