@@ -1,4 +1,4 @@
-"""What a measurement was made on and with."""
+"""The hardware and software of a measurement."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def describe(device: torch.device) -> Machine:
-    """The machine around `device`."""
-    kind, name, architecture, memory = "cpu", _processor(), platform.machine(), _memory()
+    """Describes the machine that `device` belongs to."""
+    kind, name, architecture, memory = "cpu", _cpu_name(), platform.machine(), _memory()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         kind, name, memory = "cuda", properties.name, properties.total_memory
@@ -78,7 +78,7 @@ def describe(device: torch.device) -> Machine:
 
 
 def installed(distribution: str) -> str | None:
-    """The version of an installed distribution."""
+    """The version of a distribution; None if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -92,8 +92,10 @@ def stated_peak(name: str) -> float | None:
 
 
 def commit() -> str:
-    """The commit of the sources, with "+changes" where files differ from it; outside a repository what
-    FUSED_GPT_COMMIT says."""
+    """The commit of the sources, with "+changes" if files differ from it.
+
+    Outside a git repository it is the value of FUSED_GPT_COMMIT.
+    """
     hashed = _git("rev-parse", "--short=12", "HEAD")
     if hashed is None:
         return os.environ.get("FUSED_GPT_COMMIT", "unknown")
@@ -109,7 +111,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def _driver() -> str | None:
-    """The NVIDIA driver's version, from the tool that comes with it."""
+    """The NVIDIA driver's version, as nvidia-smi reports it."""
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -118,7 +120,7 @@ def _driver() -> str | None:
     return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else None
 
 
-def _processor() -> str:
+def _cpu_name() -> str:
     path = Path("/proc/cpuinfo")
     if path.exists():
         for line in path.read_text("utf-8", errors="replace").splitlines():
