@@ -23,12 +23,12 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from bench import sanitizer, table, targets
-from bench.command import parse_budget
-from bench.machine import ROOT, describe, pick_device
+from bench.command import check_names, parse_budget
+from bench.machine import ROOT, bench_device, describe
 from bench.plot import draw
 from bench.record import Report, load
 from gpt.cli import OptionParser, option, run_command
-from gpt.errors import InputError, unknown
+from gpt.errors import InputError
 from kernels.registry import SPECS
 
 MODELS = ("train", "generate")
@@ -255,11 +255,9 @@ def main(argv: Sequence[str]) -> int:
     given, values = parser.parse_tables(argv)
     options = Options(**values["options"])
     valid = [*SPECS, *dict.fromkeys(spec.family for spec in SPECS.values()), *MODELS]
-    for name in given.ops:
-        if name not in valid:
-            raise unknown("OP", name, valid)
+    check_names("OP", given.ops, valid)
     seconds = parse_budget(options.budget) or 0.0
-    device = pick_device(options.device)
+    device = bench_device(options.device)
 
     folder = Path(options.out).resolve()
     try:

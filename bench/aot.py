@@ -22,9 +22,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.record import read_json, write_json
+from bench.record import write_json
 from gpt.cli import OptionParser, option, run_command
 from gpt.errors import InputError, unknown
+from gpt.files import read_json
 from kernels import launch
 from kernels.registry import SPECS
 from kernels.spec import Build
@@ -288,7 +289,7 @@ def load(path: str) -> list[Compiled]:
     Raises:
         InputError: The file is unreadable, or is not a report of bench.aot.
     """
-    content = read_json(path)
+    content = read_json(Path(path), "--diff")
     try:
         return [Compiled(**row) for row in content["builds"]]
     except (TypeError, KeyError) as error:

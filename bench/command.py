@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from bench import table, targets
 from bench.cases import Race, plan
 from bench.contestants import EAGER, OURS
 from bench.engine import Bench, Runner, lane
-from bench.machine import describe, pick_device
+from bench.machine import bench_device, describe
 from bench.measure import Ceilings, Clock, self_check
 from bench.record import Report
 from gpt.cli import OptionParser, option, run_command
@@ -57,11 +57,9 @@ def _main(bench: Bench, argv: Sequence[str]) -> int:
     )
     options = Options(**values["options"])
     began, deadline = time.monotonic(), parse_budget(options.budget)
-    device = pick_device(options.device)
+    device = bench_device(options.device)
     specs = bench.specs
-    for name in options.op:
-        if name not in [spec.name for spec in specs]:
-            raise unknown("--op", name, [spec.name for spec in specs])
+    check_names("--op", options.op, [spec.name for spec in specs])
     specs = [spec for spec in specs if not options.op or spec.name in options.op]
     clock = Clock(device)
     automatic = torch.bfloat16 if clock.on_gpu else torch.float32
@@ -171,6 +169,13 @@ def profile(runner: Runner, race: Race, path: Path) -> None:
     print(f"wrote {path}")
 
 
+def check_names(where: str, names: Sequence[str], valid: Collection[str]) -> None:
+    """Raises InputError for the first of `names` that is not in `valid`, with the nearest valid name."""
+    for name in names:
+        if name not in valid:
+            raise unknown(where, name, valid)
+
+
 def parse_budget(text: str | None) -> float | None:
     """Converts a --budget to seconds.
 
@@ -187,9 +192,8 @@ def _check_contestants(runner: Runner, specs: Sequence[Any]) -> None:
     """Raises InputError if a contestant requested by name does not exist or cannot run."""
     everyone = Runner(**{**vars(runner), "names": ()})
     contestants = {c.name: c for spec in specs for c in everyone.contestants(spec)}
+    check_names("--contestants", runner.names, contestants)
     for name in runner.names:
-        if name not in contestants:
-            raise unknown("--contestants", name, contestants)
         if contestants[name].function is None:
             raise InputError(f"--contestants: {name} cannot run: {contestants[name].absent}")
 

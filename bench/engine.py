@@ -27,9 +27,9 @@ from bench.measure import (
     total_bytes,
 )
 from bench.record import Row
-from kernels.preflight import Truth, run_case
 from kernels.registry import SPECS
 from kernels.spec import SHORT_DTYPE, Case, OpSpec
+from kernels.verify import Oracle, run_case
 
 PEER_LIMIT = 8.0  # a peer is timed if its error is at most this many times what is allowed for this package
 PARTS = {"forward": ("forward",), "backward": ("backward",), "both": ("forward", "backward")}
@@ -132,9 +132,9 @@ class Runner:
                 yield replace(row, error=errors[row.contestant])
             release(self.clock)
 
-    def oracle(self, spec: OpSpec, inputs: Inputs) -> Truth:
+    def oracle(self, spec: OpSpec, inputs: Inputs) -> Oracle:
         """The expected results, from the reference in a higher precision."""
-        return Truth(
+        return Oracle(
             spec,
             inputs,
             self.dtype,
@@ -154,7 +154,7 @@ class Runner:
         self.clock.synchronize()
         return sets
 
-    def admit(self, spec: OpSpec, contestant: Contestant, inputs: Inputs, oracle: Truth) -> Admission:
+    def admit(self, spec: OpSpec, contestant: Contestant, inputs: Inputs, oracle: Oracle) -> Admission:
         """Runs a contestant and judges its results: only a correct one may be timed."""
         if contestant.function is None:
             return Admission("absent", contestant.absent)

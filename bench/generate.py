@@ -18,7 +18,7 @@ import torch
 from bench import table
 from bench.command import parse_budget, say, start_report
 from bench.contestants import OURS, Contestant, first_sentence, optional
-from bench.machine import pick_device
+from bench.machine import bench_device
 from bench.measure import Ceilings, Clock, Lane, Timing, interleave, release
 from bench.record import Row
 from gpt.cli import OptionParser, option, run_command
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
         if not text.isdecimal() or int(text) == 0:
             raise InputError(f"--batch_size is {text!r}, expected integers > 0")
 
-    clock = Clock(pick_device(options.device))
+    clock = Clock(bench_device(options.device))
     config = GPTConfig.preset(options.preset or ("gpt2" if clock.on_gpu else "char-cpu"))
     dtype = torch.bfloat16 if clock.on_gpu else torch.float32
     lengths = _lengths(options, config)

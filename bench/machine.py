@@ -12,44 +12,21 @@ from pathlib import Path
 import torch
 
 from bench.record import Machine
+from gpt.device import pick_device
 from gpt.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
-# Dense bf16 FLOP/s that the makers state, by a part of the name; the first match counts.
-STATED_PEAKS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
 
 
-def pick_device(name: str | None) -> torch.device:
-    """The device `name`; None is a GPU if there is one, else the CPU.
+def bench_device(name: str | None) -> torch.device:
+    """The device `name`, a CPU or an NVIDIA GPU; None is a GPU if there is one, else the CPU.
 
     Raises:
-        InputError: No such device here.
+        InputError: This machine has no such device, or it is of another kind.
     """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"--device is {name!r}, expected cpu or cuda") from error
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
-        raise InputError(
-            f"--device is {name!r}, expected "
-            f"{'cpu or cuda' if torch.cuda.is_available() else 'cpu: no GPU was found'}"
-        )
+    device = pick_device(name)
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device is {name!r}, expected cpu or cuda")
     return device
 
 
@@ -83,12 +60,6 @@ def installed(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def stated_peak(name: str) -> float | None:
-    """The dense bf16 FLOP/s that its maker states for the GPU `name`; None for a GPU that the list does not
-    have."""
-    return next((peak for part, peak in STATED_PEAKS.items() if part in name), None)
 
 
 def commit() -> str:

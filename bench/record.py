@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import kernels.files
 from bench.measure import Timing
 from gpt.errors import InputError
-from gpt.files import replacing
+from gpt.files import read_json
 
 FORMAT = 1
 STATUSES = ("measured", "absent", "unavailable", "wrong", "failed")
@@ -135,8 +135,8 @@ def load(path: str | Path) -> Report:
         InputError: The file is unreadable or is not a report of this format: a field is unknown, missing or
             of the wrong type.
     """
-    content = read_json(path)
-    if isinstance(content, dict) and content.get("format") != FORMAT:
+    content = read_json(Path(path), "report")
+    if content.get("format") != FORMAT:
         raise InputError(f"{path}: format is {content.get('format')!r}, expected {FORMAT}")
     report = parse(Report, content, str(path))
     for row in report.rows:
@@ -188,28 +188,13 @@ def parse(kind: Any, value: object, where: str) -> Any:
     raise InputError(f"{where} is {value!r}, expected {expected}")
 
 
-def read_json(path: str | Path) -> Any:
-    """The JSON in a file.
-
-    Raises:
-        InputError: The file is unreadable, or is not a JSON file.
-    """
-    try:
-        return json.loads(Path(path).read_text("utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not a JSON file: {error}") from error
-
-
 def write_json(path: str | Path, content: object) -> None:
-    """Writes a JSON file. It appears only when it is complete.
+    """Replaces a file by JSON, atomically.
 
     Raises:
         InputError: The file cannot be written.
     """
     try:
-        with replacing(Path(path)) as file:
-            file.write((json.dumps(content, indent=1) + "\n").encode("utf-8"))
+        kernels.files.write_json(Path(path), content, indent=1)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error

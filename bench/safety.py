@@ -17,14 +17,14 @@ from typing import NamedTuple
 import torch
 
 import kernels
-from bench.command import parse_budget, say
+from bench.command import check_names, parse_budget, say
 from bench.machine import describe
 from bench.record import Report
 from gpt.cli import OptionParser, option, run_command
-from gpt.errors import InputError, unknown
-from kernels.preflight import run_case
+from gpt.errors import InputError
 from kernels.registry import SPECS
 from kernels.spec import SHORT_DTYPE, Case, OpSpec
+from kernels.verify import run_case
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # the most used first
 FEW = 10  # repeats of every call that is not an op's first case
@@ -58,7 +58,7 @@ class Call(NamedTuple):
 def main(argv: Sequence[str]) -> int:
     _, values = OptionParser("python -m bench.safety", __doc__ or "", options=Options()).parse_tables(argv)
     options = Options(**values["options"])
-    check_ops(options.op)
+    check_names("--op", options.op, SPECS)
     budget, began = parse_budget(options.budget), time.monotonic()
     if not torch.cuda.is_available():
         raise InputError("no GPU was found, expected one: kernels run compiled here")
@@ -69,12 +69,6 @@ def main(argv: Sequence[str]) -> int:
     if options.json is not None:
         report.save(options.json)
     return code
-
-
-def check_ops(names: Sequence[str]) -> None:
-    for name in names:
-        if name not in SPECS:
-            raise unknown("--op", name, SPECS)
 
 
 def calls(names: Sequence[str]) -> list[Call]:

@@ -19,12 +19,11 @@ from pathlib import Path
 
 import torch
 
-from bench.command import parse_budget, say
+from bench.command import check_names, parse_budget, say
 from bench.machine import describe
 from bench.record import Report
-from bench.safety import check_ops
 from gpt.cli import OptionParser, option, run_command
-from gpt.errors import InputError, unknown
+from gpt.errors import InputError
 from kernels.registry import SPECS
 
 TOOLS = {  # the flags of each
@@ -59,9 +58,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("tool", metavar="TOOL", help=", ".join(TOOLS))
     given, values = parser.parse_tables(argv)
     options = Options(**values["options"])
-    if given.tool not in TOOLS:
-        raise unknown("TOOL", given.tool, TOOLS)
-    check_ops(options.op)
+    check_names("TOOL", [given.tool], TOOLS)
+    check_names("--op", options.op, SPECS)
     parse_budget(options.budget)
     program = find()
     if program is None:

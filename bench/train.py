@@ -22,17 +22,17 @@ import torch.nn.functional as F
 from bench import table
 from bench.command import parse_budget, say, start_report
 from bench.contestants import OURS, first_sentence
-from bench.machine import pick_device, stated_peak
+from bench.machine import bench_device
 from bench.measure import Call, Ceilings, Clock, Lane, interleave, release
 from bench.nanogpt import load_nanogpt, nanogpt_step
 from bench.record import Report, Row
 from gpt.cli import OptionParser, option, run_command
 from gpt.config import GPTConfig, TrainConfig
 from gpt.data.dataset import Batch
-from gpt.device import flops_per_token
+from gpt.device import autocast_dtype, peak_flops
 from gpt.errors import InputError
 from gpt.model import GPT
-from gpt.training.step import TrainStep, autocast_dtype
+from gpt.training.step import TrainStep
 from kernels.spec import SHORT_DTYPE
 
 PLAIN = "plain PyTorch"
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     _, values = OptionParser("python -m bench.train", __doc__ or "", options=Options()).parse_tables(argv)
     options = Options(**values["options"])
     budget = parse_budget(options.budget)
-    clock = Clock(pick_device(options.device))
+    clock = Clock(bench_device(options.device))
     config = GPTConfig.preset(options.preset or ("gpt2" if clock.on_gpu else "char-cpu"))
     if options.batch_size is not None and options.batch_size <= 0:
         raise InputError(f"--batch_size is {options.batch_size}, expected > 0")
@@ -132,7 +132,7 @@ def run(
 
     dtype = autocast_dtype(train.dtype, clock.device)
     peak = _peak(clock, report, dtype)
-    flops = flops_per_token(config) * tokens
+    flops = config.flops_per_token() * tokens
     case = f"{config.n_layer}x{config.n_embd}-V{config.vocab_size}-B{train.batch_size}-T{config.block_size}"
     template = Row(
         op="train",
@@ -243,7 +243,7 @@ def _peak(clock: Clock, report: Report, dtype: torch.dtype) -> float:
     side = 8192 if clock.on_gpu else 1024
     measured = ceilings.matmul(side, side, side, dtype)
     report.ceilings |= ceilings.measured()
-    stated = stated_peak(report.machine.device) if clock.on_gpu and dtype == torch.bfloat16 else None
+    stated = peak_flops(report.machine.device) if clock.on_gpu and dtype == torch.bfloat16 else None
     if stated is None:
         say(
             report,

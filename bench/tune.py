@@ -23,20 +23,20 @@ import torch
 
 from bench import targets
 from bench.cases import Race, plan
-from bench.command import parse_budget, start_report
+from bench.command import check_names, parse_budget, start_report
 from bench.contestants import EAGER, OURS, Contestant, shared
 from bench.engine import Inputs, Runner, find_bench, lane
-from bench.machine import pick_device
+from bench.machine import bench_device
 from bench.measure import Ceilings, Clock, interleave, release
 from bench.record import write_json
 from bench.table import duration
 from gpt.cli import OptionParser, option, run_command
-from gpt.errors import InputError, unknown
+from gpt.errors import InputError
 from kernels import tuning
-from kernels.preflight import Truth
 from kernels.registry import SPECS
 from kernels.spec import SHORT_DTYPE
 from kernels.tuning import Tile
+from kernels.verify import Oracle
 
 GAIN = 0.02  # a candidate must be faster by this share
 STARTS = (Tile(128, 128, 8, 3), Tile(128, 64, 4, 3), Tile(64, 64, 4, 2))  # for a knob without a tile
@@ -99,11 +99,9 @@ class Options:
 def main(argv: Sequence[str]) -> int:
     _, values = OptionParser("python -m bench.tune", __doc__ or "", options=Options()).parse_tables(argv)
     options = Options(**values["options"])
-    for name in options.op:
-        if name not in SPECS:
-            raise unknown("--op", name, SPECS)
+    check_names("--op", options.op, SPECS)
     deadline = time.monotonic() + (parse_budget(options.budget) or 0.0)
-    clock = Clock(pick_device(options.device))
+    clock = Clock(bench_device(options.device))
     if not clock.on_gpu:
         print("no GPU was found: there is nothing to tune, because a CPU runs the references")
         return 0
@@ -156,7 +154,7 @@ def _climb(
     race: Race,
     contestants: dict[str, Contestant],
     sets: list[Inputs],
-    oracle: Truth,
+    oracle: Oracle,
     query: Query,
     start: Any,
     deadline: float,
@@ -206,7 +204,7 @@ def _climb(
         best = winner
 
 
-def queries(runner: Runner, race: Race, ours: Contestant, inputs: Inputs, oracle: Truth) -> dict[Query, Any]:
+def queries(runner: Runner, race: Race, ours: Contestant, inputs: Inputs, oracle: Oracle) -> dict[Query, Any]:
     """The calls that the op makes to kernels/tuning.py at this case, and their results."""
     asked: dict[Query, Any] = {}
 

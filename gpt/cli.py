@@ -22,9 +22,28 @@ Values = dict[str, dict[str, Any]]
 USE_TRITON: dict[str, bool | str] = {"auto": "auto", "true": True, "false": False}
 
 
-def option(default: Any, help: str, **limits: Any) -> Any:
-    """A dataclass field that is a flag; `choices` limits its values."""
-    return dataclasses.field(default=default, metadata={"help": help, **limits})
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A dataclass field that is a flag of a command line.
+
+    Args:
+        default: The value without the flag.
+        help: The text in --help. "(default: …)" is added, unless the text has one and `default` is None.
+        choices: The only accepted values.
+        low, high: Inclusive bounds, for the check of the dataclass.
+        above, below: Exclusive bounds.
+    """
+    limits = {"choices": choices, "low": low, "high": high, "above": above, "below": below}
+    given = {name: limit for name, limit in limits.items() if limit is not None}
+    return dataclasses.field(default=default, metadata={"help": help, **given})
 
 
 def use_triton_option() -> Any:

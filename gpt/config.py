@@ -9,31 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
+from gpt.cli import option
 from gpt.errors import InputError, unknown
+from gpt.names import translate_fields
 
 LARGEST_SIZE = 2**31 - 1
 LARGEST_MODEL = 10**12  # parameters
-
-
-def _size(default: int | None, help: str, low: int = 1, high: int = LARGEST_SIZE) -> Any:
-    return field(default=default, metadata={"help": help, "low": low, "high": high})
-
-
-def _number(default: float, help: str, low: float = 0, high: float = math.inf, *, above: bool = False) -> Any:
-    """A field in [low, high), or (low, high) with `above`."""
-    return field(default=default, metadata={"help": help, "low": low, "below": high, "above": above})
-
-
-def _choice(default: str, help: str, *choices: str) -> Any:
-    return field(default=default, metadata={"help": help, "choices": choices})
-
-
-def _plain(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -44,26 +29,26 @@ class GPTConfig:
         InputError: A field of the wrong type or outside its range, or sizes that do not fit one another.
     """
 
-    vocab_size: int = _size(50257, "number of token ids")
-    block_size: int = _size(1024, "longest context, in tokens")
-    n_layer: int = _size(12, "transformer blocks", high=10_000)
-    n_head: int = _size(12, "attention heads of a block")
-    n_embd: int = _size(768, "width of the residual stream")
-    head_dim: int | None = _size(None, "width of a head (default: n_embd / n_head)")
-    n_inner: int | None = _size(None, "width inside the feed-forward (default: 4 n_embd)")
-    dropout: float = _number(
-        0.0, "probability of dropping, in embeddings, attention and both branches", high=1
+    vocab_size: int = option(50257, "number of token ids", low=1)
+    block_size: int = option(1024, "longest context, in tokens", low=1)
+    n_layer: int = option(12, "transformer blocks", low=1, high=10_000)
+    n_head: int = option(12, "attention heads of a block", low=1)
+    n_embd: int = option(768, "width of the residual stream", low=1)
+    head_dim: int | None = option(None, "width of a head (default: n_embd / n_head)", low=1)
+    n_inner: int | None = option(None, "width inside the feed-forward (default: 4 n_embd)", low=1)
+    dropout: float = option(
+        0.0, "probability of dropping, in embeddings, attention and both branches", low=0, below=1
     )
-    bias: bool = _plain(True, "biases in linear layers and norms")
-    qkv_bias: bool | None = _plain(None, "biases of the query, key and value projections (default: as bias)")
-    tie_weights: bool = _plain(True, "share the token embedding with the head")
-    head_bias: bool = _plain(False, "a bias in the head")
-    final_norm: bool = _plain(True, "a norm before the head")
-    activation: str = _choice("gelu_tanh", "of the feed-forward", "gelu_tanh", "gelu", "relu")
-    norm: str = _choice(
-        "pre", "normalise before each branch (GPT-2), or after its addition (GPT-1)", "pre", "post"
+    bias: bool = option(True, "biases in linear layers and norms")
+    qkv_bias: bool | None = option(None, "biases of the query, key and value projections (default: as bias)")
+    tie_weights: bool = option(True, "share the token embedding with the head")
+    head_bias: bool = option(False, "a bias in the head")
+    final_norm: bool = option(True, "a norm before the head")
+    activation: str = option("gelu_tanh", "of the feed-forward", choices=("gelu_tanh", "gelu", "relu"))
+    norm: str = option(
+        "pre", "normalise before each branch (GPT-2), or after its addition (GPT-1)", choices=("pre", "post")
     )
-    eps: float = _number(1e-5, "added to the variance in norms", above=True, high=1)
+    eps: float = option(1e-5, "added to the variance in norms", above=0, below=1)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -116,33 +101,7 @@ class GPTConfig:
             InputError: A name of no family, names of different families, two names that contradict one
                 another, a Hugging Face setting that this model does not have, or as the constructor.
         """
-        if not isinstance(d, Mapping):
-            raise InputError(f"GPTConfig: the config is {type(d).__name__}, expected a dict")
-        family = _family(d)
-        given = {**{k: v for k, v in family.defaults.items() if family.aliases.get(k, k) not in d}, **d}
-        values: dict[str, Any] = {}
-        source: dict[str, str] = {}
-        for key, value in given.items():
-            if key in family.ignored:
-                continue
-            if key in family.fixed:
-                if value != family.fixed[key]:
-                    raise InputError(
-                        f"GPTConfig: {key} is {value!r}, expected {family.fixed[key]!r} (this GPT has "
-                        "nothing else)"
-                    )
-                continue
-            name = family.aliases.get(key, key)
-            value = family.spellings.get(value, value) if isinstance(value, str) else value
-            if name in values and values[name] != value:
-                raise InputError(
-                    f"GPTConfig: {key} is {value!r}, expected {values[name]!r} as {source[name]} (both mean "
-                    f"{name})"
-                )
-            values[name], source[name] = value, key
-        if family.counts_heads and "n_head" not in values and isinstance(values.get("n_embd"), int):
-            values["n_head"] = max(1, values["n_embd"] // 64)
-        return cls(**values)
+        return cls(**translate_fields(d, [f.name for f in fields(cls)]))
 
     def to_dict(self) -> dict[str, Any]:
         """Every field by name, ready for JSON; `from_dict` reads it back."""
@@ -165,6 +124,29 @@ class GPTConfig:
         counts["total"] = sum(counts.values()) + (self.n_layer - 1) * counts["block"]
         return counts
 
+    def flops_per_token(self) -> int:
+        """6 N + 12 n_layer n_head D T for forward and backward pass at full context T = block_size.
+
+        N leaves out the embeddings that are only looked up.
+
+        Source: nanoGPT's `estimate_mfu`, after PaLM (arXiv 2204.02311), appendix B.
+        """
+        counts = self.parameter_counts()
+        looked_up = counts["position_embedding"] + (0 if self.tie_weights else counts["token_embedding"])
+        attention = 12 * self.n_layer * self.n_head * self.head_size * self.block_size
+        return 6 * (counts["total"] - looked_up) + attention
+
+    def training_bytes(self, batch_size: int) -> int:
+        """16 bytes per parameter, and 4 n_layer (6 C + 4 n_head D + 2 I) bytes per token of a micro-batch.
+
+        A parameter has a float32 weight, gradient and the two averages of AdamW. For a token, a block saves
+        float32 values for its backward pass: inputs and outputs of the norms and additions, q, k, v and the
+        output of attention, and the feed-forward's values before and after its activation.
+        """
+        width = 6 * self.n_embd + 4 * self.n_head * self.head_size + 2 * self.inner_size
+        tokens = batch_size * self.block_size
+        return 16 * self.parameter_counts()["total"] + 4 * self.n_layer * width * tokens
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -174,31 +156,37 @@ class TrainConfig:
         InputError: A field of the wrong type or outside its range, or min_lr above learning_rate.
     """
 
-    max_steps: int = _size(2000, "optimizer steps")
-    batch_size: int = _size(12, "sequences of a micro-batch")
-    grad_accum: int = _size(1, "micro-batches of a step")
-    optimizer: str = _choice(
-        "adamw", "muon is for the blocks' matrices, with adamw for the rest", "adamw", "muon"
+    max_steps: int = option(2000, "optimizer steps", low=1)
+    batch_size: int = option(12, "sequences of a micro-batch", low=1)
+    grad_accum: int = option(1, "micro-batches of a step", low=1)
+    optimizer: str = option(
+        "adamw", "muon is for the blocks' matrices, with adamw for the rest", choices=("adamw", "muon")
     )
-    learning_rate: float = _number(1e-3, "highest learning rate", above=True)
-    min_lr: float = _number(1e-4, "learning rate at the end of the cosine")
-    warmup_steps: int = _size(100, "steps of linear warm-up", low=0)
-    decay_steps: int | None = _size(None, "step at which the cosine ends (default: max_steps)")
-    weight_decay: float = _number(0.1, "decay of matrices and embeddings")
-    beta1: float = _number(0.9, "decay of the gradient's average", high=1)
-    beta2: float = _number(0.99, "decay of the squared gradient's average", high=1)
-    grad_clip: float = _number(1.0, "largest norm of the gradient; 0 for no limit")
-    dtype: str = _choice(
-        "auto", "of autocast; auto takes the device's fastest", "auto", "float32", "bfloat16", "float16"
+    learning_rate: float = option(1e-3, "highest learning rate", above=0)
+    min_lr: float = option(1e-4, "learning rate at the end of the cosine", low=0)
+    warmup_steps: int = option(100, "steps of linear warm-up", low=0)
+    decay_steps: int | None = option(None, "step at which the cosine ends (default: max_steps)", low=1)
+    weight_decay: float = option(0.1, "decay of matrices and embeddings", low=0)
+    beta1: float = option(0.9, "decay of the gradient's average", low=0, below=1)
+    beta2: float = option(0.99, "decay of the squared gradient's average", low=0, below=1)
+    grad_clip: float = option(1.0, "largest norm of the gradient; 0 for no limit", low=0)
+    dtype: str = option(
+        "auto",
+        "of autocast; auto takes the device's fastest",
+        choices=("auto", "float32", "bfloat16", "float16"),
     )
-    eval_interval: int = _size(250, "steps between evaluations")
-    eval_batches: int = _size(20, "batches of an evaluation, for each split")
-    checkpoint_interval: int | None = _size(None, "steps between checkpoints (default: eval_interval)")
-    log_interval: int = _size(10, "steps between lines of the log")
-    patience: int | None = _size(None, "stop after so many evaluations without improvement (default: never)")
-    seed: int = _size(1337, "of initialisation, batches and dropout", low=0, high=2**63 - 1)
-    compile: bool = _plain(False, "run the model through torch.compile")
-    device: str | None = _plain(None, "cpu, cuda, cuda:1, … (default: a GPU if there is one)")
+    eval_interval: int = option(250, "steps between evaluations", low=1)
+    eval_batches: int = option(20, "batches of an evaluation, for each split", low=1)
+    checkpoint_interval: int | None = option(
+        None, "steps between checkpoints (default: eval_interval)", low=1
+    )
+    log_interval: int = option(10, "steps between lines of the log", low=1)
+    patience: int | None = option(
+        None, "stop after so many evaluations without improvement (default: never)", low=1
+    )
+    seed: int = option(1337, "of initialisation, batches and dropout", low=0, high=2**63 - 1)
+    compile: bool = option(False, "run the model through torch.compile")
+    device: str | None = option(None, "cpu, cuda, cuda:1, … (default: a GPU if there is one)")
 
     def __post_init__(self) -> None:
         _check(self)
@@ -258,113 +246,6 @@ _TRAIN_PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass(frozen=True)
-class _Family:
-    """The names of another package for our fields, and what it takes for granted."""
-
-    aliases: dict[str, str]
-    defaults: dict[str, Any]
-    spellings: dict[str, str] = field(default_factory=dict)  # its values -> ours
-    fixed: dict[str, Any] = field(default_factory=dict)  # settings that can only have this value here
-    ignored: frozenset[str] = frozenset()  # settings that do not change the model
-    counts_heads: bool = False  # heads not given: n_embd // 64
-
-    def knows(self, key: str) -> bool:
-        return key in self.aliases or key in self.fixed or key in self.ignored
-
-
-_OWN = _Family({}, {})
-# fmt: off
-_HF_IGNORED = frozenset({
-    "_attn_implementation_autoset", "_name_or_path", "architectures", "attn_implementation", "bos_token_id",
-    "dtype",
-    "eos_token_id", "gradient_checkpointing", "id2label", "initializer_range", "label2id",
-    "output_attentions",
-    "output_hidden_states", "output_past", "pad_token_id", "reorder_and_upcast_attn", "return_dict",
-    "summary_activation",
-    "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj",
-    "task_specific_params",
-    "torch_dtype", "transformers_version", "use_cache",
-})
-# fmt: on
-_PLAIN_HEAD = {"tie_weights": False, "head_bias": True, "final_norm": False}
-_FAMILIES = {
-    "llm-arch-research": _Family(
-        {
-            "embed_dim": "n_embd",
-            "num_heads": "n_head",
-            "num_layers": "n_layer",
-            "max_position_embeddings": "block_size",
-        },
-        _PLAIN_HEAD,
-    ),
-    "simple-llm": _Family(
-        {
-            "max_seq_len": "block_size",
-            "emb_size": "n_embd",
-            "num_heads": "n_head",
-            "head_size": "head_dim",
-            "num_layers": "n_layer",
-        },
-        _PLAIN_HEAD,
-        counts_heads=True,
-    ),
-    "LLMs-from-scratch": _Family(
-        {
-            "context_length": "block_size",
-            "emb_dim": "n_embd",
-            "n_heads": "n_head",
-            "n_layers": "n_layer",
-            "drop_rate": "dropout",
-        },
-        {"tie_weights": False, "qkv_bias": False},
-    ),
-    "Hugging Face": _Family(
-        {
-            "n_positions": "block_size",
-            "n_ctx": "block_size",
-            "activation_function": "activation",
-            "layer_norm_epsilon": "eps",
-            "resid_pdrop": "dropout",
-            "embd_pdrop": "dropout",
-            "attn_pdrop": "dropout",
-            "tie_word_embeddings": "tie_weights",
-        },
-        {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1},
-        spellings={"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"},
-        fixed={
-            "model_type": "gpt2",
-            "scale_attn_weights": True,
-            "scale_attn_by_inverse_layer_idx": False,
-            "add_cross_attention": False,
-        },
-        ignored=_HF_IGNORED,
-    ),
-}
-
-
-def _family(d: Mapping[str, Any]) -> _Family:
-    """The first family that has every name of `d` that is not ours."""
-    own = [f.name for f in fields(GPTConfig)]
-    foreign = [key for key in d if key not in own]
-    valid = own + [alias for family in _FAMILIES.values() for alias in family.aliases]
-    for key in foreign:
-        if not any(family.knows(key) for family in _FAMILIES.values()):
-            raise unknown("GPTConfig", key, valid)
-    if not foreign:
-        return _OWN
-    for family in _FAMILIES.values():
-        if all(family.knows(key) for key in foreign):
-            return family
-    owners = [
-        f"{key} ({' or '.join(name for name, family in _FAMILIES.items() if family.knows(key))})"
-        for key in foreign
-    ]
-    raise InputError(
-        f"GPTConfig: the names of different packages are mixed: {', '.join(owners)}; expected those of one"
-    )
-
-
 def _preset(cls: Any, presets: Mapping[str, dict[str, Any]], name: str, overrides: dict[str, Any]) -> Any:
     if name not in presets:
         raise unknown(f"{cls.__name__}.preset", name, presets)
@@ -388,25 +269,27 @@ def override(config: Config, overrides: Mapping[str, Any]) -> Config:
 
 
 def _check(config: GPTConfig | TrainConfig) -> None:
-    """Every field against its type and the limits in its metadata."""
+    """Raises InputError for a field that is not of its type or not within the limits of its option."""
     hints = get_type_hints(type(config))
     for f in fields(config):
-        value, limits = getattr(config, f.name), f.metadata
-        types = get_args(hints[f.name]) or (hints[f.name],)
+        value, types = getattr(config, f.name), get_args(hints[f.name]) or (hints[f.name],)
         if value is None and NoneType in types:
             continue
         wrong = f"{type(config).__name__}: {f.name} is {value!r}, expected"
+
         accepted = (*types, int) if float in types else types
         if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in types):
             names = [{"NoneType": "None", "float": "a number"}.get(t.__name__, t.__name__) for t in types]
             raise InputError(f"{wrong} {' or '.join(names)}")
-        if "choices" in limits and value not in limits["choices"]:
-            raise InputError(f"{wrong} one of {', '.join(map(repr, limits['choices']))}")
-        if "high" in limits and not limits["low"] <= value <= limits["high"]:
-            raise InputError(f"{wrong} an integer in [{limits['low']}, {limits['high']}]")
-        if "below" in limits and not (
-            limits["low"] <= value < limits["below"] and not (limits["above"] and value == limits["low"])
-        ):
-            raise InputError(
-                f"{wrong} a number in {'(' if limits['above'] else '['}{limits['low']}, {limits['below']})"
-            )
+        if "choices" in f.metadata and value not in f.metadata["choices"]:
+            raise InputError(f"{wrong} one of {', '.join(map(repr, f.metadata['choices']))}")
+        if int in types:
+            low, high = f.metadata["low"], f.metadata.get("high", LARGEST_SIZE)
+            if not low <= value <= high:
+                raise InputError(f"{wrong} an integer in [{low}, {high}]")
+        if float in types:
+            low, above = f.metadata.get("low", -math.inf), f.metadata.get("above", -math.inf)
+            below = f.metadata.get("below", math.inf)
+            if not (low <= value < below and above < value):
+                begin = f"[{low}" if "low" in f.metadata else f"({above}"
+                raise InputError(f"{wrong} a number in {begin}, {below})")

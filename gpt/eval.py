@@ -13,9 +13,9 @@ import torch
 from gpt.cli import USE_TRITON, OptionParser, device_option, option, run_command, use_triton_option
 from gpt.data.dataset import IGNORED, Batch, DataConfig, TokenData
 from gpt.data.tokenizers import Tokenizer
+from gpt.device import autocast, autocast_dtype, pick_device
 from gpt.errors import InputError
 from gpt.model import GPT
-from gpt.training.step import autocast, autocast_dtype, pick_device
 from gpt.weights.pretrained import load_pretrained, load_pretrained_tokenizer
 
 if TYPE_CHECKING:

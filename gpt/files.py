@@ -1,76 +1,98 @@
-"""Files kept between runs: where they live, and downloads that are checked by hash and give up soon."""
+"""Files from outside: JSON that may be damaged, and downloads with a known hash and a time limit."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import queue
 import threading
+import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TypeVar
+
+import kernels.files
+from gpt.errors import InputError
+from kernels.files import replacing
+
+PATIENCE = 4.0  # seconds to wait for the first answer of a network
+Answer = TypeVar("Answer")
 
 
-def cache_folder() -> Path:
-    """`$FUSED_GPT_CACHE`, else `fused-gpt` in the user's cache folder."""
-    if named := os.environ.get("FUSED_GPT_CACHE"):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused-gpt"
+def read_json(path: Path, where: str = "checkpoint") -> dict[str, Any]:
+    """The JSON object in `path`.
 
+    Args:
+        path: The file.
+        where: What reads it; the error message begins with it.
 
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that takes the place of `path` once it is complete; on an error nothing is left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    Raises:
+        InputError: The file cannot be read, or does not hold a JSON object.
+    """
     try:
-        with unfinished.open("wb") as file:
-            yield file
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        return kernels.files.read_json(path)
+    except OSError as error:
+        raise InputError(f"{where}: cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def within(seconds: float, ask: Callable[[], Answer]) -> Answer:
+    """What ask() returns or raises, given up after `seconds`.
+
+    It runs on a thread, because resolving a host name has no time limit. The thread of an `ask` that is given
+    up goes on in the background and does not keep the process alive.
+
+    Raises:
+        TimeoutError: `ask` has not returned in time.
+    """
+    answers: queue.SimpleQueue[tuple[Answer | None, Exception | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            answers.put((ask(), None))
+        except Exception as error:
+            answers.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        answer, error = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer in {seconds:g} s") from None
+    if error is not None:
+        raise error
+    return answer  # type: ignore[return-value]
 
 
 def verified_file(places: Sequence[Path], url: str, sha256: str) -> bytes:
-    """The bytes whose hash is `sha256`: from the first of `places` that has them, else from `url`, kept in
-    the last place.
+    """The content whose hash is `sha256`: from the first of `places` that has it, else from `url`.
+
+    A download is kept in the last place.
 
     Raises:
-        OSError: No place has them and the network does not answer, or answers with something else.
+        OSError: No place has the content, and the network does not answer or gives other content.
     """
     for place in places:
         if place.is_file() and hashlib.sha256(content := place.read_bytes()).hexdigest() == sha256:
             return content
+
     content = _fetch(url)
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise OSError(f"what came has sha256 {hashlib.sha256(content).hexdigest()}, expected {sha256}")
+        raise OSError(f"the download has sha256 {hashlib.sha256(content).hexdigest()}, expected {sha256}")
     try:
         with replacing(places[-1]) as file:
             file.write(content)
     except OSError:
-        pass  # an unwritable cache costs the next run a download
+        pass  # without a writable cache, the next run downloads the file again
     return content
 
 
-def _fetch(url: str, patience: float = 4.0) -> bytes:
-    """The bytes at `url`. The wait is on a thread because looking up a name knows no timeout."""
-    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    def ask() -> None:
-        try:
-            answers.put(urllib.request.urlopen(url, timeout=patience))
-        except OSError as error:
-            answers.put(error)
-
-    threading.Thread(target=ask, daemon=True).start()
+def _fetch(url: str) -> bytes:
+    """The bytes at `url`; OSError with a short reason if there are none."""
     try:
-        answer = answers.get(timeout=patience)
-    except queue.Empty:
-        raise TimeoutError(f"no answer in {patience:g} s") from None
-    if isinstance(answer, OSError):
-        raise OSError(getattr(answer, "reason", answer)) from answer
-    with answer:
-        content: bytes = answer.read()
+        response = within(PATIENCE, lambda: urllib.request.urlopen(url, timeout=PATIENCE))
+    except urllib.error.URLError as error:
+        raise OSError(error.reason) from error
+    with response:
+        content: bytes = response.read()
     return content

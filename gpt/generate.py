@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,9 +15,7 @@ from torch import Tensor
 from gpt.errors import InputError
 from gpt.inputs import check_ids, padding, positions
 from gpt.kv_cache import Decoder, Stops
-
-if TYPE_CHECKING:
-    from gpt.model import GPT
+from gpt.model import GPT
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -52,88 +50,86 @@ def sample(logits: Tensor, generator: torch.Generator | None) -> Tensor:
     return (probabilities / noise.clamp_(min=torch.finfo(noise.dtype).tiny)).argmax(-1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The keyword arguments of `GPT.generate`, where they are documented and have their defaults."""
+
+    do_sample: bool
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float
+    vocab_size: int | None
+    stop_tokens: int | Sequence[int] | None
+    attention_mask: Tensor | None
+    generator: torch.Generator | None
+    use_cache: bool
+    on_token: Callable[[Tensor], object] | None
+
+    def __post_init__(self) -> None:
+        penalty, vocab_size = self.repetition_penalty, self.vocab_size
+        if not _is_number(penalty) or penalty <= 0:
+            raise InputError(f"generate: repetition_penalty is {penalty!r}, expected a number > 0")
+        if vocab_size is not None and (not _is_int(vocab_size) or vocab_size <= 0):
+            raise InputError(f"generate: vocab_size is {vocab_size!r}, expected an integer > 0 or None")
+        if self.do_sample:
+            _check_sampling(self.temperature, self.top_k, self.top_p, self.min_p)
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """The stop tokens as a list."""
+        if self.stop_tokens is None:
+            return []
+        return [self.stop_tokens] if isinstance(self.stop_tokens, int) else list(self.stop_tokens)
+
+    def next_token(self, logits: Tensor, seen: Tensor | None) -> Tensor:
+        """(B,) int64 ids chosen from logits (B, V); `seen` (B, V) marks the ids that a row already has."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.vocab_size is not None:
+            logits[:, self.vocab_size :] = -math.inf
+        if seen is not None:
+            logits = penalize_repetition(logits, seen, self.repetition_penalty)
+        if not self.do_sample:
+            return logits.argmax(-1)
+
+        logits = logits / self.temperature
+        logits = logits if self.top_k is None else keep_top_k(logits, self.top_k)
+        logits = logits if self.top_p is None else keep_top_p(logits, self.top_p)
+        logits = logits if self.min_p is None else keep_min_p(logits, self.min_p)
+        return sample(logits, self.generator)
+
+
 @torch.no_grad()
-def generate(
-    model: GPT,
-    idx: Tensor,
-    max_new_tokens: int,
-    *,
-    do_sample: bool = True,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    vocab_size: int | None = None,
-    stop_tokens: int | Sequence[int] | None = None,
-    attention_mask: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    use_cache: bool = True,
-    on_token: Callable[[Tensor], object] | None = None,
-) -> Tensor:
-    """`idx` continued by up to `max_new_tokens` tokens, without dropout.
-
-    Args:
-        idx: int64 (B, T). The model sees its last block_size tokens.
-        max_new_tokens: >= 0.
-        do_sample: False takes the likeliest token and ignores temperature, top_k, top_p and min_p.
-        temperature: Divides the logits, > 0.
-        top_k: Keeps the k likeliest tokens.
-        top_p: In (0, 1]: keeps the likeliest tokens up to and including the one at which their probabilities
-            reach p.
-        min_p: In [0, 1]: keeps the tokens at least p times as likely as the likeliest.
-        repetition_penalty: > 0; above 1 makes tokens that a row already has less likely. Padding does not
-            count.
-        vocab_size: > 0: no id from it up is generated, as where a vocabulary is padded for speed and a
-            tokenizer has fewer ids.
-        stop_tokens: Ids that end a row, which is filled with the one it met; when all rows have ended, so
-            does generation.
-        attention_mask: (B, T), 0 for padding on the left, 1 for tokens.
-        generator: On the model's device; None is torch's own.
-        use_cache: False computes everything anew for each token.
-        on_token: Called with each step's (B,) int64.
-
-    Returns:
-        (B, T + n), n <= max_new_tokens: the whole of `idx`, then what was generated.
+def generate(model: GPT, idx: Tensor, max_new_tokens: int, settings: Settings) -> Tensor:
+    """(B, T + n): `idx` (B, T) and the n <= max_new_tokens tokens that follow it. See `GPT.generate`.
 
     Raises:
-        InputError: A setting outside its range, or an input that the model would refuse.
+        InputError: max_new_tokens, stop_tokens, the generator or an input does not fit the model.
     """
     check_ids(idx, model.config.vocab_size, model.wte.weight.device)
-    stops = _check_settings(model, max_new_tokens, repetition_penalty, vocab_size, stop_tokens, generator)
-    if do_sample:
-        _check_sampling(temperature, top_k, top_p, min_p)
-    key_start = None if attention_mask is None else padding(attention_mask, idx)
+    _check_fit(model, max_new_tokens, settings)
+    key_start = None if settings.attention_mask is None else padding(settings.attention_mask, idx)
+
     B, T = idx.shape
-    ids = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], 1)
-    seen = _seen(idx, key_start, model.config.vocab_size) if repetition_penalty != 1 else None
-    waits = idx.device.type != "cuda" or on_token is not None
-    stop = Stops(stops, B, idx.device, waits=waits) if stops else None
-    states = _hidden_states(model, ids, T, key_start, use_cache)
+    ids = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], 1)  # (B, T + max_new_tokens)
+    seen = _seen(idx, key_start, model.config.vocab_size) if settings.repetition_penalty != 1 else None
+    waits = idx.device.type != "cuda" or settings.on_token is not None
+    stop = Stops(settings.stop_ids, B, idx.device, waits=waits) if settings.stop_ids else None
+    states = _hidden_states(model, ids, T, key_start, settings.use_cache)
+
     length = T
     with model.backend():
         while length < T + max_new_tokens:
-            logits = model.head(next(states))  # (B, V)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            if vocab_size is not None:
-                logits[:, vocab_size:] = -math.inf
-            if seen is not None:
-                logits = penalize_repetition(logits, seen, repetition_penalty)
-            if do_sample:
-                logits = logits / temperature
-                logits = logits if top_k is None else keep_top_k(logits, top_k)
-                logits = logits if top_p is None else keep_top_p(logits, top_p)
-                logits = logits if min_p is None else keep_min_p(logits, min_p)
-                new = sample(logits, generator)
-            else:
-                new = logits.argmax(-1)
+            new = settings.next_token(model.head(next(states)), seen)  # (B, C) -> (B, V) -> (B,)
             token = new if stop is None else torch.where(stop.stopped, ids[:, length - 1], new)
             ids[:, length] = token
             length += 1
+
             if seen is not None:
                 seen.scatter_(1, token[:, None], True)
-            if on_token is not None:
-                on_token(token)
+            if settings.on_token is not None:
+                settings.on_token(token)
             if stop is not None:
                 stop.update(token)
                 if stop.all():
@@ -151,7 +147,7 @@ def _hidden_states(
     """
     block, end = model.config.block_size, ids.shape[1]
     if use_cache and length <= block:
-        decoder = Decoder(model, ids[:, :length], min(block, end), key_start)
+        decoder = Decoder(model.hidden, ids[:, :length], min(block, end), key_start)
         yield decoder.start()
         while length < min(block, end):
             yield decoder.step(ids[:, length])
@@ -172,33 +168,17 @@ def _seen(idx: Tensor, key_start: Tensor | None, vocab_size: int) -> Tensor:
     return idx.new_zeros(idx.shape[0], vocab_size).scatter_add_(1, idx, real) > 0
 
 
-def _check_settings(
-    model: GPT,
-    max_new_tokens: int,
-    repetition_penalty: float,
-    vocab_size: int | None,
-    stop_tokens: int | Sequence[int] | None,
-    generator: torch.Generator | None,
-) -> list[int]:
-    """Refuses what is wrong whether sampling or not; the stop tokens as a list."""
+def _check_fit(model: GPT, max_new_tokens: int, settings: Settings) -> None:
+    """Refuses a length, stop tokens or a generator that do not fit the model."""
     if not _is_int(max_new_tokens) or max_new_tokens < 0:
         raise InputError(f"generate: max_new_tokens is {max_new_tokens!r}, expected an integer >= 0")
-    if not _is_number(repetition_penalty) or repetition_penalty <= 0:
-        raise InputError(f"generate: repetition_penalty is {repetition_penalty!r}, expected a number > 0")
-    if vocab_size is not None and (not _is_int(vocab_size) or vocab_size <= 0):
-        raise InputError(f"generate: vocab_size is {vocab_size!r}, expected an integer > 0 or None")
-    stops = (
-        [] if stop_tokens is None else [stop_tokens] if isinstance(stop_tokens, int) else list(stop_tokens)
-    )
-    for stop in stops:
-        if not _is_int(stop) or not 0 <= stop < model.config.vocab_size:
-            raise InputError(
-                f"generate: stop_tokens has {stop!r}, expected ids in [0, {model.config.vocab_size})"
-            )
-    device = model.wte.weight.device
+    vocab_size, device = model.config.vocab_size, model.wte.weight.device
+    for stop in settings.stop_ids:
+        if not _is_int(stop) or not 0 <= stop < vocab_size:
+            raise InputError(f"generate: stop_tokens has {stop!r}, expected ids in [0, {vocab_size})")
+    generator = settings.generator
     if generator is not None and generator.device.type != device.type:
         raise InputError(f"generate: generator is on {generator.device}, expected {device} (the model's)")
-    return stops
 
 
 def _check_sampling(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from gpt.cli import OptionParser, run_command
 from gpt.config import GPTConfig, override
-from gpt.device import flops_per_token, training_bytes
 from gpt.weights import checkpoint
 
 MIB = 2**20
@@ -55,13 +54,13 @@ def report(config: GPTConfig) -> str:
     ]
     lines = [f"{'':<38}{'parameters':>16}{'MiB in float32':>16}"]
     lines += [f"{name:<38}{count:>16,}{4 * count / MIB:>16,.2f}" for name, count in rows]
-    fixed = training_bytes(config, 0)
-    sequence = training_bytes(config, 1) - fixed
+    fixed = config.training_bytes(0)
+    sequence = config.training_bytes(1) - fixed
     return "\n".join(
         [
             *lines,
             "",
-            f"{flops_per_token(config) / 1e6:,.1f} MFLOP per token, forward and backward, at context T = "
+            f"{config.flops_per_token() / 1e6:,.1f} MFLOP per token, forward and backward, at context T = "
             f"{config.block_size}:",
             "  6 N + 12 n_layer n_head D T, N without embeddings that are only looked up",
             f"{fixed / MIB:,.0f} MiB to train in float32 with AdamW, {sequence / MIB:,.1f} MiB more per "

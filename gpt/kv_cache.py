@@ -6,18 +6,14 @@ in a CUDA graph and replayed, and nothing waits for it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 import kernels
 from gpt.inputs import positions
-
-if TYPE_CHECKING:
-    from gpt.model import GPT
 
 
 class KVCache:
@@ -54,14 +50,16 @@ class Decoder:
     """The last token's hidden state, of a prompt and then of one more token at a time.
 
     Args:
-        model: Whose `hidden` runs.
+        hidden: `GPT.hidden` of the model, called as hidden(idx, position, key_start, cache=cache).
         idx: The prompt (B, T), T <= size.
         size: The most tokens, prompt included.
         key_start: As `KVCache`.
     """
 
-    def __init__(self, model: GPT, idx: Tensor, size: int, key_start: Tensor | None) -> None:
-        self.model, self.prompt = model, idx
+    def __init__(
+        self, hidden: Callable[..., Tensor], idx: Tensor, size: int, key_start: Tensor | None
+    ) -> None:
+        self.hidden, self.prompt = hidden, idx
         self.cache = KVCache(size, idx, key_start)
         self.token = idx[:, -1:].clone()
         position = positions(idx.shape[1] + 1, key_start, idx.device)
@@ -71,11 +69,9 @@ class Decoder:
 
     def start(self) -> Tensor:
         """(B, C) after the prompt."""
-        hidden = self.model.hidden(
-            self.prompt, self._prompt_position, self.cache.key_start, cache=self.cache
-        )[:, -1]
+        states = self.hidden(self.prompt, self._prompt_position, self.cache.key_start, cache=self.cache)
         self.cache.lengths.add_(1)
-        return hidden
+        return states[:, -1]
 
     def step(self, token: Tensor) -> Tensor:
         """(B, C) after one more `token` (B,). On a GPU the result is overwritten by the next step."""
@@ -88,24 +84,24 @@ class Decoder:
         if self._graph is None:
             self._graph = self._capture()
         self._graph.replay()
-        return self._hidden
+        return self._result
 
     def _capture(self) -> torch.cuda.CUDAGraph:
-        """A step as a graph, which leaves its result in `_hidden`. Other threads may use the GPU
+        """A step as a graph, which leaves its result in `_result`. Other threads may use the GPU
         meanwhile."""
         graph, device = torch.cuda.CUDAGraph(), self.token.device
         with (
             torch.cuda.device(device),
             torch.cuda.graph(graph, stream=_capture_stream(device), capture_error_mode="thread_local"),
         ):
-            self._hidden = self._run()
+            self._result = self._run()
         return graph
 
     def _run(self) -> Tensor:
-        hidden = self.model.hidden(self.token, self.position, None, cache=self.cache)[:, -1]
+        states = self.hidden(self.token, self.position, None, cache=self.cache)
         for counter in (self.position, self.cache.index, self.cache.lengths):
             counter.add_(1)
-        return hidden
+        return states[:, -1]
 
 
 def captures(device: torch.device) -> bool:

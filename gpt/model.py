@@ -8,129 +8,25 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
+from gpt.block import SITES, Block, Norm, Pass, Seed
 from gpt.config import GPTConfig, override
 from gpt.data.tokenizers import Tokenizer
 from gpt.errors import InputError, unknown
-from gpt.generate import generate
 from gpt.inputs import check_document_start, check_ids, check_targets, padding, positions
 from gpt.kv_cache import KVCache
 from gpt.preflight import preflight
-from gpt.training.fit import fit
 
-Seed = int | Tensor | None
+Callback = Callable[["GPT", int], object]
 BACKENDS: dict[bool | str, str] = {True: "triton", False: "reference", "auto": "auto"}
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2**64 / φ as int64: multiples of it stay far apart
-SITES = 3  # masks of a block: attention, and the two branches
-
-
-class Pass(NamedTuple):
-    """What the blocks share in one forward pass."""
-
-    key_start: Tensor | None  # int32 (B,) or (B, T)
-    dropout_p: float
-    seeds: Sequence[Seed]  # one for each mask
-    cache: KVCache | None
-
-
-class Linear(nn.Linear):
-    """`kernels.linear` with its parameters."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return kernels.linear(x, self.weight, self.bias)
-
-
-class Norm(nn.Module):
-    """LayerNorm, alone or fused with the addition before it."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.eps = config.eps
-        self.weight = nn.Parameter(torch.empty(config.n_embd))
-        self.bias = nn.Parameter(torch.empty(config.n_embd)) if config.bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return kernels.layer_norm(x, self.weight, self.bias, self.eps)
-
-    def add(self, branch: Tensor, residual: Tensor, dropout_p: float, seed: Seed) -> tuple[Tensor, Tensor]:
-        """(the norm of the sum, the sum) of residual and dropout(branch)."""
-        return kernels.add_layer_norm(
-            branch, residual, self.weight, self.bias, self.eps, dropout_p=dropout_p, seed=seed
-        )
-
-
-class Attention(nn.Module):
-    """proj(causal_attention(q, k, v)), with q, k and v views of one projection."""
-
-    def __init__(self, config: GPTConfig, layer: int) -> None:
-        super().__init__()
-        self.layer, self.n_head, self.head_size = layer, config.n_head, config.head_size
-        width = config.n_head * config.head_size
-        self.qkv = Linear(config.n_embd, 3 * width, bias=config.has_qkv_bias)
-        self.proj = Linear(width, config.n_embd, bias=config.bias)
-
-    def forward(self, x: Tensor, run: Pass) -> Tensor:
-        B, T, _ = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.n_head, self.head_size)
-        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))  # (B, H, T, D), strided
-        if run.cache is None:
-            seed = run.seeds[SITES * self.layer]
-            y = kernels.causal_attention(q, k, v, key_start=run.key_start, dropout_p=run.dropout_p, seed=seed)
-        else:
-            y = run.cache.attend(self.layer, q, k, v)
-        return self.proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, H, T, D) -> (B, T, HD) -> (B, T, C)
-
-
-class FeedForward(nn.Module):
-    """down(activation(up(x)))."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.activation = config.activation
-        self.up = Linear(config.n_embd, config.inner_size, bias=config.bias)
-        self.down = Linear(config.inner_size, config.n_embd, bias=config.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.activation == "relu":
-            return self.down(F.relu(self.up(x)))
-        approximate = "tanh" if self.activation == "gelu_tanh" else "none"
-        return kernels.gelu_ffn(
-            x, self.up.weight, self.up.bias, self.down.weight, self.down.bias, approximate=approximate
-        )
-
-
-class Block(nn.Module):
-    """Attention and feed-forward, each added to the stream before (norm="pre") or behind which (norm="post")
-    a norm stands.
-
-    A pre-norm block hands its last branch on unadded, because the norm that fuses the addition is the next
-    block's.
-    """
-
-    def __init__(self, config: GPTConfig, layer: int) -> None:
-        super().__init__()
-        self.layer, self.post = layer, config.norm == "post"
-        self.ln_1 = Norm(config)
-        self.attn = Attention(config, layer)
-        self.ln_2 = Norm(config)
-        self.ffn = FeedForward(config)
-
-    def forward(self, branch: Tensor | None, x: Tensor, run: Pass) -> tuple[Tensor | None, Tensor]:
-        p, (_, seed_1, seed_2) = run.dropout_p, run.seeds[SITES * self.layer : SITES * (self.layer + 1)]
-        if self.post:
-            x, _ = self.ln_1.add(self.attn(x, run), x, p, seed_1)
-            x, _ = self.ln_2.add(self.ffn(x), x, p, seed_2)
-            return None, x
-        y, x = (self.ln_1(x), x) if branch is None else self.ln_1.add(branch, x, p, seed_1)
-        y, x = self.ln_2.add(self.attn(y, run), x, p, seed_2)
-        return self.ffn(y), x
 
 
 class Head(nn.Module):
@@ -302,8 +198,107 @@ class GPT(nn.Module):
         """The context in which this model's ops choose their backend."""
         return kernels.model_backend(BACKENDS[self._use_triton])
 
-    fit = fit
-    generate = generate
+    def fit(
+        self,
+        train_loader: Iterable[Sequence[Tensor]],
+        valid_loader: Iterable[Sequence[Tensor]] | None = None,
+        *,
+        num_epoch: int = 1,
+        learning_rate: float = 1e-3,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        """Trains with AdamW, on a GPU if there is one, and leaves each epoch's mean loss in the model.
+
+        The losses are in `train_loss` and `validation_loss`, one entry for each epoch.
+
+        Args:
+            train_loader: Batches (inputs, targets), int64 (B, T) each, as a DataLoader yields them. A target
+                of -100 is ignored.
+            valid_loader: Batches to validate on after each epoch.
+            num_epoch: Passes over `train_loader`.
+            learning_rate: Constant.
+            callbacks: Called as callback(model, epoch) after each epoch; epochs count from 1. Training ends
+                when one returns a true value.
+
+        Raises:
+            InputError: A setting outside its range, or a loader that yields something else or nothing.
+            NonFiniteError: A loss or a gradient is not finite. That step changes nothing.
+        """
+        from gpt.training.fit import fit
+
+        fit(
+            self,
+            train_loader,
+            valid_loader,
+            num_epoch=num_epoch,
+            learning_rate=learning_rate,
+            callbacks=callbacks,
+        )
+
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        *,
+        do_sample: bool = True,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        vocab_size: int | None = None,
+        stop_tokens: int | Sequence[int] | None = None,
+        attention_mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        use_cache: bool = True,
+        on_token: Callable[[Tensor], object] | None = None,
+    ) -> Tensor:
+        """`idx` continued by up to `max_new_tokens` tokens, without dropout.
+
+        The logits pass through vocab_size, repetition_penalty, temperature, top_k, top_p and min_p, in this
+        order.
+
+        Args:
+            idx: int64 (B, T). The model sees its last block_size tokens.
+            max_new_tokens: >= 0.
+            do_sample: False takes the likeliest token and ignores temperature, top_k, top_p and min_p.
+            temperature: Divides the logits, > 0.
+            top_k: Keeps the k likeliest tokens.
+            top_p: In (0, 1]: keeps the fewest of the likeliest tokens whose probabilities sum to p or more.
+            min_p: In [0, 1]: keeps the tokens at least p times as likely as the likeliest.
+            repetition_penalty: > 0; above 1 makes tokens that a row already has less likely. Padding does not
+                count.
+            vocab_size: > 0: only ids below it are generated, for a vocabulary that is padded for speed.
+            stop_tokens: Ids that end a row. The row is then filled with the stop token that it met, and
+                generation ends when all rows have ended.
+            attention_mask: (B, T), 0 for padding on the left, 1 for tokens.
+            generator: On the model's device; None is torch's own.
+            use_cache: False recomputes all tokens for each new one.
+            on_token: Called with the (B,) int64 tokens of each step.
+
+        Returns:
+            (B, T + n), n <= max_new_tokens: `idx`, then the generated tokens.
+
+        Raises:
+            InputError: A setting outside its range, or an input that `forward` would refuse.
+        """
+        from gpt.generate import Settings, generate
+
+        settings = Settings(
+            do_sample=do_sample,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            vocab_size=vocab_size,
+            stop_tokens=stop_tokens,
+            attention_mask=attention_mask,
+            generator=generator,
+            use_cache=use_cache,
+            on_token=on_token,
+        )
+        return generate(self, idx, max_new_tokens, settings)
 
     def preflight(self, batch_size: int, seq_len: int, dtype: torch.dtype | None = None) -> kernels.Report:
         """Each fused op, forward and backward, against its reference, at this model's shapes: see
@@ -340,7 +335,7 @@ class GPT(nn.Module):
                 be written.
         """
         from gpt.weights.checkpoint import save_model
-        from gpt.weights.pretrained import save_huggingface
+        from gpt.weights.huggingface import save_huggingface
 
         writers = {"fused-gpt": save_model, "huggingface": save_huggingface}
         if format not in writers:

@@ -1,27 +1,190 @@
-"""The names that other packages give our parameters."""
+"""The names that other packages use: for the fields of a config, and for parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from gpt.errors import InputError, unknown
+
+
+@dataclass(frozen=True)
+class FieldNames:
+    """A package's names for the fields of GPTConfig.
+
+    Attributes:
+        aliases: The package's name -> ours.
+        defaults: The package's defaults, by either name, where they differ from ours.
+        spellings: The package's values -> ours.
+        fixed: Settings for which GPTConfig has no field, and the only value that is accepted.
+        ignored: Settings that do not change the model.
+        counts_heads: Whether n_head is n_embd // 64 where it is not given.
+    """
+
+    aliases: dict[str, str]
+    defaults: dict[str, Any]
+    spellings: dict[str, str] = field(default_factory=dict)
+    fixed: dict[str, Any] = field(default_factory=dict)
+    ignored: frozenset[str] = frozenset()
+    counts_heads: bool = False
+
+    def knows(self, key: str) -> bool:
+        return key in self.aliases or key in self.fixed or key in self.ignored
+
+
+_OWN = FieldNames({}, {})
+# fmt: off
+_HUGGING_FACE_IGNORED = frozenset({
+    "_attn_implementation_autoset", "_name_or_path", "architectures", "attn_implementation", "bos_token_id",
+    "dtype", "eos_token_id", "gradient_checkpointing", "id2label", "initializer_range", "label2id",
+    "output_attentions", "output_hidden_states", "output_past", "pad_token_id", "reorder_and_upcast_attn",
+    "return_dict", "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type",
+    "summary_use_proj", "task_specific_params", "torch_dtype", "transformers_version", "use_cache",
+})
+# fmt: on
+_PLAIN_HEAD = {"tie_weights": False, "head_bias": True, "final_norm": False}
+FIELD_NAMES = {
+    "llm-arch-research": FieldNames(
+        {
+            "embed_dim": "n_embd",
+            "num_heads": "n_head",
+            "num_layers": "n_layer",
+            "max_position_embeddings": "block_size",
+        },
+        _PLAIN_HEAD,
+    ),
+    "simple-llm": FieldNames(
+        {
+            "max_seq_len": "block_size",
+            "emb_size": "n_embd",
+            "num_heads": "n_head",
+            "head_size": "head_dim",
+            "num_layers": "n_layer",
+        },
+        _PLAIN_HEAD,
+        counts_heads=True,
+    ),
+    "LLMs-from-scratch": FieldNames(
+        {
+            "context_length": "block_size",
+            "emb_dim": "n_embd",
+            "n_heads": "n_head",
+            "n_layers": "n_layer",
+            "drop_rate": "dropout",
+        },
+        {"tie_weights": False, "qkv_bias": False},
+    ),
+    "Hugging Face": FieldNames(
+        {
+            "n_positions": "block_size",
+            "n_ctx": "block_size",
+            "activation_function": "activation",
+            "layer_norm_epsilon": "eps",
+            "resid_pdrop": "dropout",
+            "embd_pdrop": "dropout",
+            "attn_pdrop": "dropout",
+            "tie_word_embeddings": "tie_weights",
+        },
+        {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1},
+        spellings={"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"},
+        fixed={
+            "model_type": "gpt2",
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+        },
+        ignored=_HUGGING_FACE_IGNORED,
+    ),
+}
+
+
+def translate_fields(d: Mapping[str, Any], own: Collection[str]) -> dict[str, Any]:
+    """The values of `d` by our names, with the defaults of the package that the other names belong to.
+
+    Args:
+        d: Values by our names and by the names of at most one package in FIELD_NAMES.
+        own: Our names: the fields of GPTConfig.
+
+    Raises:
+        InputError: `d` is not a dict, or has an unknown name, names of different packages, names that
+            contradict each other, or a setting that GPTConfig does not have.
+    """
+    if not isinstance(d, Mapping):
+        raise InputError(f"GPTConfig: the config is {type(d).__name__}, expected a dict")
+    package = _package(d, own)
+    defaults = {k: v for k, v in package.defaults.items() if package.aliases.get(k, k) not in d}
+    values: dict[str, Any] = {}
+    source: dict[str, str] = {}  # our name -> the key of `d` that gave the value
+
+    for key, value in {**defaults, **d}.items():
+        if key in package.ignored:
+            continue
+        if key in package.fixed:
+            if value != package.fixed[key]:
+                expected = package.fixed[key]
+                raise InputError(
+                    f"GPTConfig: {key} is {value!r}, expected {expected!r} (this GPT has nothing else)"
+                )
+            continue
+        name = package.aliases.get(key, key)
+        value = package.spellings.get(value, value) if isinstance(value, str) else value
+        if name in values and values[name] != value:
+            raise InputError(
+                f"GPTConfig: {key} is {value!r}, expected {values[name]!r} as {source[name]} "
+                f"(both mean {name})"
+            )
+        values[name], source[name] = value, key
+
+    if package.counts_heads and "n_head" not in values and isinstance(values.get("n_embd"), int):
+        values["n_head"] = max(1, values["n_embd"] // 64)
+    return values
+
+
+def _package(d: Mapping[str, Any], own: Collection[str]) -> FieldNames:
+    """The first package that knows every name in `d` that is not ours."""
+    foreign = [key for key in d if key not in own]
+    if not foreign:
+        return _OWN
+    valid = [*own, *(alias for package in FIELD_NAMES.values() for alias in package.aliases)]
+    for key in foreign:
+        if not any(package.knows(key) for package in FIELD_NAMES.values()):
+            raise unknown("GPTConfig", key, valid)
+    for package in FIELD_NAMES.values():
+        if all(package.knows(key) for key in foreign):
+            return package
+
+    owners = [
+        f"{key} ({' or '.join(name for name, package in FIELD_NAMES.items() if package.knows(key))})"
+        for key in foreign
+    ]
+    raise InputError(
+        f"GPTConfig: the names of different packages are mixed: {', '.join(owners)}; expected those of one"
+    )
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a package names our parameters."""
+    """A package's names for our parameters.
+
+    Attributes:
+        package: Its name in messages.
+        blocks: The prefix of block i: "h" for "h.0.", "h.1.", and so on.
+        modules: Our module name -> the package's; several tensors are stacked into one of ours.
+        transposed: Whether the matrices of the blocks are (in, out) instead of (out, in).
+        kinds: Our name of a norm's parameter -> the package's.
+        assumed: Fields of GPTConfig that hold for the package's models and that its files do not state.
+    """
 
     package: str
     blocks: str
-    modules: Mapping[str, tuple[str, ...]]  # ours -> theirs; several are stacked into one of ours
-    transposed: bool = False  # the blocks' matrices are (in, out)
-    kinds: dict[str, str] = field(default_factory=dict)  # of a norm's parameters: ours -> theirs
-    assumed: dict[str, Any] = field(
-        default_factory=dict
-    )  # what the package's models are and its files do not say
+    modules: Mapping[str, tuple[str, ...]]
+    transposed: bool = False
+    kinds: dict[str, str] = field(default_factory=dict)
+    assumed: dict[str, Any] = field(default_factory=dict)
 
     def names(self, name: str) -> list[str]:
-        """Their names of our parameter `name`."""
+        """The package's names for our parameter `name`, in the order in which they are stacked."""
         module, _, kind = name.rpartition(".")
         block = ""
         if module.startswith("blocks."):
@@ -31,6 +194,7 @@ class Layout:
         return [f"{block}{theirs}.{kind}" for theirs in self.modules[module]]
 
     def is_transposed(self, name: str) -> bool:
+        """Whether the package stores our parameter `name` transposed."""
         return (
             self.transposed and name.startswith("blocks.") and name.endswith("weight") and ".ln_" not in name
         )

@@ -14,9 +14,9 @@ from torch import Tensor
 from gpt.cli import USE_TRITON, OptionParser, device_option, option, run_command, use_triton_option
 from gpt.data.corpus import read_text
 from gpt.data.tokenizers import Tokenizer, first_ids
+from gpt.device import pick_device
 from gpt.errors import InputError
 from gpt.model import GPT
-from gpt.training.step import pick_device
 from gpt.weights.checkpoint import find_checkpoint
 from gpt.weights.files import is_own, locate
 from gpt.weights.pretrained import load_pretrained, load_pretrained_tokenizer

@@ -21,13 +21,14 @@ from gpt.config import GPTConfig, TrainConfig, override
 from gpt.data.corpus import STDLIB
 from gpt.data.dataset import DataConfig, TokenData
 from gpt.data.tokenizers import Tokenizer
-from gpt.device import check_memory
+from gpt.device import check_memory, pick_device
 from gpt.errors import InputError
 from gpt.model import GPT
 from gpt.training import distributed
 from gpt.training.distributed import Ranks
-from gpt.training.step import NonFiniteError, pick_device
-from gpt.training.trainer import PLOT, Trainer, TrainResult
+from gpt.training.run_folder import PLOT
+from gpt.training.step import NonFiniteError
+from gpt.training.trainer import Trainer, TrainResult
 from gpt.weights import checkpoint
 from gpt.weights.pretrained import load_pretrained, load_pretrained_tokenizer
 

@@ -10,112 +10,21 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 
 from kernels import dispatch
+from kernels.files import cache_folder, read_json, write_json
 from kernels.registry import SPECS
 from kernels.spec import Case, OpSpec
-from kernels.tolerance import Verdict, compare
+from kernels.verify import check, run_case
 
 CHILD = [sys.executable, "-c", "from kernels.preflight import serve; serve()"]
-
-
-def run_case(
-    function: Callable[..., Any], inputs: dict[str, Any], gradients: tuple[str, ...], seed: int = 1
-) -> dict[str, torch.Tensor | None]:
-    """Outputs and gradients of one call: ``{"out": …, "dq": …}``, several outputs as ``out0``, ``out1``.
-
-    The gradients are those of the outputs' product with fixed standard normal numbers, drawn from `seed` on
-    their device. A scalar, which is a mean over rows, is multiplied by their number: else many rows make its
-    gradients vanish beneath any rounding floor.
-    """
-    leaves = {
-        n: v.detach().requires_grad_(n in gradients) if isinstance(v, torch.Tensor) else v
-        for n, v in inputs.items()
-    }
-    result = function(**leaves)
-    outputs = result if isinstance(result, tuple) else (result,)
-    results: dict[str, torch.Tensor | None] = {
-        "out" if len(outputs) == 1 else f"out{i}": output.detach() for i, output in enumerate(outputs)
-    }
-    wanted = [n for n in gradients if leaves.get(n) is not None]
-    if wanted:
-        device = outputs[0].device
-        generator = torch.Generator(device).manual_seed(seed)
-        first = next(iter(leaves.values()))
-        rows = first.numel() // max(1, first.shape[-1])
-        drawn = [
-            torch.randn(o.shape, device=device, generator=generator).mul_(1 if o.ndim else rows)
-            for o in outputs
-        ]
-        weights = [weight.to(o.dtype) for weight, o in zip(drawn, outputs, strict=True)]
-        found = torch.autograd.grad(outputs, [leaves[n] for n in wanted], weights, allow_unused=True)
-        results |= {f"d{n}": g for n, g in zip(wanted, found, strict=True)}
-    return results
-
-
-class Truth:
-    """What the results of a call are held to: the reference in the call's dtype, and in a wider one.
-
-    Args:
-        spec: The op.
-        inputs: The call's arguments.
-        dtype: In which the op computes.
-        gradients: The inputs whose gradients count; None: the spec's.
-        oracle_dtype: The wider one.
-    """
-
-    def __init__(
-        self,
-        spec: OpSpec,
-        inputs: dict[str, Any],
-        dtype: torch.dtype,
-        gradients: tuple[str, ...] | None = None,
-        oracle_dtype: torch.dtype = torch.float64,
-    ) -> None:
-        wanted = spec.gradients if gradients is None else gradients
-        self.dtype = dtype
-        self.plain = run_case(spec.reference, inputs, wanted)
-        exact = {n: v.to(oracle_dtype) if _is_float(v) else v for n, v in inputs.items()}
-        self.oracle = run_case(spec.reference, exact, wanted)
-        tensors = [v for v in (*inputs.values(), *self.oracle.values()) if _is_float(v)]
-        self.scale = max((t.detach().abs().max().item() for t in tensors if t.numel()), default=1.0)
-
-    def judge(self, results: Mapping[str, torch.Tensor | None]) -> list[Verdict]:
-        """A verdict for each output and gradient of `results`, as `run_case` gives them, by the rule of
-        `kernels.tolerance`."""
-        return [
-            compare(name, results.get(name), self.plain[name], oracle, dtype=self.dtype, scale=self.scale)
-            for name, oracle in self.oracle.items()
-        ]
-
-
-def _is_float(value: object) -> TypeGuard[torch.Tensor]:
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
-def check(
-    spec: OpSpec,
-    case: Case,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    backend: str = "triton",
-    seed: int = 0,
-    oracle_dtype: torch.dtype = torch.float64,
-) -> list[Verdict]:
-    """One case of one op on `backend`, forward and every gradient, against the reference: a verdict per
-    tensor."""
-    inputs = spec.make_inputs(case, dtype, device, torch.Generator(device).manual_seed(seed))
-    with dispatch.use_backend(**{spec.name: backend}):
-        results = run_case(spec.function, inputs, spec.gradients)
-    return Truth(spec, inputs, dtype, oracle_dtype=oracle_dtype).judge(results)
 
 
 @dataclass(frozen=True)
@@ -227,8 +136,7 @@ def preflight(
             raise ValueError(f"preflight: {name!r} is no op, expected one of {', '.join(sorted(SPECS))}")
     start = time.perf_counter()
     path = _cache_path(cases, device, dtype, prefer)
-    if use_cache and path.exists():
-        rows = tuple(Row(**row) for row in json.loads(path.read_text(encoding="utf-8")))
+    if use_cache and (rows := _read_cache(path, cases)) is not None:
         return Report(rows, _name(dtype), _device_name(device), 0.0, cached=True)
     isolate = device.type == "cuda" if isolate is None else isolate
     if isolate:
@@ -362,11 +270,7 @@ def _cache_path(
     key = repr(
         (_device_name(device), versions, choice, _sources(), _name(dtype), [(n, c.id) for n, c in cases])
     )
-    root = (
-        os.environ.get("FUSED_GPT_CACHE")
-        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused-gpt"
-    )
-    return Path(root) / "preflight" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    return cache_folder() / "preflight" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 
 @cache
@@ -376,11 +280,17 @@ def _driver() -> str:
     return path.read_text(encoding="utf-8").splitlines()[0] if path.exists() else "unknown"
 
 
+def _read_cache(path: Path, cases: Sequence[tuple[str, Case]]) -> tuple[Row, ...] | None:
+    """The rows stored in `path`; None where the file is missing, damaged or about other cases."""
+    try:
+        rows = tuple(Row(**row) for row in read_json(path)["rows"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return rows if [(row.op, row.case) for row in rows] == [(name, case.id) for name, case in cases] else None
+
+
 def _write_cache(path: Path, rows: Sequence[Row]) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps([asdict(row) for row in rows]), encoding="utf-8")
-        partial.replace(path)
+        write_json(path, {"rows": [asdict(row) for row in rows]})
     except OSError:
-        return  # a cache that cannot be written costs the next run some seconds, nothing else
+        return  # without a cache, the next run repeats the checks

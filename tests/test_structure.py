@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,17 @@ import kernels
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = ("attention", "norm", "ffn", "loss")
-LEAVES = {"checks", "dispatch", "philox", "linear", "tolerance", "tuning", "version"}
+LEAVES = {"checks", "dispatch", "files", "philox", "linear", "tolerance", "tuning", "version"}
+GPT_LAYERS = (  # top first: a file imports from its own layer and from those below it
+    {""},  # gpt/__init__.py
+    {"train", "sample", "eval", "info"},
+    {"training", "generate", "weights"},
+    {"model"},
+    {"block", "kv_cache", "inputs", "preflight", "data"},
+    {"config", "names", "device", "files", "cli"},
+    {"errors"},
+)
+IMPORTING_METHODS = {"GPT.fit", "GPT.generate", "GPT.save_pretrained", "GPT.from_pretrained"}
 
 
 def sources(*folders: str) -> list[Path]:
@@ -22,23 +34,60 @@ def sources(*folders: str) -> list[Path]:
 
 
 def imports(path: Path, *, deep: bool = True) -> set[str]:
-    """Absolute names of all modules that a file imports; without `deep`, only those that run on import."""
+    """Absolute names of all modules that a file imports; without `deep`, only those at the top level."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    nodes = ast.walk(tree) if deep else iter(tree.body)
+    return imported_names(path, ast.walk(tree) if deep else tree.body)
+
+
+def imported_names(path: Path, nodes: Iterable[ast.AST]) -> set[str]:
+    """Absolute names in the import statements among `nodes`; `from a import b` counts as `a` and as `a.b`."""
     package = path.relative_to(ROOT).with_suffix("").parts
-    found = set()
+    modules = set()
     for node in nodes:
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package[: -node.level]) + "." if node.level else ""
             module = (base + (node.module or "")).rstrip(".")
-            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
-    return found
+            modules |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return modules
+
+
+def functions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.AST]]:
+    """(qualified name, node) of every outermost function and method."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield prefix + node.name, node
+        else:
+            yield from functions(node, f"{node.name}." if isinstance(node, ast.ClassDef) else prefix)
+
+
+def gpt_imports(path: Path) -> tuple[set[str], dict[str, set[str]]]:
+    """Modules of gpt that a file imports outside functions (for type checking too), and by function."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    local, inside = {}, set()
+    for name, function in functions(tree):
+        nodes = list(ast.walk(function))
+        inside |= set(nodes)
+        if modules := imported_names(path, nodes) & GPT_MODULES.keys():
+            local[name] = modules
+    outside = imported_names(path, (node for node in ast.walk(tree) if node not in inside))
+    return outside & GPT_MODULES.keys(), local
+
+
+def layer(module: str) -> int:
+    part = module.removeprefix("gpt").removeprefix(".").partition(".")[0]
+    return next(number for number, parts in enumerate(GPT_LAYERS) if part in parts)
 
 
 def names(path: Path) -> str:
     return str(path.relative_to(ROOT))
+
+
+GPT_MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sources("gpt")
+}
 
 
 @pytest.mark.parametrize("path", sources("kernels", "gpt", "bench"), ids=names)
@@ -55,9 +104,16 @@ def test_kernels_know_nothing_of_gpt_and_bench(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sources("gpt"), ids=names)
 def test_gpt_uses_public_kernels_only(path: Path) -> None:
-    """A model that reaches behind the ops."""
+    """A model that depends on the inside of `kernels`; only the project's file helpers are shared."""
     public = {"kernels"} | {f"kernels.{name}" for name in kernels.__all__}
-    assert {name for name in imports(path) if name.split(".")[0] == "kernels"} <= public
+    for name in imports(path):
+        assert name.split(".")[0] != "kernels" or name in public or name.startswith("kernels.files"), name
+
+
+def test_files_imports_the_standard_library_only() -> None:
+    """A file helper that loads torch."""
+    for name in imports(ROOT / "kernels" / "files.py"):
+        assert name.split(".")[0] in sys.stdlib_module_names, name
 
 
 @pytest.mark.parametrize("path", sources("gpt"), ids=names)
@@ -68,6 +124,26 @@ def test_nothing_imports_a_command(path: Path) -> None:
     }
     assert commands == {"gpt.train", "gpt.sample", "gpt.info", "gpt.eval"}
     assert not commands & imports(path)
+
+
+@pytest.mark.parametrize("module", GPT_MODULES)
+def test_gpt_imports_run_downwards(module: str) -> None:
+    """A model that needs its trainer, or a config that needs the model, in order to be imported."""
+    outside, _ = gpt_imports(GPT_MODULES[module])
+    assert [name for name in sorted(outside) if layer(name) < layer(module)] == []
+
+
+@pytest.mark.parametrize("module", GPT_MODULES)
+def test_only_convenience_methods_import_gpt_locally(module: str) -> None:
+    """An import that runs upwards, or in a circle, and hides inside a function."""
+    _, local = gpt_imports(GPT_MODULES[module])
+    assert local.keys() == (IMPORTING_METHODS if module == "gpt.model" else set())
+
+
+def test_gpt_has_no_import_cycle() -> None:
+    """Files of one layer that import each other."""
+    graph = {module: gpt_imports(path)[0] for module, path in GPT_MODULES.items()}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which lists the cycle
 
 
 def reaches_triton(path: Path) -> bool:
@@ -108,6 +184,13 @@ def test_dispatch_imports_no_family() -> None:
     for leaf in LEAVES:
         for name in imports(ROOT / "kernels" / f"{leaf}.py"):
             assert not name.startswith(tuple(f"kernels.{family}" for family in FAMILIES)), (leaf, name)
+
+
+def test_verify_depends_on_no_op() -> None:
+    """An oracle that can judge only the ops of the registry."""
+    allowed = ("kernels.dispatch", "kernels.spec", "kernels.tolerance")
+    for name in imports(ROOT / "kernels" / "verify.py"):
+        assert not name.startswith("kernels.") or name.startswith(allowed), name
 
 
 @pytest.mark.parametrize("path", sources("kernels", "gpt", "bench", "tests"), ids=names)

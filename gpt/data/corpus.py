@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gpt.errors import InputError
-from gpt.files import cache_folder, verified_file
+from gpt.files import verified_file
+from kernels.files import cache_folder
 
 STDLIB, SHAKESPEARE = "stdlib", "shakespeare"
 STDLIB_CHARACTERS = 4_000_000  # more than a first run on two cores reads

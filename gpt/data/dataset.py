@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
+from gpt.cli import option
 from gpt.data.corpus import STDLIB, Document, open_corpus
 from gpt.data.token_files import (
+    BIN_NAMES,
     CHUNK,
     bin_files,
     bin_identity,
@@ -22,7 +25,7 @@ from gpt.data.token_files import (
 )
 from gpt.data.tokenizers import FILE_NAME, BPETokenizer, CharTokenizer, Tokenizer, fingerprint, load_tokenizer
 from gpt.errors import InputError
-from gpt.files import cache_folder
+from kernels.files import cache_folder, replacing
 
 if TYPE_CHECKING:
     from gpt.data.token_files import Ids, Positions
@@ -38,27 +41,19 @@ _STREAMS: dict[Stream, int] = {"train": 0, "validation": 1, "estimate": 2}
 class DataConfig:
     """Where the text comes from and how it becomes tokens."""
 
-    data: tuple[str, ...] = field(
-        default=(STDLIB,),
-        metadata={
-            "help": "stdlib (Python's own sources and documentation), shakespeare (a download), or UTF-8 "
-            "files, folders, globs"
-        },
+    data: tuple[str, ...] = option(
+        (STDLIB,),
+        "stdlib (Python's own sources and documentation), shakespeare (a download), or UTF-8 files, folders, "
+        "globs",
     )
-    tokenizer: str | None = field(
-        default=None,
-        metadata={
-            "help": "char, gpt2, bpe (trained on the text), or the path of a tokenizer.json (default: char, "
-            "with a gpt2 preset "
-            "gpt2, with .bin files the tokenizer.json beside them)"
-        },
+    tokenizer: str | None = option(
+        None,
+        "char, gpt2, bpe (trained on the text), or the path of a tokenizer.json (default: char, with a gpt2 "
+        "preset gpt2, with .bin files the tokenizer.json beside them)",
     )
-    bpe_vocab_size: int = field(
-        default=4096, metadata={"help": "the most tokens that --tokenizer bpe learns"}
-    )
-    pack_documents: bool = field(
-        default=False,
-        metadata={"help": "no token attends to, or is predicted from, another document (file) than its own"},
+    bpe_vocab_size: int = option(4096, "the most tokens that --tokenizer bpe learns")
+    pack_documents: bool = option(
+        False, "no token attends to, or is predicted from, another document (file) than its own"
     )
 
 
@@ -263,6 +258,29 @@ class TokenData:
                 within = ~np.isin(np.arange(i + 1, i + len(chunk)), documents)
                 first, second = first[within], second[within]
             yield first, second
+
+
+def save_bin(data: TokenData, directory: str | os.PathLike[str]) -> None:
+    """Writes `data` for nanoGPT: train.bin and val.bin (raw little-endian uint16 ids), and tokenizer.json.
+
+    Raises:
+        InputError: The vocabulary has more ids than 16 bits can hold, or a file cannot be written.
+    """
+    import numpy as np
+
+    if data.tokenizer.vocab_size > 1 << 16:
+        raise InputError(
+            f"save_bin: the vocabulary has {data.tokenizer.vocab_size} ids, expected at most 65536 (uint16)"
+        )
+    folder = Path(directory)
+    splits: tuple[Split, ...] = ("train", "validation")
+    try:
+        for split in splits:
+            with replacing(folder / BIN_NAMES[split]) as file:
+                np.asarray(data.tokens(split), "<u2").tofile(file)
+        data.tokenizer.save(folder)
+    except OSError as error:
+        raise InputError(f"save_bin: cannot write {folder}: {error.strerror or error}") from error
 
 
 def _windows(part: _Part, starts: Positions, block_size: int) -> Batch:

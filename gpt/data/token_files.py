@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gpt.data.corpus import Document
 from gpt.data.tokenizers import END_OF_TEXT, Tokenizer
 from gpt.errors import InputError
-from gpt.files import replacing
+from kernels.files import replacing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     Ids = NDArray[np.unsignedinteger[Any]]
     Positions = NDArray[np.int64]
 
+BIN_NAMES = {"train": "train.bin", "validation": "val.bin"}  # nanoGPT's names of the splits
 CHUNK = 1 << 20  # characters tokenized, or tokens looked through, at a time
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gpt.errors import InputError
-from gpt.files import cache_folder, verified_file
+from gpt.files import verified_file
+from kernels.files import cache_folder
 
 FILE_NAME = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"

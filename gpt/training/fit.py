@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpt.config import TrainConfig
 from gpt.data.dataset import IGNORED, Batch
+from gpt.device import pick_device
 from gpt.errors import InputError
-from gpt.training.step import TrainStep, pick_device
-
-if TYPE_CHECKING:
-    from gpt.model import GPT
-
-Callback = Callable[["GPT", int], object]
+from gpt.model import GPT, Callback
+from gpt.training.step import TrainStep
 
 
 class EarlyStopping:
@@ -49,27 +46,13 @@ class EarlyStopping:
 def fit(
     model: GPT,
     train_loader: Iterable[Sequence[Tensor]],
-    valid_loader: Iterable[Sequence[Tensor]] | None = None,
+    valid_loader: Iterable[Sequence[Tensor]] | None,
     *,
-    num_epoch: int = 1,
-    learning_rate: float = 1e-3,
-    callbacks: Sequence[Callback] = (),
+    num_epoch: int,
+    learning_rate: float,
+    callbacks: Sequence[Callback],
 ) -> None:
-    """Trains with AdamW, on a GPU if there is one; model.train_loss and model.validation_loss are then the
-    epochs' mean losses.
-
-    Args:
-        train_loader: Batches (inputs, targets), (B, T) int64 each, as a DataLoader gives them; targets of
-            -100 do not count.
-        valid_loader: Batches to validate on after each epoch.
-        num_epoch: How often to go through `train_loader`.
-        learning_rate: Constant.
-        callbacks: Called as callback(model, epoch) after each epoch, from 1; a true result ends the training.
-
-    Raises:
-        InputError: A setting outside its range, or a loader that gives something else or nothing.
-        NonFiniteError: A loss or gradient was not finite; that step changed nothing.
-    """
+    """`GPT.fit`, where the arguments are documented."""
     if num_epoch < 1:
         raise InputError(f"fit: num_epoch is {num_epoch}, expected at least 1")
     config = TrainConfig(learning_rate=learning_rate, min_lr=0.0)

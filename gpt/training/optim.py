@@ -1,30 +1,36 @@
-"""Muon: momentum whose update is made orthogonal, matrix by matrix (Jordan et al.,
-https://kellerjordan.github.io/posts/muon)."""
+"""Optimizers: Muon, the choice of optimizer per parameter, the learning-rate schedule, and saved state."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x, x³ and x⁵: steep at 0, and near 1 for what is above
+from gpt.config import TrainConfig
+from gpt.errors import InputError
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x, x³ and x⁵: steep at 0, close to 1 for larger x
 
 
 class Muon(torch.optim.Optimizer):
     """p ← p - lr (0.2 √max(m, n) orthogonal(g + μ v) + weight_decay p), with v ← μ v + g.
 
-    The factor gives an update the root mean square of AdamW's, so that both take the same learning rate (Liu
-    et al. 2025, arXiv 2502.16982). Matrices of one shape are made orthogonal together.
+    The factor 0.2 √max(m, n) gives an update the same root mean square as AdamW's, so that one learning rate
+    fits both (Liu et al. 2025, arXiv 2502.16982). Matrices of the same shape are orthogonalised in one batch.
 
     Args:
-        params: Matrices, or groups of them; a group's `parts` is the number of matrices stacked in each, as
-            q, k and v are.
+        params: Matrices, or groups of matrices. A group's `parts` says how many matrices each parameter
+            stacks: 3 for a fused query, key and value projection.
         lr: The learning rate.
         momentum: μ.
-        weight_decay: Decoupled, as AdamW's.
+        weight_decay: Decoupled, as in AdamW.
         steps: Newton-Schulz iterations.
+
+    Source: Jordan et al., https://kellerjordan.github.io/posts/muon.
     """
 
     def __init__(
@@ -48,6 +54,7 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+
         for group in self.param_groups:
             shapes: dict[torch.Size, list[Tensor]] = {}
             for p in group["params"]:
@@ -58,23 +65,25 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """The same step for parameters of one shape."""
+        """Updates parameters of one shape."""
         gradients = [p.grad for p in parameters if p.grad is not None]
         velocities = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in parameters]
         torch._foreach_mul_(velocities, group["momentum"])
         torch._foreach_add_(velocities, gradients)
+
         stacked = torch.stack(torch._foreach_add(gradients, velocities, alpha=group["momentum"]))
         matrices = stacked.view(-1, stacked.shape[1] // group["parts"], stacked.shape[2])  # (K, m, n)
         updates = orthogonalize(matrices, group["steps"]).view_as(stacked)
+
         scale = 0.2 * max(matrices.shape[1:]) ** 0.5
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(parameters, list(updates.unbind()), alpha=-group["lr"] * scale)
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """U Vᵀ, roughly, of each matrix U S Vᵀ in (K, m, n): singular values come to lie in about [0.7, 1.2].
+    """U Vᵀ, approximately, for each matrix U S Vᵀ in (K, m, n): singular values end in about [0.7, 1.2].
 
-    Numerics: bfloat16 inside, the input's dtype outside. A zero matrix stays zero.
+    Numerics: computes in bfloat16 and returns the input's dtype. A zero matrix stays zero.
     """
     a, b, c = COEFFICIENTS
     wide = matrices.shape[1] <= matrices.shape[2]
@@ -84,3 +93,104 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
         gram = x @ x.mT  # (K, m, m)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x if wide else x.mT).to(matrices.dtype)
+
+
+# The tensors that each optimizer keeps per parameter.
+STATE_ENTRIES = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum_buffer"}}
+
+
+def make_optimizers(names: Mapping[nn.Parameter, str], config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for all parameters; with "muon", Muon for the matrices of the blocks and AdamW for the rest.
+
+    Weight decay applies to matrices and embeddings, not to biases and norms.
+    """
+    muon = [
+        p
+        for p, name in names.items()
+        if config.optimizer == "muon" and p.dim() == 2 and name.startswith("blocks.")
+    ]
+    muon_set = set(muon)
+    rest = [p for p in names if p not in muon_set]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=config.learning_rate,
+            betas=(config.beta1, config.beta2),
+            fused=all(p.device.type in ("cpu", "cuda") for p in rest),
+        )
+    ]
+
+    if muon:
+        stacked = [p for p in muon if names[p].endswith("qkv.weight")]
+        single = [p for p in muon if not names[p].endswith("qkv.weight")]
+        groups = [{"params": stacked, "parts": 3}, {"params": single}]
+        optimizers.append(Muon(groups, lr=config.learning_rate, weight_decay=config.weight_decay))
+    return optimizers
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """The learning rate of step `step`, counted from 0.
+
+    Linear warm-up to learning_rate, then half a cosine down to min_lr at decay_steps, then min_lr.
+    """
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    end = config.decay_steps or config.max_steps
+    if step >= end:
+        return config.min_lr
+    progress = (step - config.warmup_steps) / (end - config.warmup_steps)
+    return config.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (config.learning_rate - config.min_lr)
+
+
+def state_tensors(
+    optimizers: Sequence[torch.optim.Optimizer], names: Mapping[nn.Parameter, str]
+) -> dict[str, Tensor]:
+    """The optimizers' state, keyed by parameter and entry: "wte.weight/exp_avg"."""
+    return {
+        f"{names[p]}/{entry}": tensor
+        for optimizer in optimizers
+        for p in _parameters(optimizer)
+        for entry, tensor in optimizer.state.get(p, {}).items()
+    }
+
+
+def load_state_tensors(
+    optimizers: Sequence[torch.optim.Optimizer],
+    names: Mapping[nn.Parameter, str],
+    tensors: Mapping[str, Tensor],
+    source: Path,
+) -> None:
+    """Restores what `state_tensors` returned.
+
+    Raises:
+        InputError: The tensors belong to other parameters or other optimizers. The message names `source`.
+    """
+    entries: dict[str, dict[str, Tensor]] = {name: {} for name in names.values()}
+    shapes = {name: p.shape for p, name in names.items()}
+    for key, tensor in tensors.items():
+        name, _, entry = key.rpartition("/")
+        if name not in entries or (tensor.dim() and tensor.shape != shapes[name]):
+            raise InputError(
+                f"checkpoint: {source} has {key} of shape {tuple(tensor.shape)}, which fits no parameter"
+            )
+        entries[name][entry] = tensor
+
+    for optimizer in optimizers:
+        parameters = list(_parameters(optimizer))
+        expected = STATE_ENTRIES[type(optimizer)]
+        if wrong := [names[p] for p in parameters if entries[names[p]].keys() != expected]:
+            raise InputError(
+                f"checkpoint: {source} has for {wrong[0]} the state of another optimizer, expected "
+                f"{type(optimizer).__name__}'s"
+            )
+        state = {i: entries[names[p]] for i, p in enumerate(parameters)}
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
+    """The parameters in the order in which the optimizer's state_dict numbers them."""
+    return (p for group in optimizer.param_groups for p in group["params"])

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -24,9 +24,7 @@ from gpt.config import GPTConfig
 from gpt.data.tokenizers import FILE_NAME as TOKENIZER
 from gpt.data.tokenizers import Tokenizer, load_tokenizer
 from gpt.errors import InputError
-
-if TYPE_CHECKING:
-    from gpt.model import GPT
+from gpt.model import GPT
 
 SUMS, MODEL, CONFIG, OPTIMIZER, STATE = (
     "SHA256SUMS",
@@ -51,10 +49,7 @@ def save_model(model: GPT, directory: str | os.PathLike[str], tokenizer: Tokeniz
         InputError: The folder holds something else, or cannot be written; it is then as it was.
     """
     target = Path(directory)
-    if target.is_dir() and any(target.iterdir()) and not (target / SUMS).exists():
-        raise InputError(
-            f"checkpoint: {target} holds other files, expected a new or empty folder, or a checkpoint"
-        )
+    check_replaceable(target, "checkpoint")
     commit(target, lambda folder: _write_model(folder, model, tokenizer))
 
 
@@ -93,8 +88,6 @@ def load_model(
     Raises:
         InputError: Nothing there is valid: the message names the file and what is wrong with it.
     """
-    from gpt.model import GPT
-
     folder = find_checkpoint(directory)
     config = GPTConfig.from_dict(read_json(folder / CONFIG))
     tensors = read_tensors(folder / MODEL)
@@ -241,6 +234,14 @@ def clean(out: Path, step: int) -> None:
     for path in list_checkpoints(out):
         if int(path.name[5:]) > step:
             path.rename(path.with_name(f"{path.name}.damaged"))
+
+
+def check_replaceable(target: Path, where: str) -> None:
+    """Raises InputError if the folder `target` holds files that `commit` did not write."""
+    if target.is_dir() and any(target.iterdir()) and not (target / SUMS).exists():
+        raise InputError(
+            f"{where}: {target} holds other files, expected a new or empty folder, or one that a save wrote"
+        )
 
 
 def commit(target: Path, write: Callable[[Path], None]) -> None:

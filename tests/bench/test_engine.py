@@ -15,7 +15,6 @@ import bench.machine
 from bench.cases import Race, fit, plan
 from bench.contestants import COMPILED, OURS, Contestant, Unsupported, only, optional
 from bench.engine import Bench, Runner, find_bench, lane
-from bench.machine import stated_peak
 from bench.measure import Ceilings, Clock, Lane, capture
 from bench.record import Row
 from bench.table import race
@@ -197,23 +196,6 @@ def test_graphs_of_an_interrupted_sample_are_freed() -> None:
     backward.calls[0]()
     with pytest.raises(IndexError):
         backward.calls[0]()
-
-
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA H200 NVL", 835e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA A10", 125e12),
-        ("NVIDIA H20", None),
-    ],
-)
-def test_peaks_are_those_of_the_very_gpu(name: str, peak: float | None) -> None:
-    """MFU over the peak of a GPU whose name only begins alike."""
-    assert stated_peak(name) == peak
 
 
 def test_sources_outside_git_have_a_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

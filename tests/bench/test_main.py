@@ -150,7 +150,7 @@ JUNIT = """<testsuites><testsuite name="pytest">
 def test_a_full_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stage that loses its results, fails without failing the run, or is called with unknown flags."""
     monkeypatch.setattr(sanitizer, "find", lambda: "/usr/bin/compute-sanitizer")
-    monkeypatch.setattr(whole, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(whole, "bench_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(whole, "describe", lambda device: MACHINE)
     parsers = {"bench.safety": bench.safety.Options, "bench.sanitizer": sanitizer.Options}
     parsers |= {"bench.train": bench.train.Options, "bench.generate": bench.generate.Options}

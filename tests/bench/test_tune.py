@@ -17,9 +17,9 @@ from bench.measure import Ceilings, Clock, Timing
 from bench.tune import Query, knobs, neighbours, queries, search, substituted, with_answer
 from gpt.cli import run_command
 from kernels import tuning
-from kernels.preflight import Truth
 from kernels.registry import SPECS
 from kernels.tuning import Tile
+from kernels.verify import Oracle
 
 
 class Pair(NamedTuple):
@@ -153,7 +153,7 @@ def test_the_queries_of_an_op_are_recorded() -> None:
         OURS, NORM.function, lambda: bench.contestants.kernels.use_backend("triton"), peer=False
     )
     inputs = NORM.make_inputs(RACE.case, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0))
-    asked_queries = queries(runner(), RACE, ours, inputs, Truth(NORM, inputs, torch.float32))
+    asked_queries = queries(runner(), RACE, ours, inputs, Oracle(NORM, inputs, torch.float32))
     assert asked_queries == {Query("norm_tile", (17,)): tuning.norm_tile(17)}
 
 

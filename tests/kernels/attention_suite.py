@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import kernels
-from kernels.preflight import Truth, check, run_case
 from kernels.registry import SPECS
 from kernels.spec import Case
 from kernels.tuning import Tile, attention_decode_tile, attention_tiles
+from kernels.verify import Oracle, check, run_case
 from tests.kernels.memory import fits, guarded, sparse, spread
 
 CAUSAL, DECODE = SPECS["causal_attention"], SPECS["decode_attention"]
@@ -128,7 +128,7 @@ def _skips_empty_tiles(launchers: Any) -> None:
     with kernels.use_backend("triton"):
         results = run_case(kernels.causal_attention, inputs, ("q", "k", "v"))
     wrong = [
-        str(verdict) for verdict in Truth(CAUSAL, inputs, torch.float32).judge(results) if not verdict.ok
+        str(verdict) for verdict in Oracle(CAUSAL, inputs, torch.float32).judge(results) if not verdict.ok
     ]
     assert not wrong, wrong
 

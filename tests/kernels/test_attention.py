@@ -12,10 +12,10 @@ import torch.nn.functional as F
 
 import kernels
 from kernels.attention import SHORT
-from kernels.preflight import Truth, run_case
 from kernels.registry import SPECS
 from kernels.spec import Case, randn
 from kernels.tuning import AttentionTiles, Tile
+from kernels.verify import Oracle, run_case
 
 pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.interpreter
@@ -51,7 +51,7 @@ def assert_right(
 ) -> None:
     results = run_case(CAUSAL.function, inputs, gradients)
     wrong = [
-        str(verdict) for verdict in Truth(CAUSAL, inputs, dtype, gradients).judge(results) if not verdict.ok
+        str(verdict) for verdict in Oracle(CAUSAL, inputs, dtype, gradients).judge(results) if not verdict.ok
     ]
     assert not wrong, wrong
 

@@ -12,7 +12,7 @@ import torch
 
 import kernels
 from kernels.philox import philox
-from kernels.preflight import run_case
+from kernels.verify import run_case
 from tests.kernels.attention_suite import reaches_far_along, stays_inside
 from tests.kernels.memory import guarded, in_a_fork, sparse
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.preflight import check
 from kernels.registry import SPECS
 from kernels.spec import Case
+from kernels.verify import check
 
 pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.interpreter

@@ -71,7 +71,7 @@ def run(
     layout: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
     grad_layout: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
 ) -> Results:
-    """Outputs and gradients, as `preflight.run_case` gives them, with inputs and the outputs' gradients in
+    """Outputs and gradients, as `verify.run_case` gives them, with inputs and the outputs' gradients in
     other layouts."""
     leaves = {
         n: layout(v.detach()) if isinstance(v, torch.Tensor) and v.ndim else v for n, v in inputs.items()

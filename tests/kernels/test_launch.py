@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import kernels
-from kernels.preflight import run_case
 from kernels.registry import SPECS
 from kernels.spec import Case, OpSpec
 from kernels.tuning import Tile
+from kernels.verify import run_case
 
 triton, launch = (
     pytest.importorskip(name, reason="triton is not installed") for name in ("triton", "kernels.launch")

@@ -12,7 +12,6 @@ import torch
 
 import kernels
 from kernels import dispatch
-from kernels.preflight import check, run_case
 from kernels.registry import SPECS
 from kernels.spec import (
     SHORT_DTYPE,
@@ -23,6 +22,7 @@ from kernels.spec import (
     SeedArgument,
     TensorArgument,
 )
+from kernels.verify import check, run_case
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")

@@ -182,6 +182,38 @@ def test_verdicts_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not run_preflight([NORM], CPU, torch.float32).cached
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b'{"rows": [{"op": "layer_no',
+        b"[]",
+        b'{"rows": 1}',
+        b'{"rows": []}',
+        b'{"rows": [{"op": "layer_norm", "case": "N7-C48", "colour": 1}]}',
+        b'{"rows": [{"op": "gelu_ffn", "case": "N7-C48"}]}',
+        b"\xff\xfe",
+        b"[" * 100_000,
+    ],
+)
+def test_a_damaged_verdict_is_computed_again(content: bytes, tmp_path: Path) -> None:
+    """A truncated or foreign cache file that ends the run with a traceback, or that is believed."""
+    report = run_preflight([NORM], CPU, torch.float32)
+    (stored,) = (tmp_path / "preflight").iterdir()
+    stored.write_bytes(content)
+    repeated = run_preflight([NORM], CPU, torch.float32)
+    assert not repeated.cached
+    assert [row.op for row in repeated.rows] == [row.op for row in report.rows]
+    assert run_preflight([NORM], CPU, torch.float32).cached
+
+
+def test_an_unwritable_cache_costs_the_cache_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read-only home folder that makes preflight fail."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FUSED_GPT_CACHE", str(tmp_path / "file"))
+    assert run_preflight([NORM], CPU, torch.float32).ok
+
+
 @pytest.mark.interpreter
 def test_failures_are_not_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     """A failure that is remembered after the cause is gone."""

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from kernels import tuning
-from kernels.preflight import check
 from kernels.registry import SPECS
 from kernels.spec import Case
 from kernels.tuning import SHARED_MEMORY, AttentionTiles
+from kernels.verify import check
 
 pytestmark = pytest.mark.interpreter
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from gpt import BPETokenizer, CharTokenizer, InputError, files
+from gpt import BPETokenizer, CharTokenizer, InputError
 from gpt.data.corpus import open_corpus
-from gpt.data.dataset import IGNORED, Batch, DataConfig, TokenData
+from gpt.data.dataset import IGNORED, Batch, DataConfig, TokenData, save_bin
 from tests.gpt.models import lively
 from tests.gpt.text import TEXT
 
@@ -261,15 +261,6 @@ def test_shakespeare_without_network(cache: Path, monkeypatch: pytest.MonkeyPatc
         load("shakespeare")
 
 
-def test_fetch_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network that swallows packets and hangs the first run."""
-    import time
-
-    monkeypatch.setattr("urllib.request.urlopen", lambda url, timeout: time.sleep(5))
-    with pytest.raises(TimeoutError, match="no answer"):
-        files._fetch("https://example.org", patience=0.05)
-
-
 def documents(tmp_path: Path) -> list[str]:
     texts = [TEXT[:40], TEXT[40:43], TEXT[43:60], TEXT[60:65], TEXT[65:260]]
     write(tmp_path, **{f"d{i}": text for i, text in enumerate(texts)})
@@ -393,3 +384,29 @@ def test_wrong_bins(tmp_path: Path) -> None:
     (tmp_path / "val.bin").write_bytes(b"abc")
     with pytest.raises(InputError, match=r"val\.bin has 3 bytes, expected uint16"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [CharTokenizer.train("hello\n"), BPETokenizer.train("hello hello", 259)], ids=["char", "bpe"]
+)
+def test_tokens_go_out_as_nanogpt_reads_them(tokenizer: Any, tmp_path: Path) -> None:
+    """Ids of another width or order, splits that lose a token, or a vocabulary that 16 bits cannot hold."""
+    text = "hello\n" * 40
+    data = TokenData.from_text(text, tokenizer)
+    save_bin(data, tmp_path / "out")
+    train, validation = (np.fromfile(tmp_path / "out" / f"{name}.bin", "<u2") for name in ("train", "val"))
+    assert [*train, *validation] == tokenizer.encode(text)
+    assert len(train) == len(data.tokens("train"))
+    back = TokenData.load(DataConfig(data=(str(tmp_path / "out"),)))
+    assert back.tokenizer.to_json() == tokenizer.to_json()
+    assert all(np.array_equal(back.tokens(split), data.tokens(split)) for split in ("train", "validation"))
+
+
+def test_too_many_ids_for_bins(tmp_path: Path) -> None:
+    """Ids above 65,535 that wrap around."""
+
+    class Large(CharTokenizer):
+        vocab_size = 65537
+
+    with pytest.raises(InputError, match="save_bin: the vocabulary has 65537 ids, expected at most 65536"):
+        save_bin(TokenData.from_text("ab" * 9, Large("ab")), tmp_path)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt import BPETokenizer, CharTokenizer, InputError, files, load_tokenizer
-from gpt.data.tokenizers import END_OF_TEXT, GPT2_MERGES_SHA256, Tokenizer, fingerprint, first_ids
+from gpt.data.tokenizers import END_OF_TEXT, Tokenizer, fingerprint, first_ids
 from tests.gpt.text import TEXT
 
 SHAKESPEARE = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -219,14 +219,6 @@ def test_gpt2_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(files, "_fetch", refuse)
     with pytest.raises(InputError, match=r"Network is unreachable.*vocab\.bpe.*--tokenizer PATH"):
         BPETokenizer.gpt2()
-
-
-def test_download_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A proxy's error page taken for the file."""
-    monkeypatch.setattr(files, "_fetch", lambda url: b"<html>")
-    with pytest.raises(OSError, match=GPT2_MERGES_SHA256):
-        files.verified_file([tmp_path / "x"], "https://example.org/x", GPT2_MERGES_SHA256)
-    assert not list(tmp_path.iterdir())
 
 
 def test_gpt2_ids(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,29 +16,17 @@ import pytest
 import torch
 
 from gpt import GPT, InputError, Trainer, train
-from gpt.data.dataset import IGNORED, Batch, TokenData
+from gpt.data.dataset import TokenData
 from gpt.training import distributed
 from gpt.training.distributed import ALONE, Ranks
 from gpt.training.step import NonFiniteError, TrainStep
 from gpt.weights import checkpoint
 from tests.gpt.text import TEXT
-from tests.gpt.training.small_runs import CONFIG, make_model
-from tests.gpt.training.test_trainer import stop_at
+from tests.gpt.training.small_runs import CONFIG, disk_full, make_batches, make_model, stop_at
 
 PLAIN = replace(CONFIG, grad_accum=4)
 MUON = replace(PLAIN, optimizer="muon")
 RAGGED = ((32, 5, 0, 1), (7, 0, 20, 0))
-
-
-def ragged(*counts: int) -> list[Batch]:
-    """Micro-batches of 2 rows of 16 with so many targets each."""
-    generator = torch.Generator().manual_seed(5)
-    made = []
-    for count in counts:
-        ids = torch.randint(5, (2, 2, 16), generator=generator)
-        ids[1].view(-1)[count:] = IGNORED
-        made.append(Batch(ids[0], ids[1]))
-    return made
 
 
 def steps(ranks: Ranks = ALONE, out: Path | None = None) -> list[Any]:
@@ -47,7 +35,7 @@ def steps(ranks: Ranks = ALONE, out: Path | None = None) -> list[Any]:
     step = TrainStep(model, replace(PLAIN, grad_clip=0.05), ranks=ranks)
     found = []
     for counts in RAGGED:
-        result = step(list(ranks.share(ragged(*counts))), rate=0.0)
+        result = step(list(ranks.share(make_batches(*counts))), rate=0.0)
         found.append((result.loss, result.gradient_norm, [p.grad.clone() for p in model.parameters()]))
     return found
 
@@ -87,7 +75,7 @@ def interrupted(ranks: Ranks, out: Path) -> Any:
 def masks(ranks: Ranks, out: Path) -> Any:
     """The loss of one batch with this rank's dropout, and without."""
     trainer = Trainer(make_model(TokenData.from_text(TEXT)), TokenData.from_text(TEXT), PLAIN, ranks=ranks)
-    batch = ragged(32)[0]
+    batch = make_batches(32)[0]
     losses = [trainer._step.loss(batch).item()]
     trainer.model.eval()
     return [*losses, trainer._step.loss(batch).item()]
@@ -120,14 +108,10 @@ def failing_trainer(ranks: Ranks, out: Path) -> list[str]:
     trainer = Trainer(make_model(data), data, PLAIN, out=out / "full", ranks=ranks)
     with pytest.MonkeyPatch.context() as patch:
         if not ranks.rank:
-            patch.setattr(checkpoint, "write_tensors", full)
+            patch.setattr(checkpoint, "write_tensors", disk_full)
         with pytest.raises(InputError) as error:
             trainer.run()
     return [*found, str(error.value)]
-
-
-def full(path: Path, tensors: object) -> None:
-    raise OSError(28, "No space left on device")
 
 
 def non_finite(ranks: Ranks, out: Path) -> Any:
@@ -151,7 +135,7 @@ def overflow(ranks: Ranks, out: Path) -> Any:
         before, scale = [p.detach().clone() for p in model.parameters()], step.scaler.get_scale()
         if ranks.rank:
             model.wpe.weight.register_hook(lambda g: g * math.inf)
-        step(ragged(32), rate=1.0)
+        step(make_batches(32), rate=1.0)
         return step.scaler.get_scale() / scale, all(map(torch.equal, before, model.parameters()))
 
 

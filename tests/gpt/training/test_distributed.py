@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 import shutil
@@ -24,7 +23,7 @@ from gpt.training.distributed import Ranks, join
 from gpt.weights import checkpoint
 from tests.gpt.text import TEXT
 from tests.gpt.training.ranks import MUON, PLAIN, steps, without_noise
-from tests.gpt.training.small_runs import make_model
+from tests.gpt.training.small_runs import make_model, read_log
 
 ROOT = Path(__file__).parents[3]
 SHAPE = (
@@ -85,10 +84,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return Pair(tmp_path_factory.mktemp("pair"))
 
 
-def log(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
 def test_steps_weigh_the_targets_of_all_ranks(pair: Pair) -> None:
     """Ranks that count the same, however few targets they have, gradients averaged or clipped before they are
     summed."""
@@ -110,7 +105,7 @@ def test_a_run_is_that_of_one_process(pair: Pair, tmp_path: Path) -> None:
     trainer = Trainer(without_noise(), TokenData.from_text(TEXT), PLAIN, out=tmp_path)
     before = trainer.evaluate("validation")
     result = trainer.run()
-    ours, theirs = log(pair.folder / "curve"), log(tmp_path)
+    ours, theirs = read_log(pair.folder / "curve"), read_log(tmp_path)
     assert [record["step"] for record in ours] == [record["step"] for record in theirs]
     for name in ("tokens", "learning_rate", "bigram_loss"):
         assert [record.get(name) for record in ours] == [record.get(name) for record in theirs]
@@ -139,13 +134,13 @@ def test_rank_0_writes(pair: Pair) -> None:
         "sample.txt",
     ]
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-4", "step-6", "step-8"]
-    assert [record["step"] for record in log(out)] == [*range(1, 9)]
+    assert [record["step"] for record in read_log(out)] == [*range(1, 9)]
     assert (out / "sample.txt").read_text() == second[1].sample + "\n"
 
 
 def test_speed_counts_all_ranks(pair: Pair) -> None:
     """Tokens per second, or a share of the peak, of one process where all have worked."""
-    for earlier, later in itertools.pairwise(log(pair.folder / "curve")):
+    for earlier, later in itertools.pairwise(read_log(pair.folder / "curve")):
         seconds = later["seconds"] - earlier["seconds"]
         assert later["tokens_per_second"] == pytest.approx(4 * 2 * 16 / seconds)
 
@@ -194,7 +189,7 @@ def test_an_error_of_one_is_raised_by_all(pair: Pair) -> None:
     assert pair("failures") == [["from 1", "from 0"]] * 2
     first, second = pair("failing_trainer")
     assert first == second
-    assert "file-1 is no folder" in first[0]
+    assert "file-1 is not a folder" in first[0]
     assert "No space left on device" in first[1]
     assert not (pair.folder / "free").exists()
 

@@ -104,7 +104,7 @@ def test_a_bare_file_in(tmp_path: Path) -> None:
     theirs = gpt2()
     theirs.save_pretrained(tmp_path)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(InputError, match=r"\(Hugging Face's layout\) does not say how many heads there are"):
+    with pytest.raises(InputError, match=r"\(Hugging Face's layout\) does not state the number of heads"):
         GPT.from_pretrained(tmp_path)
     assert_same_logits(GPT.from_pretrained(tmp_path / "model.safetensors", {"n_head": 4}), theirs)
 
@@ -257,7 +257,7 @@ def test_a_folder_of_the_users_is_left_alone(tmp_path: Path) -> None:
     """An export that replaces somebody's files; one that refuses to be repeated."""
     (tmp_path / "notes.txt").write_text("mine", "utf-8")
     with pytest.raises(
-        InputError, match="holds other files, expected a new or empty folder, or one written before"
+        InputError, match="holds other files, expected a new or empty folder, or one that a save wrote"
     ):
         lively().save_pretrained(tmp_path, format="huggingface")
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]

@@ -7,14 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from gpt import GPT, BPETokenizer, CharTokenizer, GPTConfig, InputError
-from gpt.data.dataset import DataConfig, TokenData
-from gpt.weights.pretrained import SPLITS, load_pretrained_tokenizer, save_bin
+from gpt import GPT, CharTokenizer, GPTConfig, InputError
+from gpt.weights.pretrained import load_pretrained_tokenizer
 from tests.gpt.weights.layouts import BookGPT, C, H, L, NanoGPT, T, V, lively
 
 BOOK_CONFIG = {
@@ -135,7 +133,7 @@ def test_our_own_checkpoints(tmp_path: Path) -> None:
     assert torch.equal(loaded(idx), model(idx))
     assert loaded.use_triton is False
     assert load_pretrained_tokenizer(tmp_path / "own").to_json() == tokenizer.to_json()
-    with pytest.raises(InputError, match="says what its model is, expected no config"):
+    with pytest.raises(InputError, match="states its config itself, expected no config"):
         GPT.from_pretrained(tmp_path / "own", {"n_head": H})
 
 
@@ -165,24 +163,24 @@ WRONG: dict[str, tuple[Any, Any, str]] = {
     "no-heads": (
         BookGPT().state_dict(),
         None,
-        "(LLMs-from-scratch's layout) does not say how many heads there are, expected config={'n_head': "
+        "(LLMs-from-scratch's layout) does not state the number of heads, expected config={'n_head': "
         "...}, a divisor of 24",
     ),
     "no-heads-in-config": (
         BookGPT().state_dict(),
         {"drop_rate": 0.1},
-        "does not say how many heads there are",
+        "does not state the number of heads",
     ),
     "no-model-args": (
         nano_with(lambda c: c.pop("model_args")),
         None,
-        NANO + "does not say how many heads there are",
+        NANO + "does not state the number of heads",
     ),
     "heads-against-file": (nano_with(id), {"num_heads": 4}, "num_heads is 4, expected 3 as n_head"),
     "our-heads-against-file": (
         nano_with(id),
         {"n_head": 4},
-        NANO + "says that n_head is 3, expected no other in config= (4)",
+        NANO + "states that n_head is 3, expected the same in config= (4)",
     ),
     "config-against-shape": (
         BookGPT().state_dict(),
@@ -197,7 +195,7 @@ WRONG: dict[str, tuple[Any, Any, str]] = {
     "config-of-a-tied-head": (
         BookGPT().state_dict(),
         GPTConfig.from_dict({**BOOK_CONFIG, "tie_weights": True}),
-        "has out_head.weight, which a model of its config does not",
+        "has out_head.weight, which a model of its config does not have",
     ),
     "config-type": (nano_with(id), "gpt2", "config is str, expected a GPTConfig, a dict or None"),
     "layers-against-file": (
@@ -219,7 +217,7 @@ WRONG: dict[str, tuple[Any, Any, str]] = {
     "extra": (
         in_model(lambda m: m.update(score=torch.zeros(1))),
         None,
-        NANO + "has score, which a model of its config does not",
+        NANO + "has score, which a model of its config does not have",
     ),
     "shape": (
         in_model(lambda m: m.update({QKV: torch.zeros(3 * C, C + 1)})),
@@ -266,29 +264,3 @@ def test_what_does_not_fit_is_said_in_a_line(content: Any, config: Any, said: st
         GPT.from_pretrained(path, config)
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    "tokenizer", [CharTokenizer.train("hello\n"), BPETokenizer.train("hello hello", 259)], ids=["char", "bpe"]
-)
-def test_tokens_go_out_as_nanogpt_reads_them(tokenizer: Any, tmp_path: Path) -> None:
-    """Ids of another width or order, splits that lose a token, or a vocabulary that 16 bits cannot hold."""
-    text = "hello\n" * 40
-    data = TokenData.from_text(text, tokenizer)
-    save_bin(data, tmp_path / "out")
-    train, validation = (np.fromfile(tmp_path / "out" / f"{name}.bin", "<u2") for name in ("train", "val"))
-    assert [*train, *validation] == tokenizer.encode(text)
-    assert len(train) == len(data.tokens("train"))
-    back = TokenData.load(DataConfig(data=(str(tmp_path / "out"),)))
-    assert back.tokenizer.to_json() == tokenizer.to_json()
-    assert all(np.array_equal(back.tokens(split), data.tokens(split)) for split in SPLITS)
-
-
-def test_too_many_ids_for_bins(tmp_path: Path) -> None:
-    """Ids above 65,535 that wrap around."""
-
-    class Large(CharTokenizer):
-        vocab_size = 65537
-
-    with pytest.raises(InputError, match="save_bin: the vocabulary has 65537 ids, expected at most 65536"):
-        save_bin(TokenData.from_text("ab" * 9, Large("ab")), tmp_path)

@@ -1,0 +1,122 @@
+"""Runs an op and compares every output and gradient with its reference, by the rule of `kernels.tolerance`.
+
+Tests, benches, the tuner and preflight all judge kernels here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeGuard
+
+import torch
+
+from kernels import dispatch
+from kernels.spec import Case, OpSpec
+from kernels.tolerance import Verdict, compare
+
+
+def run_case(
+    function: Callable[..., Any], inputs: dict[str, Any], gradients: tuple[str, ...], seed: int = 1
+) -> dict[str, torch.Tensor | None]:
+    """Outputs and gradients of one call: ``{"out": …, "dq": …}``; several outputs are ``out0``, ``out1``, ….
+
+    The gradients are those of ``sum(output * weights)``, where the weights are standard normal values drawn
+    from `seed` on the outputs' device. The weight of a scalar output, a mean over rows, is multiplied by the
+    number of rows: otherwise its gradients would shrink below any rounding floor as the rows grow.
+
+    Args:
+        function: The op or its reference.
+        inputs: Its keyword arguments.
+        gradients: The inputs to differentiate with respect to; inputs that are None are left out.
+        seed: Seeds the weights.
+    """
+    leaves = {
+        name: value.detach().requires_grad_(name in gradients) if isinstance(value, torch.Tensor) else value
+        for name, value in inputs.items()
+    }
+    result = function(**leaves)
+    outputs = result if isinstance(result, tuple) else (result,)
+    results: dict[str, torch.Tensor | None] = {
+        "out" if len(outputs) == 1 else f"out{i}": output.detach() for i, output in enumerate(outputs)
+    }
+
+    wanted = [name for name in gradients if leaves.get(name) is not None]
+    if wanted:
+        device = outputs[0].device
+        generator = torch.Generator(device).manual_seed(seed)
+        first = next(iter(leaves.values()))
+        rows = first.numel() // max(1, first.shape[-1])
+        drawn = [
+            torch.randn(output.shape, device=device, generator=generator).mul_(1 if output.ndim else rows)
+            for output in outputs
+        ]
+        weights = [weight.to(output.dtype) for weight, output in zip(drawn, outputs, strict=True)]
+        values = torch.autograd.grad(outputs, [leaves[name] for name in wanted], weights, allow_unused=True)
+        results |= {f"d{name}": value for name, value in zip(wanted, values, strict=True)}
+    return results
+
+
+class Oracle:
+    """The expected results of one call: from the reference in the call's dtype, and in a wider dtype.
+
+    Args:
+        spec: The op.
+        inputs: The call's keyword arguments.
+        dtype: The dtype that the op computes in.
+        gradients: The inputs whose gradients are compared; None takes the spec's.
+        oracle_dtype: The wider dtype.
+    """
+
+    def __init__(
+        self,
+        spec: OpSpec,
+        inputs: dict[str, Any],
+        dtype: torch.dtype,
+        gradients: tuple[str, ...] | None = None,
+        oracle_dtype: torch.dtype = torch.float64,
+    ) -> None:
+        wanted = spec.gradients if gradients is None else gradients
+        self.dtype = dtype
+        self.same_dtype = run_case(spec.reference, inputs, wanted)
+        wide_inputs = {n: v.to(oracle_dtype) if _is_float(v) else v for n, v in inputs.items()}
+        self.wide = run_case(spec.reference, wide_inputs, wanted)
+        tensors = [v for v in (*inputs.values(), *self.wide.values()) if _is_float(v)]
+        self.scale = max((t.detach().abs().max().item() for t in tensors if t.numel()), default=1.0)
+
+    def judge(self, results: Mapping[str, torch.Tensor | None]) -> list[Verdict]:
+        """One verdict for each output and gradient of `results`, a dict as `run_case` returns it."""
+        return [
+            compare(name, results.get(name), self.same_dtype[name], wide, dtype=self.dtype, scale=self.scale)
+            for name, wide in self.wide.items()
+        ]
+
+
+def _is_float(value: object) -> TypeGuard[torch.Tensor]:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def check(
+    spec: OpSpec,
+    case: Case,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    backend: str = "triton",
+    seed: int = 0,
+    oracle_dtype: torch.dtype = torch.float64,
+) -> list[Verdict]:
+    """Runs one case of one op on `backend` and judges each output and gradient.
+
+    Args:
+        spec: The op.
+        case: The call.
+        dtype: The dtype that the op computes in.
+        device: Where to run.
+        backend: "triton" or "reference".
+        seed: Seeds the inputs.
+        oracle_dtype: The wider dtype that the reference is evaluated in.
+    """
+    inputs = spec.make_inputs(case, dtype, device, torch.Generator(device).manual_seed(seed))
+    with dispatch.use_backend(**{spec.name: backend}):
+        results = run_case(spec.function, inputs, spec.gradients)
+    return Oracle(spec, inputs, dtype, oracle_dtype=oracle_dtype).judge(results)

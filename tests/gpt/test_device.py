@@ -1,0 +1,68 @@
+"""The device: which one is picked, its dtype for autocast, its memory and the peak of a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gpt import GPTConfig, InputError, TrainConfig
+from gpt.device import autocast_dtype, check_memory, peak_flops, pick_device
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce RTX 3090", 71e12),
+        ("NVIDIA H20", None),
+        ("cpu", None),
+    ],
+)
+def test_peak_flops_belongs_to_the_gpu(name: str, peak: float | None) -> None:
+    """An MFU against the peak of another GPU with a similar name."""
+    assert peak_flops(name) == peak
+
+
+def test_pick_device_prefers_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run on the CPU of a machine that has a GPU, or on a GPU that is not there."""
+    for available, expected in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        assert pick_device(None) == torch.device(expected)
+    assert pick_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99"])
+def test_pick_device_refuses_a_missing_device(name: str) -> None:
+    """An unknown device that fails inside torch, after the data has been prepared."""
+    with pytest.raises(InputError, match=f"^device is '{name}', expected a device of this machine"):
+        pick_device(name)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"), [({}, torch.float32), ({"avx512_bf16": True}, torch.bfloat16)]
+)
+def test_auto_is_bfloat16_where_the_cpu_multiplies_it(
+    capabilities: dict[str, bool], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU that emulates bfloat16, which is slower than float32."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert autocast_dtype("auto", torch.device("cpu")) == dtype
+
+
+def test_check_memory_refuses_a_model_that_cannot_fit() -> None:
+    """A model that exhausts the machine's memory instead of being refused at once."""
+    cpu = torch.device("cpu")
+    check_memory(GPTConfig.preset("char-cpu"), TrainConfig(), cpu)
+    with pytest.raises(InputError, match=r"GiB, expected at most the [\d,]+ GiB of cpu"):
+        check_memory(GPTConfig(n_embd=48 * 1024, n_layer=30), TrainConfig(), cpu)
