@@ -52,33 +52,34 @@ def _main(bench: Bench, argv: Sequence[str]) -> int:
     description = (
         f"The ops of `{bench.family}`: correctness first, then time against whatever else is installed."
     )
-    _, values = OptionParser(f"python -m bench.{bench.family}", description, options=Options()).parse_tables(
-        argv
-    )
+    parser = OptionParser(f"python -m bench.{bench.family}", description, options=Options())
+    _, values = parser.parse_tables(argv)
     options = Options(**values["options"])
-    began, deadline = time.monotonic(), parse_budget(options.budget)
-    device = bench_device(options.device)
-    specs = bench.specs
-    check_names("--op", options.op, [spec.name for spec in specs])
-    specs = [spec for spec in specs if not options.op or spec.name in options.op]
-    clock = Clock(device)
+    began, budget = time.monotonic(), parse_budget(options.budget)
+    clock = Clock(bench_device(options.device))
+    check_names("--op", options.op, [spec.name for spec in bench.specs])
+    specs = [spec for spec in bench.specs if not options.op or spec.name in options.op]
+
     automatic = torch.bfloat16 if clock.on_gpu else torch.float32
     runner = Runner(
-        bench,
-        clock,
-        Ceilings(clock, 0.05 if options.quick else 0.2),
-        DTYPES.get(options.dtype, automatic),
+        bench=bench,
+        clock=clock,
+        ceilings=Ceilings(clock, 0.05 if options.quick else 0.2),
+        dtype=DTYPES.get(options.dtype, automatic),
         seconds=(0.05 if options.quick else 0.1) if clock.on_gpu else (0.1 if options.quick else 0.5),
         compiled=clock.on_gpu or not options.quick,
         names=options.contestants,
     )
     _check_contestants(runner, specs)
+
     out = _folder(options.out) if options.plot or options.profile else Path(options.out)
     report = start_report(f"bench.{bench.family}", argv, clock)
     races = plan(specs, targets.load(), on_gpu=clock.on_gpu, quick=options.quick)
     if not clock.on_gpu:
         report.notes.append("cases are made smaller for a CPU")
-    _run_all(runner, races, report, options.json, None if deadline is None else began + deadline)
+    deadline = None if budget is None else began + budget
+    _run_all(runner=runner, races=races, report=report, path=options.json, deadline=deadline)
+
     if options.profile and races:
         profile(runner, races[0], out / f"{bench.family}-trace.json")
     if options.plot:
@@ -129,6 +130,7 @@ def _run_all(
                 "left out for the budget: " + ", ".join(f"{r.spec.name} {r.case.id}" for r in races[number:]),
             )
             break
+
         rows = []
         for row in runner.run(race):
             rows.append(row)
@@ -138,6 +140,7 @@ def _run_all(
                 report.save(path)
         print("\n" + table.race(rows), flush=True)
         longest = max(longest, time.monotonic() - begin)
+
     print(f"\nceilings measured here: {table.ceilings(report.ceilings)}")
     report.complete = True
     if path is not None:
@@ -154,6 +157,7 @@ def profile(runner: Runner, race: Race, path: Path) -> None:
     if runner.clock.on_gpu:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
         chosen, order = OURS, "self_cuda_time_total"
+
     contestant = contestants.get(chosen) or next(c for c in contestants.values() if c.function is not None)
     call = lane(spec, contestant, [inputs], "both" if spec.gradients else "forward").calls[0]
     with runner.clock.active(), contestant.context():
@@ -163,6 +167,7 @@ def profile(runner: Runner, race: Race, path: Path) -> None:
             for _ in range(3):
                 call()
             runner.clock.synchronize()
+
     print(f"\n{contestant.name}: three calls of {spec.name} {case.id}")
     print(profiler.key_averages().table(sort_by=order, row_limit=12, max_name_column_width=60))
     profiler.export_chrome_trace(str(path))

@@ -64,7 +64,13 @@ def main(argv: Sequence[str]) -> int:
         raise InputError("no GPU was found, expected one: kernels run compiled here")
     device = torch.device("cuda")
     report = Report("python -m bench.safety", describe(device))
-    code = run(calls(options.op), device, options.repeats, None if budget is None else began + budget, report)
+    code = run(
+        todo=calls(options.op),
+        device=device,
+        repeats=options.repeats,
+        deadline=None if budget is None else began + budget,
+        report=report,
+    )
     torch.cuda.synchronize()
     if options.json is not None:
         report.save(options.json)
@@ -102,11 +108,12 @@ def run(
             say(report, f"left out for the budget: {len(todo) - done} of {len(todo)} calls, from {call} on")
             break
         times = repeats if call.first else min(repeats, FEW)
-        changed = unsteady(call.spec, call.case, call.dtype, device, times, backend)
+        changed = changed_names(call, device, times, backend)
         if changed:
             bad += 1
             say(report, f"{call}: different bits when repeated: {', '.join(changed)}")
         done += 1
+
     firsts = sum(call.first for call in todo[:done])
     if repeats:
         result = (
@@ -124,11 +131,10 @@ def run(
     return 1 if bad else 0
 
 
-def unsteady(
-    spec: OpSpec, case: Case, dtype: torch.dtype, device: torch.device, repeats: int, backend: str = "triton"
-) -> list[str]:
+def changed_names(call: Call, device: torch.device, repeats: int, backend: str = "triton") -> list[str]:
     """The names of outputs and gradients that differ in any bit between calls with the same inputs."""
-    inputs = spec.make_inputs(case, dtype, device, torch.Generator().manual_seed(0))
+    spec = call.spec
+    inputs = spec.make_inputs(call.case, call.dtype, device, torch.Generator().manual_seed(0))
     changed: dict[str, torch.Tensor] = {}
     with kernels.use_backend(**{spec.name: backend}):
         first = run_case(spec.function, inputs, spec.gradients)

@@ -105,6 +105,7 @@ def main(argv: Sequence[str]) -> int:
     if not clock.on_gpu:
         print("no GPU was found: there is nothing to tune, because a CPU runs the references")
         return 0
+
     start_report("bench.tune", argv, clock)
     findings: list[Finding] = []
     races = plan([SPECS[name] for name in options.op], targets.load(), on_gpu=True, quick=options.quick)
@@ -114,9 +115,15 @@ def main(argv: Sequence[str]) -> int:
                 "left out for the budget: " + ", ".join(f"{r.spec.name} {r.case.id}" for r in races[number:])
             )
             break
+
         share = (deadline - time.monotonic()) / (len(races) - number)
         runner = Runner(
-            find_bench(race.spec.family), clock, Ceilings(clock), torch.bfloat16, seconds=0.1, compiled=False
+            bench=find_bench(race.spec.family),
+            clock=clock,
+            ceilings=Ceilings(clock),
+            dtype=torch.bfloat16,
+            seconds=0.1,
+            compiled=False,
         )
         for finding in search(runner, race, time.monotonic() + share):
             findings.append(finding)
@@ -161,32 +168,32 @@ def _climb(
 ) -> Finding:
     """Moves from `start` to the fastest neighbour until none is faster by GAIN or the time is up."""
     spec, direction = race.spec, "both" if race.spec.gradients else "forward"
-    entered = {start: with_answer(contestants[OURS], query, start)}
-    best, rejected, first, fastest, reference = start, 0, math.inf, math.inf, math.inf
+    tried = {start: with_answer(contestants[OURS], query, start)}
+    best, rejected, seconds_before = start, 0, math.inf
     while True:
-        fresh = [candidate for candidate in neighbours(best) if candidate not in entered]
-        field_of = {best: entered[best]}
-        for candidate in fresh:
-            entered[candidate] = with_answer(contestants[OURS], query, candidate)
+        correct = {best: tried[best]}
+        for candidate in [answer for answer in neighbours(best) if answer not in tried]:
+            tried[candidate] = with_answer(contestants[OURS], query, candidate)
             if time.monotonic() > deadline:
                 continue
-            if runner.admit(spec, entered[candidate], sets[0], oracle).status == "measured":
-                field_of[candidate] = entered[candidate]
+            if runner.admit(spec, tried[candidate], sets[0], oracle).status == "measured":
+                correct[candidate] = tried[candidate]
             else:
                 rejected += 1
 
-        lanes = {repr(key): lane(spec, contestant, sets, direction) for key, contestant in field_of.items()}
+        lanes = {repr(key): lane(spec, contestant, sets, direction) for key, contestant in correct.items()}
         lanes[EAGER] = lane(spec, contestants[EAGER], sets, direction)
         times = {
             name: timing.median for name, timing in interleave(lanes, runner.clock, runner.seconds).items()
         }
 
-        reference, here = times[EAGER], times[repr(best)]
-        first = min(first, here) if best == start else first
-        winner = min(field_of, key=lambda key: times[repr(key)])
-        fastest = times[repr(winner)]
-        if winner == best or fastest > here * (1 - GAIN) or time.monotonic() > deadline:
-            after, fastest = (winner, fastest) if fastest <= here * (1 - GAIN) else (best, here)
+        here = times[repr(best)]
+        if best == start:
+            seconds_before = min(seconds_before, here)
+        winner = min(correct, key=lambda key: times[repr(key)])
+        faster = times[repr(winner)] <= here * (1 - GAIN)
+        if winner == best or not faster or time.monotonic() > deadline:
+            after = winner if faster else best
             return Finding(
                 op=spec.name,
                 case=race.case.id,
@@ -194,10 +201,10 @@ def _climb(
                 query=str(query),
                 before=_show(start),
                 after=_show(after),
-                seconds_before=first,
-                seconds_after=fastest,
-                seconds_reference=reference,
-                tried=len(entered),
+                seconds_before=seconds_before,
+                seconds_after=times[repr(after)],
+                seconds_reference=times[EAGER],
+                tried=len(tried),
                 rejected=rejected,
                 slower=_slower(race, runner),
             )

@@ -13,7 +13,7 @@ import torch
 import bench.safety
 import bench.sanitizer
 from bench.record import Report, load
-from bench.safety import Call, calls, run, unsteady
+from bench.safety import Call, calls, changed_names, run
 from gpt.cli import run_command
 from kernels.registry import SPECS
 from tests.bench.reports import MACHINE
@@ -39,17 +39,15 @@ def test_changed_bits_are_detected() -> None:
     def late(**inputs: Any) -> torch.Tensor:
         return Wrong.apply(NORM.reference(**inputs), 1.0) + (next(turns) == 2)
 
-    case = NORM.tagged("small")[0]
-    where = (case, torch.float32, CPU)
-    assert unsteady(replace(NORM, function=nondeterministic), *where, 3, "reference") == [
-        "dbias",
-        "dweight",
-        "dx",
-    ]
-    assert unsteady(replace(NORM, function=late), *where, 3, "reference") == ["out"]
-    assert unsteady(replace(NORM, function=steady), *where, 3, "reference") == []
     loss = SPECS["linear_cross_entropy"]
-    assert unsteady(loss, loss.tagged("small")[0], torch.float32, CPU, 2, "reference") == []
+    for spec, expected in (
+        (replace(NORM, function=nondeterministic), ["dbias", "dweight", "dx"]),
+        (replace(NORM, function=late), ["out"]),
+        (replace(NORM, function=steady), []),
+        (loss, []),
+    ):
+        call = Call(spec, spec.tagged("small")[0], torch.float32, first=True)
+        assert changed_names(call, CPU, 3, "reference") == expected
 
 
 def test_the_first_calls_cover_every_op() -> None:
@@ -80,14 +78,14 @@ def test_repeats_and_their_results(monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong number of repeats; a budget that is ignored; a difference that is not reported."""
     made: list[int] = []
 
-    def counted(spec: Any, case: Any, dtype: Any, device: Any, repeats: int, backend: str) -> list[str]:
+    def counted(call: Call, device: Any, repeats: int, backend: str) -> list[str]:
         made.append(repeats)
         return []
 
     todo = [Call(NORM, case, torch.float32, first=i == 0) for i, case in enumerate(NORM.tagged("small")[:3])]
     report = Report("test", MACHINE)
     with monkeypatch.context() as patch:
-        patch.setattr(bench.safety, "unsteady", counted)
+        patch.setattr(bench.safety, "changed_names", counted)
         assert run(todo, CPU, 1000, None, report) == 0
         assert made == [1000, 10, 10]
         assert report.notes == ["3 calls gave the same bits every time: 1 repeated 1,000 times, 2 10 times"]
