@@ -1,2 +1,1 @@
-"""Measurements: correctness first, then speed, against what else is there and against the machine's own
-limits."""
+"""Benchmarks: each op is checked, then timed against other implementations and the machine's own limits."""

@@ -1,8 +1,9 @@
-"""`python -m bench`: everything, in one report.
+"""`python -m bench`: runs all checks and benches, and writes one report.
 
-On a GPU first what must be right (the `gpu` tests, the same bits every time), then every bench, then
-compute-sanitizer's tools where it is installed, each in a process of its own, then one table against
-targets.toml. Results are written as they come: a run that is stopped in the middle leaves all that it had.
+Each stage runs in its own process. On a GPU the checks come first (the `gpu` tests, and that repeated calls
+give the same bits), then every bench, then the tools of compute-sanitizer if it is installed. A table
+compares the results with targets.toml. The report is rewritten after each stage, so a run that is stopped
+keeps its results.
 """
 
 from __future__ import annotations
@@ -16,28 +17,32 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree
 
 from bench import sanitizer, table, targets
-from bench.command import parse_budget
-from bench.machine import ROOT, describe, pick_device
+from bench.command import check_names, parse_budget
+from bench.machine import ROOT, bench_device, describe
 from bench.plot import draw
 from bench.record import Report, load
-from gpt.cli import OptionParser, run_command
-from gpt.errors import InputError, unknown
+from gpt.cli import OptionParser, option, run_command
+from gpt.errors import InputError
 from kernels.registry import SPECS
 
 MODELS = ("train", "generate")
-WEIGHTS = {"gpu tests": 4.0, "attention": 5.0, "train": 3.5, "generate": 2.5} | dict.fromkeys(
-    sanitizer.TOOLS, 0.8
-)  # others: 1.5
-GRACE = 45.0  # seconds that a stage may take beyond its share before it is stopped
-PATIENCE = 15.0  # seconds for a stage that is stopped to say what it had found
+WEIGHTS = {  # of the stages, for sharing out the time; the others have 1.5
+    "gpu tests": 4.0,
+    "attention": 5.0,
+    "train": 3.5,
+    "generate": 2.5,
+    **dict.fromkeys(sanitizer.TOOLS, 0.8),
+}
+GRACE = 45.0  # seconds that a stage may exceed its share by before it is stopped
+PATIENCE = 15.0  # seconds that a stopped stage gets to write its results
 CHECKS = ("yes", "no", "only")
-WORKERS = 8  # processes of the tests: what they wait for is the compiler
+WORKERS = 8  # processes of the tests, which spend most of their time in the compiler
 ENGINE = (
     "import sys; from bench.command import command; from bench.engine import find_bench; "
     "sys.exit(command(find_bench(sys.argv.pop(1))))"
@@ -48,29 +53,18 @@ ENGINE = (
 class Options:
     """Flags."""
 
-    quick: bool = field(
-        default=False, metadata={"help": "the most important case of each bench, for a short time"}
+    quick: bool = option(False, "the most important case of each bench, for a short time")
+    budget: str = option("9m", "time for everything; the least important cases beyond it are left out")
+    checks: str = option(
+        "yes", "what must be right on a GPU: with the benches, not at all, or alone", choices=CHECKS
     )
-    budget: str = field(
-        default="9m",
-        metadata={"help": "time for everything; the least important cases beyond it are left out"},
-    )
-    checks: str = field(
-        default="yes",
-        metadata={
-            "help": "what must be right on a GPU: with the benches, not at all, or alone",
-            "choices": CHECKS,
-        },
-    )
-    device: str | None = field(
-        default=None, metadata={"help": "cpu or cuda (default: a GPU if there is one)"}
-    )
-    out: str = field(default="out/bench", metadata={"help": "the folder of the report"})
+    device: str | None = option(None, "cpu or cuda (default: a GPU if there is one)")
+    out: str = option("out/bench", "the folder of the report")
 
 
 @dataclass
 class Stage:
-    """One process: how it is called with the seconds that it has, and what is made of its end."""
+    """One process of the run; `command` makes its command line from the seconds that it may take."""
 
     name: str
     command: Callable[[float], list[str]]
@@ -82,7 +76,7 @@ class Stage:
 
     @property
     def grace(self) -> float:
-        """Seconds beyond its share: what writes a report keeps its time, but for what it began."""
+        """Seconds it may exceed its share by: a bench ends by itself, but finishes the case it is at."""
         return 0.0 if self.result is None or self.result.suffix == ".xml" else GRACE
 
 
@@ -93,10 +87,10 @@ class Run:
     report: Report
     folder: Path
     failed: bool = False
-    drawn: int = 0  # rows in the picture
+    drawn: int = 0  # rows in the last picture
 
     def stage(self, stage: Stage, seconds: float) -> None:
-        """Runs a stage within its share of the time, and keeps what it found."""
+        """Runs a stage within its share of the time, and adds its results to the report."""
         print(f"\n=== {stage.name} (up to {seconds:.0f} s)", flush=True)
         began = time.monotonic()
         code = run_process(stage.command(seconds), seconds + stage.grace)
@@ -112,7 +106,7 @@ class Run:
         self.save()
 
     def keep(self, stage: Stage) -> None:
-        """Takes over what a stage has written so far."""
+        """Adds what a stage has written so far to the report."""
         if stage.result is None or not stage.result.exists():
             return
         if stage.result.suffix == ".xml":
@@ -122,6 +116,7 @@ class Run:
                 f"{stage.name}: {count} run, {len(bad)} failed{': ' if bad else ''}{', '.join(bad[:20])}"
             )
             return
+
         part = load(stage.result)
         self.report.rows += part.rows
         self.report.ceilings |= part.ceilings
@@ -141,20 +136,23 @@ class Run:
 
 
 def stages(names: Sequence[str], options: Options, folder: Path, *, on_gpu: bool) -> list[Stage]:
-    """What is run, in order."""
+    """The stages of a run, in order."""
     families = list(dict.fromkeys(spec.family for spec in SPECS.values()))
     chosen = [
         name
         for name in (*families, *MODELS)
         if not names or name in names or any(op in names for op in _ops(name))
     ]
+
     checks = _checks([op for family in chosen for op in _ops(family)], folder, whole=not names)
     checks = checks if on_gpu and options.checks != "no" else []
+
     benches = []
     for name in chosen if options.checks != "only" else ():
         result = _result(folder, name)
         picked = [op for op in _ops(name) if op in names] if name not in names else []
         benches.append(Stage(name, _bench(name, options, result, picked), result))
+
     slow = [stage for stage in checks if stage.name in sanitizer.TOOLS]
     return [*(stage for stage in checks if stage not in slow), *benches, *slow]
 
@@ -183,10 +181,11 @@ def _budget(seconds: float) -> list[str]:
 
 
 def _checks(ops: Sequence[str], folder: Path, *, whole: bool) -> list[Stage]:
-    """What must be right on a GPU."""
-    found: list[Stage] = []
+    """The stages that check correctness on a GPU."""
+    checks: list[Stage] = []
     if not ops:
-        return found
+        return checks
+
     if (ROOT / "tests").is_dir():
         parallel = (
             ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
@@ -197,19 +196,20 @@ def _checks(ops: Sequence[str], folder: Path, *, whole: bool) -> list[Stage]:
         result = folder / "parts" / "gpu-tests.xml"
         flags = ["-m", "gpu and not slow", "-q", "--maxfail=20", f"--junitxml={result}", *parallel]
         tests = [sys.executable, "-m", "pytest", *flags, "tests", *chosen]
-        found.append(Stage("gpu tests", lambda seconds: tests, result))
+        checks.append(Stage("gpu tests", lambda seconds: tests, result))
+
     programs = {"same bits": ["bench.safety"]}
     if sanitizer.find() is not None:
         programs |= {tool: ["bench.sanitizer", tool] for tool in sanitizer.TOOLS}
     for name, program in programs.items():
         result = _result(folder, name)
         line = [sys.executable, "-m", *program, "--op", *ops, "--json", str(result)]
-        found.append(Stage(name, lambda seconds, line=line: [*line, *_budget(seconds)], result))  # type: ignore[misc]
-    return found
+        checks.append(Stage(name, lambda seconds, line=line: [*line, *_budget(seconds)], result))  # type: ignore[misc]
+    return checks
 
 
 def tally(path: Path) -> tuple[int, list[str]]:
-    """How many of pytest's tests were run (skipped ones were not), and which failed."""
+    """How many of pytest's tests ran (skipped ones did not), and the names of those that failed."""
     cases = [
         case for case in ElementTree.parse(path).getroot().iter("testcase") if case.find("skipped") is None
     ]
@@ -222,8 +222,11 @@ def tally(path: Path) -> tuple[int, list[str]]:
 
 
 def run_process(command: Sequence[str], limit: float) -> int | None:
-    """The exit code of a process in the sources' folder; None where it ran past `limit` seconds and was
-    stopped."""
+    """Runs a process in ROOT.
+
+    Returns:
+        Its exit code; None if it was stopped after `limit` seconds.
+    """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(command, env=environment, start_new_session=True, cwd=ROOT)
@@ -232,10 +235,8 @@ def run_process(command: Sequence[str], limit: float) -> int | None:
     except subprocess.TimeoutExpired:
         return None
     finally:
-        for number in (
-            signal.SIGTERM,
-            signal.SIGKILL,
-        ):  # no SIGINT, to which what a script runs in the background is deaf
+        # Not SIGINT: shells make background processes ignore it.
+        for number in (signal.SIGTERM, signal.SIGKILL):
             if process.poll() is None:
                 os.killpg(process.pid, number)
                 with suppress(subprocess.TimeoutExpired):
@@ -252,33 +253,33 @@ def main(argv: Sequence[str]) -> int:
         help="ops, families, train or generate (default: everything)",
     )
     given, values = parser.parse_tables(argv)
-    options, valid = (
-        Options(**values["options"]),
-        [*SPECS, *dict.fromkeys(s.family for s in SPECS.values()), *MODELS],
-    )
-    for name in given.ops:
-        if name not in valid:
-            raise unknown("OP", name, valid)
+    options = Options(**values["options"])
+    valid = [*SPECS, *dict.fromkeys(spec.family for spec in SPECS.values()), *MODELS]
+    check_names("OP", given.ops, valid)
     seconds = parse_budget(options.budget) or 0.0
-    device = pick_device(options.device)
+    device = bench_device(options.device)
+
     folder = Path(options.out).resolve()
     try:
         shutil.rmtree(folder / "parts", ignore_errors=True)
         (folder / "parts").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out: cannot write to {options.out}: {error.strerror}") from error
+
     run = Run(Report(shlex.join(["python", "-m", "bench", *argv]), describe(device)), folder)
     print(table.machine(run.report.machine))
+
     todo = stages(given.ops, options, folder, on_gpu=device.type == "cuda")
     signal.signal(signal.SIGTERM, _interrupt)
     code = _run_all(run, todo, time.monotonic() + seconds)
+
     outcomes = run.save()
     print("\n=== targets\n" + table.outcomes(outcomes) + f"\n\nreport: {folder / 'report.md'}")
     return code or int(run.failed)
 
 
 def _run_all(run: Run, todo: list[Stage], deadline: float) -> int:
-    """Every stage within its share of what time is left; the exit code where the run was stopped, else 0."""
+    """Runs every stage within its share of the remaining time; returns 130 if the run was stopped, else 0."""
     try:
         while todo:
             left = deadline - time.monotonic()

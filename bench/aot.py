@@ -1,9 +1,10 @@
-"""`python -m bench.aot`: every kernel compiled ahead of time, for GPUs that need not be there.
+"""`python -m bench.aot`: compiles every kernel ahead of time; no GPU is needed.
 
-For each tile, dtype and architecture that the ops declare: registers, stack, spills, shared memory and its
-limit, and how many matrix instructions (HMMA, HGMMA, UTCHMMA) and TMA transfers the machine code has. The
-exit code is 1 where a gate is broken: a kernel that does not compile, takes more shared memory than the
-architecture has, or, where its op gates it, spills or has no warp-group product on sm_90.
+For each tile, dtype and architecture that the ops declare, it reports registers, stack, spills, shared memory
+and its limit, and counts the matrix instructions (HMMA, HGMMA, UTCHMMA) and TMA transfers in the machine
+code. The exit code is 1 if a gate is broken: a kernel does not compile, or needs more shared memory than the
+architecture has. A build that its op gates must also not spill, and must use HGMMA on sm_90 if it multiplies
+matrices.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.record import read_json, write_json
-from gpt.cli import OptionParser, run_command
+from bench.record import write_json
+from gpt.cli import OptionParser, option, run_command
 from gpt.errors import InputError, unknown
+from gpt.files import read_json
 from kernels import launch
 from kernels.registry import SPECS
 from kernels.spec import Build
@@ -42,7 +44,7 @@ INSTRUCTIONS = {  # column -> opcodes in the disassembly
 
 
 class Key(NamedTuple):
-    """Where a build stands: its op, its architecture, and its place among the op's builds for it."""
+    """Identifies a build: its op, its architecture, and its index among the op's builds for that."""
 
     op: str
     architecture: int
@@ -51,7 +53,7 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a build's machine code takes; `problem` is the gate that it breaks."""
+    """The resources of a build's machine code; `problem` is the gate that it breaks."""
 
     op: str
     kernel: str
@@ -79,22 +81,16 @@ class Compiled:
 class Options:
     """Flags of the report."""
 
-    arch: tuple[str, ...] = field(
-        default=tuple(map(str, ARCHITECTURES)), metadata={"help": "architectures, as in 80 or sm_90"}
-    )
-    op: tuple[str, ...] = field(default=tuple(SPECS), metadata={"help": "ops or families"})
-    match: str = field(
-        default="", metadata={"help": "only builds whose kernel name and label contain this text"}
-    )
-    gated: bool = field(default=False, metadata={"help": "only the builds that an op gates"})
-    json: str | None = field(default=None, metadata={"help": "write the report to this file"})
-    diff: str | None = field(
-        default=None, metadata={"help": "say what changed since the report in this file"}
-    )
+    arch: tuple[str, ...] = option(tuple(map(str, ARCHITECTURES)), "architectures, as in 80 or sm_90")
+    op: tuple[str, ...] = option(tuple(SPECS), "ops or families")
+    match: str = option("", "only builds whose kernel name and label contain this text")
+    gated: bool = option(False, "only the builds that an op gates")
+    json: str | None = option(None, "write the report to this file")
+    diff: str | None = option(None, "say what changed since the report in this file")
 
 
 def compile_build(build: Build, architecture: int) -> Any:
-    """Triton's compiled kernel of a build."""
+    """Compiles a build with Triton."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -108,41 +104,47 @@ def compile_build(build: Build, architecture: int) -> Any:
     )
 
 
-def _unread(op: str, build: Build, architecture: int) -> Compiled:
-    tile = build.tile
+def _without_figures(op: str, build: Build, architecture: int) -> Compiled:
     return Compiled(
-        op, build.kernel.__name__, build.label, architecture, tile.num_warps, tile.num_stages, build.gated
+        op=op,
+        kernel=build.kernel.__name__,
+        label=build.label,
+        architecture=architecture,
+        warps=build.tile.num_warps,
+        stages=build.tile.num_stages,
+        gated=build.gated,
     )
 
 
 def examine(op: str, build: Build, architecture: int) -> Compiled:
     """Compiles a build and reads its machine code."""
-    found = _unread(op, build, architecture)
+    row = _without_figures(op, build, architecture)
     try:
         compiled = compile_build(build, architecture)
-    except Exception as error:  # whatever the compiler says is the finding
+    except Exception as error:  # any failure of the compiler is reported
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        return replace(found, problem=f"does not compile: {type(error).__name__}: {lines[-1].strip()}")
-    numbers = read_cubin(compiled.asm["cubin"])
-    numbers["shared"] = max(numbers["shared"], compiled.metadata.shared)
-    result = replace(found, **numbers)
-    return replace(result, problem=broken_gate(result, "tt.dot" in compiled.asm["ttir"]))
+        return replace(row, problem=f"does not compile: {type(error).__name__}: {lines[-1].strip()}")
+
+    figures = read_cubin(compiled.asm["cubin"])
+    figures["shared"] = max(figures["shared"], compiled.metadata.shared)
+    row = replace(row, **figures)
+    return replace(row, problem=broken_gate(row, "tt.dot" in compiled.asm["ttir"]))
 
 
-def broken_gate(found: Compiled, has_products: bool) -> str:
+def broken_gate(row: Compiled, has_matmuls: bool) -> str:
     """The gate that a compiled build breaks, or ""."""
-    limit = SHARED_MEMORY[found.architecture] * 1024
-    if found.shared > limit:
-        return f"shared memory {found.shared / 1024:.0f} KB, the limit is {limit // 1024} KB"
-    if found.gated and found.spills:
-        return f"{found.spills} spill instructions"
-    if found.gated and found.architecture == 90 and has_products and not found.hgmma:
+    limit = SHARED_MEMORY[row.architecture] * 1024
+    if row.shared > limit:
+        return f"shared memory {row.shared / 1024:.0f} KB, the limit is {limit // 1024} KB"
+    if row.gated and row.spills:
+        return f"{row.spills} spill instructions"
+    if row.gated and row.architecture == 90 and has_matmuls and not row.hgmma:
         return "no HGMMA"
     return ""
 
 
 def read_cubin(cubin: bytes) -> dict[str, Any]:
-    """Registers, stack and shared bytes of machine code, and how many instructions of each kind it has."""
+    """Reads registers, stack and shared bytes of machine code, and counts each kind of instruction."""
     from triton import knobs
 
     with tempfile.TemporaryDirectory() as folder:
@@ -152,7 +154,7 @@ def read_cubin(cubin: bytes) -> dict[str, Any]:
         code = _output(knobs.nvidia.nvdisasm.path, "-c", str(path))
     match = RESOURCES.search(usage)
     if match is None:
-        raise RuntimeError(f"cuobjdump names no resources: {usage.strip()}")
+        raise RuntimeError(f"cuobjdump printed no resources: {usage.strip()}")
     registers, stack, shared = map(int, match.groups())
     counts = {name: len(pattern.findall(code)) for name, pattern in INSTRUCTIONS.items()}
     return {"registers": registers, "stack": stack, "shared": shared, **counts}
@@ -163,7 +165,7 @@ def _output(*command: str) -> str:
 
 
 def builds(op: str, architecture: int) -> list[Build]:
-    """What an op declares for an architecture; nothing while it has no kernel."""
+    """The builds that an op declares for an architecture; none if it has no kernel."""
     declared = SPECS[op].builds
     return [] if declared is None else list(declared(architecture))
 
@@ -171,7 +173,7 @@ def builds(op: str, architecture: int) -> list[Build]:
 def keys(
     ops: Iterable[str], architectures: Iterable[int], *, gated: bool = False, match: str = ""
 ) -> list[Key]:
-    """The chosen builds."""
+    """The keys of the selected builds."""
     return [
         Key(op, architecture, place)
         for op in ops
@@ -186,7 +188,7 @@ def examine_key(key: Key) -> Compiled:
 
 
 def examine_all(chosen: Sequence[Key]) -> Iterator[Compiled]:
-    """Compiles in a few processes; the results come in the order of `chosen`, as they are ready."""
+    """Compiles in PROCESSES processes, and yields the results in the order of `chosen`."""
     rest = list(chosen)
     while rest:
         crashed = False
@@ -204,13 +206,13 @@ def examine_all(chosen: Sequence[Key]) -> Iterator[Compiled]:
 
 
 def _examine_alone(key: Key) -> Compiled:
-    """A build on which the compiler may crash, in a process of its own."""
+    """Compiles one build, on which the compiler may crash, in its own process."""
     try:
         with _workers(1) as pool:
             return pool.submit(examine_key, key).result()
     except BrokenProcessPool:
         build = builds(key.op, key.architecture)[key.place]
-        return replace(_unread(key.op, build, key.architecture), problem="the compiler crashed")
+        return replace(_without_figures(key.op, build, key.architecture), problem="the compiler crashed")
 
 
 def _workers(count: int) -> ProcessPoolExecutor:
@@ -225,15 +227,14 @@ HEADER = (
 
 
 def line(row: Compiled) -> str:
-    """A row of the table: "64/227 KB" is what a block takes and what it may, "16 HGMMA" the matrix
-    instructions."""
+    """A row of the table; "64/227 KB" is shared memory used and available, "16 HGMMA" matrix instructions."""
     shared = f"{row.shared / 1024:.0f}/{SHARED_MEMORY[row.architecture]} KB"
     kinds = {"HMMA": row.hmma, "HGMMA": row.hgmma, "UTCHMMA": row.utchmma}
-    products = " ".join(f"{count} {kind}" for kind, count in kinds.items() if count) or "-"
+    matmuls = " ".join(f"{count} {kind}" for kind, count in kinds.items() if count) or "-"
     text = (
         f"{row.op:<22} {row.kernel:<32} {row.label:<26} {'sm_' + str(row.architecture):>6} {row.warps:>5} "
         f"{row.stages:>6} "
-        f"{row.registers:>5} {row.stack:>5} {row.spills:>6} {shared:>11} {products:>12} {row.tma:>4}"
+        f"{row.registers:>5} {row.stack:>5} {row.spills:>6} {shared:>11} {matmuls:>12} {row.tma:>4}"
     )
     return (
         f"{text}  {'gated' if row.gated else ''}{'  BROKEN: ' + row.problem if row.problem else ''}".rstrip()
@@ -241,8 +242,7 @@ def line(row: Compiled) -> str:
 
 
 def differences(old: Sequence[Compiled], new: Sequence[Compiled]) -> list[str]:
-    """A line for each build of `new` whose numbers are not those of `old`, or that is in one of them
-    alone."""
+    """A line for each build that differs between the reports, or that only one of them has."""
     before, after = {row.id: asdict(row) for row in old}, {row.id: asdict(row) for row in new}
     lines = []
     for name in [*after, *(name for name in before if name not in after)]:
@@ -260,11 +260,13 @@ def main(argv: Sequence[str]) -> int:
     options = Options(**values["options"])
     architectures, ops = [_architecture(text) for text in options.arch], _ops(options.op)
     _check_triton()
+
     old = None if options.diff is None else load(options.diff)
     for op in ops:
         if SPECS[op].builds is None:
             print(f"{op}: has no kernel to compile")
     chosen = keys(ops, architectures, gated=options.gated, match=options.match)
+
     rows: list[Compiled] = []
     print(HEADER)
     for row in examine_all(chosen):
@@ -272,25 +274,26 @@ def main(argv: Sequence[str]) -> int:
         print(line(row), flush=True)
     broken = [row for row in rows if row.problem]
     print(f"{len(rows)} builds, {len(broken)} broken")
+
     if options.json is not None:
         write_json(options.json, {"triton": _triton_version(), "builds": [asdict(row) for row in rows]})
     if old is not None:
-        found = differences(old, rows)
-        print("\n".join(found) if found else f"the same as {options.diff}")
+        changes = differences(old, rows)
+        print("\n".join(changes) if changes else f"the same as {options.diff}")
     return 1 if broken else 0
 
 
 def load(path: str) -> list[Compiled]:
-    """The rows of a saved report.
+    """Reads the rows of a saved report.
 
     Raises:
-        InputError: It is unreadable, or no such report.
+        InputError: The file is unreadable, or is not a report of bench.aot.
     """
-    content = read_json(path)
+    content = read_json(Path(path), "--diff")
     try:
         return [Compiled(**row) for row in content["builds"]]
     except (TypeError, KeyError) as error:
-        raise InputError(f"{path} is no report of bench.aot: {error}") from error
+        raise InputError(f"{path} is not a report of bench.aot: {error}") from error
 
 
 def _architecture(text: str) -> int:

@@ -1,4 +1,4 @@
-"""`python -m bench.attention`: causal attention and decoding, against everything else that computes them."""
+"""`python -m bench.attention`: causal attention and decoding, against other implementations."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DECODE_ARGUMENTS = ("q", "k_cache", "v_cache", "cache_len", "scale")
 def sdpa(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None, **_: Any
 ) -> torch.Tensor:
-    """PyTorch's own, which aligns its causal mask to the upper left."""
+    """PyTorch's scaled_dot_product_attention; its causal mask is aligned to the upper left corner."""
     if q.shape[2] != k.shape[2]:
         raise Unsupported("has no causal mask for Tq < Tk")
     return F.scaled_dot_product_attention(
@@ -43,7 +43,7 @@ def _pin(backend: SDPBackend) -> Callable[[], AbstractContextManager[object]]:
 
 
 def flex_attention() -> Callable[..., Any]:
-    """FlexAttention, compiled, with a causal block mask that is made once for each shape."""
+    """FlexAttention under torch.compile, with a causal block mask made once for each shape."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     compiled = cache(lambda: torch.compile(flex_attention, dynamic=False))
@@ -67,7 +67,7 @@ def flex_attention() -> Callable[..., Any]:
 def _transposed(
     function: Callable[..., Any], scale_name: str, q: Any, k: Any, v: Any, scale: Any = None, **_: Any
 ) -> Any:
-    """For packages that take and return (B, T, H, D); some return more than the output."""
+    """Calls a function that takes and returns (B, T, H, D), perhaps with more outputs."""
     result = function(*(t.transpose(1, 2) for t in (q, k, v)), **{scale_name: scale})
     return (result[0] if isinstance(result, tuple) else result).transpose(1, 2)
 
@@ -96,32 +96,32 @@ def flash_attn_decode() -> Callable[..., Any]:
 def peers(spec: OpSpec, compiled: bool) -> list[Contestant]:
     if spec.name == "decode_attention":
         return [optional("flash-attn", lambda: only(flash_attn_decode(), DECODE_ARGUMENTS))]
-    found = [
+    contestants = [
         Contestant(name, only(sdpa, CAUSAL_ARGUMENTS), _pin(backend)) for name, backend in PINNED.items()
     ]
     if compiled:
-        found.append(optional("FlexAttention", lambda: only(flex_attention(), CAUSAL_ARGUMENTS)))
+        contestants.append(optional("FlexAttention", lambda: only(flex_attention(), CAUSAL_ARGUMENTS)))
     else:
-        found.append(Contestant("FlexAttention", None, absent="left out by --quick on a CPU"))
+        contestants.append(Contestant("FlexAttention", None, absent="left out by --quick on a CPU"))
     modules = {
         "flash-attn": "flash_attn",
         "flash-attn 3": "flash_attn_interface",
         "flash-attn 4": "flash_attn.cute.interface",
     }
     for name, module in modules.items():
-        found.append(optional(name, lambda module=module: only(flash_attn(module), CAUSAL_ARGUMENTS)))
-    return [*found, optional("xformers", lambda: only(xformers(), CAUSAL_ARGUMENTS))]
+        contestants.append(optional(name, lambda module=module: only(flash_attn(module), CAUSAL_ARGUMENTS)))
+    return [*contestants, optional("xformers", lambda: only(xformers(), CAUSAL_ARGUMENTS))]
 
 
-def product(spec: OpSpec, case: Case) -> tuple[int, int, int] | None:
-    """A square product, large enough to fill what runs the case; decoding only reads its caches."""
+def matmul(spec: OpSpec, case: Case) -> tuple[int, int, int] | None:
+    """A square matmul, large enough to occupy the whole device; decoding is limited by bytes alone."""
     if spec.name == "decode_attention":
         return None
     side = 8192 if case["B"] * case["H"] * case["Tq"] >= 2**17 else 1024
     return side, side, side
 
 
-BENCH = Bench("attention", peers, product)
+BENCH = Bench("attention", peers, matmul)
 
 if __name__ == "__main__":
     sys.exit(command(BENCH))

@@ -1,5 +1,4 @@
-"""Which calls are timed, and in what order: the registry's bench cases, the targeted ones first, cut to a
-processor's size."""
+"""Which cases are timed, and in what order: those that a target names come first; a CPU gets smaller ones."""
 
 from __future__ import annotations
 
@@ -13,10 +12,8 @@ import torch
 from bench.targets import Target
 from kernels.spec import Case, OpSpec
 
-QUICK_WORK, FULL_WORK = (
-    10**9,
-    10**10,
-)  # operations, and twice the bytes, forward and backward, of a case on a CPU
+# Limits on a CPU for the operations of a case, and for twice its bytes, forward and backward together.
+QUICK_WORK, FULL_WORK = 10**9, 10**10
 DIRECTIONS = ("forward", "backward")
 
 
@@ -28,8 +25,7 @@ class Race(NamedTuple):
 
 
 def plan(specs: Iterable[OpSpec], targets: Iterable[Target], *, on_gpu: bool, quick: bool) -> list[Race]:
-    """The races in order of importance: those that a target names, then the others; by turns over the ops, as
-    they list them."""
+    """The races by importance: first those that a target names. Each group alternates over the ops."""
     lists = []
     for spec in specs:
         cases = spec.tagged("bench")
@@ -47,10 +43,10 @@ def plan(specs: Iterable[OpSpec], targets: Iterable[Target], *, on_gpu: bool, qu
 
 
 def fit(spec: OpSpec, case: Case, limit: int) -> Case:
-    """`case` with its sizes halved, the first one first, until its operations, and twice its bytes, are at
-    most `limit`.
+    """Halves the sizes of `case` until its operations, and twice its bytes, are at most `limit`.
 
-    Sizes of one family (Tq and Tk, H and Hkv) are halved together.
+    The first size is halved as far as needed, then the next. Sizes that share their first letter (Tq and Tk,
+    H and Hkv) are halved together.
     """
     sizes = dict(case.sizes)
 

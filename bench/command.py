@@ -1,11 +1,11 @@
-"""The command line that the benches of single ops share."""
+"""The command line that all op benches share."""
 
 from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from bench import table, targets
 from bench.cases import Race, plan
 from bench.contestants import EAGER, OURS
 from bench.engine import Bench, Runner, lane
-from bench.machine import describe, pick_device
+from bench.machine import bench_device, describe
 from bench.measure import Ceilings, Clock, self_check
 from bench.record import Report
-from gpt.cli import OptionParser, run_command
+from gpt.cli import OptionParser, option, run_command
 from gpt.errors import InputError, unknown
 from kernels.spec import SHORT_DTYPE
 
@@ -29,30 +29,18 @@ DTYPES = {name: dtype for dtype, name in SHORT_DTYPE.items()}
 class Options:
     """Flags of a bench."""
 
-    quick: bool = field(
-        default=False, metadata={"help": "the most important case of each op, for a short time"}
+    quick: bool = option(False, "the most important case of each op, for a short time")
+    op: tuple[str, ...] = option((), "these ops alone")
+    contestants: tuple[str, ...] = option((), "these contestants alone, by the names in the table")
+    dtype: str = option("auto", "auto is bf16 on a GPU, fp32 on a CPU", choices=("auto", *DTYPES))
+    device: str | None = option(None, "cpu or cuda (default: a GPU if there is one)")
+    budget: str | None = option(None, "as in 90s or 8m: leave out the least important cases beyond it")
+    json: str | None = option(None, "write every figure to this file, as they come")
+    plot: bool = option(False, "draw a PNG into --out")
+    profile: bool = option(
+        False, "print the top kernels of the first case, and write a Chrome trace into --out"
     )
-    op: tuple[str, ...] = field(default=(), metadata={"help": "these ops alone"})
-    contestants: tuple[str, ...] = field(
-        default=(), metadata={"help": "these contestants alone, by the names in the table"}
-    )
-    dtype: str = field(
-        default="auto",
-        metadata={"help": "auto is bf16 on a GPU, fp32 on a CPU", "choices": ("auto", *DTYPES)},
-    )
-    device: str | None = field(
-        default=None, metadata={"help": "cpu or cuda (default: a GPU if there is one)"}
-    )
-    budget: str | None = field(
-        default=None, metadata={"help": "as in 90s or 8m: leave out the least important cases beyond it"}
-    )
-    json: str | None = field(default=None, metadata={"help": "write every figure to this file, as they come"})
-    plot: bool = field(default=False, metadata={"help": "draw a PNG into --out"})
-    profile: bool = field(
-        default=False,
-        metadata={"help": "print the top kernels of the first case, and write a Chrome trace into --out"},
-    )
-    out: str = field(default=".", metadata={"help": "where --plot and --profile write"})
+    out: str = option(".", "where --plot and --profile write")
 
 
 def command(bench: Bench, argv: Sequence[str] | None = None) -> int:
@@ -64,35 +52,34 @@ def _main(bench: Bench, argv: Sequence[str]) -> int:
     description = (
         f"The ops of `{bench.family}`: correctness first, then time against whatever else is installed."
     )
-    _, values = OptionParser(f"python -m bench.{bench.family}", description, options=Options()).parse_tables(
-        argv
-    )
+    parser = OptionParser(f"python -m bench.{bench.family}", description, options=Options())
+    _, values = parser.parse_tables(argv)
     options = Options(**values["options"])
-    began, deadline = time.monotonic(), parse_budget(options.budget)
-    device = pick_device(options.device)
-    specs = bench.specs
-    for name in options.op:
-        if name not in [spec.name for spec in specs]:
-            raise unknown("--op", name, [spec.name for spec in specs])
-    specs = [spec for spec in specs if not options.op or spec.name in options.op]
-    clock = Clock(device)
+    began, budget = time.monotonic(), parse_budget(options.budget)
+    clock = Clock(bench_device(options.device))
+    check_names("--op", options.op, [spec.name for spec in bench.specs])
+    specs = [spec for spec in bench.specs if not options.op or spec.name in options.op]
+
     automatic = torch.bfloat16 if clock.on_gpu else torch.float32
     runner = Runner(
-        bench,
-        clock,
-        Ceilings(clock, 0.05 if options.quick else 0.2),
-        DTYPES.get(options.dtype, automatic),
+        bench=bench,
+        clock=clock,
+        ceilings=Ceilings(clock, 0.05 if options.quick else 0.2),
+        dtype=DTYPES.get(options.dtype, automatic),
         seconds=(0.05 if options.quick else 0.1) if clock.on_gpu else (0.1 if options.quick else 0.5),
         compiled=clock.on_gpu or not options.quick,
         names=options.contestants,
     )
     _check_contestants(runner, specs)
+
     out = _folder(options.out) if options.plot or options.profile else Path(options.out)
     report = start_report(f"bench.{bench.family}", argv, clock)
     races = plan(specs, targets.load(), on_gpu=clock.on_gpu, quick=options.quick)
     if not clock.on_gpu:
-        report.notes.append("cases are cut to a processor's size")
-    _run_all(runner, races, report, options.json, None if deadline is None else began + deadline)
+        report.notes.append("cases are made smaller for a CPU")
+    deadline = None if budget is None else began + budget
+    _run_all(runner=runner, races=races, report=report, path=options.json, deadline=deadline)
+
     if options.profile and races:
         profile(runner, races[0], out / f"{bench.family}-trace.json")
     if options.plot:
@@ -104,19 +91,20 @@ def _main(bench: Bench, argv: Sequence[str]) -> int:
 
 
 def start_report(module: str, argv: Sequence[str], clock: Clock) -> Report:
-    """An empty report that knows its command, its machine and whether its clock can be believed, the last two
-    said aloud."""
+    """An empty report of a command.
+
+    Prints the machine and a check of its clock, and notes a clock that cannot be trusted.
+    """
     report = Report(shlex.join(["python", "-m", module, *argv]), describe(clock.device))
     print(table.machine(report.machine))
     if not clock.on_gpu:
         say(
             report,
-            "no GPU was found: these are times of a processor, and of the references that are the product "
-            "there",
+            "no GPU was found: these are times of the CPU, which runs the references",
         )
     check = self_check(clock)
     print(
-        f"clock: a known sleep reads {check.sleep:.3f} of its length, one contestant against itself "
+        f"clock: a sleep of known length reads {check.sleep:.3f} of it, one contestant against itself "
         f"{check.noise:.3f}"
     )
     for problem in check.problems:
@@ -125,7 +113,7 @@ def start_report(module: str, argv: Sequence[str], clock: Clock) -> Report:
 
 
 def say(report: Report, note: str) -> None:
-    """Notes something, and prints it."""
+    """Prints a note and adds it to the report."""
     report.notes.append(note)
     print(note, flush=True)
 
@@ -142,6 +130,7 @@ def _run_all(
                 "left out for the budget: " + ", ".join(f"{r.spec.name} {r.case.id}" for r in races[number:]),
             )
             break
+
         rows = []
         for row in runner.run(race):
             rows.append(row)
@@ -151,6 +140,7 @@ def _run_all(
                 report.save(path)
         print("\n" + table.race(rows), flush=True)
         longest = max(longest, time.monotonic() - begin)
+
     print(f"\nceilings measured here: {table.ceilings(report.ceilings)}")
     report.complete = True
     if path is not None:
@@ -158,7 +148,7 @@ def _run_all(
 
 
 def profile(runner: Runner, race: Race, path: Path) -> None:
-    """Prints where one forward and backward spends its time, and writes it as a Chrome trace."""
+    """Profiles three calls of one contestant: prints a table, and writes a Chrome trace to `path`."""
     spec, case = race
     contestants = {c.name: c for c in runner.contestants(spec)}
     inputs = spec.make_inputs(case, runner.dtype, runner.clock.device, torch.Generator().manual_seed(0))
@@ -167,26 +157,35 @@ def profile(runner: Runner, race: Race, path: Path) -> None:
     if runner.clock.on_gpu:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
         chosen, order = OURS, "self_cuda_time_total"
+
     contestant = contestants.get(chosen) or next(c for c in contestants.values() if c.function is not None)
     call = lane(spec, contestant, [inputs], "both" if spec.gradients else "forward").calls[0]
     with runner.clock.active(), contestant.context():
         call()
-        runner.clock.wait()
+        runner.clock.synchronize()
         with torch.profiler.profile(activities=activities) as profiler:
             for _ in range(3):
                 call()
-            runner.clock.wait()
+            runner.clock.synchronize()
+
     print(f"\n{contestant.name}: three calls of {spec.name} {case.id}")
     print(profiler.key_averages().table(sort_by=order, row_limit=12, max_name_column_width=60))
     profiler.export_chrome_trace(str(path))
     print(f"wrote {path}")
 
 
+def check_names(where: str, names: Sequence[str], valid: Collection[str]) -> None:
+    """Raises InputError for the first of `names` that is not in `valid`, with the nearest valid name."""
+    for name in names:
+        if name not in valid:
+            raise unknown(where, name, valid)
+
+
 def parse_budget(text: str | None) -> float | None:
-    """Seconds.
+    """Converts a --budget to seconds.
 
     Raises:
-        InputError: It is no duration.
+        InputError: The text is not a duration.
     """
     value = None if text is None else table.seconds(text)
     if text is not None and not value:
@@ -195,14 +194,13 @@ def parse_budget(text: str | None) -> float | None:
 
 
 def _check_contestants(runner: Runner, specs: Sequence[Any]) -> None:
-    """A contestant that was asked for by name must be one, and must be there."""
+    """Raises InputError if a contestant requested by name does not exist or cannot run."""
     everyone = Runner(**{**vars(runner), "names": ()})
-    found = {c.name: c for spec in specs for c in everyone.contestants(spec)}
+    contestants = {c.name: c for spec in specs for c in everyone.contestants(spec)}
+    check_names("--contestants", runner.names, contestants)
     for name in runner.names:
-        if name not in found:
-            raise unknown("--contestants", name, found)
-        if found[name].function is None:
-            raise InputError(f"--contestants: {name} cannot take part: {found[name].absent}")
+        if contestants[name].function is None:
+            raise InputError(f"--contestants: {name} cannot run: {contestants[name].absent}")
 
 
 def _folder(path: str) -> Path:

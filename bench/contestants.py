@@ -1,5 +1,4 @@
-"""Who takes part in a race: this package, its reference, the reference compiled, and whoever else is
-installed."""
+"""The contestants: this package, its reference, the compiled reference, and peer packages if installed."""
 
 from __future__ import annotations
 
@@ -22,20 +21,20 @@ COMPILED = "torch.compile"
 
 
 class Unsupported(RuntimeError):
-    """A contestant does not do what the case asks."""
+    """A contestant does not support the case."""
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """Somebody's form of an op.
+    """One implementation of an op.
 
     Args:
-        name: As tables and `--contestants` name it.
-        function: Takes the op's own arguments by keyword and returns its outputs. None: it cannot take part,
-            for `absent`.
-        context: What its calls must stand in.
-        peer: Somebody else's: timed with its error beside it even where the error is more than the rule
-            allows our own.
+        name: Its name in tables and in `--contestants`.
+        function: Takes the op's own arguments by keyword and returns its outputs. None: it cannot run.
+        context: Makes the context manager that is entered around its calls.
+        absent: Why it cannot run.
+        peer: A third-party implementation. It is timed even where its error exceeds what the tolerance
+            allows this package, up to a limit, and the table shows the error.
     """
 
     name: str
@@ -46,18 +45,18 @@ class Contestant:
 
 
 def shared(spec: OpSpec, *, compiled: bool) -> list[Contestant]:
-    """The contestants that every op has; `compiled` says whether torch.compile takes part."""
+    """The contestants of every op; `compiled` says whether torch.compile is included."""
     backend: dict[str, str] = {spec.name: "triton"}
-    found = [
+    return [
         Contestant(OURS, spec.function, lambda: kernels.use_backend(**backend), peer=False),
         Contestant(EAGER, spec.reference, peer=False),
+        compile_of(COMPILED, spec.reference, compiled),
     ]
-    return [*found, compile_of(COMPILED, spec.reference, compiled)]
 
 
-def compile_of(name: str, function: Callable[..., Any], takes_part: bool) -> Contestant:
-    """`function` under torch.compile, which is loaded by the first call."""
-    if not takes_part:
+def compile_of(name: str, function: Callable[..., Any], included: bool) -> Contestant:
+    """`function` under torch.compile, which the first call imports."""
+    if not included:
         return Contestant(name, None, absent="left out by --quick on a CPU")
 
     @cache
@@ -68,28 +67,26 @@ def compile_of(name: str, function: Callable[..., Any], takes_part: bool) -> Con
 
 
 def foreign(module: str, name: str) -> Any:
-    """`name` of another package's `module`.
+    """Imports `name` from a peer package's `module`.
 
     Raises:
-        ImportError: It is not installed. Whatever else its import fails with.
+        ImportError: The package is not installed. A broken package may raise any other exception.
     """
     return getattr(import_module(module), name)
 
 
 def optional(name: str, build: Callable[[], Callable[..., Any]]) -> Contestant:
-    """A contestant from another package, if it is installed: `build` imports it and returns its form of the
-    op."""
+    """A contestant from a peer package, if it is installed; `build` imports it and returns its function."""
     try:
         return Contestant(name, build())
     except ImportError:
         return Contestant(name, None, absent="not installed")
-    except Exception as error:  # a foreign package may fail on import in any way, and is then not there
+    except Exception as error:  # a broken package may raise anything
         return Contestant(name, None, absent=f"its import failed: {first_sentence(error)}")
 
 
 def only(function: Callable[..., Any], takes: tuple[str, ...]) -> Callable[..., Any]:
-    """`function` called with the arguments in `takes` alone; any other argument that asks for something is
-    refused."""
+    """Passes only the arguments in `takes` to `function`; any other must be None or 0."""
     return partial(_call_with, function, takes)
 
 
@@ -101,5 +98,5 @@ def _call_with(function: Callable[..., Any], takes: tuple[str, ...], **arguments
 
 
 def first_sentence(error: BaseException) -> str:
-    """Of what an exception says."""
+    """The first sentence of an exception's message."""
     return first_line(error).partition(". ")[0]

@@ -1,4 +1,4 @@
-"""The bench of any op of the registry: correctness first, then every direction, every contestant in turn."""
+"""Benchmarks any op of the registry: checks every contestant, then times those that are correct."""
 
 from __future__ import annotations
 
@@ -31,9 +31,7 @@ from kernels.registry import SPECS
 from kernels.spec import SHORT_DTYPE, Case, OpSpec
 from kernels.verify import Oracle, run_case
 
-PEER_LIMIT = (
-    8.0  # a peer whose error is more than so many times what our own may have is refused its timing too
-)
+PEER_LIMIT = 8.0  # a peer is timed if its error is at most this many times what is allowed for this package
 PARTS = {"forward": ("forward",), "backward": ("backward",), "both": ("forward", "backward")}
 
 Inputs = dict[str, Any]
@@ -44,17 +42,17 @@ class Bench:
     """What an op family adds to the engine.
 
     Args:
-        family: The family of ops.
-        peers: (op, compiled) -> the contestants beside the package, its reference, and its reference
-            compiled.
-        product: (op, case) -> (m, n, k) of the matrix product whose measured rate is the op's ceiling; None
-            where the bytes count alone.
-        uncompiled: Why the reference under torch.compile takes no part; "" where it does.
+        family: The op family.
+        peers: (op, compiled) -> the contestants other than this package, its reference, and its reference
+            under torch.compile.
+        matmul: (op, case) -> (m, n, k) of the matmul whose measured rate is the op's ceiling; None if only
+            the bytes limit it.
+        uncompiled: Why the reference under torch.compile is left out; "" if it is included.
     """
 
     family: str
     peers: Callable[[OpSpec, bool], list[Contestant]] = lambda spec, compiled: []
-    product: Callable[[OpSpec, Case], tuple[int, int, int] | None] = lambda spec, case: None
+    matmul: Callable[[OpSpec, Case], tuple[int, int, int] | None] = lambda spec, case: None
     uncompiled: str = ""
 
     @property
@@ -63,7 +61,7 @@ class Bench:
 
 
 def find_bench(family: str) -> Bench:
-    """The family's own bench, or the plain one while it has none."""
+    """The bench in `bench.<family>`, or one without peers if there is no such module."""
     if find_spec(f"bench.{family}") is None:
         return Bench(family)
     bench: Bench = import_module(f"bench.{family}").BENCH
@@ -71,8 +69,7 @@ def find_bench(family: str) -> Bench:
 
 
 class Admission(NamedTuple):
-    """What the gate said: a status of `record.STATUSES`, why, and the worst error as a share of what is
-    allowed."""
+    """Whether a contestant may be timed: one of `record.STATUSES`, why, and its error over the limit."""
 
     status: str
     reason: str = ""
@@ -89,46 +86,54 @@ class Runner:
     dtype: torch.dtype
     seconds: float
     compiled: bool = True
-    names: tuple[str, ...] = ()  # of the contestants; none: all
+    names: tuple[str, ...] = ()  # of the contestants to run; empty: all
 
     def contestants(self, spec: OpSpec) -> list[Contestant]:
-        mine = shared(spec, compiled=self.compiled)
+        common = shared(spec, compiled=self.compiled)
         if self.bench.uncompiled:
-            mine = [
+            common = [
                 c if c.name != COMPILED else Contestant(COMPILED, None, absent=self.bench.uncompiled)
-                for c in mine
+                for c in common
             ]
-        found = [*mine, *self.bench.peers(spec, self.compiled)]
-        return [c for c in found if not self.names or c.name in self.names]
+        everyone = [*common, *self.bench.peers(spec, self.compiled)]
+        return [c for c in everyone if not self.names or c.name in self.names]
 
     def run(self, race: Race) -> Iterator[Row]:
-        """The rows of one race, the headline (forward and backward) first."""
+        """The rows of one race; forward and backward together, the headline, comes first."""
         spec, case = race
         if "torch._dynamo" in sys.modules:
-            torch.compiler.reset()  # else a compiled function runs eagerly after its eighth shape
+            torch.compiler.reset()  # else compiled functions run eagerly after eight shapes
         sets = self.input_sets(spec, case)
         directions = ("both", "forward", "backward") if spec.gradients else ("forward",)
-        template = Row(spec.name, case.id, SHORT_DTYPE[self.dtype], directions[0], "", "absent")
-        truth = self.truth(spec, sets[0])
+        template = Row(
+            op=spec.name,
+            case=case.id,
+            dtype=SHORT_DTYPE[self.dtype],
+            direction=directions[0],
+            contestant="",
+            status="absent",
+        )
+
+        oracle = self.oracle(spec, sets[0])
         admitted: dict[str, Contestant] = {}
         errors: dict[str, float] = {}
         for contestant in self.contestants(spec):
-            found = self.admit(spec, contestant, sets[0], truth)
-            if found.status == "measured":
-                admitted[contestant.name], errors[contestant.name] = contestant, found.error
+            admission = self.admit(spec, contestant, sets[0], oracle)
+            if admission.status == "measured":
+                admitted[contestant.name], errors[contestant.name] = contestant, admission.error
             else:
-                yield replace(
-                    template, **found._asdict() | {"error": found.error or None}, contestant=contestant.name
-                )
-        del truth
+                verdict = admission._asdict() | {"error": admission.error or None}
+                yield replace(template, **verdict, contestant=contestant.name)
+        del oracle  # frees its memory before anything is timed
+
         for direction in directions:
             template = self._template(spec, case, direction)
             for row in self._race(spec, admitted, sets, template):
                 yield replace(row, error=errors[row.contestant])
             release(self.clock)
 
-    def truth(self, spec: OpSpec, inputs: Inputs) -> Oracle:
-        """What every contestant is held to."""
+    def oracle(self, spec: OpSpec, inputs: Inputs) -> Oracle:
+        """The expected results, from the reference in a higher precision."""
         return Oracle(
             spec,
             inputs,
@@ -137,7 +142,7 @@ class Runner:
         )
 
     def input_sets(self, spec: OpSpec, case: Case) -> list[Inputs]:
-        """Fresh random inputs, in as many sets as it takes to leave the cache."""
+        """Sets of random inputs, enough that each has left the cache before it is used again."""
         device = self.clock.device
         generator = torch.Generator(device)
         sets: list[Inputs] = []
@@ -146,22 +151,22 @@ class Runner:
             with device:
                 sets.append(spec.make_inputs(case, self.dtype, device, generator.manual_seed(len(sets))))
             count = input_sets(total_bytes(sets[0].values()), device)
-        self.clock.wait()
+        self.clock.synchronize()
         return sets
 
-    def admit(self, spec: OpSpec, contestant: Contestant, inputs: Inputs, truth: Oracle) -> Admission:
-        """Whether a contestant may be timed: only what is right is."""
+    def admit(self, spec: OpSpec, contestant: Contestant, inputs: Inputs, oracle: Oracle) -> Admission:
+        """Runs a contestant and judges its results: only a correct one may be timed."""
         if contestant.function is None:
             return Admission("absent", contestant.absent)
         try:
             with self.clock.active(), contestant.context():
-                verdicts = truth.judge(run_case(contestant.function, inputs, spec.gradients))
-                self.clock.wait()
+                verdicts = oracle.judge(run_case(contestant.function, inputs, spec.gradients))
+                self.clock.synchronize()
         except torch.OutOfMemoryError:
             release(self.clock)
             return Admission("failed", "out of memory")
-        except Exception as error:  # a contestant that cannot do this case says so in its own way
-            self.clock.wait()  # raises where the GPU itself is lost, and with it every later measurement
+        except Exception as error:  # contestants refuse a case with all kinds of exceptions
+            self.clock.synchronize()  # raises if the GPU itself failed
             reason = first_sentence(error)
             kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
             expected = contestant.peer or "cannot be honoured" in reason
@@ -175,17 +180,17 @@ class Runner:
     def _template(self, spec: OpSpec, case: Case, direction: str) -> Row:
         flops = sum(spec.flops(case, part) for part in PARTS[direction])
         nbytes = sum(spec.bytes(case, self.dtype, part) for part in PARTS[direction])
-        sizes = self.bench.product(spec, case)
+        sizes = self.bench.matmul(spec, case)
         limit = self.ceilings.floor(
-            flops, nbytes, None if sizes is None else self.ceilings.product(*sizes, self.dtype)
+            flops, nbytes, None if sizes is None else self.ceilings.matmul(*sizes, self.dtype)
         )
         return Row(
-            spec.name,
-            case.id,
-            SHORT_DTYPE[self.dtype],
-            direction,
-            "",
-            "failed",
+            op=spec.name,
+            case=case.id,
+            dtype=SHORT_DTYPE[self.dtype],
+            direction=direction,
+            contestant="",
+            status="failed",
             flops=flops,
             bytes=nbytes,
             limit=limit,
@@ -215,8 +220,10 @@ class Runner:
         return rows
 
     def _time(self, lanes: Mapping[str, Lane]) -> dict[str, Timing]:
-        """The lanes interleaved, or one by one where they do not fit into memory together; those that never
-        fit are left out."""
+        """Times the lanes interleaved, or one by one if they do not fit into memory together.
+
+        A lane that does not fit alone is left out.
+        """
         try:
             return interleave(lanes, self.clock, self.seconds) if lanes else {}
         except torch.OutOfMemoryError:
@@ -229,7 +236,7 @@ class Runner:
     def _time_graphs(
         self, spec: OpSpec, admitted: Mapping[str, Contestant], sets: list[Inputs], direction: str
     ) -> tuple[dict[str, Timing], dict[str, str]]:
-        """The contestants' times without launch gaps, and why others have none."""
+        """The contestants' times without launch gaps, and the reasons of those that have none."""
         captured: dict[str, Lane] = {}
         problems: dict[str, str] = {}
         for name, contestant in admitted.items():
@@ -237,20 +244,20 @@ class Runner:
                 captured[name] = capture(
                     graph_lane(spec, contestant, sets, direction, self.clock), self.clock
                 )
-            except Exception as error:  # it waits for the GPU, say, or frees its own graph
-                self.clock.wait()
+            except Exception as error:  # for example, it synchronises with the GPU
+                self.clock.synchronize()
                 problems[name] = f"no CUDA graph: {first_sentence(error)}"
         return self._time(captured), problems
 
     def _memory(self, spec: OpSpec, contestant: Contestant, inputs: Inputs, direction: str) -> int | None:
-        """Forward: bytes kept for backward. Otherwise: the peak of one forward and backward."""
+        """Forward: the bytes kept for backward. Otherwise: the peak of one forward and backward."""
         if not self.clock.on_gpu:
             return None
         with self.clock.active(), contestant.context():
             if direction == "forward":
                 return self._kept(spec, contestant, inputs)
             call = lane(spec, contestant, [inputs], "both").calls[0]
-            call()  # draws the gradients of the outputs, which are not the contestant's
+            call()  # makes the gradients of the outputs, which do not count
             return peak_memory(call, self.clock)
 
     def _kept(self, spec: OpSpec, contestant: Contestant, inputs: Inputs) -> int:
@@ -278,7 +285,7 @@ def lane(spec: OpSpec, contestant: Contestant, sets: Sequence[Inputs], direction
 def graph_lane(
     spec: OpSpec, contestant: Contestant, sets: Sequence[Inputs], direction: str, clock: Clock
 ) -> Lane:
-    """The same for capturing: a backward pass that is captured must be able to run again."""
+    """Like `lane`, for capturing: a captured backward pass must keep its autograd graph."""
     if direction != "backward":
         return lane(spec, contestant, sets, direction)
     runs = [_Run(spec, contestant, inputs) for inputs in sets]
@@ -289,7 +296,7 @@ def graph_lane(
 
 
 class _Run:
-    """One contestant on one set of inputs, with random gradients for its outputs."""
+    """One contestant on one set of inputs, with random gradients of its outputs."""
 
     def __init__(self, spec: OpSpec, contestant: Contestant, inputs: Inputs) -> None:
         assert contestant.function is not None
@@ -297,7 +304,7 @@ class _Run:
         tensors = {n: v.detach() for n, v in inputs.items() if isinstance(v, torch.Tensor)}
         self.leaves = {**inputs, **tensors}
         self.wanted = [tensors[n].requires_grad_() for n in spec.gradients if n in tensors]
-        self.weights: list[torch.Tensor] = []
+        self.output_gradients: list[torch.Tensor] = []
         self.kept: list[tuple[torch.Tensor, ...]] = []
 
     def forward(self) -> Any:
@@ -305,25 +312,27 @@ class _Run:
             return self.function(**self.leaves)
 
     def keep(self) -> None:
-        self.kept.clear()  # what a sample that ran out of memory left
+        self.kept.clear()  # a sample that ran out of memory may have left some
         self.kept.append(_as_tuple(self.forward()))
-        self._weights(self.kept[-1])
+        self._output_gradients(self.kept[-1])
 
     def backward(self) -> None:
-        torch.autograd.grad(self.kept.pop(), self.wanted, self.weights, allow_unused=True)
+        torch.autograd.grad(self.kept.pop(), self.wanted, self.output_gradients, allow_unused=True)
 
     def backward_again(self) -> None:
-        torch.autograd.grad(self.kept[-1], self.wanted, self.weights, retain_graph=True, allow_unused=True)
+        torch.autograd.grad(
+            self.kept[-1], self.wanted, self.output_gradients, retain_graph=True, allow_unused=True
+        )
 
     def both(self) -> None:
         outputs = _as_tuple(self.forward())
-        torch.autograd.grad(outputs, self.wanted, self._weights(outputs), allow_unused=True)
+        torch.autograd.grad(outputs, self.wanted, self._output_gradients(outputs), allow_unused=True)
 
-    def _weights(self, outputs: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-        """Drawn once; the gradient of a scalar loss is 1."""
-        if not self.weights:
-            self.weights = [torch.randn_like(o) if o.ndim else torch.ones_like(o) for o in outputs]
-        return self.weights
+    def _output_gradients(self, outputs: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        """The gradients of the outputs, made once; that of a scalar loss is 1."""
+        if not self.output_gradients:
+            self.output_gradients = [torch.randn_like(o) if o.ndim else torch.ones_like(o) for o in outputs]
+        return self.output_gradients
 
 
 def _as_tuple(result: Any) -> tuple[torch.Tensor, ...]:

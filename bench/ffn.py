@@ -9,12 +9,12 @@ from bench.engine import Bench
 from kernels.spec import Case, OpSpec
 
 
-def product(spec: OpSpec, case: Case) -> tuple[int, int, int]:
-    """The first product."""
+def matmul(spec: OpSpec, case: Case) -> tuple[int, int, int]:
+    """The first of the two matmuls."""
     return case["N"], case["I"], case["C"]
 
 
-BENCH = Bench("ffn", product=product)
+BENCH = Bench("ffn", matmul=matmul)
 
 if __name__ == "__main__":
     sys.exit(command(BENCH))

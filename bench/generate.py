@@ -1,7 +1,7 @@
-"""`python -m bench.generate`: the first token and the ones after it, at batch 1, 64 and 8.
+"""`python -m bench.generate`: time to the first token and time per decoded token, at batch sizes 1, 64, 8.
 
-Decoding must read every weight, and the cache, once for each step: % limit is the share of that time at the
-measured copy rate.
+Each decoding step must read every weight and the cache once. "% limit" is the time of that, at the measured
+copy rate, over the time measured.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,10 +18,10 @@ import torch
 from bench import table
 from bench.command import parse_budget, say, start_report
 from bench.contestants import OURS, Contestant, first_sentence, optional
-from bench.machine import pick_device
+from bench.machine import bench_device
 from bench.measure import Ceilings, Clock, Lane, Timing, interleave, release
 from bench.record import Row
-from gpt.cli import OptionParser, run_command
+from gpt.cli import OptionParser, option, run_command
 from gpt.config import GPTConfig
 from gpt.errors import InputError
 from gpt.model import GPT
@@ -29,10 +29,7 @@ from kernels.spec import SHORT_DTYPE
 
 PLAIN = "plain PyTorch"
 NO_CACHE = f"{OURS}, no cache"
-AGREE = {
-    torch.float32: 1e-3,
-    torch.bfloat16: 0.05,
-}  # relative RMS between the logits of kernels and references
+AGREE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # largest relative RMS error of the kernels' logits
 Generate = Callable[[torch.Tensor, int], Any]
 
 
@@ -40,29 +37,15 @@ Generate = Callable[[torch.Tensor, int], Any]
 class Options:
     """Flags."""
 
-    quick: bool = field(default=False, metadata={"help": "batch 1 alone, for a short time"})
-    preset: str | None = field(
-        default=None, metadata={"help": "of the model (default: gpt2 on a GPU, char-cpu on a CPU)"}
-    )
-    prompt_tokens: int | None = field(
-        default=None, metadata={"help": "in the prompt (default: 128, or a quarter of the block)"}
-    )
-    new_tokens: int | None = field(
-        default=None, metadata={"help": "after the first one (default: 128, or half of the block)"}
-    )
-    no_cache: bool = field(
-        default=False, metadata={"help": "this package without its KV cache takes part too"}
-    )
-    batch_size: tuple[str, ...] = field(
-        default=("1", "64", "8"), metadata={"help": "sequences, the most important first"}
-    )
-    device: str | None = field(
-        default=None, metadata={"help": "cpu or cuda (default: a GPU if there is one)"}
-    )
-    budget: str | None = field(
-        default=None, metadata={"help": "as in 90s or 8m: leave out the last batch sizes beyond it"}
-    )
-    json: str | None = field(default=None, metadata={"help": "write every figure to this file, as they come"})
+    quick: bool = option(False, "batch 1 alone, for a short time")
+    preset: str | None = option(None, "of the model (default: gpt2 on a GPU, char-cpu on a CPU)")
+    prompt_tokens: int | None = option(None, "in the prompt (default: 128, or a quarter of the block)")
+    new_tokens: int | None = option(None, "after the first one (default: 128, or half of the block)")
+    no_cache: bool = option(False, "this package without its KV cache takes part too")
+    batch_size: tuple[str, ...] = option(("1", "64", "8"), "sequences, the most important first")
+    device: str | None = option(None, "cpu or cuda (default: a GPU if there is one)")
+    budget: str | None = option(None, "as in 90s or 8m: leave out the last batch sizes beyond it")
+    json: str | None = option(None, "write every figure to this file, as they come")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -72,13 +55,15 @@ def main(argv: Sequence[str]) -> int:
     for text in options.batch_size:
         if not text.isdecimal() or int(text) == 0:
             raise InputError(f"--batch_size is {text!r}, expected integers > 0")
-    clock = Clock(pick_device(options.device))
+
+    clock = Clock(bench_device(options.device))
     config = GPTConfig.preset(options.preset or ("gpt2" if clock.on_gpu else "char-cpu"))
     dtype = torch.bfloat16 if clock.on_gpu else torch.float32
     lengths = _lengths(options, config)
     report = start_report("bench.generate", argv, clock)
     ceilings = Ceilings(clock, 0.1)
     contestants = entrants(config, dtype, clock, no_cache=options.no_cache)
+
     sizes = [int(text) for text in options.batch_size][: 1 if options.quick else None]
     longest = 0.0
     for number, batch in enumerate(sizes):
@@ -87,7 +72,14 @@ def main(argv: Sequence[str]) -> int:
             say(report, f"left out for the budget: batch sizes {', '.join(map(str, sizes[number:]))}")
             break
         rows = race(
-            config, dtype, batch, lengths, contestants, clock, ceilings, seconds=0.3 if options.quick else 2.0
+            config=config,
+            dtype=dtype,
+            batch=batch,
+            lengths=lengths,
+            contestants=contestants,
+            clock=clock,
+            ceilings=ceilings,
+            seconds=0.3 if options.quick else 2.0,
         )
         report.rows += rows
         report.ceilings = ceilings.measured()
@@ -95,6 +87,7 @@ def main(argv: Sequence[str]) -> int:
         if options.json is not None:
             report.save(options.json)
         longest = max(longest, time.monotonic() - begin)
+
     report.complete = True
     if options.json is not None:
         report.save(options.json)
@@ -102,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _lengths(options: Options, config: GPTConfig) -> tuple[int, int]:
-    """Tokens of the prompt, and after the first one."""
+    """Tokens of the prompt, and tokens generated after the first one."""
     block = config.block_size
     prompt = min(128, block // 4) if options.prompt_tokens is None else options.prompt_tokens
     new = min(128, block // 2) if options.new_tokens is None else options.new_tokens
@@ -118,22 +111,23 @@ def _lengths(options: Options, config: GPTConfig) -> tuple[int, int]:
 def entrants(
     config: GPTConfig, dtype: torch.dtype, clock: Clock, *, no_cache: bool = False
 ) -> list[Contestant]:
-    """Models with random weights; ours are wrong, and refused, where kernels and references disagree."""
+    """Models with random weights; ours is refused as wrong if its kernels and references disagree."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what cannot run Triton here is said by its own bench
+        warnings.simplefilter("ignore")  # the op benches report what cannot run Triton here
         model = GPT(
             config, use_triton=True if clock.on_gpu else "auto", device=clock.device, dtype=dtype
         ).eval()
-    found = [Contestant(OURS, _ours(model, model.use_triton), peer=False)]
+
+    contestants = [Contestant(OURS, _ours(model, model.use_triton), peer=False)]
     problem = _disagreement(model, dtype)
     if problem:
-        found = [Contestant(OURS, None, absent=problem, peer=False)]
+        contestants = [Contestant(OURS, None, absent=problem, peer=False)]
     elif no_cache:
-        found.append(Contestant(NO_CACHE, _ours(model, model.use_triton, use_cache=False), peer=False))
+        contestants.append(Contestant(NO_CACHE, _ours(model, model.use_triton, use_cache=False), peer=False))
     if clock.on_gpu:
-        found.append(Contestant(PLAIN, _ours(model, False), peer=False))
-    return [*found, optional("transformers", lambda: _transformers(config, dtype, clock.device))]
+        contestants.append(Contestant(PLAIN, _ours(model, False), peer=False))
+    return [*contestants, optional("transformers", lambda: _transformers(config, dtype, clock.device))]
 
 
 def _ours(model: GPT, use_triton: bool | str, *, use_cache: bool = True) -> Generate:
@@ -169,18 +163,24 @@ def _transformers(config: GPTConfig, dtype: torch.dtype, device: torch.device) -
 
 
 def _disagreement(model: GPT, dtype: torch.dtype) -> str:
-    """How far the logits with kernels are from those of the references; "" where they agree."""
+    """How far the logits of the kernels are from those of the references; "" if they agree."""
     chosen = model.use_triton
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (2, model.config.block_size), generator=generator)
     ids = ids.to(model.wte.weight.device)
+
     with torch.no_grad():
-        found = model(ids).float()
+        actual = model(ids).float()
         model.use_triton = False
-        plain = model(ids).float()
+        expected = model(ids).float()
     model.use_triton = chosen
-    error = ((found - plain).norm() / plain.norm()).item()
-    return "" if error <= AGREE[dtype] else f"logits differ from the references' by {error:.2g} of their size"
+
+    error = ((actual - expected).norm() / expected.norm()).item()
+    return (
+        ""
+        if error <= AGREE[dtype]
+        else f"the kernels' logits have a relative error of {error:.2g}, expected at most {AGREE[dtype]}"
+    )
 
 
 def race(
@@ -193,14 +193,27 @@ def race(
     ceilings: Ceilings,
     seconds: float,
 ) -> list[Row]:
-    """The rows of one batch size: the first token, and each one after it, for `lengths` tokens of prompt and
-    of these."""
+    """The rows of one batch size: the first token, and each later one.
+
+    Args:
+        lengths: Tokens of the prompt, and tokens generated after the first one.
+        seconds: How long each contestant is sampled.
+    """
     prompt, new = lengths
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(config.vocab_size, (batch, prompt), generator=generator).to(clock.device)
     case = f"{config.n_layer}x{config.n_embd}-V{config.vocab_size}-B{batch}-T{prompt}-new{new}"
     nbytes = decode_bytes(config, batch, prompt + new // 2, dtype.itemsize)
-    template = Row("generate", case, SHORT_DTYPE[dtype], "first token", "", "absent", tokens=batch * prompt)
+    template = Row(
+        op="generate",
+        case=case,
+        dtype=SHORT_DTYPE[dtype],
+        direction="first token",
+        contestant="",
+        status="absent",
+        tokens=batch * prompt,
+    )
+
     rows: list[Row] = []
     lanes: dict[str, Lane] = {}
     for contestant in contestants:
@@ -210,10 +223,12 @@ def race(
             lanes[f"{contestant.name}/n"] = _lane(contestant, ids, 1 + new)
         else:
             rows.append(replace(template, contestant=contestant.name, status=status, reason=reason))
+
     timings = interleave(lanes, clock, seconds) if lanes else {}
     names = [c.name for c in contestants if f"{c.name}/1" in timings]
     for name in names:
         rows.append(replace(template, contestant=name).measured(timings[f"{name}/1"]))
+
     decoding = replace(
         template, direction="decode", tokens=batch, bytes=nbytes, limit=nbytes / ceilings.copy()
     )
@@ -226,10 +241,9 @@ def race(
 
 
 def decode_bytes(config: GPTConfig, batch: int, context: int, itemsize: int) -> int:
-    """Bytes that one decoding step must read: every weight once, and the cached keys and values of `context`
-    tokens a row.
+    """Bytes that one decoding step reads: every weight, and the cache of `context` tokens in each row.
 
-    Of an untied token embedding and of the position embedding only a row each is read, which is left out.
+    The position embedding and an untied token embedding are left out: only one row of each is read.
     """
     counts = config.parameter_counts()
     weights = (
@@ -242,19 +256,19 @@ def decode_bytes(config: GPTConfig, batch: int, context: int, itemsize: int) -> 
 
 
 def _try(contestant: Contestant, ids: torch.Tensor, clock: Clock) -> tuple[str, str]:
-    """(status, reason) of a contestant at this batch size."""
+    """Runs a contestant once at this batch size, and returns (status, reason)."""
     if contestant.function is None:
         return ("absent" if contestant.peer else "wrong"), contestant.absent
-    clock.wait()
+    clock.synchronize()
     try:
         with clock.active():
             contestant.function(ids, 2)
-            clock.wait()
+            clock.synchronize()
     except torch.OutOfMemoryError:
         release(clock)
         return "failed", "out of memory"
-    except Exception as error:  # somebody else's model says in its own way what it cannot do
-        clock.wait()
+    except Exception as error:  # third-party models raise all kinds of exceptions
+        clock.synchronize()
         return "unavailable" if contestant.peer else "failed", first_sentence(error)
     return "measured", ""
 

@@ -1,5 +1,4 @@
-"""`python -m bench.loss`: linear + cross-entropy, against forms that hold all logits and forms that do
-not."""
+"""`python -m bench.loss`: linear + cross-entropy, against implementations with and without all logits."""
 
 from __future__ import annotations
 
@@ -16,13 +15,13 @@ from bench.engine import Bench
 from kernels.spec import Case, OpSpec
 
 ARGUMENTS = ("x", "weight", "targets", "bias")
-LARGEST_CHUNK = 8192  # rows of a product that is to be a ceiling
+LARGEST_CHUNK = 8192  # rows of the matmul that is the ceiling
 
 
 def whole_logits(
     x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """What one writes first: all logits, in float32 for the loss."""
+    """The simplest implementation: all logits, in float32 for the loss."""
     return F.cross_entropy(F.linear(x, weight, bias).float(), targets)
 
 
@@ -46,16 +45,16 @@ def peers(spec: OpSpec, compiled: bool) -> list[Contestant]:
     ]
 
 
-def product(spec: OpSpec, case: Case) -> tuple[int, int, int]:
-    """The logits of a chunk, at the next width that matrix units like."""
+def matmul(spec: OpSpec, case: Case) -> tuple[int, int, int]:
+    """The logits of one chunk, with V rounded up to a multiple of 64."""
     return min(case["N"], LARGEST_CHUNK), -(-case["V"] // 64) * 64, case["C"]
 
 
 BENCH = Bench(
     "loss",
     peers,
-    product,
-    uncompiled="it would draw out the loop over chunks; whole logits are compiled instead",
+    matmul,
+    uncompiled="it would unroll the loop over chunks; whole logits are compiled instead",
 )
 
 if __name__ == "__main__":

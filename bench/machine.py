@@ -1,4 +1,4 @@
-"""What a measurement was made on and with."""
+"""The hardware and software of a measurement."""
 
 from __future__ import annotations
 
@@ -12,50 +12,27 @@ from pathlib import Path
 import torch
 
 from bench.record import Machine
+from gpt.device import pick_device
 from gpt.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
-# Dense bf16 FLOP/s that the makers state, by a part of the name; the first match counts.
-STATED_PEAKS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
 
 
-def pick_device(name: str | None) -> torch.device:
-    """The device `name`; None is a GPU if there is one, else the CPU.
+def bench_device(name: str | None) -> torch.device:
+    """The device `name`, a CPU or an NVIDIA GPU; None is a GPU if there is one, else the CPU.
 
     Raises:
-        InputError: No such device here.
+        InputError: This machine has no such device, or it is of another kind.
     """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"--device is {name!r}, expected cpu or cuda") from error
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
-        raise InputError(
-            f"--device is {name!r}, expected "
-            f"{'cpu or cuda' if torch.cuda.is_available() else 'cpu: no GPU was found'}"
-        )
+    device = pick_device(name)
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"device is {name!r}, expected cpu or cuda")
     return device
 
 
 def describe(device: torch.device) -> Machine:
-    """The machine around `device`."""
-    kind, name, architecture, memory = "cpu", _processor(), platform.machine(), _memory()
+    """Describes the machine that `device` belongs to."""
+    kind, name, architecture, memory = "cpu", _cpu_name(), platform.machine(), _memory()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         kind, name, memory = "cuda", properties.name, properties.total_memory
@@ -78,22 +55,18 @@ def describe(device: torch.device) -> Machine:
 
 
 def installed(distribution: str) -> str | None:
-    """The version of an installed distribution."""
+    """The version of a distribution; None if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def stated_peak(name: str) -> float | None:
-    """The dense bf16 FLOP/s that its maker states for the GPU `name`; None for a GPU that the list does not
-    have."""
-    return next((peak for part, peak in STATED_PEAKS.items() if part in name), None)
-
-
 def commit() -> str:
-    """The commit of the sources, with "+changes" where files differ from it; outside a repository what
-    FUSED_GPT_COMMIT says."""
+    """The commit of the sources, with "+changes" if files differ from it.
+
+    Outside a git repository it is the value of FUSED_GPT_COMMIT.
+    """
     hashed = _git("rev-parse", "--short=12", "HEAD")
     if hashed is None:
         return os.environ.get("FUSED_GPT_COMMIT", "unknown")
@@ -109,7 +82,7 @@ def _git(*arguments: str) -> str | None:
 
 
 def _driver() -> str | None:
-    """The NVIDIA driver's version, from the tool that comes with it."""
+    """The NVIDIA driver's version, as nvidia-smi reports it."""
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -118,7 +91,7 @@ def _driver() -> str | None:
     return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else None
 
 
-def _processor() -> str:
+def _cpu_name() -> str:
     path = Path("/proc/cpuinfo")
     if path.exists():
         for line in path.read_text("utf-8", errors="replace").splitlines():

@@ -1,12 +1,12 @@
-"""The protocol by which everything here is timed.
+"""How everything here is timed.
 
-A contestant is warmed up, then sampled in turn with the others, in a new order each round, so that drifting
-clocks meet all of them alike. A sample is a run of calls that goes round several sets of random inputs,
-enough of them that none is still in the cache when its turn comes again. What is reported is the median of
-the samples, between their 20th and 80th percentiles.
+Every contestant is warmed up. Then all of them are sampled in turn, in a new order each round, so that a
+drifting clock rate affects all of them equally. A sample is a run of calls that cycles through several sets
+of random inputs, enough of them that a set has left the cache before it is used again. The result is the
+median of the samples, with their 20th and 80th percentiles.
 
-On a GPU a run is timed by events on its stream, launch gaps included, and once more as the replay of a CUDA
-graph, without them. On a CPU the same code reads the wall clock.
+On a GPU, CUDA events on the stream time a run, launch gaps included. The replay of a CUDA graph gives a
+second time without the gaps. On a CPU the same code reads the wall clock.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ import torch
 
 Call = Callable[[], object]
 
-QUIET = 0.03  # an A/A ratio further from 1 than this means that the machine is too noisy
+QUIET = 0.03  # the machine is too noisy if an A/A ratio is further from 1 than this
 SLEEP_TOLERANCE = 0.02
 MIN_SAMPLES, MAX_SAMPLES = 5, 100
 MAX_CALLS = 10_000  # in one sample
 MAX_SETS = 64
-PROCESSOR_SETS = 4  # a call on a processor takes so long that more of them would make a sample of minutes
-PROCESSOR_CACHE = (
-    2**25
-)  # what a processor's last cache is taken to be, at most: a core's share of a larger one is no more
-_abandoned: list[object] = []  # graphs whose capture failed: torch's allocator may still look at them
+CPU_SETS = 4  # at most, on a CPU: calls there are slow, and more sets would make a sample last minutes
+CPU_CACHE = 2**25  # bytes of a CPU's last-level cache, at most: one core's share of a larger one is no more
+_abandoned: list[
+    object
+] = []  # graphs whose capture failed, kept because torch's allocator may still use them
 
 
 class Timing(NamedTuple):
-    """Seconds per call: the median of the samples, their 20th and 80th percentiles, and their number."""
+    """Seconds per call: the median of the samples, their 20th and 80th percentiles, and their count."""
 
     median: float
     low: float
@@ -62,9 +62,9 @@ class Lane:
 
     Args:
         calls: One for each set of inputs.
-        prepare: Runs untimed before every sample; what it leaves is good for one round over `calls` (a
-            backward pass needs a graph that it may consume). None: the calls can be repeated at will.
-        context: Entered around every sample, so that its own cost is not measured.
+        prepare: Runs untimed before every sample and prepares one round over `calls` (a backward pass
+            consumes the autograd graph that it needs). None: the calls can be repeated freely.
+        context: Entered around every sample, outside the timed part.
         units: How many calls of the op one element of `calls` makes (a captured graph makes several).
     """
 
@@ -75,7 +75,7 @@ class Lane:
 
 
 class Clock:
-    """Times runs of calls on one device."""
+    """Times calls on one device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -83,17 +83,20 @@ class Clock:
         self.stream = torch.cuda.Stream(device) if self.on_gpu else None
         self.sample_seconds = 0.005 if self.on_gpu else 0.02
 
-    def wait(self) -> None:
+    def synchronize(self) -> None:
+        """Synchronises with the GPU; does nothing on a CPU."""
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
 
     def active(self) -> AbstractContextManager[object]:
-        """The stream that everything is timed on: a graph can only capture backward passes that belong to its
-        own stream."""
+        """Enters the stream that all timed work uses.
+
+        A CUDA graph can only capture backward passes whose forward pass ran on the capturing stream.
+        """
         return torch.cuda.stream(self.stream) if self.on_gpu else nullcontext()
 
     def time(self, calls: Sequence[Call], rounds: int = 1) -> float:
-        """Seconds that `rounds` rounds over `calls` take."""
+        """The seconds that `rounds` rounds over `calls` take."""
         if not self.on_gpu:
             start = time.perf_counter()
             for _ in range(rounds):
@@ -110,27 +113,29 @@ class Clock:
         return begin.elapsed_time(end) / 1000
 
     def sample(self, lane: Lane, rounds: int) -> float:
-        """Seconds per call of one sample."""
+        """Takes one sample, in seconds per call of the op."""
         with self.active(), lane.context():
             if lane.prepare is not None:
                 lane.prepare()
-                self.wait()
+                self.synchronize()
             seconds = self.time(lane.calls, rounds)
         return seconds / (rounds * len(lane.calls) * lane.units)
 
 
 def interleave(lanes: Mapping[str, Lane], clock: Clock, seconds: float) -> dict[str, Timing]:
-    """Times the lanes in turns, spending about `seconds` on each (at least `MIN_SAMPLES` samples)."""
+    """Samples the lanes in turn, about `seconds` for each (at least `MIN_SAMPLES` samples)."""
     rounds: dict[str, int] = {}
     durations: list[float] = []
-    clock.wait()  # what was made on another stream is there
+    clock.synchronize()  # work on other streams, such as making the inputs, is complete
+
     for name, lane in lanes.items():
         clock.sample(lane, 1)  # compiles, loads modules, fills the allocator's cache
-        clock.wait()
+        clock.synchronize()
         once = clock.sample(lane, 1) * len(lane.calls) * lane.units
         wanted = math.ceil(clock.sample_seconds / max(once, 1e-9))
         rounds[name] = 1 if lane.prepare is not None else max(1, min(wanted, MAX_CALLS // len(lane.calls)))
         durations.append(once * rounds[name])
+
     count = int(seconds * len(lanes) / max(sum(durations), 1e-9))
     count = max(MIN_SAMPLES, min(count, MAX_SAMPLES))
     samples: dict[str, list[float]] = {name: [] for name in lanes}
@@ -138,21 +143,22 @@ def interleave(lanes: Mapping[str, Lane], clock: Clock, seconds: float) -> dict[
     for _ in range(count):
         shuffler.shuffle(order)
         for name in order:
-            clock.wait()
+            clock.synchronize()
             samples[name].append(clock.sample(lanes[name], rounds[name]))
     return {name: Timing.of(values) for name, values in samples.items()}
 
 
 def capture(lane: Lane, clock: Clock) -> Lane:
-    """The lane's calls as one CUDA graph, which is replayed without launch gaps.
+    """Captures the lane's calls as one CUDA graph, whose replay has no launch gaps.
 
     Raises:
-        Exception: The calls cannot be captured (they wait for the GPU, say).
+        Exception: The calls cannot be captured, for example because they synchronise with the GPU.
     """
-    with clock.active(), lane.context(), never_waiting():
+    with clock.active(), lane.context(), synchronization_raises():
         for call in lane.calls:
             call()
-    clock.wait()
+    clock.synchronize()
+
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     try:
         with lane.context(), torch.cuda.graph(graph, pool=pool, stream=clock.stream):
@@ -165,12 +171,14 @@ def capture(lane: Lane, clock: Clock) -> Lane:
 
 
 @contextmanager
-def never_waiting() -> Iterator[None]:
-    """What waits for the GPU fails here, in a call that can still be given up: a capture that fails harms the
-    whole process."""
+def synchronization_raises() -> Iterator[None]:
+    """Makes synchronising with the GPU an error.
+
+    This finds calls that cannot be captured before a capture is tried: a failed one harms the whole process.
+    """
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch calls the mode a prototype, once
+        warnings.simplefilter("ignore")  # torch warns once that the mode is a prototype
         torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -179,58 +187,52 @@ def never_waiting() -> Iterator[None]:
 
 
 def _abandon(graph: object, pool: Any, clock: Clock) -> None:
-    """Cleans up behind a failed capture: torch before 2.12 leaves its stream current, and its allocator frees
-    nothing more."""
+    """Cleans up after a failed capture.
+
+    Before torch 2.12 its stream stays current, and the allocator frees no more memory.
+    """
     _abandoned.append(graph)
     torch.cuda.set_stream(torch.cuda.default_stream(clock.device))
-    with suppress(RuntimeError):  # there is nothing left to end
+    with suppress(RuntimeError):  # the capture has already ended
         torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
 
 
 def input_sets(nbytes: int, device: torch.device) -> int:
-    """How many sets of inputs of `nbytes` each it takes that a set has left the cache when its turn comes
-    again."""
+    """How many sets of `nbytes` are needed so that a set has left the cache before it is used again."""
     if device.type == "cuda":
         cache, most = torch.cuda.get_device_properties(device).L2_cache_size, MAX_SETS
     else:
-        known = (
-            os.sysconf("SC_LEVEL3_CACHE_SIZE")
-            if "SC_LEVEL3_CACHE_SIZE" in getattr(os, "sysconf_names", ())
-            else 0
-        )
-        cache, most = (
-            min(known, PROCESSOR_CACHE) if known > 0 else PROCESSOR_CACHE,
-            min(MAX_SETS, PROCESSOR_SETS),
-        )
+        name = "SC_LEVEL3_CACHE_SIZE"
+        known = os.sysconf(name) if name in getattr(os, "sysconf_names", ()) else 0
+        cache, most = min(known, CPU_CACHE) if known > 0 else CPU_CACHE, min(MAX_SETS, CPU_SETS)
     return max(1, min(most, math.ceil(3 * cache / max(1, nbytes))))
 
 
 def peak_memory(call: Call, clock: Clock) -> int | None:
-    """Bytes that one call allocates at its peak beyond what was there before it; None on a CPU, which does
-    not count them."""
+    """Bytes that one call allocates at its peak; None on a CPU, where they are not counted."""
     if not clock.on_gpu:
         return None
     gc.collect()
-    clock.wait()
+    clock.synchronize()
     before = torch.cuda.memory_allocated(clock.device)
     torch.cuda.reset_peak_memory_stats(clock.device)
     with clock.active():
         call()
-    clock.wait()
+    clock.synchronize()
     return torch.cuda.max_memory_allocated(clock.device) - before
 
 
 @dataclass
 class Ceilings:
-    """What the machine itself can do, measured when first asked for: no kernel runs past these."""
+    """The machine's limits, each measured when it is first needed: the rates of a copy and of matmuls."""
 
     clock: Clock
     seconds: float = 0.2
-    products: dict[str, float] = field(default_factory=dict)  # "MxNxK dtype" -> FLOP/s
+    matmuls: dict[str, float] = field(default_factory=dict)  # "MxNxK dtype" -> FLOP/s
     _copy: float | None = None
 
     def copy(self) -> float:
-        """Bytes per second, read and written, of a copy far larger than the cache."""
+        """Bytes per second, read plus written, of a copy far larger than the cache."""
         if self._copy is None:
             elements = 2**28 if self.clock.on_gpu else 2**24
             source = torch.randn(elements, device=self.clock.device)
@@ -239,23 +241,23 @@ class Ceilings:
             self._copy = 2 * source.nbytes / timing
         return self._copy
 
-    def product(self, m: int, n: int, k: int, dtype: torch.dtype) -> float:
-        """FLOP per second of an (m, k) by (k, n) matrix product of random numbers."""
+    def matmul(self, m: int, n: int, k: int, dtype: torch.dtype) -> float:
+        """FLOP per second of an (m, k) by (k, n) matmul of random values."""
         key = f"{m}x{n}x{k} {str(dtype).removeprefix('torch.')}"
-        if key not in self.products:
+        if key not in self.matmuls:
             device = self.clock.device
             a = torch.randn(m, k, device=device).to(dtype)
             b = torch.randn(n, k, device=device).to(dtype)
             out = torch.empty(m, n, device=device, dtype=dtype)
-            self.products[key] = 2 * m * n * k / self._time(lambda: torch.mm(a, b.T, out=out))
-        return self.products[key]
+            self.matmuls[key] = 2 * m * n * k / self._time(lambda: torch.mm(a, b.T, out=out))
+        return self.matmuls[key]
 
     def measured(self) -> dict[str, float]:
-        """What is known so far: "copy" in byte/s, products in FLOP/s."""
-        return self.products if self._copy is None else {"copy": self._copy, **self.products}
+        """The rates measured so far: "copy" in byte/s, matmuls in FLOP/s."""
+        return self.matmuls if self._copy is None else {"copy": self._copy, **self.matmuls}
 
     def floor(self, flops: int, nbytes: int, rate: float | None) -> float:
-        """Seconds below which `flops` operations at `rate`, and `nbytes` moved, cannot be done."""
+        """The least seconds for `flops` operations at `rate` FLOP/s and for moving `nbytes`."""
         return max(nbytes / self.copy(), 0.0 if rate is None else flops / rate)
 
     def _time(self, call: Call) -> float:
@@ -263,10 +265,10 @@ class Ceilings:
 
 
 class SelfCheck(NamedTuple):
-    """Whether the clock can be believed here and now.
+    """Whether the clock can be trusted on this machine now.
 
-    `sleep` is the measured length of a known sleep over its true length, `noise` the ratio of one
-    contestant's time to its own.
+    `sleep` is the measured length of a sleep over its true length; `noise` is the ratio of two timings of one
+    contestant.
     """
 
     sleep: float
@@ -274,22 +276,23 @@ class SelfCheck(NamedTuple):
 
     @property
     def problems(self) -> list[str]:
-        found = []
+        problems = []
         if abs(self.sleep - 1) > SLEEP_TOLERANCE:
-            found.append(f"a known sleep was timed {self.sleep:.3f} times its length")
+            problems.append(f"a sleep of known length was timed as {self.sleep:.3f} of its length")
         if abs(self.noise - 1) > QUIET:
-            found.append(
-                f"the machine is too noisy: one contestant against itself reads {self.noise:.3f}, not 1.00 "
-                f"± {QUIET}"
+            problems.append(
+                f"the machine is too noisy: one contestant against itself reads {self.noise:.3f}, expected "
+                f"1.00 ± {QUIET}"
             )
-        return found
+        return problems
 
 
 def self_check(clock: Clock, seconds: float = 0.3) -> SelfCheck:
-    """Times a sleep of known length, and a matrix product against itself."""
+    """Times a sleep of known length, and a matmul against itself."""
     length = 0.02
     nap = Lane([lambda: time.sleep(length)])
     sleeping = statistics.median(clock.sample(nap, 2) for _ in range(5))
+
     size = 4096 if clock.on_gpu else 256
     a = torch.randn(size, size, device=clock.device)
     out = torch.empty_like(a)
@@ -299,12 +302,12 @@ def self_check(clock: Clock, seconds: float = 0.3) -> SelfCheck:
 
 
 def release(clock: Clock) -> None:
-    """Gives back what the last contestants held."""
+    """Frees the memory of contestants that are no longer used."""
     gc.collect()
     if clock.on_gpu:
         torch.cuda.empty_cache()
 
 
 def total_bytes(tensors: Iterable[object]) -> int:
-    """Bytes of all tensors among `tensors`."""
+    """The bytes of all tensors in `tensors`; other values count as none."""
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))

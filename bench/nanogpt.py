@@ -19,10 +19,10 @@ from gpt.errors import InputError
 
 
 def load_nanogpt(folder: str) -> ModuleType:
-    """`model.py` of a checkout.
+    """Imports `model.py` from a checkout of nanoGPT.
 
     Raises:
-        InputError: The folder has none, or one without nanoGPT's classes.
+        InputError: The folder has no model.py, or one without nanoGPT's classes.
     """
     path = Path(folder) / "model.py"
     if not path.is_file():
@@ -42,10 +42,10 @@ def load_nanogpt(folder: str) -> ModuleType:
 def nanogpt_step(
     module: ModuleType, config: GPTConfig, train: TrainConfig, batch: Batch, device: torch.device
 ) -> Callable[[], object]:
-    """A training step as nanoGPT's train.py takes it, on a batch that is there.
+    """A training step as in nanoGPT's train.py, always on the same batch.
 
-    On a GPU: bfloat16 autocast, torch.compile, fused AdamW. On a CPU, as its README has it: float32, not
-    compiled, and the loss read after each step.
+    On a GPU: bfloat16 autocast, torch.compile, fused AdamW. On a CPU, as in nanoGPT's README: float32, not
+    compiled, and the loss is read after each step.
     """
     sizes = {
         n: getattr(config, n)
@@ -53,7 +53,7 @@ def nanogpt_step(
     }
     on_gpu = device.type == "cuda"
     torch.manual_seed(0)
-    with contextlib.redirect_stdout(io.StringIO()):  # it counts its parameters aloud
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its parameter count
         model: nn.Module = module.GPT(module.GPTConfig(**sizes)).to(device)
         configure: Any = model.configure_optimizers
         optimizer = configure(

@@ -1,4 +1,4 @@
-"""`python -m bench.norm`: LayerNorm, alone and with the residual addition and dropout before it."""
+"""`python -m bench.norm`: LayerNorm, alone and after a residual addition with dropout."""
 
 from __future__ import annotations
 

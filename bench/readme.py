@@ -1,8 +1,7 @@
-"""`python -m bench.readme`: writes the figures and pictures of bench/results/ into README.md and
-bench/README.md.
+"""`python -m bench.readme`: writes the figures of bench/results/ into README.md and bench/README.md.
 
-Each `<!-- bench:NAME -->` … `<!-- /bench:NAME -->` is rewritten; NAME is `summary`, `speed`, `pictures` or
-`targets`.
+Each block `<!-- bench:NAME -->` … `<!-- /bench:NAME -->` is rewritten; NAME is `summary`, `speed`, `pictures`
+or `targets`. The summary is also drawn as bench/results/speed.svg.
 """
 
 from __future__ import annotations
@@ -11,23 +10,25 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 
 from bench import table, targets
 from bench.contestants import OURS
 from bench.machine import ROOT
-from bench.record import Report, Row, load
-from gpt.cli import OptionParser, run_command
+from bench.plot import ratios, results_in, speed_svg
+from bench.record import Machine, Report, Row, load
+from gpt.cli import OptionParser, option, run_command
 from gpt.errors import InputError, unknown
 
 RESULTS = ROOT / "bench" / "results"
+PICTURE = RESULTS / "speed.svg"
 FILES = (ROOT / "README.md", ROOT / "bench" / "README.md")
 BLOCK = re.compile(r"<!-- bench:(?P<name>[\w-]+) -->\n.*?<!-- /bench:(?P=name) -->", re.DOTALL)
-NOTHING = "Not measured on a GPU yet: `python -m bench` measures on the one at hand."
+NO_GPU = "Not measured on a GPU: run `python -m bench` on one."
 HEADLINES = ("both", "forward", "step", "decode")
-COLUMNS = f"| op | case | {OURS} | the others' time over ours |"
+COLUMNS = f"| op | case | {OURS} | time over {OURS}'s (above 1: slower) |"
 RULE = "|---|---|---|---|"
 
 
@@ -35,41 +36,51 @@ RULE = "|---|---|---|---|"
 class Options:
     """Flags."""
 
-    check: bool = field(
-        default=False, metadata={"help": "write nothing; the exit code is 1 where a file is out of date"}
-    )
+    check: bool = option(False, "write nothing; the exit code is 1 where a file is out of date")
 
 
 def main(argv: Sequence[str]) -> int:
     _, values = OptionParser("python -m bench.readme", __doc__ or "", options=Options()).parse_tables(argv)
     options = Options(**values["options"])
-    stale = False
+    reports = results()
+    stale = []
+
     for path in FILES:
         text = path.read_text("utf-8")
-        fresh = rewritten(text, path.parent, results())
-        stale = stale or fresh != text
+        fresh = rewritten(text, path.parent, reports)
         if fresh != text:
-            print(f"{path.relative_to(ROOT)}: {'is out of date' if options.check else 'rewritten'}")
+            stale.append(path)
+            if not options.check:
+                path.write_text(fresh, encoding="utf-8")
+
+    shown = headlines(reports)
+    if shown is not None:
+        svg = speed_svg(*shown)
+        if not PICTURE.exists() or results_in(PICTURE.read_text("utf-8")) != results_in(svg):
+            stale.append(PICTURE)
         if not options.check:
-            path.write_text(fresh, encoding="utf-8")
+            PICTURE.write_text(svg, encoding="utf-8")
+
+    for path in stale:
+        print(f"{path.relative_to(ROOT)}: {'is out of date' if options.check else 'rewritten'}")
     return 1 if stale and options.check else 0
 
 
 def results() -> dict[Path, Report]:
-    """The kept reports, by their folders; several in one folder, of one machine, count as one.
+    """The reports in bench/results/ by their folders; all reports in one folder are merged.
 
-    Of two that timed the same op at the same case the later one counts: contestants are compared within one
-    run alone.
+    If two reports timed the same op at the same case, the later one counts, because contestants are only
+    compared within one run.
     """
     folders = sorted({path.parent for path in RESULTS.glob("*/*.json")})
     reports = {at: [load(path) for path in sorted(at.glob("*.json"))] for at in folders}
     return {
-        at: reduce(_joined, sorted(found, key=lambda report: report.machine.date))
-        for at, found in reports.items()
+        at: reduce(_merge, sorted(parts, key=lambda report: report.machine.date))
+        for at, parts in reports.items()
     }
 
 
-def _joined(older: Report, newer: Report) -> Report:
+def _merge(older: Report, newer: Report) -> Report:
     again = {_race(row) for row in newer.rows}
     rows = [row for row in older.rows if _race(row) not in again] + newer.rows
     commits = dict.fromkeys([*older.machine.commit.split(", "), newer.machine.commit])
@@ -82,17 +93,18 @@ def _race(row: Row) -> tuple[str, str, str]:
 
 
 def rewritten(text: str, folder: Path, reports: dict[Path, Report]) -> str:
-    """`text` with every block made anew; pictures are named as seen from `folder`.
+    """`text` with every block generated again; paths of pictures are relative to `folder`.
 
     Raises:
-        InputError: A block of an unknown name.
+        InputError: A block has an unknown name, or no end.
     """
 
     def block(match: re.Match[str]) -> str:
         name = match["name"]
         if name not in BLOCKS:
             raise unknown("block", f"bench:{name}", [f"bench:{known}" for known in BLOCKS])
-        parts = [NOTHING] if all(report.machine.kind != "cuda" for report in reports.values()) else []
+        on_gpu = any(report.machine.kind == "cuda" for report in reports.values())
+        parts = [] if on_gpu or name == "pictures" else [NO_GPU]
         parts += filter(None, BLOCKS[name](reports, folder))
         return f"<!-- bench:{name} -->\n" + "\n\n".join(parts) + f"\n<!-- /bench:{name} -->"
 
@@ -101,43 +113,41 @@ def rewritten(text: str, folder: Path, reports: dict[Path, Report]) -> str:
     return BLOCK.sub(block, text)
 
 
+def headlines(reports: dict[Path, Report]) -> tuple[Machine, list[list[Row]]] | None:
+    """What the summary shows: the machine, and the headline rows of each op.
+
+    The machine is the GPU measured last, with the first case of each op; without one it is the CPU measured
+    last, with every case.
+    """
+    if not reports:
+        return None
+    report = max(reports.values(), key=lambda report: (report.machine.kind == "cuda", report.machine.date))
+    groups: dict[object, list[Row]] = {}
+    for rows in table.races(row for row in report.rows if row.status == "measured"):
+        headline = _headline(rows)
+        if headline:
+            key = rows[0].op if report.machine.kind == "cuda" else _race(rows[0])
+            groups.setdefault(key, headline)
+    return (report.machine, list(groups.values())) if groups else None
+
+
 def summary(reports: dict[Path, Report], folder: Path) -> list[str]:
-    """One table, which is to stay short: of the GPU measured last a line for each op, at the case that came
-    first; of processors every case."""
-    gpus = sorted(
-        (at for at, report in reports.items() if report.machine.kind == "cuda"),
-        key=lambda at: reports[at].machine.date,
-    )
-    told = {at: report for at, report in reports.items() if at not in gpus[:-1]}
-    lines: dict[object, str] = {}
-    for at, report in sorted(told.items(), key=lambda entry: entry[0] not in gpus):
-        for rows in table.races(row for row in report.rows if row.status == "measured"):
-            line = _headline(rows)
-            if line is not None:
-                lines.setdefault(
-                    (at, rows[0].op if at in gpus else _race(rows[0])), f"| {report.machine.device} {line}"
-                )
-    about = [f"{table.machine(report.machine)}." for report in told.values()]
-    drawn = [
-        f"![{told[at].machine.device}]({_seen_from(at / 'report.png', folder)})"
-        for at in told
-        if (at / "report.png").exists()
-    ]
-    return (
-        ["\n".join([f"| machine {COLUMNS}", f"|---{RULE}", *lines.values()]), "\n".join([*drawn, *about])]
-        if lines
-        else []
-    )
+    """A short table for the main README, and the machine that it is from."""
+    shown = headlines(reports)
+    if shown is None:
+        return []
+    machine, groups = shown
+    return ["\n".join([COLUMNS, RULE, *map(_line, groups)]), f"{table.machine(machine)}."]
 
 
-def _each(tell: Callable[[Report, Path, Path], str]) -> Callable[[dict[Path, Report], Path], list[str]]:
-    return lambda reports, folder: [tell(report, at, folder) for at, report in reports.items()]
+def _each(render: Callable[[Report, Path, Path], str]) -> Callable[[dict[Path, Report], Path], list[str]]:
+    return lambda reports, folder: [render(report, at, folder) for at, report in reports.items()]
 
 
 def speed(report: Report, at: Path, folder: Path) -> str:
-    """Each op's headline at every case, and how many times as long everybody else took."""
+    """A table of one machine: each op at every case, with the other contestants' times."""
     commands = re.sub(r" --json \S+", "", report.title)
-    lines = [_headline(rows) for rows in table.races(row for row in report.rows if row.status == "measured")]
+    groups = map(_headline, table.races(row for row in report.rows if row.status == "measured"))
     return "\n".join(
         [
             "```sh",
@@ -148,22 +158,20 @@ def speed(report: Report, at: Path, folder: Path) -> str:
             "",
             COLUMNS,
             RULE,
-            *filter(None, lines),
+            *map(_line, filter(None, groups)),
         ]
     )
 
 
-def _headline(rows: Sequence[Row]) -> str | None:
-    """The line of one op at one case."""
+def _headline(rows: Sequence[Row]) -> list[Row]:
+    """The rows of one op at one case in the first of HEADLINES that was measured."""
     direction = next((d for d in HEADLINES if any(row.direction == d for row in rows)), None)
-    return None if direction is None else _line([row for row in rows if row.direction == direction])
+    return [row for row in rows if row.direction == direction]
 
 
 def _line(rows: Sequence[Row]) -> str:
     ours = next((row for row in rows if row.contestant == OURS), None)
-    others = sorted((row for row in rows if row is not ours), key=lambda row: row.seconds or 0)
-    base = ours.seconds if ours is not None else None
-    cells = [f"{row.contestant} {row.seconds / base:.2f}" for row in others if row.seconds and base]
+    cells = [f"{name} {ratio:.2f}" for name, ratio in ratios(rows)]
     return f"| {rows[0].op} | {rows[0].case} {rows[0].dtype} | {_figure(ours)} | {' · '.join(cells) or '-'} |"
 
 
@@ -179,7 +187,7 @@ def _figure(row: Row | None) -> str:
 
 
 def pictures(report: Report, at: Path, folder: Path) -> str:
-    """Every PNG beside the report."""
+    """Links to every PNG in the report's folder."""
     paths = sorted(at.glob("*.png"))
     return "\n".join(f"![{report.machine.device}: {path.name}]({_seen_from(path, folder)})" for path in paths)
 
@@ -189,7 +197,7 @@ def _seen_from(path: Path, folder: Path) -> str:
 
 
 def met(report: Report, at: Path, folder: Path) -> str:
-    """The targets for such a machine with their outcomes, where any was measured."""
+    """The targets for this kind of machine with their outcomes; "" if none was measured."""
     outcomes = [
         targets.judge(target, report) for target in targets.load() if target.kind == report.machine.kind
     ]

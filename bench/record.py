@@ -1,18 +1,18 @@
-"""What a measurement is on disk: dataclasses, written as JSON and read back with every field checked."""
+"""The file format of measurements: dataclasses, written as JSON and read back with every field checked."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import kernels.files
 from bench.measure import Timing
 from gpt.errors import InputError
-from kernels.files import replacing
+from gpt.files import read_json
 
 FORMAT = 1
 STATUSES = ("measured", "absent", "unavailable", "wrong", "failed")
@@ -21,27 +21,24 @@ DIRECTIONS = ("forward", "backward", "both", "step", "first token", "decode")
 FORMULAS = {
     "time": "median of interleaved samples, seconds per call; low and high are the 20th and 80th percentiles",
     "graph": "the same as the replay of a CUDA graph, without launch gaps",
-    "error": "largest error over what kernels/tolerance.py allows, in the output and every gradient; 1 is "
-    "the limit",
-    "TFLOP/s": "flops / time / 1e12; flops by the op's formula, causal attention counting unmasked pairs "
-    "alone",
-    "GB/s": "bytes / time / 1e9; bytes is the least that must be moved: each input read, each output "
-    "written, once",
-    "% of limit": "100 · limit / time; limit is the larger of flops / measured matrix-product rate, bytes / "
+    "error": "largest error of output and gradients over what kernels/tolerance.py allows; 1 is the limit",
+    "TFLOP/s": "flops / time / 1e12; flops by the op's formula; causal attention counts only unmasked pairs",
+    "GB/s": "bytes / time / 1e9; bytes is the least that must be moved: each input read once, each output "
+    "written once",
+    "% of limit": "100 · limit / time; limit is the larger of flops / measured matmul rate and bytes / "
     "measured copy rate",
     "MFU": "(6 N + 12 L H D T) · tokens / time / peak; N counts parameters without position embeddings",
-    "memory": "bytes allocated at the peak of one call beyond what was there before it; a step counts model "
-    "and optimizer too",
+    "memory": "bytes that one call allocates at its peak; a training step includes model and optimizer",
 }
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and with what a measurement was made."""
+    """The hardware and software of a measurement."""
 
-    device: str  # a GPU's name, or the processor's
+    device: str  # the name of the GPU or CPU
     kind: str  # "cuda" | "cpu"
-    architecture: str  # "sm_90"; a CPU's is that of its instruction set
+    architecture: str  # "sm_90" on a GPU; the instruction set, as in "x86_64", on a CPU
     memory_bytes: int
     threads: int
     driver: str | None
@@ -58,8 +55,8 @@ class Machine:
 class Row:
     """One contestant in one direction of one case.
 
-    `limit` is the least time that this machine's measured ceilings allow; `tokens` and `flops_peak` belong to
-    whole models.
+    `limit` is the least time, in seconds, that this machine's measured ceilings allow. Only whole models have
+    `tokens`.
     """
 
     op: str
@@ -82,7 +79,7 @@ class Row:
     memory: int | None = None
 
     def measured(self, timing: Timing, **more: Any) -> Row:
-        """This row with a contestant's time, and whatever else became known."""
+        """This row with a contestant's time, and with the fields in `more`."""
         times = {"seconds": timing.median, "low": timing.low, "high": timing.high, "samples": timing.samples}
         return dataclasses.replace(self, status="measured", **(times | more))
 
@@ -96,7 +93,7 @@ class Row:
 
     @property
     def share(self) -> float | None:
-        """Of the limit, 0 to 1."""
+        """The share of the limit that was reached, 0 to 1."""
         return None if self.seconds is None or self.limit is None else self.limit / self.seconds
 
     @property
@@ -110,12 +107,12 @@ class Row:
 
 @dataclass
 class Report:
-    """All that one run measured, and what it left out."""
+    """Everything that one run measured, and what it left out."""
 
     title: str  # the command
     machine: Machine
     rows: list[Row] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)  # noise, what was left out and why, results of tests
+    notes: list[str] = field(default_factory=list)  # noise, what was left out and why, test results
     ceilings: dict[str, float] = field(default_factory=dict)  # "copy" in byte/s, "MxNxK dtype" in FLOP/s
     formulas: dict[str, str] = field(default_factory=lambda: dict(FORMULAS))
     format: int = FORMAT
@@ -135,11 +132,11 @@ def load(path: str | Path) -> Report:
     """The report in a file.
 
     Raises:
-        InputError: It is unreadable, or no such report: an unknown or missing field, a wrong type, another
-            format.
+        InputError: The file is unreadable or is not a report of this format: a field is unknown, missing or
+            of the wrong type.
     """
-    content = read_json(path)
-    if isinstance(content, dict) and content.get("format") != FORMAT:
+    content = read_json(Path(path), "report")
+    if content.get("format") != FORMAT:
         raise InputError(f"{path}: format is {content.get('format')!r}, expected {FORMAT}")
     report = parse(Report, content, str(path))
     for row in report.rows:
@@ -156,10 +153,10 @@ def load(path: str | Path) -> Report:
 
 
 def parse(kind: Any, value: object, where: str) -> Any:
-    """`value`, as JSON has it, as the dataclass or type `kind`.
+    """Converts the JSON value `value` to the dataclass or type `kind`.
 
     Raises:
-        InputError: It is none; `where` and the path of field names say where.
+        InputError: It cannot be converted; the message names `where` and the path of fields below it.
     """
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
@@ -191,28 +188,13 @@ def parse(kind: Any, value: object, where: str) -> Any:
     raise InputError(f"{where} is {value!r}, expected {expected}")
 
 
-def read_json(path: str | Path) -> Any:
-    """The JSON in a file.
-
-    Raises:
-        InputError: It is unreadable, or no JSON.
-    """
-    try:
-        return json.loads(Path(path).read_text("utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is no JSON: {error}") from error
-
-
 def write_json(path: str | Path, content: object) -> None:
-    """Writes JSON; a reader, or a kill in the middle, never finds half a file.
+    """Replaces a file by JSON, atomically.
 
     Raises:
-        InputError: The place cannot be written to.
+        InputError: The file cannot be written.
     """
     try:
-        with replacing(Path(path)) as file:
-            file.write((json.dumps(content, indent=1) + "\n").encode("utf-8"))
+        kernels.files.write_json(Path(path), content, indent=1)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error

@@ -1,8 +1,7 @@
-"""`python -m bench.safety`: the compiled kernels on a GPU, at small shapes: the same bits every time, and
-nothing else.
+"""`python -m bench.safety`: checks on a GPU that repeated calls of the compiled kernels give the same bits.
 
-The first case of each op, in each dtype, is repeated most often. `python -m bench.sanitizer` runs the same
-calls, once each.
+All shapes are small. The first case of each op in each dtype is repeated most often. `python -m
+bench.sanitizer` runs the same calls, once each.
 """
 
 from __future__ import annotations
@@ -11,46 +10,41 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
 
 import kernels
-from bench.command import parse_budget, say
+from bench.command import check_names, parse_budget, say
 from bench.machine import describe
 from bench.record import Report
-from gpt.cli import OptionParser, run_command
-from gpt.errors import InputError, unknown
+from gpt.cli import OptionParser, option, run_command
+from gpt.errors import InputError
 from kernels.registry import SPECS
 from kernels.spec import SHORT_DTYPE, Case, OpSpec
 from kernels.verify import run_case
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # the most used first
-FEW = 10  # repeats of all calls but an op's first in a dtype
-DISTURBANCES = (0, 64, 512, 1536)  # sides of the products that run beside a call, by turns
+FEW = 10  # repeats of every call that is not an op's first case
+DISTURBANCES = (0, 64, 512, 1536)  # sizes of the matmuls that run concurrently with the calls, in turn
 
 
 @dataclass(frozen=True)
 class Options:
     """Flags."""
 
-    op: tuple[str, ...] = field(default=tuple(SPECS), metadata={"help": "ops"})
-    repeats: int = field(
-        default=1000,
-        metadata={
-            "help": f"of each op's first case in each dtype; of others {FEW} at most; 0: each call once"
-        },
+    op: tuple[str, ...] = option(tuple(SPECS), "ops")
+    repeats: int = option(
+        1000, f"of each op's first case in each dtype; of others {FEW} at most; 0: each call once"
     )
-    budget: str | None = field(
-        default=None, metadata={"help": "as in 90s or 8m: leave out the least important calls beyond it"}
-    )
-    json: str | None = field(default=None, metadata={"help": "write what was found to this file"})
+    budget: str | None = option(None, "as in 90s or 8m: leave out the least important calls beyond it")
+    json: str | None = option(None, "write what was found to this file")
 
 
 class Call(NamedTuple):
-    """An op at a case in a dtype; `first` of its op in this dtype."""
+    """An op at a case in a dtype; `first` marks the op's first case."""
 
     spec: OpSpec
     case: Case
@@ -64,29 +58,28 @@ class Call(NamedTuple):
 def main(argv: Sequence[str]) -> int:
     _, values = OptionParser("python -m bench.safety", __doc__ or "", options=Options()).parse_tables(argv)
     options = Options(**values["options"])
-    check_ops(options.op)
+    check_names("--op", options.op, SPECS)
     budget, began = parse_budget(options.budget), time.monotonic()
     if not torch.cuda.is_available():
         raise InputError("no GPU was found, expected one: kernels run compiled here")
     device = torch.device("cuda")
     report = Report("python -m bench.safety", describe(device))
-    code = run(calls(options.op), device, options.repeats, None if budget is None else began + budget, report)
+    code = run(
+        todo=calls(options.op),
+        device=device,
+        repeats=options.repeats,
+        deadline=None if budget is None else began + budget,
+        report=report,
+    )
     torch.cuda.synchronize()
     if options.json is not None:
         report.save(options.json)
     return code
 
 
-def check_ops(names: Sequence[str]) -> None:
-    for name in names:
-        if name not in SPECS:
-            raise unknown("--op", name, SPECS)
-
-
 def calls(names: Sequence[str]) -> list[Call]:
-    """The small and edge cases of the ops, the most important first: by dtype, by turns over the ops, in
-    their own order."""
-    found = []
+    """The small and edge cases: first cases before others, then by dtype, alternating over the ops."""
+    todo = []
     for dtype in DTYPES:
         lists = [
             [
@@ -96,8 +89,8 @@ def calls(names: Sequence[str]) -> list[Call]:
             for spec in (SPECS[name] for name in names)
             if dtype in spec.dtypes
         ]
-        found += [call for group in zip_longest(*lists) for call in group if call is not None]
-    return sorted(found, key=lambda call: not call.first)
+        todo += [call for group in zip_longest(*lists) for call in group if call is not None]
+    return sorted(todo, key=lambda call: not call.first)
 
 
 def run(
@@ -108,22 +101,25 @@ def run(
     report: Report,
     backend: str = "triton",
 ) -> int:
-    """Makes the calls, notes what was found, and gives the exit code."""
+    """Makes the calls, notes the differences, and returns the exit code."""
     bad = done = 0
     for call in todo:
         if done and deadline is not None and time.monotonic() > deadline:
             say(report, f"left out for the budget: {len(todo) - done} of {len(todo)} calls, from {call} on")
             break
         times = repeats if call.first else min(repeats, FEW)
-        changed = unsteady(call.spec, call.case, call.dtype, device, times, backend)
+        changed = changed_names(call, device, times, backend)
         if changed:
             bad += 1
-            say(report, f"{call}: other bits the next time: {', '.join(changed)}")
+            say(report, f"{call}: different bits when repeated: {', '.join(changed)}")
         done += 1
+
     firsts = sum(call.first for call in todo[:done])
     if repeats:
         result = (
-            f"{bad} of {done} calls gave other bits" if bad else f"{done} calls gave the same bits every time"
+            f"{bad} of {done} calls gave different bits"
+            if bad
+            else f"{done} calls gave the same bits every time"
         )
         say(
             report,
@@ -135,11 +131,10 @@ def run(
     return 1 if bad else 0
 
 
-def unsteady(
-    spec: OpSpec, case: Case, dtype: torch.dtype, device: torch.device, repeats: int, backend: str = "triton"
-) -> list[str]:
-    """The outputs and gradients that differ in any bit between calls with the same inputs."""
-    inputs = spec.make_inputs(case, dtype, device, torch.Generator().manual_seed(0))
+def changed_names(call: Call, device: torch.device, repeats: int, backend: str = "triton") -> list[str]:
+    """The names of outputs and gradients that differ in any bit between calls with the same inputs."""
+    spec = call.spec
+    inputs = spec.make_inputs(call.case, call.dtype, device, torch.Generator().manual_seed(0))
     changed: dict[str, torch.Tensor] = {}
     with kernels.use_backend(**{spec.name: backend}):
         first = run_case(spec.function, inputs, spec.gradients)
@@ -157,7 +152,7 @@ def unsteady(
 
 
 class Disturbance:
-    """Other work beside the calls, more or less of it each time, so that a race has a chance to show."""
+    """Concurrent work on another stream, of varying size, so that a race condition is more likely to show."""
 
     def __init__(self, device: torch.device) -> None:
         self.factors = [torch.randn(side, side, device=device) for side in DISTURBANCES]
@@ -174,7 +169,7 @@ class Disturbance:
 
 
 def _differs(a: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
-    """Whether any bit does, so that NaN is like NaN; left on the device, so that nothing waits."""
+    """Whether any bit differs (a NaN equals the same NaN), as a tensor so that nothing synchronises."""
     if b is None or a.shape != b.shape:
         return torch.ones((), dtype=torch.bool, device=a.device)
     return (_bits(a) != _bits(b)).any()

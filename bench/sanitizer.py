@@ -1,8 +1,7 @@
-"""`python -m bench.sanitizer TOOL`: the calls of `bench.safety`, once each, under one of compute-sanitizer's
-tools.
+"""`python -m bench.sanitizer TOOL`: runs each call of `bench.safety` once under a tool of compute-sanitizer.
 
-A report about a kernel of this package fails the run. Those about other kernels (torch's, cuBLAS's) are
-counted and named.
+A report about a kernel of this package fails the run. Reports about other kernels (of torch or cuBLAS) are
+counted by kernel name.
 """
 
 from __future__ import annotations
@@ -15,52 +14,43 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from bench.command import parse_budget, say
+from bench.command import check_names, parse_budget, say
 from bench.machine import describe
 from bench.record import Report
-from bench.safety import check_ops
-from gpt.cli import OptionParser, run_command
-from gpt.errors import InputError, unknown
+from gpt.cli import OptionParser, option, run_command
+from gpt.errors import InputError
 from kernels.registry import SPECS
 
-TOOLS = {  # with what each takes
+TOOLS = {  # the flags of each
     "memcheck": ("--padding", "256", "--report-api-errors", "no", "--destroy-on-device-error", "kernel"),
     "racecheck": (),
     "initcheck": (),
     "synccheck": (),
 }
 COMMON = (
-    "--target-processes",
-    "application-only",
-    "--launch-timeout",
-    "0",
-    "--show-backtrace",
-    "no",
-    "--print-limit",
-    "10000",
+    *("--target-processes", "application-only"),
+    *("--launch-timeout", "0"),
+    *("--show-backtrace", "no"),
+    *("--print-limit", "10000"),
 )
-UNCACHED = (
-    "memcheck",
-    "initcheck",
-)  # torch's cache of memory hides what lies beyond a tensor, and who wrote it
+# Without torch's caching allocator, whose blocks hide accesses past a tensor and uninitialised memory.
+UNCACHED = ("memcheck", "initcheck")
 PREFIX = "========="
-SHOWN = 5  # reports in full
+SHOWN = 5  # reports that are printed in full
 
 
 @dataclass(frozen=True)
 class Options:
     """Flags."""
 
-    op: tuple[str, ...] = field(default=tuple(SPECS), metadata={"help": "ops"})
-    budget: str | None = field(
-        default=None, metadata={"help": "as in 90s or 8m: leave out the least important calls beyond it"}
-    )
-    json: str | None = field(default=None, metadata={"help": "write what was found to this file"})
+    op: tuple[str, ...] = option(tuple(SPECS), "ops")
+    budget: str | None = option(None, "as in 90s or 8m: leave out the least important calls beyond it")
+    json: str | None = option(None, "write what was found to this file")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -68,9 +58,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("tool", metavar="TOOL", help=", ".join(TOOLS))
     given, values = parser.parse_tables(argv)
     options = Options(**values["options"])
-    if given.tool not in TOOLS:
-        raise unknown("TOOL", given.tool, TOOLS)
-    check_ops(options.op)
+    check_names("TOOL", [given.tool], TOOLS)
+    check_names("--op", options.op, SPECS)
     parse_budget(options.budget)
     program = find()
     if program is None:
@@ -85,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def find() -> str | None:
-    """compute-sanitizer's path."""
+    """The path of compute-sanitizer; None if it is not installed."""
     return shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
 
 
@@ -96,9 +85,10 @@ def command(program: str, tool: str, options: Options) -> list[str]:
 
 
 def run(tool: str, line: Sequence[str], report: Report) -> int:
-    """Runs the sanitizer, notes what it found, and gives the exit code."""
+    """Runs the sanitizer, notes its reports, and returns the exit code."""
     environment = os.environ | ({"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool in UNCACHED else {})
     names, about_ours, others, summary = kernel_names(), Counter[str](), Counter[str](), False
+
     with subprocess.Popen(
         line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     ) as process:
@@ -115,6 +105,7 @@ def run(tool: str, line: Sequence[str], report: Report) -> int:
                 if text not in about_ours and len(about_ours) < SHOWN:
                     print(f"{tool}: {text}", flush=True)
                 about_ours[text] += 1
+
     failed = process.returncode != 0 or not summary
     if failed:
         say(report, f"ended with exit code {process.returncode}{'' if summary else ' and without a summary'}")
@@ -131,8 +122,10 @@ def run(tool: str, line: Sequence[str], report: Report) -> int:
 
 
 def blocks(lines: Iterable[str]) -> Iterator[list[str]]:
-    """What the sanitizer says: lines behind its prefix, each with those below that are indented. Other lines
-    are printed."""
+    """Splits the sanitizer's output into reports: a line with PREFIX and the indented lines below it.
+
+    Lines without PREFIX come from the program and are printed.
+    """
     block: list[str] = []
     for line in map(str.rstrip, lines):
         if not line.startswith(PREFIX):
@@ -150,13 +143,13 @@ def blocks(lines: Iterable[str]) -> Iterator[list[str]]:
 
 
 def kernel(report: str) -> str:
-    """The kernel that a report is about, without its arguments."""
+    """The name of the kernel in a report, without its arguments."""
     match = re.search(r"\bat (?:void )?([\w:~$]+)", report)
     return match[1].rpartition("::")[2] if match else report.splitlines()[0]
 
 
 def kernel_names() -> set[str]:
-    """This package's kernels."""
+    """The names of this package's kernels."""
     source = Path(__file__).parent.parent / "kernels"
     return {
         name

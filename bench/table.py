@@ -1,4 +1,4 @@
-"""Rows and outcomes as text."""
+"""Formats rows and outcomes as text."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COLUMNS = (
 
 
 def duration(seconds: float | None) -> str:
-    """Three digits and a unit."""
+    """A time with three digits and a unit."""
     if seconds is None:
         return "-"
     unit, scale = next(
@@ -38,7 +38,7 @@ def duration(seconds: float | None) -> str:
 
 
 def size(nbytes: int | None) -> str:
-    """In MiB or GiB."""
+    """A size in MiB or GiB."""
     if nbytes is None:
         return "-"
     return f"{nbytes / 2**30:.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
@@ -73,7 +73,7 @@ def cells(row: Row, ours: Row | None) -> tuple[str, ...]:
 
 
 def grid(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """Columns aligned, the first to the left; empty ones (all "-") left out."""
+    """Aligns columns, the first to the left, and leaves out those that are empty (all "-")."""
     rows = [list(line) for line in lines]
     kept = [i for i in range(len(header)) if i == 0 or any(row[i] != "-" for row in rows)]
     widths = [max(len(row[i]) for row in [list(header), *rows]) for i in kept]
@@ -87,7 +87,7 @@ def grid(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def race(rows: Sequence[Row]) -> str:
-    """The rows of one op at one case, a table for each direction; below, who took no part and why."""
+    """A table for each direction of one op at one case, then the contestants without a time and why."""
     first = rows[0]
     parts = [f"{first.op} {first.case} {first.dtype}"]
     for direction, group in groupby(
@@ -106,23 +106,23 @@ def race(rows: Sequence[Row]) -> str:
 
 
 def refusal(row: Row) -> str:
-    """Why a contestant has no figure, or not all."""
-    said = {
+    """Why a contestant has no figures, or only some."""
+    verdict = {
         "measured": "",
         "absent": "",
         "unavailable": "unavailable: ",
-        "wrong": "WRONG, so not timed: ",
+        "wrong": "WRONG result, not timed: ",
         "failed": "FAILED: ",
     }[row.status]
-    return said + row.reason
+    return verdict + row.reason
 
 
 def races(rows: Iterable[Row]) -> list[list[Row]]:
-    """The rows of each op and case, in the order in which they were measured."""
-    found: dict[tuple[str, str, str], list[Row]] = {}
+    """Groups the rows by op, case and dtype, in the order in which they were measured."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        found.setdefault((row.op, row.case, row.dtype), []).append(row)
-    return list(found.values())
+        groups.setdefault((row.op, row.case, row.dtype), []).append(row)
+    return list(groups.values())
 
 
 def outcomes(results: Sequence[Outcome]) -> str:
@@ -131,26 +131,26 @@ def outcomes(results: Sequence[Outcome]) -> str:
     for outcome in results:
         target = outcome.target
         goal = f"≥ {target.at_least:,g}" if target.at_most is None else f"≤ {target.at_most:g}"
-        found = figure(outcome.value, ".3g" if (outcome.value or 0) < 1000 else ",.0f")
-        lines.append((target.name, goal, found, outcome.status, outcome.case or "-"))
-    return grid(("target", "goal", "found", "outcome", "worst case"), lines)
+        value = figure(outcome.value, ".3g" if (outcome.value or 0) < 1000 else ",.0f")
+        lines.append((target.name, goal, value, outcome.status, outcome.case or "-"))
+    return grid(("target", "goal", "measured", "outcome", "worst case"), lines)
 
 
 def machine(about: Machine) -> str:
-    """One line."""
+    """The machine, its software, the commit and the date in one line."""
     parts = [f"{about.device} ({about.architecture}, {about.memory_bytes / 2**30:.0f} GiB)"]
     parts.append(
         f"driver {about.driver}, CUDA {about.cuda}"
         if about.kind == "cuda"
-        else f"{about.threads} threads, no GPU found"
+        else f"{about.threads} threads, no GPU"
     )
     parts.append(f"torch {about.torch}, triton {about.triton or 'not installed'}, Python {about.python}")
     return "; ".join([*parts, f"commit {about.commit}", about.date])
 
 
 def markdown(report: Report, results: Sequence[Outcome], pictures: Sequence[str] = ()) -> str:
-    """The whole report."""
-    state = "" if report.complete else " (stopped before its end)"
+    """The whole report as Markdown."""
+    state = "" if report.complete else " (incomplete: the run was stopped)"
     parts = [f"# {report.title}{state}", machine(report.machine)]
     if report.ceilings:
         parts.append("Measured ceilings: " + ceilings(report.ceilings) + ".")
@@ -167,15 +167,15 @@ def markdown(report: Report, results: Sequence[Outcome], pictures: Sequence[str]
     return "\n\n".join(parts) + "\n"
 
 
-def ceilings(found: dict[str, float]) -> str:
-    """ "copy 4100 GB/s, 8192x8192x8192 bfloat16 780 TFLOP/s"."""
+def ceilings(rates: dict[str, float]) -> str:
+    """Rates as text: "copy 4,100 GB/s, 8192x8192x8192 bfloat16 780 TFLOP/s"."""
     return ", ".join(
         f"{name} {value / 1e9:,.0f} GB/s" if name == "copy" else f"{name} {value / 1e12:.3g} TFLOP/s"
-        for name, value in found.items()
+        for name, value in rates.items()
     )
 
 
 def seconds(text: str) -> float | None:
-    """What "8m", "90s", "1.5h" or "90" mean; None for anything else."""
+    """Converts "8m", "90s", "1.5h" or "90" to seconds; None for any other text."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h)?", text.strip())
     return None if match is None else float(match[1]) * {"s": 1, None: 1, "m": 60, "h": 3600}[match[2]]

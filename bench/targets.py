@@ -1,4 +1,4 @@
-"""What a run is held to (targets.toml), and how it did: met, missed or not measured."""
+"""Performance targets (targets.toml), and whether a report met them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PATH = Path(__file__).parent / "targets.toml"
 
 @dataclass(frozen=True)
 class Target:
-    """One aim; targets.toml explains the fields."""
+    """One target; targets.toml explains the fields."""
 
     name: str
     op: str
@@ -28,14 +28,14 @@ class Target:
     kind: str = "cuda"
 
     def names(self, op: str, case: str) -> bool:
-        """Whether it speaks of this op at this case."""
+        """Whether the target covers this op at this case."""
         parts = case.split("-")
         return op == self.op and all(f"{dim}{size}" in parts for dim, size in self.sizes.items())
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a target fared: `value` is the worst over its cases, at `case`."""
+    """The verdict on a target; `value` is the worst over its cases, measured at `case`."""
 
     target: Target
     status: str  # "met" | "missed" | "not measured"
@@ -44,7 +44,7 @@ class Outcome:
 
 
 def load(path: Path = PATH) -> list[Target]:
-    """The targets in a file.
+    """Reads the targets in a file.
 
     Raises:
         InputError: An unknown field, or a value of the wrong type.
@@ -55,7 +55,7 @@ def load(path: Path = PATH) -> list[Target]:
 
 
 def judge(target: Target, report: Report) -> Outcome:
-    """Holds a report to a target; what was measured on another kind of machine does not count."""
+    """Judges a report by a target; a report from another kind of machine counts as "not measured"."""
     values = {}
     if report.machine.kind == target.kind:
         for row in report.find(op=target.op, direction=target.direction, contestant=OURS, status="measured"):
@@ -73,18 +73,18 @@ def judge(target: Target, report: Report) -> Outcome:
     return Outcome(target, "met" if met else "missed", values[case], case)
 
 
-def _rivals(target: Target, row: Row, report: Report) -> list[Row]:
-    found = report.find(op=row.op, case=row.case, direction=row.direction, status="measured")
-    return [other for other in found if other.contestant in target.against]
+def _baselines(target: Target, row: Row, report: Report) -> list[Row]:
+    rows = report.find(op=row.op, case=row.case, direction=row.direction, status="measured")
+    return [other for other in rows if other.contestant in target.against]
 
 
 def _speedup(target: Target, row: Row, report: Report) -> float | None:
-    times = [other.seconds for other in _rivals(target, row, report) if other.seconds is not None]
+    times = [other.seconds for other in _baselines(target, row, report) if other.seconds is not None]
     return min(times) / row.seconds if times and row.seconds else None
 
 
 def _memory(target: Target, row: Row, report: Report) -> float | None:
-    sizes = [other.memory for other in _rivals(target, row, report) if other.memory]
+    sizes = [other.memory for other in _baselines(target, row, report) if other.memory]
     return row.memory / min(sizes) if sizes and row.memory is not None else None
 
 

@@ -1,6 +1,6 @@
-"""What the processor does around the kernels: `pytest bench --benchmark-only` times it on any machine.
+"""Benchmarks of the CPU work around the kernels: `pytest bench --benchmark-only`, on any machine.
 
-Two commits are compared with `--benchmark-save NAME` at the one and `--benchmark-compare` at the other.
+To compare two commits, pass `--benchmark-save NAME` at the first and `--benchmark-compare` at the second.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def model() -> gpt.GPT:
 
 @pytest.mark.parametrize("op", SPECS)
 def test_choice(op: str, benchmark: Any) -> None:
-    """An op's checks and its choice of backend: what a call costs before anything is computed."""
+    """The argument checks and the choice of backend of a call."""
     spec = SPECS[op]
     inputs = spec.make_inputs(spec.tagged("small")[0], torch.float32, CPU, torch.Generator().manual_seed(0))
     with kernels.use_backend("reference"):
@@ -43,7 +43,7 @@ def test_choice(op: str, benchmark: Any) -> None:
 
 @pytest.mark.parametrize("op", SPECS)
 def test_overhead(op: str, benchmark: Any) -> None:
-    """A whole call at a size where computing costs next to nothing."""
+    """A whole call on tiny inputs, where the computation itself costs almost nothing."""
     spec = SPECS[op]
     inputs = spec.make_inputs(spec.tagged("small")[0], torch.float32, CPU, torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -61,28 +61,28 @@ def test_use_backend(benchmark: Any) -> None:
 
 
 def test_batch(benchmark: Any, data: TokenData) -> None:
-    """The sampler: one batch of training data."""
+    """Sampling one batch of training data."""
     batch = benchmark(data.batch, "train", 12, 64, seed=0, step=0, micro_step=0)
     assert batch.inputs.shape == (12, 64)
 
 
 def test_encode(benchmark: Any, data: TokenData) -> None:
-    """The character tokenizer on a page of text."""
+    """Encoding text with the character tokenizer."""
     assert benchmark(data.tokenizer.encode, TEXT)
 
 
 def test_decode(benchmark: Any, data: TokenData) -> None:
-    """The character tokenizer back."""
+    """Decoding text with the character tokenizer."""
     ids = data.tokenizer.encode(TEXT)
     assert benchmark(data.tokenizer.decode, ids) == TEXT
 
 
 def test_save(benchmark: Any, model: gpt.GPT, tmp_path: Path) -> None:
-    """A model written with its hashes."""
+    """Saving a model with its hashes."""
     benchmark(save_model, model, tmp_path / "model")
 
 
 def test_load(benchmark: Any, model: gpt.GPT, tmp_path: Path) -> None:
-    """A model read, its hashes checked."""
+    """Loading a model and checking its hashes."""
     save_model(model, tmp_path / "model")
     assert benchmark(load_model, tmp_path / "model").config == model.config

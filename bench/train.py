@@ -1,10 +1,9 @@
-"""`python -m bench.train`: training steps of a whole GPT, this package against the same model on plain
-PyTorch, in one run.
+"""`python -m bench.train`: training steps of a whole GPT, with this package and with plain PyTorch.
 
-Plain PyTorch is its strong form: SDPA, F.layer_norm, F.linear and the loss of whole logits under
+The plain PyTorch baseline is a strong one: SDPA, F.layer_norm, F.linear and a loss over all logits under
 torch.compile, fused AdamW, the same autocast, and a vocabulary padded to a multiple of 64. A step is
-`gpt.training.step.TrainStep`: forward, backward, clipping, AdamW. nanoGPT takes its own step, where --nanogpt
-names a checkout of it.
+`gpt.training.step.TrainStep`: forward, backward, clipping, AdamW. With --nanogpt, nanoGPT's own step is timed
+in the same run.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
 
@@ -23,55 +22,45 @@ import torch.nn.functional as F
 from bench import table
 from bench.command import parse_budget, say, start_report
 from bench.contestants import OURS, first_sentence
-from bench.machine import pick_device, stated_peak
+from bench.machine import bench_device
 from bench.measure import Call, Ceilings, Clock, Lane, interleave, release
 from bench.nanogpt import load_nanogpt, nanogpt_step
 from bench.record import Report, Row
-from gpt.cli import OptionParser, run_command
+from gpt.cli import OptionParser, option, run_command
 from gpt.config import GPTConfig, TrainConfig
 from gpt.data.dataset import Batch
-from gpt.device import autocast_dtype
+from gpt.device import autocast_dtype, peak_flops
 from gpt.errors import InputError
 from gpt.model import GPT
 from gpt.training.step import TrainStep
 from kernels.spec import SHORT_DTYPE
 
 PLAIN = "plain PyTorch"
-AGREE = 0.01  # how far the loss with kernels may be from that of the references, as a share of it
-WIDTH = 64  # of which the baseline's vocabulary is a multiple
-BATCHES = {60: 64, 20: 16, 0: 4}  # GiB of memory at least -> sequences of a step
+AGREE = 0.01  # largest relative difference of the losses with kernels and with references
+WIDTH = 64  # the baseline's vocabulary size is a multiple of this
+BATCHES = {60: 64, 20: 16, 0: 4}  # least GiB of GPU memory -> sequences per step
 
 
 @dataclass(frozen=True)
 class Options:
     """Flags."""
 
-    quick: bool = field(default=False, metadata={"help": "a short time, and no torch.compile on a CPU"})
-    preset: str | None = field(
-        default=None, metadata={"help": "of the model (default: gpt2 on a GPU, char-cpu on a CPU)"}
-    )
-    batch_size: int | None = field(
-        default=None, metadata={"help": "sequences of a step (default: what the GPU's memory holds)"}
-    )
-    device: str | None = field(
-        default=None, metadata={"help": "cpu or cuda (default: a GPU if there is one)"}
-    )
-    nanogpt: str | None = field(
-        default=None, metadata={"help": "a checkout of nanoGPT, which then takes part"}
-    )
-    budget: str | None = field(
-        default=None, metadata={"help": "as in 90s or 8m: bounds the time of the samples"}
-    )
-    json: str | None = field(default=None, metadata={"help": "write every figure to this file"})
+    quick: bool = option(False, "a short time, and no torch.compile on a CPU")
+    preset: str | None = option(None, "of the model (default: gpt2 on a GPU, char-cpu on a CPU)")
+    batch_size: int | None = option(None, "sequences of a step (default: what the GPU's memory holds)")
+    device: str | None = option(None, "cpu or cuda (default: a GPU if there is one)")
+    nanogpt: str | None = option(None, "a checkout of nanoGPT, which then takes part")
+    budget: str | None = option(None, "as in 90s or 8m: bounds the time of the samples")
+    json: str | None = option(None, "write every figure to this file")
 
 
 class Disagreement(RuntimeError):
-    """The loss with kernels is not that of the references."""
+    """The loss with kernels differs from that with references."""
 
 
 @dataclass(frozen=True)
 class Entrant:
-    """A step ready to be timed and the bytes that it took; without one, `status` and `problem` say why."""
+    """A step ready to be timed and the memory it took, or the status and problem that prevent it."""
 
     step: Call | None = None
     memory: int | None = None
@@ -83,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     _, values = OptionParser("python -m bench.train", __doc__ or "", options=Options()).parse_tables(argv)
     options = Options(**values["options"])
     budget = parse_budget(options.budget)
-    clock = Clock(pick_device(options.device))
+    clock = Clock(bench_device(options.device))
     config = GPTConfig.preset(options.preset or ("gpt2" if clock.on_gpu else "char-cpu"))
     if options.batch_size is not None and options.batch_size <= 0:
         raise InputError(f"--batch_size is {options.batch_size}, expected > 0")
@@ -116,16 +105,20 @@ def run(
     quick: bool,
     nanogpt: ModuleType | None = None,
 ) -> Iterator[list[Row]]:
-    """The rows of those that are ready, as they come, because compiling the next takes a minute; at last
-    those of all."""
+    """Yields the rows of the contestants that are ready, and at the end those of all.
+
+    Early rows matter because compiling the next contestant takes a minute.
+    """
     tokens = train.batch_size * config.block_size
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (train.batch_size, config.block_size + 1), generator=generator)
     batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+
     compiled = clock.on_gpu or not quick
     if not compiled:
         say(report, f"{PLAIN}: without torch.compile, which --quick leaves out on a CPU")
     padded = replace(config, vocab_size=-(-config.vocab_size // WIDTH) * WIDTH)
+
     builds: dict[str, Callable[[], Call]] = {
         OURS: lambda: _step(config, train, batch, clock, use_triton=True if clock.on_gpu else "auto"),
         PLAIN: lambda: _step(
@@ -136,21 +129,23 @@ def run(
         builds["nanoGPT"] = lambda: nanogpt_step(nanogpt, config, train, batch, clock.device)
         if not clock.on_gpu:
             say(report, "nanoGPT: in float32, as it trains on a CPU")
+
     dtype = autocast_dtype(train.dtype, clock.device)
     peak = _peak(clock, report, dtype)
     flops = config.flops_per_token() * tokens
     case = f"{config.n_layer}x{config.n_embd}-V{config.vocab_size}-B{train.batch_size}-T{config.block_size}"
     template = Row(
-        "train",
-        case,
-        SHORT_DTYPE[dtype],
-        "step",
-        "",
-        "failed",
+        op="train",
+        case=case,
+        dtype=SHORT_DTYPE[dtype],
+        direction="step",
+        contestant="",
+        status="failed",
         limit=flops / peak,
         flops=flops,
         tokens=tokens,
     )
+
     entrants: dict[str, Entrant] = {}
     for name, build in builds.items():
         entrants[name] = _enter(build, clock)
@@ -180,18 +175,18 @@ def _enter(build: Callable[[], Call], clock: Clock) -> Entrant:
         torch.cuda.reset_peak_memory_stats(clock.device)
     try:
         step = build()
-        clock.wait()
+        clock.synchronize()
         with clock.active():
             for _ in range(2):
                 step()
-        clock.wait()
+        clock.synchronize()
     except torch.OutOfMemoryError:
         release(clock)
-        return Entrant(problem="out of memory; --batch_size takes a smaller one")
+        return Entrant(problem="out of memory; try a smaller --batch_size")
     except Disagreement as error:
         return Entrant(status="wrong", problem=str(error))
     except Exception as error:  # torch.compile fails in many ways
-        clock.wait()
+        clock.synchronize()
         return Entrant(problem=first_sentence(error))
     return Entrant(step, torch.cuda.max_memory_allocated(clock.device) - before if clock.on_gpu else None)
 
@@ -206,14 +201,14 @@ def _step(
     forward: Callable[..., torch.Tensor] | None = None,
     compiled: bool = False,
 ) -> Call:
-    """A step of this package's model, whose loss `forward` computes, if not the model itself.
+    """A training step of this package's model; `forward` replaces the model's own loss.
 
     Raises:
-        Disagreement: Where kernels run, the loss with them is another than the references'.
+        Disagreement: The loss with kernels differs from that with references.
     """
     torch.manual_seed(0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what cannot run Triton here is said by its own bench
+        warnings.simplefilter("ignore")  # the op benches report what cannot run Triton here
         model = GPT(config, use_triton=use_triton, device=clock.device)
     loss = None if forward is None else partial(torch.compile(forward) if compiled else forward, model)
     step = TrainStep(model, train, loss)
@@ -225,41 +220,40 @@ def _step(
 def _whole_logits(
     model: GPT, inputs: torch.Tensor, targets: torch.Tensor, document_start: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The loss as one writes it first: torch.compile makes one pass of it, and would draw out a loop over
-    chunks for minutes."""
+    """The loss over all logits. torch.compile fuses it; it would unroll a loop over chunks for minutes."""
     logits = model(inputs, document_start=document_start)
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
 def _compare(model: GPT, step: TrainStep, batch: Batch) -> None:
-    """Holds the loss with kernels to that of the references with the same parameters."""
+    """Compares the loss with kernels to that with references, with the same parameters."""
     chosen = model.use_triton
     with torch.no_grad():
         loss = step.loss(batch).item()
         model.use_triton = False
-        plain = step.loss(batch).item()
+        expected = step.loss(batch).item()
     model.use_triton = chosen
-    if not abs(loss - plain) <= AGREE * plain:
-        raise Disagreement(f"the loss is {loss:.4f}, with the references {plain:.4f}")
+    if not abs(loss - expected) <= AGREE * expected:
+        raise Disagreement(f"the loss is {loss:.4f}, expected {expected:.4f} as with the references")
 
 
 def _peak(clock: Clock, report: Report, dtype: torch.dtype) -> float:
-    """The rate of which MFU is a share: the maker's for a GPU that it is known of, else the measured one."""
+    """The FLOP/s that MFU is relative to: the vendor's figure if it is known, else the measured rate."""
     ceilings = Ceilings(clock)
     side = 8192 if clock.on_gpu else 1024
-    measured = ceilings.product(side, side, side, dtype)
+    measured = ceilings.matmul(side, side, side, dtype)
     report.ceilings |= ceilings.measured()
-    stated = stated_peak(report.machine.device) if clock.on_gpu and dtype == torch.bfloat16 else None
+    stated = peak_flops(report.machine.device) if clock.on_gpu and dtype == torch.bfloat16 else None
     if stated is None:
         say(
             report,
-            f"% limit is MFU against the measured {measured / 1e12:.3g} TFLOP/s: no stated peak is known "
+            f"% limit is MFU against the measured {measured / 1e12:.3g} TFLOP/s: no vendor's peak is known "
             "for this machine",
         )
         return measured
     say(
         report,
-        f"% limit is MFU against the stated {stated / 1e12:g} TFLOP/s; measured here: {measured / 1e12:.3g}",
+        f"% limit is MFU against the vendor's {stated / 1e12:g} TFLOP/s; measured: {measured / 1e12:.3g}",
     )
     return stated
 

@@ -1,9 +1,9 @@
-"""`python -m bench.tune`: searches tiles for the GPU at hand, and says where the reference is faster.
+"""`python -m bench.tune`: searches tiles for the installed GPU, and reports where the reference is faster.
 
-Every function of kernels/tuning.py that returns tiles is a knob, turned for each bench case that asks it:
-from the tile that it gives now, one block size, warp count or stage count at a time, as long as something is
-faster. A candidate is first held to `kernels.tolerance`; one that does not compile, does not fit or is wrong
-is out. What was found is written as rows, for a person to put into kernels/tuning.py.
+Every function of kernels/tuning.py that returns tiles is a knob. For each bench case that calls it, the
+search starts at its present tile and changes one block size, warp count or stage count at a time, as long as
+that makes the op faster. Every candidate is checked by `kernels.tolerance` first; one that does not compile,
+does not fit or is wrong is rejected. The results are rows of text to copy into kernels/tuning.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,29 +23,29 @@ import torch
 
 from bench import targets
 from bench.cases import Race, plan
-from bench.command import parse_budget, start_report
+from bench.command import check_names, parse_budget, start_report
 from bench.contestants import EAGER, OURS, Contestant, shared
 from bench.engine import Inputs, Runner, find_bench, lane
-from bench.machine import pick_device
+from bench.machine import bench_device
 from bench.measure import Ceilings, Clock, interleave, release
 from bench.record import write_json
 from bench.table import duration
-from gpt.cli import OptionParser, run_command
-from gpt.errors import InputError, unknown
+from gpt.cli import OptionParser, option, run_command
+from gpt.errors import InputError
 from kernels import tuning
 from kernels.registry import SPECS
 from kernels.spec import SHORT_DTYPE
 from kernels.tuning import Tile
 from kernels.verify import Oracle
 
-GAIN = 0.02  # a candidate must be so much faster to be taken
-STARTS = (Tile(128, 128, 8, 3), Tile(128, 64, 4, 3), Tile(64, 64, 4, 2))  # where a knob has no tile yet
+GAIN = 0.02  # a candidate must be faster by this share
+STARTS = (Tile(128, 128, 8, 3), Tile(128, 64, 4, 3), Tile(64, 64, 4, 2))  # for a knob without a tile
 LIMITS = Tile(256, 4096, 16, 5)
 SMALLEST = Tile(1, 16, 1, 1)
 
 
 class Query(NamedTuple):
-    """A knob and what it was asked: a function of kernels/tuning.py with its arguments."""
+    """One call of a knob: a function of kernels/tuning.py and its arguments."""
 
     function: str
     arguments: tuple[Any, ...]
@@ -58,7 +58,7 @@ class Query(NamedTuple):
 
 @dataclass(frozen=True)
 class Finding:
-    """What the search found for one knob at one case."""
+    """The result of the search for one knob at one case."""
 
     op: str
     case: str
@@ -71,7 +71,7 @@ class Finding:
     seconds_reference: float
     tried: int
     rejected: int
-    slower: str  # the row of `tuning.SLOWER` that has the reference run here
+    slower: str  # the row of `tuning.SLOWER` that selects the reference here
 
     def __str__(self) -> str:
         gain = self.seconds_before / self.seconds_after
@@ -79,7 +79,7 @@ class Finding:
             f"{self.query} -> {self.after}  # {self.op} "
             f"{self.case} {self.dtype}: {duration(self.seconds_after)}, "
         )
-        text += f"{gain:.2f}x of {self.before} ({self.tried} tried, {self.rejected} out)"
+        text += f"{gain:.2f}x of {self.before} ({self.tried} tried, {self.rejected} rejected)"
         if self.seconds_reference < self.seconds_after:
             text += f"; the REFERENCE is faster, {duration(self.seconds_reference)}: {self.slower}"
         return text
@@ -89,27 +89,23 @@ class Finding:
 class Options:
     """Flags."""
 
-    op: tuple[str, ...] = field(default=tuple(SPECS), metadata={"help": "ops"})
-    budget: str = field(
-        default="10m",
-        metadata={"help": "time for the whole search; the least important cases beyond it are left out"},
-    )
-    quick: bool = field(default=False, metadata={"help": "the most important case of each op"})
-    device: str | None = field(default=None, metadata={"help": "cuda (default: a GPU if there is one)"})
-    out: str = field(default="out/tune", metadata={"help": "the folder that gets rows.txt and rows.json"})
+    op: tuple[str, ...] = option(tuple(SPECS), "ops")
+    budget: str = option("10m", "time for the whole search; the least important cases beyond it are left out")
+    quick: bool = option(False, "the most important case of each op")
+    device: str | None = option(None, "cuda (default: a GPU if there is one)")
+    out: str = option("out/tune", "the folder that gets rows.txt and rows.json")
 
 
 def main(argv: Sequence[str]) -> int:
     _, values = OptionParser("python -m bench.tune", __doc__ or "", options=Options()).parse_tables(argv)
     options = Options(**values["options"])
-    for name in options.op:
-        if name not in SPECS:
-            raise unknown("--op", name, SPECS)
+    check_names("--op", options.op, SPECS)
     deadline = time.monotonic() + (parse_budget(options.budget) or 0.0)
-    clock = Clock(pick_device(options.device))
+    clock = Clock(bench_device(options.device))
     if not clock.on_gpu:
-        print("no GPU was found: there is nothing to tune, because a processor runs the references")
+        print("no GPU was found: there is nothing to tune, because a CPU runs the references")
         return 0
+
     start_report("bench.tune", argv, clock)
     findings: list[Finding] = []
     races = plan([SPECS[name] for name in options.op], targets.load(), on_gpu=True, quick=options.quick)
@@ -119,9 +115,15 @@ def main(argv: Sequence[str]) -> int:
                 "left out for the budget: " + ", ".join(f"{r.spec.name} {r.case.id}" for r in races[number:])
             )
             break
+
         share = (deadline - time.monotonic()) / (len(races) - number)
         runner = Runner(
-            find_bench(race.spec.family), clock, Ceilings(clock), torch.bfloat16, seconds=0.1, compiled=False
+            bench=find_bench(race.spec.family),
+            clock=clock,
+            ceilings=Ceilings(clock),
+            dtype=torch.bfloat16,
+            seconds=0.1,
+            compiled=False,
         )
         for finding in search(runner, race, time.monotonic() + share):
             findings.append(finding)
@@ -131,16 +133,26 @@ def main(argv: Sequence[str]) -> int:
 
 
 def search(runner: Runner, race: Race, deadline: float) -> Iterator[Finding]:
-    """Turns every knob that the op asks at this case, one after the other."""
+    """Optimises every knob that the op uses at this case, one after the other."""
     contestants = {c.name: c for c in shared(race.spec, compiled=False)}
     sets = runner.input_sets(race.spec, race.case)
-    truth = runner.truth(race.spec, sets[0])
-    admitted = runner.admit(race.spec, contestants[OURS], sets[0], truth)
+    oracle = runner.oracle(race.spec, sets[0])
+    admitted = runner.admit(race.spec, contestants[OURS], sets[0], oracle)
     if admitted.status != "measured":
         print(f"{race.spec.name} {race.case.id}: {admitted.reason}")
         return
-    for query, now in queries(runner, race, contestants[OURS], sets[0], truth).items():
-        yield _climb(runner, race, contestants, sets, truth, query, now, deadline)
+
+    for query, start in queries(runner, race, contestants[OURS], sets[0], oracle).items():
+        yield _climb(
+            runner=runner,
+            race=race,
+            contestants=contestants,
+            sets=sets,
+            oracle=oracle,
+            query=query,
+            start=start,
+            deadline=deadline,
+        )
         release(runner.clock)
 
 
@@ -149,48 +161,58 @@ def _climb(
     race: Race,
     contestants: dict[str, Contestant],
     sets: list[Inputs],
-    truth: Oracle,
+    oracle: Oracle,
     query: Query,
     start: Any,
     deadline: float,
 ) -> Finding:
-    """From `start` to the fastest neighbour, until none is faster by GAIN or time is up."""
+    """Moves from `start` to the fastest neighbour until none is faster by GAIN or the time is up."""
     spec, direction = race.spec, "both" if race.spec.gradients else "forward"
-    entered = {start: with_answer(contestants[OURS], query, start)}
-    best, rejected, first, fastest, reference = start, 0, math.inf, math.inf, math.inf
+    tried = {start: with_answer(contestants[OURS], query, start)}
+    best, rejected, seconds_before = start, 0, math.inf
     while True:
-        fresh = [candidate for candidate in neighbours(best) if candidate not in entered]
-        field_of = {best: entered[best]}
-        for candidate in fresh:
-            entered[candidate] = with_answer(contestants[OURS], query, candidate)
+        correct = {best: tried[best]}
+        for candidate in [answer for answer in neighbours(best) if answer not in tried]:
+            tried[candidate] = with_answer(contestants[OURS], query, candidate)
             if time.monotonic() > deadline:
                 continue
-            if runner.admit(spec, entered[candidate], sets[0], truth).status == "measured":
-                field_of[candidate] = entered[candidate]
+            if runner.admit(spec, tried[candidate], sets[0], oracle).status == "measured":
+                correct[candidate] = tried[candidate]
             else:
                 rejected += 1
-        lanes = {repr(key): lane(spec, contestant, sets, direction) for key, contestant in field_of.items()}
+
+        lanes = {repr(key): lane(spec, contestant, sets, direction) for key, contestant in correct.items()}
         lanes[EAGER] = lane(spec, contestants[EAGER], sets, direction)
         times = {
             name: timing.median for name, timing in interleave(lanes, runner.clock, runner.seconds).items()
         }
-        reference, here = times[EAGER], times[repr(best)]
-        first = min(first, here) if best == start else first
-        winner = min(field_of, key=lambda key: times[repr(key)])
-        fastest = times[repr(winner)]
-        if winner == best or fastest > here * (1 - GAIN) or time.monotonic() > deadline:
-            after, fastest = (winner, fastest) if fastest <= here * (1 - GAIN) else (best, here)
-            dtype = SHORT_DTYPE[runner.dtype]
-            numbers = (first, fastest, reference, len(entered), rejected)
-            row = _slower(race, runner)
+
+        here = times[repr(best)]
+        if best == start:
+            seconds_before = min(seconds_before, here)
+        winner = min(correct, key=lambda key: times[repr(key)])
+        faster = times[repr(winner)] <= here * (1 - GAIN)
+        if winner == best or not faster or time.monotonic() > deadline:
+            after = winner if faster else best
             return Finding(
-                spec.name, race.case.id, dtype, str(query), _show(start), _show(after), *numbers, row
+                op=spec.name,
+                case=race.case.id,
+                dtype=SHORT_DTYPE[runner.dtype],
+                query=str(query),
+                before=_show(start),
+                after=_show(after),
+                seconds_before=seconds_before,
+                seconds_after=times[repr(after)],
+                seconds_reference=times[EAGER],
+                tried=len(tried),
+                rejected=rejected,
+                slower=_slower(race, runner),
             )
         best = winner
 
 
-def queries(runner: Runner, race: Race, ours: Contestant, inputs: Inputs, truth: Oracle) -> dict[Query, Any]:
-    """What the op asks of kernels/tuning.py at this case, and the answers."""
+def queries(runner: Runner, race: Race, ours: Contestant, inputs: Inputs, oracle: Oracle) -> dict[Query, Any]:
+    """The calls that the op makes to kernels/tuning.py at this case, and their results."""
     asked: dict[Query, Any] = {}
 
     def recording(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -204,7 +226,7 @@ def queries(runner: Runner, race: Race, ours: Contestant, inputs: Inputs, truth:
     with ExitStack() as stack:
         for name, function in knobs().items():
             stack.enter_context(substituted(name, recording(name, function)))
-        runner.admit(race.spec, ours, inputs, truth)
+        runner.admit(race.spec, ours, inputs, oracle)
     return asked
 
 
@@ -221,7 +243,7 @@ def knobs() -> dict[str, Callable[..., Any]]:
 
 
 def with_answer(contestant: Contestant, query: Query, answer: Any) -> Contestant:
-    """The contestant, for which `query` has this answer."""
+    """The contestant with kernels/tuning.py changed so that `query` returns `answer`."""
     original: Callable[..., Any] = getattr(tuning, query.function)
 
     @functools.wraps(original)
@@ -239,7 +261,7 @@ def with_answer(contestant: Contestant, query: Query, answer: Any) -> Contestant
 
 @contextmanager
 def substituted(name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Puts `function` in the place of the tuning function `name`, in every module of kernels that has it."""
+    """Replaces the tuning function `name` by `function` in every module of kernels that imported it."""
     original = getattr(tuning, name)
     users = [
         m
@@ -256,8 +278,7 @@ def substituted(name: str, function: Callable[..., Any]) -> Iterator[None]:
 
 
 def neighbours(answer: Any) -> list[Any]:
-    """Answers that differ from `answer` in one number of one of its tiles; a tile that is None may also start
-    somewhere."""
+    """Answers that differ from `answer` in one value of one tile; None is replaced by each of STARTS."""
     if answer is None:
         return list(STARTS)
     if not isinstance(answer, Tile):
@@ -287,7 +308,7 @@ def _double(size: int) -> int:
 
 
 def _show(answer: Any) -> str:
-    """As it would be written in kernels/tuning.py."""
+    """An answer as Python source for kernels/tuning.py."""
     if isinstance(answer, Tile):
         return f"Tile({', '.join(map(str, answer))})"
     if answer is None:
@@ -296,8 +317,7 @@ def _show(answer: Any) -> str:
 
 
 def _slower(race: Race, runner: Runner) -> str:
-    """A row of `tuning.SLOWER` for this very case, as it would be written there: a person widens its
-    sizes."""
+    """A row of `tuning.SLOWER` for exactly this case, as Python source; its sizes can be widened manually."""
     sizes = {name: (size, size) for name, size in race.case.sizes.items()}
     return f"Slower({tuning.architecture(runner.clock.device)}, {race.spec.name!r}, {runner.dtype}, {sizes})"
 

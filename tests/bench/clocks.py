@@ -1,4 +1,4 @@
-"""A time that only moves when somebody spends it, and CUDA's events, streams and graphs over it."""
+"""A virtual clock, and fakes of CUDA's events, streams and graphs that use it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import bench.measure
 
 
 class Time:
-    """Stands in for the module `time`; `slowdown` stretches everything that is spent, the later the more."""
+    """Replaces the module `time`; with `slowdown`, the same work takes longer the later it runs."""
 
     def __init__(self, slowdown: float = 0.0) -> None:
         self.now, self.slowdown = 0.0, slowdown
@@ -29,7 +29,7 @@ class Time:
 
 
 class Graph:
-    """Records the calls made while it captures, and makes them again."""
+    """A fake CUDA graph: records the calls made during a capture, and repeats them in a replay."""
 
     capturing: Graph | None = None
 
@@ -41,8 +41,8 @@ class Graph:
             call()
 
 
-def fake_cuda(monkeypatch: pytest.MonkeyPatch, time: Time, launch: float = 0.0) -> None:
-    """Gives torch.cuda a GPU whose kernels take virtual time, and `launch` seconds more outside of graphs."""
+def fake_cuda(monkeypatch: pytest.MonkeyPatch, time: Time) -> None:
+    """Gives torch.cuda a fake GPU that runs in virtual time."""
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
@@ -80,7 +80,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, time: Time, launch: float = 0.0) 
 
 
 def kernel(time: Time, seconds: float, launch: float = 0.0) -> Callable[[], None]:
-    """A call that takes `seconds` on the fake GPU, after `launch` on the processor."""
+    """A call that takes `seconds` on the fake GPU, and `launch` seconds more outside of graphs."""
 
     def call() -> None:
         if Graph.capturing is not None:

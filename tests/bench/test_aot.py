@@ -1,4 +1,4 @@
-"""The ahead-of-time report: what it reads from machine code, and which builds it fails."""
+"""The ahead-of-time report: what it reads from machine code, and which builds break a gate."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kernels.tuning import Tile
 
 ROOT = Path(__file__).parents[2]
 GOOD = Compiled("op", "_kernel", "bf16-D64", 90, 4, 3, True, registers=128, shared=64 * 1024, hgmma=16)
-# In a process of its own: in this one kernels are interpreted.
+# Runs in its own process, because the kernels are interpreted in this one.
 PROGRAM = """
 import json, sys
 from dataclasses import asdict
@@ -35,8 +35,8 @@ def dot(m, n, stages, dtype="bf16"):
     return Build(toys.toy_dot_kernel, kinds, blocks, Tile(m, n, 4, stages), "toy", True, frozenset(signature))
 broken = Build(toys.toy_broken_kernel, {"x_ptr": "*fp32"}, {"BLOCK": 64}, Tile(64, 64), "toy")
 small, large, single = dot(64, 64, 3), dot(256, 256, 4), dot(32, 32, 1, "fp32")
-found = [(small, 90), (small, 80), (large, 90), (single, 90), (broken, 90)]
-print(json.dumps([asdict(examine("toy", *pair)) for pair in found]))
+pairs = [(small, 90), (small, 80), (large, 90), (single, 90), (broken, 90)]
+print(json.dumps([asdict(examine("toy", *pair)) for pair in pairs]))
 """
 
 
@@ -47,8 +47,7 @@ def triton_environment() -> dict[str, str]:
 
 
 def test_machine_code_is_read() -> None:
-    """A column that stays 0 whatever is compiled, or a gate that lets through what is too large, wrong or
-    does not compile."""
+    """A column that is always 0; a gate that accepts a kernel too large, or one that does not compile."""
     pytest.importorskip("triton", reason="triton is not installed")
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], cwd=ROOT, env=triton_environment(), capture_output=True, text=True
@@ -72,8 +71,7 @@ def test_machine_code_is_read() -> None:
 
 
 def test_gates() -> None:
-    """A gate that asks of every build what only gated ones promise, or of a kernel without products what it
-    cannot have."""
+    """A gate for gated builds that also fails others; HGMMA required from a kernel without a matmul."""
     assert broken_gate(GOOD, True) == ""
     assert broken_gate(replace(GOOD, spills=3), True) == "3 spill instructions"
     assert broken_gate(replace(GOOD, spills=3, gated=False), True) == ""
@@ -89,8 +87,8 @@ def test_gates() -> None:
     assert line(replace(GOOD, problem="no HGMMA")).endswith("BROKEN: no HGMMA")
 
 
-def test_what_changed_is_said() -> None:
-    """A spill that came, or a build that went, between two reports."""
+def test_differences_between_reports_are_listed() -> None:
+    """A new spill, or a removed build, that the comparison of two reports omits."""
     other = replace(GOOD, label="fp16-D64")
     lines = differences(
         [GOOD, other], [replace(GOOD, spills=2, registers=255), replace(GOOD, label="bf16-D128")]
@@ -105,7 +103,7 @@ def test_what_changed_is_said() -> None:
 
 @pytest.fixture
 def declared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two builds of an invented op, one of them gated and broken; nothing is compiled."""
+    """Replaces the builds of layer_norm by two: one gated and broken, one fine. Nothing is compiled."""
 
     class Kernel:
         def __init__(self, name: str) -> None:
@@ -135,7 +133,7 @@ def command(*arguments: str) -> int:
 
 @pytest.mark.usefixtures("declared")
 def test_a_broken_gate_fails_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """CI that stays green on a broken gate; a report that cannot be compared with the one it wrote."""
+    """Exit code 0 for a broken gate; a saved report that cannot be read back for a comparison."""
     pytest.importorskip("triton", reason="triton is not installed")
     path = str(tmp_path / "aot.json")
     assert command("--op", "layer_norm", "--arch", "sm_90", "86", "--gated", "--json", path) == 1
@@ -150,19 +148,19 @@ def test_a_broken_gate_fails_the_command(tmp_path: Path, capsys: pytest.CaptureF
 def test_bad_flags_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A traceback, or a silent empty report, for what the user got wrong."""
+    """A traceback, or an empty report, for a wrong flag."""
     (tmp_path / "other.json").write_text('{"builds": [{"a": 1}]}', encoding="utf-8")
-    for arguments, said in (
+    for arguments, message in (
         (["--arch", "91"], "'91', expected among 80, 86"),
         (["--op", "atention"], "the nearest valid one is 'attention'"),
         (["--gatd"], "the nearest valid one is '--gated'"),
         (["--diff", str(tmp_path / "none.json")], "cannot read"),
-        (["--diff", str(tmp_path / "other.json")], "no report of bench.aot"),
+        (["--diff", str(tmp_path / "other.json")], "is not a report of bench.aot"),
     ):
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         assert command(*arguments) == 2
         error = capsys.readouterr().err
-        assert said in error
+        assert message in error
         assert error.count("\n") == 1
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert command("--op", "norm") == 2
@@ -174,10 +172,10 @@ def test_bad_flags_are_refused(
 
 
 class Crash:
-    """A pool whose worker dies at one build."""
+    """A fake process pool whose worker is killed by one build; it is also the future of a build."""
 
     def __init__(self, fatal: int) -> None:
-        self.fatal, self.dead = fatal, False
+        self.fatal, self.crashed = fatal, False
 
     def __enter__(self) -> Crash:
         return self
@@ -186,25 +184,25 @@ class Crash:
         pass
 
     def submit(self, function: object, key: aot.Key) -> Crash:
-        self.dead = self.dead or key.place == self.fatal
-        promised = Crash(self.fatal)
-        promised.dead, promised.key = self.dead, key  # type: ignore[attr-defined]
-        return promised
+        self.crashed = self.crashed or key.place == self.fatal
+        future = Crash(self.fatal)
+        future.crashed, future.key = self.crashed, key  # type: ignore[attr-defined]
+        return future
 
     def result(self) -> int:
-        if self.dead:
+        if self.crashed:
             raise aot.BrokenProcessPool
         return self.key.place  # type: ignore[attr-defined, no-any-return]
 
 
 def test_a_crash_of_the_compiler_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One build that crashes the compiler takes the others' rows away, or hangs the report."""
+    """A build that crashes the compiler removes the rows of other builds, or blocks the report."""
     monkeypatch.setattr(aot, "_workers", lambda count: Crash(2))
     monkeypatch.setattr(
         aot, "builds", lambda op, architecture: [Build(int, {}, {}, Tile(1, 1), str(i)) for i in range(4)]
     )
-    found = list(examine_all([aot.Key("op", 90, place) for place in range(4)]))
-    assert [row if isinstance(row, int) else row.problem for row in found] == [
+    rows = list(examine_all([aot.Key("op", 90, place) for place in range(4)]))
+    assert [row if isinstance(row, int) else row.problem for row in rows] == [
         0,
         1,
         "the compiler crashed",

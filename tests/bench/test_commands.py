@@ -1,5 +1,4 @@
-"""The command lines: each runs to its end without a GPU, says what it found, and refuses bad input in one
-line."""
+"""The command lines: each completes without a GPU, and rejects bad input in one line."""
 
 from __future__ import annotations
 
@@ -34,9 +33,19 @@ ROOT = Path(__file__).parents[2]
 TINY = GPTConfig(vocab_size=50, block_size=16, n_layer=1, n_head=2, n_embd=16)
 
 
+def train_command(path: Path, *flags: str) -> int:
+    quick = ["--quick", "--device", "cpu", "--json", str(path)]
+    return run_command("bench.train", bench.train.main, [*quick, *flags])
+
+
+def generate_command(path: Path, *flags: str) -> int:
+    quick = ["--quick", "--device", "cpu", "--json", str(path)]
+    return run_command("bench.generate", bench.generate.main, [*quick, *flags])
+
+
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything at a size that takes no time, on a machine whose kernels are not interpreted."""
+    """Makes every bench fast, and has no kernel interpreted."""
     monkeypatch.setattr(bench.measure, "MIN_SAMPLES", 1)
     monkeypatch.setattr(bench.measure, "MAX_SETS", 2)
     monkeypatch.setattr(bench.measure, "MAX_SAMPLES", 2)
@@ -44,12 +53,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "interpreting", False)
     monkeypatch.setattr(GPTConfig, "preset", lambda name: TINY)
     monkeypatch.setattr(bench.measure.Ceilings, "copy", lambda self: 1e10)
-    monkeypatch.setattr(bench.measure.Ceilings, "product", lambda self, m, n, k, dtype: 1e11)
+    monkeypatch.setattr(bench.measure.Ceilings, "matmul", lambda self, m, n, k, dtype: 1e11)
 
 
 @pytest.mark.usefixtures("small")
 def test_a_bench_runs_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A bench that needs a GPU, hides that it has none, or whose file is no report."""
+    """A bench that needs a GPU, does not say that it has none, or writes a file that is not a report."""
     path = tmp_path / "attention.json"
     flags = ["--quick", "--device", "cpu", "--json", str(path), "--plot", "--profile", "--out", str(tmp_path)]
     assert command(BENCH, flags) == 0
@@ -75,8 +84,8 @@ def test_a_bench_runs_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("family", ["norm", "ffn", "loss"])
-def test_the_other_families_run_too(family: str, tmp_path: Path) -> None:
-    """A family whose contestants cannot be called as the engine calls them."""
+def test_the_other_families_run_without_a_gpu(family: str, tmp_path: Path) -> None:
+    """A contestant of an op family that the engine cannot call."""
     path = tmp_path / f"{family}.json"
     assert command(find_bench(family), ["--quick", "--device", "cpu", "--json", str(path)]) == 0
     rows = load(path).rows
@@ -91,25 +100,18 @@ def test_the_other_families_run_too(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small")
 def test_whole_models_run_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A training or decoding figure that is missing, or whose formula is not the stated one."""
+    """A figure for training or decoding that is missing or not computed by its documented formula."""
     path = tmp_path / "train.json"
-    assert (
-        run_command("bench.train", bench.train.main, ["--quick", "--device", "cpu", "--json", str(path)]) == 0
-    )
+    assert train_command(path) == 0
     ours, plain = load(path).rows
     assert (ours.contestant, plain.contestant) == (OURS, "plain PyTorch")
     assert ours.tokens == plain.tokens == 12 * 16
     parameters = TINY.parameter_counts()["total"] - 16 * 16
     assert ours.flops == (6 * parameters + 12 * 1 * 2 * 8 * 16) * 12 * 16
     assert ours.limit == pytest.approx(ours.flops / 1e11)
-    assert "no stated peak is known" in capsys.readouterr().out
+    assert "no vendor's peak is known" in capsys.readouterr().out
     path = tmp_path / "generate.json"
-    assert (
-        run_command(
-            "bench.generate", bench.generate.main, ["--quick", "--device", "cpu", "--json", str(path)]
-        )
-        == 0
-    )
+    assert generate_command(path) == 0
     first, decode = load(path).find(contestant=OURS, status="measured")
     assert (first.direction, decode.direction) == ("first token", "decode")
     assert decode.bytes == (parameters + 2 * 1 * 16 * (4 + 4)) * 4
@@ -136,7 +138,7 @@ class GPT(nn.Module):
         super().__init__()
         assert config.bias is True and config.n_head == 2
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        print("counting aloud")
+        print("number of parameters: 0.00M")
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
         return torch.optim.AdamW(self.parameters(), learning_rate, betas, weight_decay=weight_decay)
@@ -148,26 +150,24 @@ class GPT(nn.Module):
 
 
 @pytest.mark.usefixtures("small")
-def test_nanogpt_takes_part_from_a_checkout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A comparison with nanoGPT that is not of the same run, or a folder that is none and is not said to
-    be."""
+def test_nanogpt_is_timed_from_a_checkout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """nanoGPT missing from the run; a traceback for a folder that is not a checkout of it."""
     (tmp_path / "model.py").write_text(NANOGPT, encoding="utf-8")
     path = tmp_path / "train.json"
-    flags = ["--quick", "--device", "cpu", "--json", str(path), "--nanogpt"]
-    assert run_command("bench.train", bench.train.main, [*flags, str(tmp_path)]) == 0
+    assert train_command(path, "--nanogpt", str(tmp_path)) == 0
     assert [row.contestant for row in load(path).rows if row.status == "measured"] == [
         OURS,
         bench.train.PLAIN,
         "nanoGPT",
     ]
-    assert "counting aloud" not in capsys.readouterr().out
-    assert run_command("bench.train", bench.train.main, [*flags, str(tmp_path / "none")]) == 2
+    assert "number of parameters" not in capsys.readouterr().out
+    assert train_command(path, "--nanogpt", str(tmp_path / "none")) == 2
     assert (
         "has no model.py, expected a checkout of https://github.com/karpathy/nanoGPT"
         in capsys.readouterr().err
     )
     (tmp_path / "model.py").write_text("", encoding="utf-8")
-    assert run_command("bench.train", bench.train.main, [*flags, str(tmp_path)]) == 2
+    assert train_command(path, "--nanogpt", str(tmp_path)) == 2
     assert "has no GPT and GPTConfig" in capsys.readouterr().err
 
 
@@ -175,20 +175,9 @@ def test_nanogpt_takes_part_from_a_checkout(tmp_path: Path, capsys: pytest.Captu
 def test_generation_of_other_lengths_and_without_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Lengths that are not what is timed, or that silently outgrow the model's block; a cache that cannot be
-    compared."""
+    """Other lengths than the flags ask for; lengths beyond the block size; --no_cache that uses the cache."""
     path = tmp_path / "generate.json"
-    flags = [
-        "--quick",
-        "--device",
-        "cpu",
-        "--json",
-        str(path),
-        "--prompt_tokens",
-        "5",
-        "--no_cache",
-        "--new_tokens",
-    ]
+    flags = ["--prompt_tokens", "5", "--no_cache", "--new_tokens"]
     generate, cached = GPT.generate, []
 
     def recorded(self: GPT, *args: Any, use_cache: bool, **options: Any) -> torch.Tensor:
@@ -196,19 +185,18 @@ def test_generation_of_other_lengths_and_without_the_cache(
         return generate(self, *args, use_cache=use_cache, **options)
 
     monkeypatch.setattr(GPT, "generate", recorded)
-    assert run_command("bench.generate", bench.generate.main, [*flags, "10"]) == 0
+    assert generate_command(path, *flags, "10") == 0
     rows = load(path).find(status="measured")
     assert {"T5", "new10"} <= set(rows[0].case.split("-"))
     assert {OURS, bench.generate.NO_CACHE} <= {row.contestant for row in rows}
     assert set(cached) == {True, False}
-    assert run_command("bench.generate", bench.generate.main, [*flags, "11"]) == 2
+    assert generate_command(path, *flags, "11") == 2
     assert "are 17 tokens, expected at least one of each and at most 16 together" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("small")
-def test_a_wrong_model_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokens per second of a model whose kernels compute something else."""
-
+def test_a_wrong_model_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens per second reported for a model whose kernels are wrong."""
     loss = bench.train.TrainStep.loss
 
     def differing(self: bench.train.TrainStep, batch: Any, forward: Any = None) -> torch.Tensor:
@@ -216,27 +204,20 @@ def test_a_wrong_model_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(bench.train.TrainStep, "loss", differing)
     path = tmp_path / "train.json"
-    assert (
-        run_command("bench.train", bench.train.main, ["--quick", "--device", "cpu", "--json", str(path)]) == 1
-    )
+    assert train_command(path) == 1
     assert [(row.status, row.seconds is None) for row in load(path).rows] == [
         ("wrong", True),
         ("measured", False),
     ]
     monkeypatch.setattr(bench.generate, "_disagreement", lambda *_: "logits differ")
     path = tmp_path / "generate.json"
-    assert (
-        run_command(
-            "bench.generate", bench.generate.main, ["--quick", "--device", "cpu", "--json", str(path)]
-        )
-        == 1
-    )
+    assert generate_command(path) == 1
     assert [(r.status, r.reason) for r in load(path).find(contestant=OURS)] == [("wrong", "logits differ")]
 
 
 @pytest.mark.usefixtures("small")
-def test_a_budget_drops_cases_and_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A budget that is ignored, or that drops cases in silence."""
+def test_cases_beyond_the_budget_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A budget that is ignored, or that drops cases without a note."""
     monkeypatch.setattr(cases, "FULL_WORK", 10**6)
     path = tmp_path / "norm.json"
     flags = ["--device", "cpu", "--budget", "0.001s", "--contestants", "eager", "--json", str(path)]
@@ -248,21 +229,21 @@ def test_a_budget_drops_cases_and_says_which(tmp_path: Path, monkeypatch: pytest
 
 
 def bad(run: Callable[[list[str]], int], *cases: tuple[list[str], str]) -> list[object]:
-    return [pytest.param(run, arguments, said, id=" ".join(arguments)) for arguments, said in cases]
+    return [pytest.param(run, arguments, message, id=" ".join(arguments)) for arguments, message in cases]
 
 
 @pytest.mark.parametrize(
-    ("run", "arguments", "said"),
+    ("run", "arguments", "message"),
     [
         *bad(
             lambda a: command(BENCH, a),
             (["--quik"], "nearest valid one is '--quick'"),
             (["--op", "causal"], "nearest valid one is 'causal_attention'"),
             (["--contestants", "flash_attn"], "nearest valid one is 'flash-attn'"),
-            (["--contestants", "flash-attn"], "flash-attn cannot take part: not installed"),
+            (["--contestants", "flash-attn"], "flash-attn cannot run: not installed"),
             (["--dtype", "bf17"], "expected auto|fp32|fp16|bf16|fp64"),
-            (["--device", "tpu"], "--device is 'tpu'"),
-            (["--device", "meta"], "--device is 'meta'"),
+            (["--device", "tpu"], "device is 'tpu'"),
+            (["--device", "meta"], "device is 'meta', expected cpu or cuda"),
             (["--budget", "soon"], "expected a duration"),
             (["attention"], "unexpected argument"),
         ),
@@ -290,20 +271,20 @@ def bad(run: Callable[[list[str]], int], *cases: tuple[list[str], str]) -> list[
     ],
 )
 def test_bad_input_is_one_line(
-    run: Callable[[list[str]], int], arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    run: Callable[[list[str]], int], arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A traceback, a help page, or a run that starts although its flags are wrong."""
-    if torch.cuda.is_available() and said == "no GPU was found":
+    """A traceback or a help page, or a run that starts in spite of a wrong flag."""
+    if torch.cuda.is_available() and message == "no GPU was found":
         pytest.skip("there is a GPU")
     assert run(arguments) == 2
     captured = capsys.readouterr()
-    assert said in captured.err
+    assert message in captured.err
     assert captured.err.count("\n") == 1
     assert "clock:" not in captured.out
 
 
-def test_the_rival_has_the_same_loss() -> None:
-    """A baseline that computes something else than the model, and is faster for it."""
+def test_the_baseline_has_the_same_loss() -> None:
+    """A baseline that is faster because it computes something else."""
     idx, targets = torch.randint(TINY.vocab_size, (2, 3, 16))
     targets[0, :5] = IGNORED
     model = GPT(TINY)
@@ -311,8 +292,10 @@ def test_the_rival_has_the_same_loss() -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_a_slow_rival_takes_no_figure_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that is stopped while the other contestant compiles, and has nothing of ours in its file."""
+def test_results_are_written_before_the_baseline_compiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run stopped while the baseline compiles leaves a file without the times of this package."""
     path = tmp_path / "train.json"
     enter, seen = bench.train._enter, []
 
@@ -330,9 +313,7 @@ def test_a_slow_rival_takes_no_figure_away(tmp_path: Path, monkeypatch: pytest.M
         "interleave",
         lambda lanes, clock, seconds: dict.fromkeys(lanes, Timing(1.0, 1.0, 1.0, 5)),
     )
-    assert (
-        run_command("bench.train", bench.train.main, ["--quick", "--device", "cpu", "--json", str(path)]) == 0
-    )
+    assert train_command(path) == 0
     assert seen == [[(OURS, "measured")]]
     assert [row.status for row in load(path).rows] == ["measured", "measured"]
     assert load(path).complete

@@ -1,7 +1,8 @@
-"""The engine: nothing wrong is timed, and everybody gets a row that says why."""
+"""The engine: a wrong contestant is not timed, and every contestant has a row."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ import bench.machine
 from bench.cases import Race, fit, plan
 from bench.contestants import COMPILED, OURS, Contestant, Unsupported, only, optional
 from bench.engine import Bench, Runner, find_bench, lane
-from bench.machine import stated_peak
 from bench.measure import Ceilings, Clock, Lane, capture
 from bench.record import Row
 from bench.table import race
@@ -30,7 +30,7 @@ RACE = Race(NORM, Case({"N": 6, "C": 40}))
 
 
 class Wrong(torch.autograd.Function):
-    """An identity whose gradient is off by a factor."""
+    """An identity whose gradient is multiplied by a factor."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, factor: float) -> torch.Tensor:
@@ -43,6 +43,8 @@ class Wrong(torch.autograd.Function):
 
 
 def planted(forward: float = 1.0, gradient: float = 1.0) -> Any:
+    """LayerNorm with its output and its gradients multiplied by factors."""
+
     def function(**inputs: Any) -> torch.Tensor:
         return Wrong.apply(NORM.reference(**inputs), gradient) * forward
 
@@ -50,7 +52,7 @@ def planted(forward: float = 1.0, gradient: float = 1.0) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.measure, "MIN_SAMPLES", 1)
     monkeypatch.setattr(bench.measure, "MAX_SETS", 2)
     monkeypatch.setattr(dispatch, "interpreting", False)
@@ -62,7 +64,13 @@ def runner(*peers: Contestant, names: tuple[str, ...] = ()) -> Runner:
     ceilings = Ceilings(clock, 0.0)
     ceilings._copy = 1e9
     return Runner(
-        Bench("norm", lambda spec, compiled: list(peers)), clock, ceilings, torch.float32, 0.0, False, names
+        bench=Bench("norm", lambda spec, compiled: list(peers)),
+        clock=clock,
+        ceilings=ceilings,
+        dtype=torch.float32,
+        seconds=0.0,
+        compiled=False,
+        names=names,
     )
 
 
@@ -79,8 +87,8 @@ def rows_of(name: str, *peers: Contestant) -> list[Row]:
         planted(forward=float("nan")),
     ],
 )
-def test_a_wrong_kernel_gets_no_time(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The speed of a kernel whose output, or only whose gradient, is wrong."""
+def test_a_wrong_kernel_is_not_timed(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A time for a kernel with a wrong output, or with only a wrong gradient."""
     shared = [Contestant(OURS, function, peer=False), Contestant("eager", NORM.reference, peer=False)]
     monkeypatch.setattr(bench.engine, "shared", lambda spec, compiled: shared)
     (row,) = rows_of(OURS)
@@ -92,16 +100,16 @@ def test_a_wrong_kernel_gets_no_time(function: Any, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_peer_is_shown_with_its_error() -> None:
-    """A peer that rounds otherwise disappears, or one that is plainly wrong is timed."""
+    """A peer that rounds differently is dropped, or a peer with wrong results is timed."""
     close, far = Contestant("close", planted(forward=1 + 12 * EPS)), Contestant("far", planted(forward=1.01))
-    found = rows_of("close", close)
-    assert [row.direction for row in found] == ["both", "forward", "backward"]
-    assert all(row.status == "measured" and row.error is not None and row.error > 1 for row in found)
+    rows = rows_of("close", close)
+    assert [row.direction for row in rows] == ["both", "forward", "backward"]
+    assert all(row.status == "measured" and row.error is not None and row.error > 1 for row in rows)
     assert [row.status for row in rows_of("far", far)] == ["wrong"]
 
 
-def test_who_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A traceback, or silence, in the place of a reason; our own failure passed off as "unavailable"."""
+def test_a_contestant_that_cannot_run_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A traceback or no reason; a failure of this package reported as "unavailable"."""
 
     def fails(**_: Any) -> None:
         raise Unsupported("has no such thing. And more")
@@ -125,14 +133,14 @@ def test_who_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rows_carry_the_work_of_their_direction() -> None:
-    """Forward's operations or bytes shown for forward and backward, or a limit of the wrong direction."""
-    found = {row.direction: row for row in rows_of("eager")}
+    """The operations, bytes or limit of one direction shown for another."""
+    rows = {row.direction: row for row in rows_of("eager")}
     for direction, parts in (
         ("forward", ["forward"]),
         ("backward", ["backward"]),
         ("both", ["forward", "backward"]),
     ):
-        row = found[direction]
+        row = rows[direction]
         assert row.flops == sum(NORM.flops(RACE.case, part) for part in parts)
         assert row.bytes == sum(NORM.bytes(RACE.case, torch.float32, part) for part in parts)
         assert row.limit == pytest.approx(row.bytes / 1e9)
@@ -141,15 +149,15 @@ def test_rows_carry_the_work_of_their_direction() -> None:
         assert row.low <= row.seconds
 
 
-def test_an_op_without_gradients_has_a_forward_alone() -> None:
-    """A backward of decoding, which does not exist."""
+def test_an_op_without_gradients_has_only_a_forward() -> None:
+    """A backward pass timed for decode_attention, which has none."""
     spec = SPECS["decode_attention"]
-    found = list(runner(names=("eager",)).run(Race(spec, spec.tagged("small")[0])))
-    assert [(row.direction, row.status) for row in found] == [("forward", "measured")]
+    rows = list(runner(names=("eager",)).run(Race(spec, spec.tagged("small")[0])))
+    assert [(row.direction, row.status) for row in rows] == [("forward", "measured")]
 
 
 def test_contestants_that_do_not_fit_together_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One contestant's memory takes everybody's figures away."""
+    """One contestant that runs out of memory removes the times of the others."""
     here = runner()
 
     def full(lanes: dict[str, Lane], *_: Any) -> Any:
@@ -161,52 +169,37 @@ def test_contestants_that_do_not_fit_together_run_alone(monkeypatch: pytest.Monk
     assert here._time({"a": Lane([]), "big": Lane([]), "c": Lane([])}) == {"a": "a time", "c": "a time"}
 
 
-def test_backward_builds_a_graph_for_each_sample() -> None:
-    """A graph that is freed by the first sample, or kept for ever."""
+def backward_lane() -> tuple[Lane, Callable[[], object]]:
+    """The eager backward pass of RACE, and the call that prepares a sample of it."""
     inputs = runner().input_sets(NORM, RACE.case)
     backward = lane(NORM, Contestant("eager", NORM.reference), inputs, "backward")
     assert backward.prepare is not None
+    return backward, backward.prepare
+
+
+def test_backward_builds_a_graph_for_each_sample() -> None:
+    """An autograd graph that only the first sample has, or that is never freed."""
+    backward, prepare = backward_lane()
     for _ in range(2):
-        backward.prepare()
+        prepare()
         for call in backward.calls:
             call()
     with pytest.raises(IndexError):
         [call() for call in backward.calls for _ in range(2)][-1]
 
 
-def test_a_graph_that_memory_left_behind_is_freed() -> None:
-    """Out of memory in the middle of a sample: the graphs it had built stay, and every later sample has less
-    memory."""
-    inputs = runner().input_sets(NORM, RACE.case)
-    backward = lane(NORM, Contestant("eager", NORM.reference), inputs, "backward")
-    assert backward.prepare is not None
-    backward.prepare()
-    backward.prepare()
+def test_graphs_of_an_interrupted_sample_are_freed() -> None:
+    """The graphs of a sample that ran out of memory are kept, so that later samples have less memory."""
+    backward, prepare = backward_lane()
+    prepare()
+    prepare()
     backward.calls[0]()
     with pytest.raises(IndexError):
         backward.calls[0]()
 
 
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA H200 NVL", 835e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA A10", 125e12),
-        ("NVIDIA H20", None),
-    ],
-)
-def test_peaks_are_those_of_the_very_gpu(name: str, peak: float | None) -> None:
-    """MFU over the peak of a GPU whose name only begins alike."""
-    assert stated_peak(name) == peak
-
-
-def test_a_copy_of_the_sources_knows_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Results of a GPU to which the sources travelled without their repository, and that nobody can lay to a
-    commit."""
+def test_sources_outside_git_have_a_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Results without a commit from a machine that has the sources but not the git repository."""
     monkeypatch.setattr(bench.machine, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert bench.machine.commit() == "unknown"
@@ -214,26 +207,25 @@ def test_a_copy_of_the_sources_knows_its_commit(monkeypatch: pytest.MonkeyPatch,
     assert bench.machine.commit() == "0123456789ab"
 
 
-def test_the_loss_is_compiled_in_one_piece() -> None:
-    """A loop over a hundred chunks that torch.compile draws out for minutes, in the place of every other
-    figure."""
+def test_the_chunked_loss_is_not_compiled() -> None:
+    """torch.compile unrolls a loop over a hundred chunks for minutes, and other cases get no time."""
     clock = Clock(CPU)
-    here = Runner(find_bench("loss"), clock, Ceilings(clock), torch.float32, 0.0, True)
-    found = {c.name: c for c in here.contestants(SPECS["linear_cross_entropy"])}
-    assert found[COMPILED].function is None
-    assert "whole logits are compiled instead" in found[COMPILED].absent
-    assert found["whole logits, compiled"].function is not None
+    here = Runner(find_bench("loss"), clock, Ceilings(clock), dtype=torch.float32, seconds=0.0)
+    contestants = {c.name: c for c in here.contestants(SPECS["linear_cross_entropy"])}
+    assert contestants[COMPILED].function is None
+    assert "whole logits are compiled instead" in contestants[COMPILED].absent
+    assert contestants["whole logits, compiled"].function is not None
 
 
 def test_sets_of_inputs_differ_and_none_is_zero() -> None:
-    """The same numbers in every set, or zeros, which multiply faster."""
+    """The same values in every set; zeros, for which a matmul is faster."""
     first, second = runner().input_sets(NORM, RACE.case)
     assert not torch.equal(first["x"], second["x"])
     assert first["x"].count_nonzero() == first["x"].numel()
 
 
-def test_arguments_that_a_peer_does_not_know_are_refused() -> None:
-    """A peer that is timed without what the case asks for."""
+def test_arguments_that_a_peer_lacks_are_refused() -> None:
+    """A peer timed without an option of the case, such as dropout."""
     call = only(lambda q: q, ("q",))
     assert call(q=1, key_start=None, dropout_p=0.0) == 1
     with pytest.raises(Unsupported, match="has no dropout_p"):
@@ -241,7 +233,7 @@ def test_arguments_that_a_peer_does_not_know_are_refused() -> None:
 
 
 def test_absent_peers_are_named() -> None:
-    """A peer whose import fails takes the bench down, or vanishes from its table."""
+    """A peer whose import fails stops the bench, or is missing in the table."""
 
     def missing() -> Any:
         raise ModuleNotFoundError
@@ -255,21 +247,20 @@ def test_absent_peers_are_named() -> None:
 
 @pytest.mark.parametrize("family", sorted({spec.family for spec in SPECS.values()}))
 def test_every_family_has_a_bench(family: str) -> None:
-    """An op that `python -m bench` leaves out."""
-    found = find_bench(family)
-    assert found.family == family
-    for spec in found.specs:
-        names = [c.name for c in [*found.peers(spec, False)]]
+    """An op that `python -m bench` does not time."""
+    its_bench = find_bench(family)
+    assert its_bench.family == family
+    for spec in its_bench.specs:
+        names = [c.name for c in its_bench.peers(spec, False)]
         assert len(set(names)) == len(names)
         for case in spec.tagged("bench"):
-            sizes = found.product(spec, case)
+            sizes = its_bench.matmul(spec, case)
             assert sizes is None or all(size > 0 for size in sizes)
     assert find_bench("an op family without a file").specs == []
 
 
-def test_cases_are_cut_to_size() -> None:
-    """A processor that is given a GPU's case; heads that no longer divide, or more queries than keys, after
-    the cut."""
+def test_cases_are_made_smaller_for_a_cpu() -> None:
+    """A CPU gets a GPU's case; after halving, Hkv does not divide H, or there are more queries than keys."""
     for spec in SPECS.values():
         for case in spec.tagged("bench"):
             cut = fit(spec, case, 10**9)
@@ -283,7 +274,7 @@ def test_cases_are_cut_to_size() -> None:
 
 
 def test_the_targeted_cases_come_first() -> None:
-    """A budget that drops what the targets speak of before what they do not."""
+    """A budget that drops the cases of the targets before other cases."""
     target = Target("t", "layer_norm", "forward", "share", {"C": 4096})
     races = plan([NORM, SPECS["gelu_ffn"]], [target], on_gpu=True, quick=False)
     assert races[0].case["C"] == 4096
@@ -305,8 +296,7 @@ class FakeGraph:
 
 
 def test_the_gpu_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graph times or memory that are lost on their way into the rows; a contestant that cannot be captured
-    taken as failed."""
+    """Rows without graph times or memory; a contestant that cannot be captured counted as failed."""
     allocated = iter(range(0, 10**6, 1000))
     fakes = {
         "CUDAGraph": FakeGraph,
@@ -329,7 +319,7 @@ def test_the_gpu_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda device, pool: None, raising=False)
     captured: list[int] = []
 
-    def waits(**inputs: Any) -> torch.Tensor:
+    def synchronises(**inputs: Any) -> torch.Tensor:
         if captured:
             raise RuntimeError("operation not permitted when stream is capturing")
         return NORM.reference(**inputs)
@@ -342,17 +332,19 @@ def test_the_gpu_path(monkeypatch: pytest.MonkeyPatch) -> None:
             captured.clear()
 
     monkeypatch.setattr(bench.engine, "capture", capturing)
-    here = runner(Contestant("waits", waits), names=("eager", "waits"))
+    here = runner(Contestant("synchronises", synchronises), names=("eager", "synchronises"))
     here.clock.on_gpu = True
     monkeypatch.setattr(Clock, "time", lambda self, calls, rounds=1: [call() for call in calls] and 1.0)
     rows = list(here.run(RACE))
     assert [(row.contestant, row.direction) for row in rows] == [
-        (name, direction) for direction in ("both", "forward", "backward") for name in ("eager", "waits")
+        (name, direction)
+        for direction in ("both", "forward", "backward")
+        for name in ("eager", "synchronises")
     ]
     assert all(row.status == "measured" and row.memory is not None for row in rows)
     assert [row.graph_seconds is not None for row in rows] == [True, False, True, False, True, True]
     refused = "no CUDA graph: operation not permitted when stream is capturing"
     assert [row.reason for row in rows] == ["" if row.graph_seconds is not None else refused for row in rows]
-    assert race(rows).count(f"  waits: {refused}") == 1
+    assert race(rows).count(f"  synchronises: {refused}") == 1
     kept = next(row for row in rows if row.direction == "forward")
     assert kept.memory == 1000 - 6 * 40 * 4

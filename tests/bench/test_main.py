@@ -1,4 +1,4 @@
-"""`python -m bench`: every stage in a process of its own, and a report whatever becomes of them."""
+"""`python -m bench`: stages in their own processes, and a report even if some of them fail."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ ROOT = Path(__file__).parents[2]
 
 
 def fake_stages(monkeypatch: pytest.MonkeyPatch, *programs: tuple[str, str, bool]) -> None:
-    """Stages that run Python programs; those with a result get its path as their argument."""
+    """Replaces the stages by Python programs (name, source, has a result); each gets its result's path."""
 
     def stages(names: object, options: object, folder: Path, **_: object) -> list[whole.Stage]:
-        found = []
+        replaced = []
         for name, program, has_result in programs:
             result = folder / "parts" / f"{name}.json" if has_result else None
             line = [sys.executable, "-c", program, str(result)]
-            found.append(whole.Stage(name, lambda seconds, line=line: line, result))  # type: ignore[misc]
-        return found
+            replaced.append(whole.Stage(name, lambda seconds, line=line: line, result))  # type: ignore[misc]
+        return replaced
 
     monkeypatch.setattr(whole, "stages", stages)
 
@@ -50,10 +50,10 @@ WRITE = (
 )
 
 
-def test_a_whole_run_survives_its_parts(
+def test_a_run_survives_failing_stages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One bench that crashes or hangs takes the others' results with it, or goes unsaid."""
+    """A stage that crashes or hangs removes the results of the others, or is not reported."""
     monkeypatch.setattr(whole, "GRACE", 0.0)
     invented("layer_norm").save(tmp_path / "ready.json")
     fake_stages(
@@ -65,9 +65,8 @@ def test_a_whole_run_survives_its_parts(
     )
     monkeypatch.setattr(whole, "WEIGHTS", {"hang": 0.1, "crash": 2, "good": 2})
     began = time.monotonic()
-    assert (
-        run_command("bench", whole.main, ["--device", "cpu", "--budget", "30s", "--out", str(tmp_path)]) == 1
-    )
+    flags = ["--device", "cpu", "--budget", "30s", "--out", str(tmp_path)]
+    assert run_command("bench", whole.main, flags) == 1
     assert time.monotonic() - began < 30
     report = load(tmp_path / "report.json")
     assert report.complete
@@ -81,8 +80,8 @@ def test_a_whole_run_survives_its_parts(
     assert "=== targets" in capsys.readouterr().out
 
 
-def test_a_run_that_is_killed_keeps_what_it_had(tmp_path: Path) -> None:
-    """Ten minutes of measurements lost to a Ctrl-C in the ninth, or a child that outlives its parent."""
+def test_a_terminated_run_keeps_its_results(tmp_path: Path) -> None:
+    """A run that is terminated loses its results, or leaves a stage running."""
     invented("layer_norm").save(tmp_path / "ready.json")
     program = f"""
 import sys, time
@@ -91,15 +90,15 @@ import pytest
 import bench.__main__ as whole
 from tests.bench.test_main import WRITE, fake_stages
 with pytest.MonkeyPatch.context() as patch:
-    waiting = WRITE + "; Path(sys.argv[1] + '.there').touch(); import time; time.sleep(60)"
+    waiting = WRITE + "; Path(sys.argv[1] + '.started').touch(); import time; time.sleep(60)"
     fake_stages(patch, ("first", WRITE, True), ("second", waiting, True), ("third", WRITE, True))
     code = whole.run_command("bench", whole.main, ["--device", "cpu", "--out", {str(tmp_path)!r}])
 sys.exit(code)
 """
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.DEVNULL)
-    there = tmp_path / "parts" / "second.json.there"
+    started = tmp_path / "parts" / "second.json.started"
     for _ in range(600):
-        if there.exists() or process.poll() is not None:
+        if started.exists() or process.poll() is not None:
             break
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
@@ -110,8 +109,8 @@ sys.exit(code)
     assert "stopped: second, third unfinished" in report.notes
 
 
-def test_the_stages_are_those_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bench that is missing from the whole run, an op's flag that is lost, or checks left out on a GPU."""
+def test_stages_follow_the_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bench missing from a full run, the name of an op not passed on, or no checks on a GPU."""
     monkeypatch.setattr(sanitizer, "find", lambda: "/usr/bin/compute-sanitizer")
     options = whole.Options(quick=True)
     everything = whole.stages([], options, tmp_path, on_gpu=False)
@@ -120,20 +119,14 @@ def test_the_stages_are_those_asked_for(tmp_path: Path, monkeypatch: pytest.Monk
     assert line[-3:] == ["--quick", "--budget", "61s"]
     (norm,) = whole.stages(["add_layer_norm"], options, tmp_path, on_gpu=False)
     assert norm.command(5)[-5:-2] == ["--quick", "--op", "add_layer_norm"]
-    found = whole.stages(["norm", "train"], options, tmp_path, on_gpu=True)
-    assert [stage.name for stage in found] == ["gpu tests", "same bits", "norm", "train", *sanitizer.TOOLS]
-    assert found[0].command(9)[-2:] == ["-k", "layer_norm or add_layer_norm"]
-    names = ["--op", "layer_norm", "add_layer_norm"]
-    assert found[1].command(9)[1:] == [
-        "-m",
-        "bench.safety",
-        *names,
-        "--json",
-        str(found[1].result),
-        "--budget",
-        "9s",
-    ]
-    assert found[-1].command(9)[1:7] == ["-m", "bench.sanitizer", "synccheck", *names]
+    stages = whole.stages(["norm", "train"], options, tmp_path, on_gpu=True)
+    assert [stage.name for stage in stages] == ["gpu tests", "same bits", "norm", "train", *sanitizer.TOOLS]
+    ops = [spec.name for spec in find_bench("norm").specs]
+    assert stages[0].command(9)[-2:] == ["-k", " or ".join(ops)]
+    names = ["--op", *ops]
+    json = ["--json", str(stages[1].result)]
+    assert stages[1].command(9)[1:] == ["-m", "bench.safety", *names, *json, "--budget", "9s"]
+    assert stages[-1].command(9)[1 : 4 + len(names)] == ["-m", "bench.sanitizer", "synccheck", *names]
     for checks, expected in (("only", ["gpu tests", "same bits", *sanitizer.TOOLS]), ("no", ["norm"])):
         chosen = whole.stages(["norm"], whole.Options(checks=checks), tmp_path, on_gpu=True)
         assert [stage.name for stage in chosen] == expected
@@ -155,11 +148,10 @@ JUNIT = """<testsuites><testsuite name="pytest">
 """
 
 
-def test_a_whole_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stage of a GPU whose findings are lost, whose failure passes for a success, or that is called with
-    flags it has not."""
+def test_a_full_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that loses its results, fails without failing the run, or is called with unknown flags."""
     monkeypatch.setattr(sanitizer, "find", lambda: "/usr/bin/compute-sanitizer")
-    monkeypatch.setattr(whole, "pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(whole, "bench_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(whole, "describe", lambda device: MACHINE)
     parsers = {"bench.safety": bench.safety.Options, "bench.sanitizer": sanitizer.Options}
     parsers |= {"bench.train": bench.train.Options, "bench.generate": bench.generate.Options}
@@ -203,12 +195,10 @@ def test_a_whole_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     text = (tmp_path / "report.md").read_text("utf-8")
     assert re.search(r"training GPT-2 124M, tokens/s +≥ 600,000 +655,360 +met", text)
     assert (tmp_path / "report.png").stat().st_size > 10_000
-    monkeypatch.setattr(
-        sanitizer, "find", lambda: None
-    )  # now nothing but tests fails, and they were stopped besides
-    assert (
-        run_command("bench", whole.main, ["norm", "--device", "cuda", "--out", str(tmp_path / "norm")]) == 1
-    )
+
+    monkeypatch.setattr(sanitizer, "find", lambda: None)  # now only tests fail, and they are stopped as well
+    flags = ["norm", "--device", "cuda", "--out", str(tmp_path / "norm")]
+    assert run_command("bench", whole.main, flags) == 1
 
 
 TESTS = """
@@ -222,22 +212,14 @@ def test_long():
 
 
 @pytest.mark.parametrize("flags", [[], ["-n", "2"]], ids=["one process", "two workers"])
-def test_stopped_tests_say_what_had_failed(
+def test_stopped_tests_report_their_failures(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tests that run past their time, and take with them which of them had failed; also where SIGINT is
-    ignored."""
+    """Tests stopped at their time limit lose the names of the failed ones, or ignore the signal."""
     begun, result = tmp_path / "begun", tmp_path / "result.xml"
     (tmp_path / "test_some.py").write_text(TESTS.format(begun=str(begun)), encoding="utf-8")
-    options = [
-        "-p",
-        "tests.conftest",
-        "-p",
-        "no:cacheprovider",
-        f"--junitxml={result}",
-        f"--rootdir={tmp_path}",
-        *flags,
-    ]
+    plugins = ["-p", "tests.conftest", "-p", "no:cacheprovider"]
+    options = [*plugins, f"--junitxml={result}", f"--rootdir={tmp_path}", *flags]
     wait = subprocess.Popen.wait
 
     def until_begun(process: Any, timeout: float) -> int:
@@ -245,14 +227,12 @@ def test_stopped_tests_say_what_had_failed(
             while not begun.exists():
                 assert process.poll() is None
                 time.sleep(0.1)
-            time.sleep(0.5)  # the failure's way from its worker
+            time.sleep(0.5)  # until the worker has sent the failure
             raise subprocess.TimeoutExpired(process.args, timeout)
         return wait(process, timeout)
 
     monkeypatch.setattr(subprocess.Popen, "wait", until_begun)
-    monkeypatch.delenv(
-        "PYTEST_XDIST_WORKER", raising=False
-    )  # by which the stage would take itself for a worker
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # else the stage takes itself for a worker
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         assert whole.run_process([sys.executable, "-m", "pytest", *options, str(tmp_path)], 1.0) is None
@@ -261,10 +241,10 @@ def test_stopped_tests_say_what_had_failed(
     assert whole.tally(result)[1] == ["test_wrong"]
 
 
-def test_a_deaf_stage_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stage that does not hear SIGTERM and keeps the GPU for good."""
+def test_a_stage_that_ignores_sigterm_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that ignores SIGTERM runs on and keeps the GPU occupied."""
     monkeypatch.setattr(whole, "PATIENCE", 0.5)
-    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    program = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
     began = time.monotonic()
-    assert whole.run_process([sys.executable, "-c", deaf], 0.5) is None
+    assert whole.run_process([sys.executable, "-c", program], 0.5) is None
     assert time.monotonic() - began < 10

@@ -1,4 +1,4 @@
-"""The protocol: what is timed, what is not, and whether it can be believed."""
+"""The timing protocol: what is timed, what is not, and whether the clock can be trusted."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def virtual(monkeypatch: pytest.MonkeyPatch) -> Time:
     return virtual
 
 
-def test_a_sleep_is_timed_right() -> None:
-    """A unit, a count of calls or a round that is lost on the way from the clock to seconds per call."""
+def test_a_sleep_is_timed_correctly() -> None:
+    """Wrong units, or a wrong number of calls or rounds, in the conversion to seconds per call."""
     nap = Lane([lambda: time.sleep(0.01)] * 2)
     assert min(Clock(CPU).sample(nap, 1) for _ in range(10)) == pytest.approx(0.01, rel=0.02)
 
 
 def test_seconds_are_per_call(virtual: Time) -> None:
-    """Rounds, sets of inputs or the calls in a graph that are not divided out."""
+    """A sample not divided by its rounds, its sets of inputs or the calls in its graph."""
     lane = Lane([virtual.spend(1), virtual.spend(3)], units=2)
     assert Clock(CPU).sample(lane, 5) == pytest.approx(1.0)
     assert interleave({"a": lane, "b": Lane([virtual.spend(5)])}, Clock(CPU), 0)["b"].median == pytest.approx(
@@ -50,16 +50,15 @@ def test_seconds_are_per_call(virtual: Time) -> None:
     )
 
 
-def test_events_are_read_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA's milliseconds taken for seconds."""
+def test_event_times_are_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The milliseconds of CUDA events taken for seconds."""
     virtual = Time()
     fake_cuda(monkeypatch, virtual)
     assert Clock(CUDA).sample(Lane([kernel(virtual, 0.25)]), 4) == pytest.approx(0.25)
 
 
 def test_a_graph_has_no_launch_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph that is timed as one call, though it makes one for each set of inputs, or that is not replayed
-    at all."""
+    """A graph timed as one call although it makes one for each set of inputs, or never replayed."""
     virtual = Time()
     fake_cuda(monkeypatch, virtual)
     clock = Clock(CUDA)
@@ -68,9 +67,8 @@ def test_a_graph_has_no_launch_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
     assert clock.sample(capture(lane, clock), 1) == pytest.approx(0.002)
 
 
-def test_what_waits_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A capture that is bound to fail, begun all the same; a failed one after which torch frees no memory any
-    more."""
+def test_synchronising_calls_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capture started although it must fail; a failed capture after which torch frees no memory."""
     virtual = Time()
     fake_cuda(monkeypatch, virtual)
     ended: list[Any] = []
@@ -83,12 +81,12 @@ def test_what_waits_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
     clock = Clock(CUDA)
 
-    def waits() -> None:
+    def synchronises() -> None:
         if torch.cuda.get_sync_debug_mode() == "error":
             raise RuntimeError("called a synchronizing CUDA operation")
 
     with pytest.raises(RuntimeError, match="synchronizing"):
-        capture(Lane([waits]), clock)
+        capture(Lane([synchronises]), clock)
     assert not ended
     assert torch.cuda.get_sync_debug_mode() == "default"
 
@@ -102,31 +100,28 @@ def test_what_waits_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert streams == ["the default stream"]
 
 
-def test_drift_meets_all_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Contestants timed one after the other while the machine slows down: the later one looks slower than its
-    twin."""
+def test_drift_affects_all_contestants_equally(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Contestants timed one after the other: on a machine that slows down, the later one looks slower."""
     virtual = Time(slowdown=0.05)
     monkeypatch.setattr(bench.measure, "time", virtual)
-    twins = interleave(
+    timings = interleave(
         {"first": Lane([virtual.spend(0.1)]), "second": Lane([virtual.spend(0.1)])}, Clock(CPU), 10
     )
-    assert twins["first"].median / twins["second"].median == pytest.approx(1, abs=0.03)
-    assert twins["first"].high > 1.1 * twins["first"].low
+    assert timings["first"].median / timings["second"].median == pytest.approx(1, abs=0.03)
+    assert timings["first"].high > 1.1 * timings["first"].low
 
 
-def test_a_rhythm_meets_all_alike(virtual: Time) -> None:
-    """Contestants that take turns in a fixed order while something else on the machine keeps the same
-    beat."""
-    beat = iter([1.0, 2.0] * 1000)
-    call = Lane([lambda: virtual.sleep(next(beat))])
-    twins = interleave({"first": call, "second": call}, Clock(CPU), 1e9)
-    assert {timing.low for timing in twins.values()} == {1.0}
-    assert {timing.high for timing in twins.values()} == {2.0}
+def test_periodic_noise_affects_all_contestants_equally(virtual: Time) -> None:
+    """A fixed order of contestants, in which periodic noise always hits the same one."""
+    durations = iter([1.0, 2.0] * 1000)
+    call = Lane([lambda: virtual.sleep(next(durations))])
+    timings = interleave({"first": call, "second": call}, Clock(CPU), 1e9)
+    assert {timing.low for timing in timings.values()} == {1.0}
+    assert {timing.high for timing in timings.values()} == {2.0}
 
 
 def test_preparation_and_context_are_not_timed(virtual: Time) -> None:
-    """A forward pass, or the entering of a context, that is charged to backward; preparation that is left out
-    of a sample."""
+    """Backward timed with its forward pass or its context; a sample without its preparation."""
     prepared = []
 
     def prepare() -> None:
@@ -148,8 +143,8 @@ def test_preparation_and_context_are_not_timed(virtual: Time) -> None:
     assert not prepared
 
 
-def test_short_calls_are_gathered_into_samples(virtual: Time) -> None:
-    """A sample so short that the clock's own resolution is measured."""
+def test_a_sample_holds_many_short_calls(virtual: Time) -> None:
+    """A sample so short that it measures the clock's resolution."""
     clock, calls = Clock(CPU), []
 
     def short() -> None:
@@ -160,20 +155,20 @@ def test_short_calls_are_gathered_into_samples(virtual: Time) -> None:
     assert len(calls) >= 50 * timing.samples >= 50 * bench.measure.MIN_SAMPLES
 
 
-def test_time_is_spent_as_asked(virtual: Time) -> None:
-    """A budget that is ignored, or the warm-up counted as samples."""
+def test_the_sampling_time_is_kept(virtual: Time) -> None:
+    """The seconds per contestant are ignored, or the warm-up is counted as samples."""
     interleave({name: Lane([virtual.spend(0.02)]) for name in "abc"}, Clock(CPU), 1.0)
     assert virtual.now == pytest.approx(3.0, rel=0.1)
 
 
 def test_median_and_spread() -> None:
-    """A mean in the place of the median, which one interruption spoils."""
+    """A mean instead of the median, so that one interruption changes the result."""
     assert Timing.of([5, 1, 2, 3, 4, 100]) == (3.5, 2, 5, 6)
     assert Timing.of([2.0]) == (2, 2, 2, 1)
 
 
 def test_inputs_rotate_past_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One buffer used again and again, so that the cache is measured."""
+    """The same buffer in every call, so that the cache is measured."""
 
     class Properties:
         L2_cache_size = 50 * 2**20
@@ -187,21 +182,20 @@ def test_inputs_rotate_past_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_clock_checks_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A noisy machine, or a clock that is off, that nobody is told of."""
+    """A noisy machine or a wrong clock that is not reported."""
     assert SelfCheck(1.01, 0.99).problems == []
     assert len(SelfCheck(1.1, 0.9).problems) == 2
     assert "noisy" in SelfCheck(1.0, 1.05).problems[0]
     virtual = Time()
     monkeypatch.setattr(bench.measure, "time", virtual)
     monkeypatch.setattr(torch, "mm", lambda *a, **k: virtual.sleep(0.001))
-    found = self_check(Clock(CPU))
-    assert found.sleep == pytest.approx(1)
-    assert found.noise == pytest.approx(1)
+    check = self_check(Clock(CPU))
+    assert check.sleep == pytest.approx(1)
+    assert check.noise == pytest.approx(1)
 
 
 def test_ceilings_count_what_moves(virtual: Time, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes read but not written left out of the copy, a factor of two lost in the product, or zeros
-    multiplied."""
+    """A copy that counts only half of its bytes, a matmul without its factor of two, or inputs of zeros."""
     ceilings = Ceilings(Clock(CPU), 0.01)
     copied: list[int] = []
 
@@ -210,16 +204,16 @@ def test_ceilings_count_what_moves(virtual: Time, monkeypatch: pytest.MonkeyPatc
         copied.append(source.nbytes)
         virtual.sleep(1)
 
-    def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
+    def matmul(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
         assert a.shape == (4, 5)
         assert b.shape == (5, 6)
         assert a.count_nonzero() > 0
         virtual.sleep(2)
 
     monkeypatch.setattr(torch.Tensor, "copy_", copy)
-    monkeypatch.setattr(torch, "mm", product)
+    monkeypatch.setattr(torch, "mm", matmul)
     assert ceilings.copy() == 2 * copied[0]
-    assert ceilings.product(4, 6, 5, torch.float32) == pytest.approx(120)
+    assert ceilings.matmul(4, 6, 5, torch.float32) == pytest.approx(120)
     assert ceilings.measured() == {"copy": 2 * copied[0], "4x6x5 float32": pytest.approx(120)}
     assert ceilings.floor(1200, 0, 120.0) == 10
     assert ceilings.floor(0, 4 * copied[0], 120.0) == ceilings.floor(0, 4 * copied[0], None) == 2

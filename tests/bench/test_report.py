@@ -1,4 +1,4 @@
-"""What is made of measurements: files, tables, targets, pictures, and the READMEs' figures."""
+"""The outputs made from measurements: files, tables, targets, pictures, and figures in the READMEs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from bench import readme, table, targets
 from bench.attention import PINNED
 from bench.contestants import COMPILED, EAGER, OURS
 from bench.generate import NO_CACHE, PLAIN
-from bench.plot import draw
-from bench.record import FORMULAS, Report, Row, load
+from bench.plot import SHOWN, draw, results_in, speed_figure, speed_svg
+from bench.record import FORMULAS, Report, load
 from bench.targets import Target, judge
 from gpt.errors import InputError
 from kernels.registry import SPECS
-from tests.bench.reports import invented, models
+from tests.bench.reports import invented, measured, models
 
 REPORT = invented("causal_attention", "decode_attention", "layer_norm")
 
@@ -31,14 +31,14 @@ def saved(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_report_comes_back_whole(saved: Path) -> None:
-    """A field lost, or of another type, between writing and reading."""
+def test_a_report_is_read_back_unchanged(saved: Path) -> None:
+    """A field that is lost, or gets another type, when a report is written and read."""
     assert load(saved) == REPORT
     assert json.loads(saved.read_text("utf-8"))["formulas"] == FORMULAS
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda d: d.update(format=99), "format is 99, expected 1"),
         (lambda d: d.pop("machine"), "machine is missing"),
@@ -53,24 +53,22 @@ def test_a_report_comes_back_whole(saved: Path) -> None:
         (lambda d: d.update(machine=3), "machine: is int"),
     ],
 )
-def test_what_is_no_report_is_refused(saved: Path, change: Any, said: str) -> None:
-    """A file of another form that is read as if it were a report; the time of a wrong kernel."""
+def test_a_malformed_report_is_refused(saved: Path, change: Any, message: str) -> None:
+    """A file that is not a report, or that has a time for a wrong kernel, is accepted."""
     content = json.loads(saved.read_text("utf-8"))
     change(content)
     saved.write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(InputError, match=re.escape(said)):
+    with pytest.raises(InputError, match=re.escape(message)):
         load(saved)
 
 
 def test_derived_figures() -> None:
-    """A rate that is off by a thousand, or over the wrong time."""
-    row = Row(
+    """A rate in the wrong unit, or over the wrong time."""
+    row = measured(
         "op",
         "B1",
-        "bf16",
         "both",
-        OURS,
-        "measured",
+        contestant=OURS,
         seconds=0.002,
         flops=4 * 10**12,
         bytes=6 * 10**9,
@@ -95,26 +93,25 @@ def test_derived_figures() -> None:
     ]
 
 
-def test_the_table_shows_everybody() -> None:
-    """A contestant that is left out of the table, a ratio the wrong way round, or a refusal without its
-    reason."""
+def test_the_table_shows_every_contestant() -> None:
+    """A contestant missing from the table, an inverted ratio, or a refusal without its reason."""
     rows = [row for row in REPORT.rows if row.op == "causal_attention"][:21]
     rows.append(
         replace(rows[0], contestant="bad", status="wrong", seconds=None, reason="dq: FAILED max 9.00")
     )
-    rows.append(replace(rows[0], contestant="mute", status="failed", seconds=None))
+    rows.append(replace(rows[0], contestant="silent", status="failed", seconds=None))
     text = table.race(rows)
-    assert "  mute: FAILED" in text
+    assert "  silent: FAILED" in text
     assert text.index("forward + backward") < text.index("\n forward\n") < text.index("\n backward\n")
     slow = next(line for line in text.splitlines() if "SDPA math" in line)
     assert re.search(r"\b9\.00\b", slow)
-    assert "bad: WRONG, so not timed: dq: FAILED max 9.00" in text
+    assert "bad: WRONG result, not timed: dq: FAILED max 9.00" in text
     marked = table.race([replace(rows[0], error=3.0)])
     assert "3.00 !" in marked
 
 
-def test_targets_speak_of_what_there_is() -> None:
-    """A target for an op, a contestant or a metric that no bench has, which would never be measured."""
+def test_targets_name_existing_ops_and_contestants() -> None:
+    """A target that can never be measured, because no bench has its op, case, contestant or metric."""
     known = {
         EAGER,
         COMPILED,
@@ -141,7 +138,7 @@ def test_targets_speak_of_what_there_is() -> None:
 
 
 def test_targets_are_judged_by_their_worst_case() -> None:
-    """A target met on average, against the slower rival, or with a processor's figures."""
+    """A target counted as met on average, against the slower baseline, or by a CPU's figures."""
     forward = Target(
         "f", "causal_attention", "forward", "speedup", {"D": 64}, ["SDPA flash", "SDPA cudnn"], at_least=1.05
     )
@@ -167,8 +164,8 @@ def test_targets_are_judged_by_their_worst_case() -> None:
     assert judge(Target("s", "layer_norm", "both", "share", at_least=0.5), REPORT).status == "met"
 
 
-def test_markdown_says_all(tmp_path: Path) -> None:
-    """A report without its machine, its notes, its targets, its formulas, or that it was cut short."""
+def test_the_markdown_is_complete(tmp_path: Path) -> None:
+    """A report without its machine, notes, targets or formulas, or that hides that it is incomplete."""
     report = Report(
         **{
             **vars(REPORT),
@@ -180,7 +177,7 @@ def test_markdown_says_all(tmp_path: Path) -> None:
     outcomes = [judge(target, report) for target in targets.load()]
     text = table.markdown(report, outcomes, ["report.png"])
     for part in (
-        "stopped before its end",
+        "incomplete: the run was stopped",
         "Invented GPU",
         "too noisy",
         "copy 4,000 GB/s",
@@ -193,7 +190,7 @@ def test_markdown_says_all(tmp_path: Path) -> None:
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:
-    """A picture without bars, or one of nothing."""
+    """A picture without bars, or a picture of an empty report."""
     from matplotlib.image import imread
 
     path = tmp_path / "deep" / "report.png"
@@ -206,17 +203,39 @@ def test_the_picture_is_drawn(tmp_path: Path) -> None:
     assert not (tmp_path / "none.png").exists()
 
 
-def test_the_readmes_say_what_was_measured() -> None:
-    """A figure in a README that is not that of bench/results/: `python -m bench.readme` rewrites it."""
+def test_the_picture_of_the_summary_shows_the_results(tmp_path: Path) -> None:
+    """A bar that is not the ratio of two measured times, or a contestant that is left out."""
+    for report in (*readme.results().values(), whole("NVIDIA H200", "2030-01-02")):
+        shown = readme.headlines({tmp_path: report})
+        assert shown is not None
+        expected, texts = [], [f"{report.machine.device}, {report.machine.date[:10]}"]
+        for rows in shown[1]:
+            ours = next(row.seconds for row in rows if row.contestant == OURS)
+            times = sorted(row.seconds for row in rows if row.contestant != OURS)
+            fastest = [seconds / ours for seconds in times[:SHOWN]]
+            expected += fastest
+            texts += [f"{rows[0].op} {rows[0].case} {rows[0].dtype}", *(f"{ratio:.2f}" for ratio in fastest)]
+        (axes,) = speed_figure(*shown).axes
+        ends = [bar.get_x() + bar.get_width() for bar in axes.patches]
+        assert ends == pytest.approx(expected)
+        svg = speed_svg(*shown)
+        assert sorted(results_in(svg)) == sorted(texts)
+        assert speed_svg(*shown) == svg
+
+
+def test_the_readmes_are_up_to_date() -> None:
+    """A figure in a README that differs from bench/results/; `python -m bench.readme` updates it."""
     for path in readme.FILES:
         text = path.read_text("utf-8")
         assert readme.rewritten(text, path.parent, readme.results()) == text, path.name
     assert "<!-- bench:" in readme.FILES[1].read_text("utf-8")
+    shown = readme.headlines(readme.results())
+    assert shown is not None
+    assert results_in(readme.PICTURE.read_text("utf-8")) == results_in(speed_svg(*shown))
 
 
 def test_blocks_are_rewritten(tmp_path: Path) -> None:
-    """A stale figure that stays, text around a block that does not, or a picture that the README cannot
-    find."""
+    """An old figure kept in a block, changed text around it, or a wrong path to a picture."""
     at = tmp_path / "bench" / "results" / "gpu"
     at.mkdir(parents=True)
     (at / "attention.png").touch()
@@ -224,16 +243,16 @@ def test_blocks_are_rewritten(tmp_path: Path) -> None:
     fresh = {
         name: readme.rewritten(text.replace("NAME", name), tmp_path, {at: REPORT}) for name in readme.BLOCKS
     }
-    for name, found in fresh.items():
-        assert found.startswith(f"a\n<!-- bench:{name} -->\n")
-        assert found.endswith(f"\n<!-- /bench:{name} -->\nb")
-        assert "9.99" not in found
-        assert readme.rewritten(found, tmp_path, {at: REPORT}) == found
+    for name, rewritten in fresh.items():
+        assert rewritten.startswith(f"a\n<!-- bench:{name} -->\n")
+        assert rewritten.endswith(f"\n<!-- /bench:{name} -->\nb")
+        assert "9.99" not in rewritten
+        assert readme.rewritten(rewritten, tmp_path, {at: REPORT}) == rewritten
     assert "(bench/results/gpu/attention.png)" in fresh["pictures"]
     assert "| causal_attention | B64-H12-Tq1024-Tk1024-D64 bf16 |" in fresh["speed"]
     assert "| SDPA cudnn 1.10 · torch.compile 1.15 · " in fresh["speed"]
-    assert readme.NOTHING not in fresh["speed"]
-    assert readme.NOTHING in readme.rewritten(text.replace("NAME", "speed"), tmp_path, {})
+    assert readme.NO_GPU not in fresh["speed"]
+    assert readme.NO_GPU in readme.rewritten(text.replace("NAME", "speed"), tmp_path, {})
     with pytest.raises(InputError, match="nearest valid one is 'bench:speed'"):
         readme.rewritten(text.replace("NAME", "sped"), tmp_path, {})
     with pytest.raises(InputError, match="has no end"):
@@ -241,15 +260,14 @@ def test_blocks_are_rewritten(tmp_path: Path) -> None:
 
 
 def whole(name: str, date: str) -> Report:
-    """What `python -m bench` writes on a GPU."""
+    """An invented report as `python -m bench` writes it on a GPU."""
     report = invented(*SPECS)
     machine = replace(report.machine, device=name, date=date)
     return replace(report, title="python -m bench", machine=machine, rows=report.rows + models())
 
 
 def test_a_gpu_fits_into_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Results of a GPU that make the README longer than it may be, or that leave out an op, a loss, or the
-    machine."""
+    """A summary that makes the README too long, or has no line for an op or no machine."""
     kept = readme.results()
     monkeypatch.setattr(readme, "RESULTS", tmp_path / "bench" / "results")
     for at, report in kept.items():
@@ -262,28 +280,28 @@ def test_a_gpu_fits_into_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     fresh = readme.rewritten(text, tmp_path, readme.results())
     assert len(fresh.splitlines()) <= 265
     (block,) = (match[0] for match in readme.BLOCK.finditer(fresh))
-    rows = [line.split(" | ") for line in block.splitlines() if line.startswith("| NVIDIA")]
-    assert [row[:2] for row in rows] == [["| NVIDIA H200", op] for op in (*SPECS, "train", "generate")]
+    assert len(block.splitlines()) <= 20
+    rows = [line.removeprefix("| ").split(" | ") for line in block.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["op", *SPECS, "train", "generate"]
     assert "torch.compile 1.15 · SDPA flash 1.25 · eager 1.30" in block
-    assert "H200 | train | 12x768-V50257-B64-T1024 bf16 | 655,360 tokens/s | plain PyTorch 1.20 |" in block
-    assert "![NVIDIA H200](bench/results/h200/report.png)\n" in block
+    assert "| train | 12x768-V50257-B64-T1024 bf16 | 655,360 tokens/s | plain PyTorch 1.20 |" in block
     assert "\nNVIDIA H200 (sm_90" in block
     assert "H100" not in block
-    assert readme.NOTHING not in block
+    assert readme.NO_GPU not in block
     everything = readme.rewritten(readme.FILES[1].read_text("utf-8"), tmp_path / "bench", readme.results())
-    for found in (
+    for text in (
         "H100 80GB HBM3",
         "H200",
         "B64-T128-new128",
         "```sh\npython -m bench\n```",
         "decoding at batch 1, tokens/s",
     ):
-        assert found in everything
+        assert text in everything
     assert everything.count("| layer_norm |") == 2 * len(SPECS["layer_norm"].tagged("bench"))
 
 
 def test_the_later_run_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Contestants of two runs in one line, as if they had been compared; the older of two figures."""
+    """Contestants of two runs compared in one line; an older figure instead of a newer one."""
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     old, new = whole("GPU", "2030-01-01"), whole("GPU", "2030-01-02")
     new.machine = replace(new.machine, commit="b2")
@@ -297,8 +315,8 @@ def test_the_later_run_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert (report.machine.commit, report.machine.date) == (f"{old.machine.commit}, b2", "2030-01-02")
 
 
-def test_reports_of_one_machine_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kept report that the READMEs leave out, or one of a processor that is taken for a GPU's."""
+def test_reports_in_one_folder_are_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report in bench/results/ missing from the READMEs, or a CPU's report taken for a GPU's."""
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     for op in ("causal_attention", "layer_norm"):
         report = invented(op, kind="cpu")
@@ -306,6 +324,6 @@ def test_reports_of_one_machine_are_one(tmp_path: Path, monkeypatch: pytest.Monk
         report.save(tmp_path / "cpu" / f"{op}.json")
     (report,) = readme.results().values()
     assert {row.op for row in report.rows} == {"causal_attention", "layer_norm"}
-    found = readme.rewritten("<!-- bench:speed -->\n<!-- /bench:speed -->", tmp_path, readme.results())
-    assert readme.NOTHING in found
-    assert "```sh\nbench causal_attention\nbench layer_norm\n```\n\nInvented GPU" in found
+    block = readme.rewritten("<!-- bench:speed -->\n<!-- /bench:speed -->", tmp_path, readme.results())
+    assert readme.NO_GPU in block
+    assert "```sh\nbench causal_attention\nbench layer_norm\n```\n\nInvented GPU" in block

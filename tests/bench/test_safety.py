@@ -1,5 +1,4 @@
-"""The checks of a GPU, as far as a processor can hold them: repeats, budgets, and what is made of a
-sanitizer's reports."""
+"""The GPU checks, tested on a CPU: repeats, budgets, and reading the sanitizer's reports."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ import torch
 import bench.safety
 import bench.sanitizer
 from bench.record import Report, load
-from bench.safety import Call, calls, run, unsteady
+from bench.safety import Call, calls, changed_names, run
 from gpt.cli import run_command
 from kernels.registry import SPECS
 from tests.bench.reports import MACHINE
@@ -24,12 +23,13 @@ CPU = torch.device("cpu")
 NORM = SPECS["layer_norm"]
 
 
-def restless(**inputs: Any) -> torch.Tensor:
+def nondeterministic(**inputs: Any) -> torch.Tensor:
+    """LayerNorm whose gradients differ from call to call."""
     return Wrong.apply(NORM.reference(**inputs), 1 + 1e-6 * torch.rand(()).item())
 
 
-def test_bits_that_change_are_seen() -> None:
-    """A race: another gradient the next time, or a NaN that is taken for a difference."""
+def test_changed_bits_are_detected() -> None:
+    """A gradient that changes between calls is missed; equal NaNs are reported as a difference."""
 
     def steady(**inputs: Any) -> torch.Tensor:
         return NORM.reference(**inputs) * float("nan")
@@ -39,25 +39,26 @@ def test_bits_that_change_are_seen() -> None:
     def late(**inputs: Any) -> torch.Tensor:
         return Wrong.apply(NORM.reference(**inputs), 1.0) + (next(turns) == 2)
 
-    case = NORM.tagged("small")[0]
-    where = (case, torch.float32, CPU)
-    assert unsteady(replace(NORM, function=restless), *where, 3, "reference") == ["dbias", "dweight", "dx"]
-    assert unsteady(replace(NORM, function=late), *where, 3, "reference") == ["out"]
-    assert unsteady(replace(NORM, function=steady), *where, 3, "reference") == []
     loss = SPECS["linear_cross_entropy"]
-    assert unsteady(loss, loss.tagged("small")[0], torch.float32, CPU, 2, "reference") == []
+    for spec, expected in (
+        (replace(NORM, function=nondeterministic), ["dbias", "dweight", "dx"]),
+        (replace(NORM, function=late), ["out"]),
+        (replace(NORM, function=steady), []),
+        (loss, []),
+    ):
+        call = Call(spec, spec.tagged("small")[0], torch.float32, first=True)
+        assert changed_names(call, CPU, 3, "reference") == expected
 
 
-def test_the_first_calls_are_those_of_every_op() -> None:
-    """A budget that is spent on one op, or on float32, before bfloat16 has been looked at; a call that is
-    left out for good."""
-    found = calls(list(SPECS))
-    firsts = found[: 3 * len(SPECS)]
+def test_the_first_calls_cover_every_op() -> None:
+    """A budget spent on one op, or on float32 before bfloat16; a case that is never called."""
+    todo = calls(list(SPECS))
+    firsts = todo[: 3 * len(SPECS)]
     assert [(call.spec.name, call.dtype) for call in firsts] == [
         (name, d) for d in bench.safety.DTYPES for name in SPECS
     ]
     assert all(call.first and call.case is call.spec.tagged("small")[0] for call in firsts)
-    rest = found[len(firsts) :]
+    rest = todo[len(firsts) :]
     assert not any(call.first for call in rest)
     assert [call.spec.name for call in rest[: len(SPECS)]] == list(SPECS)
     assert [call.dtype for call in rest] == sorted(
@@ -69,23 +70,22 @@ def test_the_first_calls_are_those_of_every_op() -> None:
         for case in spec.tagged("small", "edge")
         for d in spec.dtypes
     }
-    assert {(call.spec.name, call.case.id, call.dtype) for call in found} == everything
-    assert len(found) == len(everything)
+    assert {(call.spec.name, call.case.id, call.dtype) for call in todo} == everything
+    assert len(todo) == len(everything)
 
 
-def test_repeats_and_what_they_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A first call that is repeated ten times, others a thousand; a budget that is ignored; a difference that
-    is not said."""
+def test_repeats_and_their_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong number of repeats; a budget that is ignored; a difference that is not reported."""
     made: list[int] = []
 
-    def counted(spec: Any, case: Any, dtype: Any, device: Any, repeats: int, backend: str) -> list[str]:
+    def counted(call: Call, device: Any, repeats: int, backend: str) -> list[str]:
         made.append(repeats)
         return []
 
     todo = [Call(NORM, case, torch.float32, first=i == 0) for i, case in enumerate(NORM.tagged("small")[:3])]
     report = Report("test", MACHINE)
     with monkeypatch.context() as patch:
-        patch.setattr(bench.safety, "unsteady", counted)
+        patch.setattr(bench.safety, "changed_names", counted)
         assert run(todo, CPU, 1000, None, report) == 0
         assert made == [1000, 10, 10]
         assert report.notes == ["3 calls gave the same bits every time: 1 repeated 1,000 times, 2 10 times"]
@@ -94,17 +94,17 @@ def test_repeats_and_what_they_found(monkeypatch: pytest.MonkeyPatch) -> None:
         assert run(todo, CPU, 1000, 0.0, report) == 0
     assert "left out for the budget: 2 of 3 calls" in report.notes[0]
     assert not report.complete
-    bad = todo[0]._replace(spec=replace(NORM, function=restless))
+    bad = todo[0]._replace(spec=replace(NORM, function=nondeterministic))
     report = Report("test", MACHINE)
     assert run([bad], CPU, 2, None, report, "reference") == 1
-    assert report.notes[0] == "layer_norm N5-C17 fp32: other bits the next time: dbias, dweight, dx"
+    assert report.notes[0] == "layer_norm N5-C17 fp32: different bits when repeated: dbias, dweight, dx"
     assert run(todo, CPU, 0, None, report, "reference") == 0
     assert report.notes[-1] == "3 calls were made once"
 
 
 OURS = """\
 ========= COMPUTE-SANITIZER
-says the program
+a line of the program
 ========= Invalid __global__ read of size 2 bytes
 =========     at _attention_fwd_kernel+0x1a70 in forward.py:150
 =========     by thread (3,0,0) in block (1,0,0)
@@ -137,7 +137,7 @@ CLEAN = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
 
 
 @pytest.mark.parametrize(
-    ("said", "code", "expected", "note"),
+    ("output", "code", "expected", "note"),
     [
         (CLEAN, 0, 0, "0 reports about this package's kernels, 0 about others"),
         (OURS, 0, 1, "2 reports about this package's kernels, 0 about others"),
@@ -158,29 +158,28 @@ CLEAN = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
         ),
     ],
 )
-def test_reports_are_told_apart(
-    said: str, code: int, expected: int, note: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_reports_are_attributed_to_kernels(
+    output: str, code: int, expected: int, note: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """torch's reports that fail the run, ours that do not, or a tool that never ran and counts as clean."""
-    path = tmp_path / "said"
-    path.write_text(said, encoding="utf-8")
+    """A report about torch fails the run, one about our kernels does not, or a tool that never ran passes."""
+    path = tmp_path / "output"
+    path.write_text(output, encoding="utf-8")
     report = Report("test", MACHINE)
     assert bench.sanitizer.run("memcheck", ["sh", "-c", f"cat {path}; exit {code}"], report) == expected
     assert note in report.notes
-    if said == OURS:
+    if output == OURS:
         assert report.notes[1] == (
             "2 times: Invalid __global__ read of size 2 bytes at _attention_fwd_kernel+0x1a70 in "
             "forward.py:150"
         )
         out = capsys.readouterr().out
-        assert "says the program" in out
+        assert "a line of the program" in out
         assert out.count("_attention_fwd_kernel") == 1
 
 
 @pytest.mark.parametrize("tool", bench.sanitizer.TOOLS)
-def test_a_tool_is_called_as_it_must_be(tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tool that looks at repeats, at torch's cached memory, or only until its tenth second; flags that are
-    not its own."""
+def test_a_tool_is_called_with_its_flags(tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tool run on repeated calls, with torch's caching allocator, a launch timeout or wrong flags."""
     program = tmp_path / "compute-sanitizer"
     program.write_text(
         f'#!/bin/sh\necho "$@" > {tmp_path}/line\necho $PYTORCH_NO_CUDA_MEMORY_CACHING >> {tmp_path}/line\n'
@@ -191,7 +190,7 @@ def test_a_tool_is_called_as_it_must_be(tool: str, tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(bench.sanitizer, "describe", lambda device: MACHINE)
-    flags = [tool, "--op", "layer_norm", "--budget", "9s", "--json", str(tmp_path / "found.json")]
+    flags = [tool, "--op", "layer_norm", "--budget", "9s", "--json", str(tmp_path / "report.json")]
     assert run_command("bench.sanitizer", bench.sanitizer.main, flags) == 0
     line, uncached = (tmp_path / "line").read_text("utf-8").splitlines()
     before, after = line.split(" -- ")
@@ -200,11 +199,11 @@ def test_a_tool_is_called_as_it_must_be(tool: str, tmp_path: Path, monkeypatch: 
     assert ("--padding" in before) == (tool == "memcheck")
     assert uncached == ("1" if tool in ("memcheck", "initcheck") else "")
     assert after.endswith("-m bench.safety --repeats 0 --op layer_norm --budget 9s")
-    assert load(tmp_path / "found.json").notes == ["0 reports about this package's kernels, 0 about others"]
+    assert load(tmp_path / "report.json").notes == ["0 reports about this package's kernels, 0 about others"]
 
 
-def test_every_kernel_is_known() -> None:
-    """A kernel whose reports would count as somebody else's."""
+def test_every_kernel_name_is_known() -> None:
+    """A kernel of this package whose reports count as third-party."""
     names = bench.sanitizer.kernel_names()
     assert {
         "_attention_fwd_kernel",
@@ -216,7 +215,7 @@ def test_every_kernel_is_known() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["memchek"], "nearest valid one is 'memcheck'"),
         (["memcheck", "--op", "layer_nrm"], "nearest valid one is 'layer_norm'"),
@@ -225,11 +224,11 @@ def test_every_kernel_is_known() -> None:
     ],
 )
 def test_bad_input_is_one_line(
-    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A traceback where the tool is not installed or not one."""
+    """A traceback for an unknown tool or one that is not installed."""
     monkeypatch.setattr(bench.sanitizer, "find", lambda: None)
     assert run_command("bench.sanitizer", bench.sanitizer.main, arguments) == 2
     captured = capsys.readouterr()
-    assert said in captured.err
+    assert message in captured.err
     assert captured.err.count("\n") == 1

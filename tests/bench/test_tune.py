@@ -1,4 +1,4 @@
-"""The search for tiles: it finds the best one, takes nothing wrong, and leaves the table as it was."""
+"""The search for tiles: it finds the best one, rejects wrong ones, and restores the tuning table."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kernels.verify import Oracle
 
 
 class Pair(NamedTuple):
-    """Tiles of two kernels, the second of which is not used yet."""
+    """The tiles of two kernels; the second kernel has none yet."""
 
     first: Tile
     second: Tile | None
@@ -36,7 +36,7 @@ BEST = Tile(128, 64, 8, 3)
 
 def runner() -> Runner:
     clock = Clock(torch.device("cpu"))
-    return Runner(Bench("norm"), clock, Ceilings(clock), torch.float32, 0.0, False)
+    return Runner(Bench("norm"), clock, Ceilings(clock), torch.float32, seconds=0.0, compiled=False)
 
 
 def asked(contestant: Contestant) -> Tile:
@@ -50,10 +50,10 @@ def cost(tile: Tile) -> float:
 
 @pytest.fixture
 def landscape(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A kernel whose time is the distance of its tile from BEST; tiles in "wrong" are wrong."""
+    """A fake kernel, slower the further its tile is from BEST; tiles in "wrong" give wrong results."""
     state: dict[str, Any] = {"wrong": set(), "reference": 1.0, "seen": []}
 
-    def admit(self: Runner, spec: Any, contestant: Contestant, inputs: Any, truth: Any) -> Admission:
+    def admit(self: Runner, spec: Any, contestant: Contestant, inputs: Any, oracle: Any) -> Admission:
         state["seen"].append(asked(contestant))
         return Admission("wrong" if asked(contestant) in state["wrong"] else "measured")
 
@@ -82,44 +82,44 @@ def climb(seconds: float = 60) -> bench.tune.Finding:
 
 
 def test_the_best_tile_is_found(landscape: dict[str, Any]) -> None:
-    """A search that stops early, reports the wrong tile, or times one tile under the name of another."""
-    found = climb()
-    assert found.query == "norm_tile(17)"
+    """A search that stops too early, reports the wrong tile, or attributes a time to the wrong tile."""
+    finding = climb()
+    assert finding.query == "norm_tile(17)"
     assert str(Query("tiles", (90, 2), (("dropout", True),))) == "tiles(90, 2, dropout=True)"
-    assert (found.before, found.after) == ("Tile(32, 16, 4, 1)", "Tile(128, 64, 8, 3)")
-    assert found.seconds_after == pytest.approx(1e-3)
-    assert found.seconds_before == pytest.approx(cost(Tile(32, 16, 4, 1)))
-    assert "REFERENCE" not in str(found)
+    assert (finding.before, finding.after) == ("Tile(32, 16, 4, 1)", "Tile(128, 64, 8, 3)")
+    assert finding.seconds_after == pytest.approx(1e-3)
+    assert finding.seconds_before == pytest.approx(cost(Tile(32, 16, 4, 1)))
+    assert "REFERENCE" not in str(finding)
 
 
 def test_a_wrong_tile_is_never_taken(landscape: dict[str, Any]) -> None:
     """The fastest tile wins although its results are wrong."""
     landscape["wrong"] = {BEST}
-    found = climb()
-    assert found.after != "Tile(128, 64, 8, 3)"
-    assert found.rejected >= 1
+    finding = climb()
+    assert finding.after != "Tile(128, 64, 8, 3)"
+    assert finding.rejected >= 1
 
 
-def test_where_the_reference_wins_is_said(landscape: dict[str, Any]) -> None:
-    """A row that "auto" would follow to the slower of the two."""
+def test_a_faster_reference_is_reported(landscape: dict[str, Any]) -> None:
+    """A row for `tuning.SLOWER` that would make "auto" choose the slower backend."""
     landscape["reference"] = 1e-4
-    found = climb()
-    assert f"the REFERENCE is faster, 100 µs: {found.slower}" in str(found)
-    row = eval(found.slower, {"Slower": tuning.Slower, "torch": torch})
+    finding = climb()
+    assert f"the REFERENCE is faster, 100 µs: {finding.slower}" in str(finding)
+    row = eval(finding.slower, {"Slower": tuning.Slower, "torch": torch})
     assert row == tuning.Slower(
         0, "layer_norm", torch.float32, {n: (size, size) for n, size in RACE.case.sizes.items()}
     )
 
 
-def test_time_is_kept(landscape: dict[str, Any]) -> None:
-    """A search that goes on after its time."""
-    found = climb(seconds=-1)
-    assert found.before == found.after
+def test_the_search_keeps_to_its_time(landscape: dict[str, Any]) -> None:
+    """A search that continues after its deadline."""
+    finding = climb(seconds=-1)
+    assert finding.before == finding.after
     assert len(landscape["seen"]) == 1
 
 
-def test_an_answer_is_for_one_question(landscape: dict[str, Any]) -> None:
-    """A candidate for one shape that is used for all of them, or left in the table."""
+def test_a_candidate_applies_to_one_query(landscape: dict[str, Any]) -> None:
+    """A candidate for one shape used for other shapes, or left in the tuning table."""
     before = tuning.norm_tile
     with with_answer(_plain(OURS), Query("norm_tile", (17,)), BEST).context():
         assert tuning.norm_tile(17) == BEST
@@ -130,9 +130,8 @@ def test_an_answer_is_for_one_question(landscape: dict[str, Any]) -> None:
     assert tuning.norm_tile is before
 
 
-def test_neighbours_differ_in_one_number() -> None:
-    """A move that changes two things at once, leaves what hardware takes, or forgets a tile within a tuple of
-    them."""
+def test_neighbours_differ_in_one_value() -> None:
+    """A move that changes two values or exceeds a limit; a tile in a tuple that is never changed."""
     tile = Tile(64, 32, 4, 2)
     assert all(sum(a != b for a, b in zip(tile, other, strict=True)) == 1 for other in neighbours(tile))
     assert len(set(neighbours(tile))) == 8
@@ -146,20 +145,20 @@ def test_neighbours_differ_in_one_number() -> None:
 
 
 @pytest.mark.interpreter
-def test_the_knobs_of_an_op_are_found() -> None:
-    """A function of the tuning table that the search never sees turned."""
+def test_the_queries_of_an_op_are_recorded() -> None:
+    """A function of the tuning table that the search never changes."""
     assert {"norm_tile", "attention_tiles", "loss_tile", "gelu_tile"} <= set(knobs())
     assert not [name for name in knobs() if name.startswith("_")]
     ours = Contestant(
         OURS, NORM.function, lambda: bench.contestants.kernels.use_backend("triton"), peer=False
     )
     inputs = NORM.make_inputs(RACE.case, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0))
-    found = queries(runner(), RACE, ours, inputs, Oracle(NORM, inputs, torch.float32))
-    assert found == {Query("norm_tile", (17,)): tuning.norm_tile(17)}
+    asked_queries = queries(runner(), RACE, ours, inputs, Oracle(NORM, inputs, torch.float32))
+    assert asked_queries == {Query("norm_tile", (17,)): tuning.norm_tile(17)}
 
 
 def test_without_a_gpu_there_is_nothing_to_tune(capsys: pytest.CaptureFixture[str]) -> None:
-    """A search on a processor, or a traceback."""
+    """A search on a CPU, or a traceback."""
     assert run_command("bench.tune", bench.tune.main, ["--device", "cpu", "--quick"]) == 0
     assert "no GPU was found" in capsys.readouterr().out
     for arguments in (["--op", "layer_nrm"], ["--budget", "soon"], ["--quik"]):
