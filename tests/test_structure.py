@@ -1,4 +1,4 @@
-"""The import rules of the house, read from the sources."""
+"""Who may import whom, and how long a file may be, read from the sources."""
 
 from __future__ import annotations
 
@@ -215,18 +215,10 @@ def test_everything_exported_exists(module: str) -> None:
 
 def test_imports_stay_light() -> None:
     """`import gpt` that drags triton, a tokenizer, a plotting library or torch's compiler in."""
-    heavy = [
-        "triton",
-        "tiktoken",
-        "tokenizers",
-        "matplotlib",
-        "tqdm",
-        "safetensors",
-        "transformers",
-        "torch._dynamo",
-    ]
-    found = f"[m for m in {heavy} if m in sys.modules and m not in before]"
-    program = f"import torch, sys; before = set(sys.modules); import gpt; print({found})"
+    heavy = ["triton", "tiktoken", "tokenizers", "matplotlib"]
+    heavy += ["tqdm", "safetensors", "transformers", "torch._dynamo"]
+    loaded = f"[m for m in {heavy} if m in sys.modules and m not in before]"
+    program = f"import torch, sys; before = set(sys.modules); import gpt; print({loaded})"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -234,13 +226,13 @@ def test_imports_stay_light() -> None:
 
 
 def test_every_package_ships() -> None:
-    """A family that is missing from the wheel."""
+    """A package that is missing from the wheel."""
     shipped = set(
         tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
     )
-    found = {
+    packages = {
         ".".join(path.parent.relative_to(ROOT).parts)
         for path in sources("kernels", "gpt", "bench")
         if path.name == "__init__.py"
     }
-    assert shipped == found
+    assert shipped == packages

@@ -278,7 +278,7 @@ def test_a_gpu_fits_into_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (at / "report.png").touch()
     text = readme.FILES[0].read_text("utf-8")
     fresh = readme.rewritten(text, tmp_path, readme.results())
-    assert len(fresh.splitlines()) <= 265
+    assert len(fresh.splitlines()) <= 130
     (block,) = (match[0] for match in readme.BLOCK.finditer(fresh))
     assert len(block.splitlines()) <= 20
     rows = [line.removeprefix("| ").split(" | ") for line in block.splitlines() if line.startswith("| ")]
