@@ -52,7 +52,7 @@ def cases(
         ("linear_cross_entropy", {"N": n, "C": c, "V": config.vocab_size}, {"bias": config.head_bias}),
     ]
     if config.dropout:
-        found.append(("dropout", {"N": n, "C": c}, {"p": config.dropout, "seed": 1}))
+        calls.append(("dropout", {"N": n, "C": c}, {"p": config.dropout, "seed": 1}))
     if config.norm == "pre":
         calls.append(("layer_norm", {"N": n, "C": c}, norm))
     if config.activation != "relu":
