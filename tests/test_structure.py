@@ -118,7 +118,7 @@ def test_files_imports_the_standard_library_only() -> None:
 
 @pytest.mark.parametrize("path", sources("gpt"), ids=names)
 def test_nothing_imports_a_command(path: Path) -> None:
-    """`python -m gpt.…` that warns, because the package has loaded the command before it runs."""
+    """`python -m gpt.…` that warns because importing the package has loaded the command."""
     commands = {
         f"gpt.{other.stem}" for other in sources("gpt") if "__main__" in other.read_text(encoding="utf-8")
     }
@@ -195,18 +195,18 @@ def test_verify_depends_on_no_op() -> None:
 
 @pytest.mark.parametrize("path", sources("kernels", "gpt", "bench", "tests"), ids=names)
 def test_files_stay_short(path: Path) -> None:
-    """A file that nobody reads to its end."""
+    """A file that is too long to read in one sitting."""
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
 
 
 def test_model_stays_short() -> None:
-    """A model that cannot be read top-down in one sitting."""
+    """A model that cannot be read from top to bottom in one sitting."""
     assert len((ROOT / "gpt" / "model.py").read_text(encoding="utf-8").splitlines()) <= 400
 
 
 @pytest.mark.parametrize("module", ["kernels", "gpt"])
 def test_everything_exported_exists(module: str) -> None:
-    """A name in __all__ that is not there."""
+    """A name in __all__ that does not exist."""
     imported = __import__(module)
     assert sorted(imported.__all__) == sorted(set(imported.__all__))
     for name in imported.__all__:
@@ -214,7 +214,7 @@ def test_everything_exported_exists(module: str) -> None:
 
 
 def test_imports_stay_light() -> None:
-    """`import gpt` that drags triton, a tokenizer, a plotting library or torch's compiler in."""
+    """`import gpt` that loads triton, a tokenizer, a plotting library or torch's compiler."""
     heavy = ["triton", "tiktoken", "tokenizers", "matplotlib"]
     heavy += ["tqdm", "safetensors", "transformers", "torch._dynamo"]
     loaded = f"[m for m in {heavy} if m in sys.modules and m not in before]"

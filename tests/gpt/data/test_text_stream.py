@@ -30,7 +30,7 @@ class ByteTokenizer:
     ],
 )
 def test_the_stream_ends_before_a_stop_text(text: str, stops: list[str], expected: str, size: int) -> None:
-    """A part of a stop text that is written, lost text that only begins like one, or half a character."""
+    """Part of a stop text written, text lost that only begins like one, or half a character written."""
     pieces: list[str] = []
     stream = TextStream(ByteTokenizer(), pieces.append, stops)  # type: ignore[arg-type]
     with suppress(Stopped):

@@ -23,7 +23,7 @@ def model() -> GPT:
 @pytest.mark.parametrize("length", [2, 8, 9, 10, 40, 41, 43])
 @pytest.mark.parametrize("stride", [1, 3, 4, 8])
 def test_every_token_counts_once_with_its_context(length: int, stride: int, model: GPT) -> None:
-    """A token that counts twice or not at all, or that has less context than the stride leaves."""
+    """A target counted twice or left out, or one with less context than the stride guarantees."""
     ids = np.asarray(BYTES.encode(TEXT)[:length], np.uint16)
     nats = 0.0
     for position in range(1, length):
@@ -40,7 +40,7 @@ def test_every_token_counts_once_with_its_context(length: int, stride: int, mode
 
 
 def test_wrong_settings_are_refused(model: GPT) -> None:
-    """A stride that leaves tokens out, or a text without a target."""
+    """A stride that leaves tokens out, or a text without targets, that is accepted."""
     ids = np.zeros(20, np.uint16)
     for stride in (0, 9):
         with pytest.raises(InputError, match=rf"stride is {stride}, expected 1 to 8 \(block_size\)"):
