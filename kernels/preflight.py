@@ -133,7 +133,7 @@ def preflight(
     device, cases = torch.device(device), list(cases)
     for name, _ in cases:
         if name not in SPECS:
-            raise ValueError(f"preflight: {name!r} is no op, expected one of {', '.join(sorted(SPECS))}")
+            raise ValueError(f"preflight: {name!r} is not an op, expected one of {', '.join(sorted(SPECS))}")
     start = time.perf_counter()
     path = _cache_path(cases, device, dtype, prefer)
     if use_cache and (rows := _read_cache(path, cases)) is not None:

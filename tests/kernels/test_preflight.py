@@ -265,5 +265,7 @@ def test_cases_survive_the_way_to_the_child() -> None:
 
 def test_an_unknown_op_is_refused() -> None:
     """A misspelt op that is silently left out."""
-    with pytest.raises(ValueError, match=r"^preflight: 'softmax' is no op, expected one of add_layer_norm"):
+    with pytest.raises(
+        ValueError, match=r"^preflight: 'softmax' is not an op, expected one of add_layer_norm"
+    ):
         run_preflight([("softmax", Case({}))], CPU, torch.float32)
