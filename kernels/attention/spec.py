@@ -1,4 +1,4 @@
-"""What `causal_attention` and `decode_attention` say about themselves."""
+"""The specification of `causal_attention` and `decode_attention`."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ def _heads(case: Case) -> int:
 
 
 def _key_start(case: Case, device: torch.device) -> torch.Tensor | None:
-    """The `key_start` option: "padding" (B,), "documents" or "window" (B, Tq), "empty" with rows that see
-    nothing."""
+    """The `key_start` option: "padding" (B,); "documents", "window" or "empty" (no keys) (B, Tq)."""
     kind = case.options.get("key_start")
     if kind is None:
         return None
