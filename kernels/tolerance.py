@@ -75,9 +75,9 @@ def compare(
         return Verdict(name, 0.0, 0.0)
     r64 = r64.detach().double()
     error, allowed = y.detach().double() - r64, r.detach().double() - r64
-    for values, whose in ((error, "the result"), (allowed, "the reference")):
+    for values, source in ((error, "the result"), (allowed, "the reference")):
         if not torch.isfinite(values).all():
-            return Verdict(name, math.inf, math.inf, f"{whose} is not finite")
+            return Verdict(name, math.inf, math.inf, f"{source} is not finite")
     eps, floor = torch.finfo(dtype).eps, 4 * torch.finfo(torch.float32).eps * scale
     if dtype == torch.float64:
         floor = 4 * eps * scale

@@ -1,4 +1,4 @@
-"""The import rules of the house, read from the sources."""
+"""The import rules of the packages, checked on the sources."""
 
 from __future__ import annotations
 

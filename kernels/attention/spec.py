@@ -57,9 +57,7 @@ def _causal_inputs(
     else:
         shapes = (b, h, tq, d), (b, _heads(case), tk, d), (b, _heads(case), tk, d)
         q, k, v = (randn(shape, dtype, device, generator) for shape in shapes)
-    if (
-        case.options.get("layout") == "padded"
-    ):  # odd strides, and data behind every row that no kernel may read
+    if case.options.get("layout") == "padded":  # odd strides, and NaN after each row: no kernel may read it
         q, k, v = (F.pad(x, (0, 3), value=math.nan)[..., :-3] for x in (q, k, v))
     options = {
         n: case.options[n] for n in ("scale", "dropout_p", "seed", "deterministic") if n in case.options
