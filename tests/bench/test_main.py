@@ -122,8 +122,8 @@ def test_the_stages_are_those_asked_for(tmp_path: Path, monkeypatch: pytest.Monk
     assert norm.command(5)[-5:-2] == ["--quick", "--op", "add_layer_norm"]
     found = whole.stages(["norm", "train"], options, tmp_path, on_gpu=True)
     assert [stage.name for stage in found] == ["gpu tests", "same bits", "norm", "train", *sanitizer.TOOLS]
-    assert found[0].command(9)[-2:] == ["-k", "layer_norm or add_layer_norm"]
-    names = ["--op", "layer_norm", "add_layer_norm"]
+    assert found[0].command(9)[-2:] == ["-k", "layer_norm or add_layer_norm or dropout"]
+    names = ["--op", "layer_norm", "add_layer_norm", "dropout"]
     assert found[1].command(9)[1:] == [
         "-m",
         "bench.safety",
@@ -133,7 +133,7 @@ def test_the_stages_are_those_asked_for(tmp_path: Path, monkeypatch: pytest.Monk
         "--budget",
         "9s",
     ]
-    assert found[-1].command(9)[1:7] == ["-m", "bench.sanitizer", "synccheck", *names]
+    assert found[-1].command(9)[1:8] == ["-m", "bench.sanitizer", "synccheck", *names]
     for checks, expected in (("only", ["gpu tests", "same bits", *sanitizer.TOOLS]), ("no", ["norm"])):
         chosen = whole.stages(["norm"], whole.Options(checks=checks), tmp_path, on_gpu=True)
         assert [stage.name for stage in chosen] == expected
