@@ -1,7 +1,7 @@
 """Fused Triton kernels for causal attention, LayerNorm, GELU feed-forward and linear + cross-entropy.
 
-Each op stands beside a plain PyTorch reference that defines it and that runs wherever Triton cannot;
-`explain` says which and why.
+Each op has a plain PyTorch reference, which defines it and runs wherever Triton cannot; `explain` says which
+of the two a call takes, and why.
 """
 
 from kernels import reference

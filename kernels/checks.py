@@ -15,19 +15,17 @@ Dims = tuple[str, ...]
 
 
 def shapes(op: str, optional: Dims = (), /, **arguments: tuple[torch.Tensor | None, Dims]) -> dict[str, int]:
-    """Checks ranks, extents and devices of tensors against named dimensions, and returns the dimensions'
-    sizes.
+    """Checks ranks, sizes and devices of tensors against named dimensions, and returns the sizes by name.
 
     Args:
         op: The op's name, for messages.
         optional: Names of the arguments that may be None; they are skipped then.
-        **arguments: name=(tensor, dimension names). The first use of a dimension fixes its size; a leading
-            "..." stands for any leading dimensions, the same for all that have it, whose product is the size
-            "N".
+        **arguments: name=(tensor, dimension names). The first use of a dimension fixes its size. A leading
+            "..." means any leading dimensions, equal in all tensors that have it; size "N" is their product.
 
     Raises:
-        TypeError: An argument is no tensor.
-        ValueError: A rank, an extent or a device differs from what was expected.
+        TypeError: An argument is not a tensor.
+        ValueError: A rank, a size or a device differs from what is expected.
     """
     sizes: dict[str, int] = {}
     owner: dict[str, str] = {}
@@ -94,7 +92,7 @@ def same_dtype(op: str, /, **tensors: torch.Tensor | None) -> None:
 
 
 def dtype(op: str, name: str, tensor: torch.Tensor | None, expected: torch.dtype) -> None:
-    """`tensor` is None or has the one dtype that it may have."""
+    """`tensor` is None or has the `expected` dtype."""
     if tensor is not None and tensor.dtype != expected:
         raise TypeError(f"{op}: {name} is {tensor.dtype}, expected {expected}")
 
@@ -107,7 +105,7 @@ def last_contiguous(op: str, /, **tensors: torch.Tensor) -> None:
 
 
 def number(op: str, name: str, value: Any, low: float, high: float, *, open_high: bool = False) -> None:
-    """`value` is a real number in [low, high], or in [low, high) with `open_high`; NaN never is."""
+    """`value` is a real number in [low, high], or in [low, high) with `open_high`; NaN is refused."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} is {type(value).__name__}, expected a number")
     if not (low <= value < high if open_high else low <= value <= high):

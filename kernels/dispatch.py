@@ -1,8 +1,13 @@
 """The one choice between a Triton kernel and its reference, and the reason for it.
 
-Precedence, highest first: ``use_backend(op=...)``, ``use_backend("...")``, the model's ``use_triton``, the
-environment variable ``FUSED_GPT_BACKEND``, then ``"auto"``. The state is a plain module global and the
-environment is read once, at import, so that ``torch.compile(fullgraph=True)`` can trace every choice.
+A backend is "triton", "reference" or "auto". Precedence, highest first: ``use_backend(op=...)``,
+``use_backend("...")``, the model's ``use_triton``, the environment variable ``FUSED_GPT_BACKEND``, then
+``"auto"``. The state is a plain module global and the environment is read once, at import, so that
+``torch.compile(fullgraph=True)`` can trace every choice.
+
+Under ``TRITON_INTERPRET=1`` the kernels run in Triton's interpreter, on CPU tensors too. The interpreter
+computes bfloat16 wrongly, so bfloat16 takes the reference there, unless `trust_interpreted_bfloat16` is True:
+set it after patching the interpreter, as the tests do.
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ class Choice(NamedTuple):
 
 
 class FallbackWarning(UserWarning):
-    """Triton was preferred, cannot be had here, and the reference runs instead."""
+    """Triton was preferred but cannot run here, so the reference runs."""
 
 
 def _installed_triton() -> tuple[int, int] | None:
@@ -46,7 +51,7 @@ def _installed_triton() -> tuple[int, int] | None:
 
 triton_version = _installed_triton()
 interpreting = os.environ.get("TRITON_INTERPRET") == "1"
-interpreter_has_bfloat16 = False  # set by whoever mends the interpreter
+trust_interpreted_bfloat16 = False
 environment = os.environ.get("FUSED_GPT_BACKEND", "auto")
 
 _ops: dict[str, Op] = {}
@@ -58,7 +63,7 @@ _model = "auto"
 
 @dataclass(frozen=True)
 class Op:
-    """A public op as the dispatcher sees it: its name, its family, and the dtypes that its kernels take."""
+    """A public op: its name, its family, and the dtypes that its kernels take."""
 
     name: str
     family: str
@@ -81,9 +86,9 @@ class Op:
         """The backend for a call whose leading tensor is `tensor`.
 
         Args:
-            tensor: Carries the device and the dtype that the op computes in.
-            limit: Why the family's kernel cannot take this call (a head dimension, say), if it cannot.
-            slower: Why "auto" takes the reference here (a row of the tuning table), if it does.
+            tensor: Has the device and the dtype that the op computes in.
+            limit: The reason why the kernel cannot take this call, such as a head dimension; None if it can.
+            slower: The reason why "auto" takes the reference, from the tuning table; None if it does not.
 
         Raises:
             RuntimeError: ``use_backend("triton")`` or ``FUSED_GPT_BACKEND=triton`` cannot be honoured.
@@ -105,7 +110,7 @@ class Op:
         return Choice("triton", "auto: the kernel applies")
 
     def _wanted(self) -> tuple[str, str, bool]:
-        """The backend asked for, by whom, and whether it must be honoured."""
+        """The backend asked for, the setting that asks, and whether a call that cannot take it raises."""
         for key in (self.name, self.family):
             if key in _overrides:
                 return _overrides[key], f"use_backend({key}={_overrides[key]!r})", True
@@ -118,7 +123,7 @@ class Op:
         return environment, f"FUSED_GPT_BACKEND={environment}", True
 
     def obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why the kernels of this op cannot run for `device` and `dtype`, or None."""
+        """The reason why the kernels cannot run for `device` and `dtype`; None if they can."""
         if self.name in _distrusted:
             return _distrusted[self.name]
         if triton_version is None:
@@ -131,7 +136,7 @@ class Op:
         if dtype not in self.dtypes:
             return f"the kernel takes {', '.join(_short(d) for d in self.dtypes)}, not {_short(dtype)}"
         if interpreting:
-            if dtype == torch.bfloat16 and not interpreter_has_bfloat16:
+            if dtype == torch.bfloat16 and not trust_interpreted_bfloat16:
                 return "Triton's interpreter computes bfloat16 wrongly"
             return None
         if device.type != "cuda":
@@ -149,22 +154,22 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def capability_of(device: torch.device) -> tuple[int, int]:
-    """(major, minor) of a CUDA device; this form is one that torch.compile folds."""
+    """(major, minor) of a CUDA device, read in a way that torch.compile folds into a constant."""
     properties = torch.cuda.get_device_properties(device)
     return properties.major, properties.minor
 
 
 class use_backend:
-    """Context manager: every op, or the named ones, take `backend` inside.
+    """Context manager: inside, all ops or the named ones take `backend`.
 
     Args:
-        backend: "triton", "reference" or "auto" for every op; None leaves the others as they are.
-        **per_op: The same for single ops (``causal_attention=``) or families (``attention=``, ``norm=``,
+        backend: "triton", "reference" or "auto" for all ops; None leaves the other ops unchanged.
+        **per_op: The backend of single ops (``causal_attention=``) or families (``attention=``, ``norm=``,
             ``ffn=``, ``loss=``).
 
     Raises:
-        ValueError: Unknown backend, op or family. A "triton" that a call cannot honour raises RuntimeError
-            there.
+        ValueError: Unknown backend, op or family.
+        RuntimeError: Raised by an op called inside with "triton" if its kernel cannot run.
     """
 
     def __init__(self, backend: str | None = None, /, **per_op: str) -> None:
@@ -172,7 +177,7 @@ class use_backend:
         for key in per_op:
             if key not in known:
                 raise ValueError(
-                    f"use_backend: {key!r} is no op or family, expected one of {', '.join(sorted(known))}"
+                    f"use_backend: {key!r} is not an op or family, expected one of {', '.join(sorted(known))}"
                 )
         self._settings = dict(per_op) if backend is None else {"all": backend, **per_op}
         for key, value in self._settings.items():
@@ -219,8 +224,7 @@ class model_backend:
 
 
 def warn_if_unavailable(device: torch.device, dtype: torch.dtype) -> None:
-    """Gives one FallbackWarning for each reason that keeps ops from Triton on `device` in `dtype`, naming the
-    ops."""
+    """Gives one FallbackWarning, naming the ops, per reason why Triton cannot run on `device` in `dtype`."""
     reasons: dict[str, list[str]] = {}
     for op in _ops.values():
         obstacle = op.obstacle(device, dtype)
@@ -232,25 +236,26 @@ def warn_if_unavailable(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def distrust(op: str, reason: str) -> None:
-    """From now on the kernels of `op` cannot run in this process, for `reason`."""
+    """Rules out the kernels of `op` for the rest of this process; `reason` is what `explain` answers."""
     _distrusted[op] = reason
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
-    """Which backend ``op(*args, **kwargs)`` would take here and now, and why. Nothing is computed.
+    """Which backend ``op(*args, **kwargs)`` would take now, and why. Nothing is computed.
 
     Args:
         op: A public op or its name.
-        *args, **kwargs: The call's own arguments; they are checked as in the call.
+        *args, **kwargs: The arguments of the call; they are checked as in the call.
 
     Raises:
-        ValueError: `op` is unknown. Whatever the call itself would refuse is refused here too.
+        ValueError: `op` is unknown.
+        TypeError, ValueError, RuntimeError: The call itself would raise this error.
     """
     import kernels
 
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in _ops:
-        raise ValueError(f"explain: {name!r} is no op, expected one of {', '.join(sorted(_ops))}")
+        raise ValueError(f"explain: {name!r} is not an op, expected one of {', '.join(sorted(_ops))}")
     call = inspect.signature(getattr(kernels, name)).bind(*args, **kwargs)
     call.apply_defaults()
     prepared = _preparations[name](**call.arguments)
@@ -266,8 +271,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def autocast(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
-    """`tensors` in the autocast dtype where autocast is enabled; float64, integers and None pass
-    unchanged."""
+    """`tensors` in the autocast dtype if autocast is enabled; float64, integers and None stay unchanged."""
     dtype = next((autocast_dtype(t.device) for t in tensors if isinstance(t, torch.Tensor)), None)
     if dtype is None:
         return tensors

@@ -1,4 +1,4 @@
-"""The ops as modules that load the state_dict of their `torch.nn` twins."""
+"""The ops as modules; each loads the state_dict of its counterpart in `torch.nn`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Every op against its reference at given shapes, forward and backward, by the one rule of
-`kernels.tolerance`."""
+"""Checks every op of a run against its reference, at the shapes of the run, before the first step."""
 
 from __future__ import annotations
 
@@ -29,11 +28,11 @@ CHILD = [sys.executable, "-c", "from kernels.preflight import serve; serve()"]
 
 @dataclass(frozen=True)
 class Row:
-    """What preflight found for one op at one shape.
+    """The result of preflight for one op at one shape.
 
-    `forward` and `backward` are the worst errors as shares of what is allowed (1 is the limit; None: nothing
-    to check); `speedup` is the reference's time over the kernel's, forward and backward together; `problem`
-    says what failed, `skipped` why the reference runs anyway.
+    `forward` and `backward` are the largest errors divided by their bounds: 1 is the limit, None means that
+    nothing was checked. `speedup` is the reference's time divided by the kernel's, forward and backward
+    together. `problem` says what failed; `skipped` says why the op runs its reference in any case.
     """
 
     op: str
@@ -47,7 +46,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The rows of a preflight and how it came about."""
+    """The rows of a preflight, its dtype, device and duration, and whether it comes from the cache."""
 
     rows: tuple[Row, ...]
     dtype: str
@@ -71,17 +70,17 @@ class Report:
 
     @property
     def skipped(self) -> list[str]:
-        """Why the references of the others run, each reason once."""
+        """The reasons why the other ops run their reference, each once."""
         return list(dict.fromkeys(row.skipped for row in self.rows if row.skipped))
 
     def enforce(self) -> None:
-        """From now on the reference runs for each op that failed, in this process; `explain` says so."""
+        """Makes each op that failed run its reference for the rest of this process; `explain` says so."""
         for op, problem in self.failed.items():
             dispatch.distrust(op, f"preflight failed: {problem}")
 
     def __str__(self) -> str:
         source = "from the cache" if self.cached else f"{self.seconds:.1f} s"
-        lines = [f"preflight on {self.device} in {self.dtype}, {source}; errors as shares of what is allowed"]
+        lines = [f"preflight on {self.device} in {self.dtype}, {source}; errors divided by their bounds"]
         width = max([4, *(len(row.case) for row in self.rows)])
         lines.append(f"{'op':<22} {'case':<{width}} {'forward':>8} {'backward':>8} {'speed-up':>8}  verdict")
         for row in self.rows:
@@ -117,15 +116,15 @@ def preflight(
         cases: (op name, Case) pairs, e.g. a model's own shapes.
         device: Where to run.
         dtype: The dtype that the ops compute in.
-        prefer: What the caller would run, "triton" or "auto"; an op that would take its reference all the
-            same is only listed.
-        isolate: Run in a process of its own, so that an illegal memory access is caught and the op named;
-            None: on CUDA only.
-        use_cache: Take the verdicts of an earlier run with the same GPU, driver, versions, kernel sources and
-            shapes.
+        prefer: The backend that the caller prefers, "triton" or "auto". An op that would run its reference
+            under it is listed with the reason, and not checked.
+        isolate: Run in a child process, so that an illegal memory access is reported with its op; None does
+            so on CUDA only.
+        use_cache: Reuse the verdicts of an earlier run with the same GPU, driver, versions, kernel sources
+            and shapes.
 
     Returns:
-        A Report; an op whose reference would run anyway is listed with the reason.
+        A Report with one row per case.
 
     Raises:
         ValueError: An unknown op or preference.
@@ -133,17 +132,17 @@ def preflight(
     device, cases = torch.device(device), list(cases)
     for name, _ in cases:
         if name not in SPECS:
-            raise ValueError(f"preflight: {name!r} is no op, expected one of {', '.join(sorted(SPECS))}")
+            raise ValueError(f"preflight: {name!r} is not an op, expected one of {', '.join(sorted(SPECS))}")
     start = time.perf_counter()
     path = _cache_path(cases, device, dtype, prefer)
     if use_cache and (rows := _read_cache(path, cases)) is not None:
         return Report(rows, _name(dtype), _device_name(device), 0.0, cached=True)
     isolate = device.type == "cuda" if isolate is None else isolate
     if isolate:
-        found = _run_isolated(cases, device, dtype, prefer)
+        rows = tuple(_run_isolated(cases, device, dtype, prefer))
     else:
-        found = [_examine(SPECS[name], case, device, dtype, prefer) for name, case in cases]
-    report = Report(tuple(found), _name(dtype), _device_name(device), time.perf_counter() - start)
+        rows = tuple(_examine(SPECS[name], case, device, dtype, prefer) for name, case in cases)
+    report = Report(rows, _name(dtype), _device_name(device), time.perf_counter() - start)
     if use_cache and report.ok:
         _write_cache(path, report.rows)
     return report
@@ -158,7 +157,7 @@ def _examine(spec: OpSpec, case: Case, device: torch.device, dtype: torch.dtype,
     oracle = torch.float64 if dtype == torch.float32 else torch.float32
     try:
         verdicts = check(spec, case, dtype, device, oracle_dtype=oracle)
-        _wait(device)
+        _synchronize(device)
     except RuntimeError as error:
         return Row(spec.name, case.id, problem=str(error).partition("\n")[0] or type(error).__name__)
     forward = max(max(v.max_ratio, v.rms_ratio) for v in verdicts if v.name.startswith("out"))
@@ -177,15 +176,15 @@ def _seconds(
     fastest = math.inf
     with dispatch.use_backend(**{spec.name: backend}):
         for _ in range(repeats if device.type == "cuda" else 1):
-            _wait(device)
+            _synchronize(device)
             start = time.perf_counter()
             run_case(spec.function, inputs, spec.gradients)
-            _wait(device)
+            _synchronize(device)
             fastest = min(fastest, time.perf_counter() - start)
     return fastest
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -193,11 +192,9 @@ def _wait(device: torch.device) -> None:
 def _run_isolated(
     cases: Sequence[tuple[str, Case]], device: torch.device, dtype: torch.dtype, prefer: str
 ) -> list[Row]:
-    """Runs the cases in a child process, and the rest in another one whenever a child dies."""
+    """Runs the cases in a child process; if a child exits early, the next child takes the remaining cases."""
     rows: list[Row] = []
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(sys.path)
-    }  # the same packages, wherever they were found
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the child imports what we import
     while len(rows) < len(cases):
         rest = cases[len(rows) :]
         encoded = [(name, _encode(case)) for name, case in rest]
@@ -205,22 +202,22 @@ def _run_isolated(
         child = subprocess.run(
             CHILD, input=json.dumps(order), capture_output=True, text=True, check=False, env=environment
         )
-        found = [Row(**json.loads(line)) for line in child.stdout.splitlines() if line.startswith("{")]
-        rows += found
-        if len(rows) < len(cases) and (child.returncode != 0 or not found):
+        finished = [Row(**json.loads(line)) for line in child.stdout.splitlines() if line.startswith("{")]
+        rows += finished
+        if len(rows) < len(cases) and (child.returncode != 0 or not finished):
             name, case = cases[len(rows)]
             last = child.stderr.strip().splitlines()[-1] if child.stderr.strip() else "no message"
             rows.append(
-                Row(name, case.id, problem=f"its process died with exit code {child.returncode}: {last}")
+                Row(name, case.id, problem=f"its process ended with exit code {child.returncode}: {last}")
             )
     return rows
 
 
 def serve() -> None:
-    """The child's side: reads an order from standard input and prints a row per case, up to the first that
-    raises.
+    """Entry point of the child: reads cases from standard input and prints one row per case.
 
-    After a CUDA error nothing in the same process can be believed, so a fresh child takes the rest.
+    It exits after the first case that raises: a CUDA error makes later results in its process meaningless, so
+    a new child takes the remaining cases.
     """
     order = json.load(sys.stdin)
     device, dtype = torch.device(order["device"]), getattr(torch, order["dtype"])
@@ -228,7 +225,7 @@ def serve() -> None:
         row = _examine(SPECS[name], _decode(case), device, dtype, order["prefer"])
         print(json.dumps(asdict(row)), flush=True)
         if row.problem and row.forward is None:
-            os._exit(0)  # without the shutdown that a broken CUDA context would crash
+            os._exit(0)  # a normal exit can crash in a broken CUDA context
 
 
 def _encode(case: Case) -> dict[str, Any]:
@@ -275,7 +272,7 @@ def _cache_path(
 
 @cache
 def _driver() -> str:
-    """The NVIDIA driver's version, from the file that the driver itself keeps."""
+    """The version of the NVIDIA driver, as the driver reports it in /proc."""
     path = Path("/proc/driver/nvidia/version")
     return path.read_text(encoding="utf-8").splitlines()[0] if path.exists() else "unknown"
 

@@ -1,5 +1,4 @@
-"""What an op says about itself: everything that tests, benches, preflight and the ahead-of-time report
-enumerate."""
+"""The specification of an op: what tests, benches, preflight and the ahead-of-time report enumerate."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ class Case:
 
     Args:
         sizes: Dimension name -> size, e.g. ``{"B": 2, "H": 3, "T": 63, "D": 64}``.
-        options: What differs from the op's defaults; the op's `make_inputs` gives the names their meaning.
+        options: What differs from the op's defaults; `make_inputs` of the op interprets the names.
         tags: "small" and "edge" run everywhere, "slow" is the long grid, "bench" is timed, "gpu" needs a
             GPU's memory or speed.
     """
@@ -147,7 +146,6 @@ class OpSpec:
 def randn(
     shape: Iterable[int], dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> torch.Tensor:
-    """Standard normal values, drawn in float32 and rounded once, so that every dtype sees the same
-    numbers."""
+    """Standard normal values, drawn in float32 and rounded once: every dtype gets the same values."""
     values = torch.randn(tuple(shape), dtype=torch.float32, device=generator.device, generator=generator)
     return values.to(device=device, dtype=dtype)

@@ -5,10 +5,10 @@ With y the result, r the reference in the same dtype and r64 the reference in fl
     max|y - r64| <= 2 max|r - r64| + eps max|r64|           + 4 eps32 scale
     rms(y - r64) <= 2 rms(r - r64) + eps rms(r64) / sqrt(n) + 4 eps32 scale
 
-A result may thus be twice as wrong as plain PyTorch in the same dtype, plus a rounding floor: one unit in the
-last place of the largest value, and float32 cancellation at the case's own `scale` (the largest input,
-gradient or output), which alone counts where the true value is zero. The second line holds the bulk of a
-tensor where the first only holds its worst element.
+The error of a result may be twice that of plain PyTorch in the same dtype, plus a rounding floor. The floor
+is one unit in the last place of the largest value, plus float32 cancellation at the `scale` of the case (its
+largest input, gradient or output); where the expected value is zero, only the cancellation term is left. The
+first line bounds the worst element of a tensor, the second bounds the tensor as a whole.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import torch
 
 
 class Verdict(NamedTuple):
-    """How far one tensor is from the truth, as shares of what is allowed.
+    """The errors of one tensor divided by their bounds.
 
-    `max_ratio` and `rms_ratio` are error over bound; 1 is the limit, NaN and infinity never pass.
+    1 is the limit of `max_ratio` and `rms_ratio`; NaN and infinity never pass.
     """
 
     name: str
@@ -51,11 +51,11 @@ def compare(
     dtype: torch.dtype,
     scale: float,
 ) -> Verdict:
-    """Holds `y` to the rule.
+    """Compares `y` with the references by the rule.
 
     Args:
-        name: For the verdict.
-        y: The result under test; None where no gradient arrived.
+        name: The tensor's name in the verdict.
+        y: The result under test; None for a gradient that was not computed.
         r: The reference evaluated in the case's dtype.
         r64: The reference evaluated in float64.
         dtype: The dtype that the case computes in (y itself may be float32, as a loss is).
@@ -75,9 +75,9 @@ def compare(
         return Verdict(name, 0.0, 0.0)
     r64 = r64.detach().double()
     error, allowed = y.detach().double() - r64, r.detach().double() - r64
-    for values, whose in ((error, "the result"), (allowed, "the reference")):
+    for values, source in ((error, "the result"), (allowed, "the reference")):
         if not torch.isfinite(values).all():
-            return Verdict(name, math.inf, math.inf, f"{whose} is not finite")
+            return Verdict(name, math.inf, math.inf, f"{source} is not finite")
     eps, floor = torch.finfo(dtype).eps, 4 * torch.finfo(torch.float32).eps * scale
     if dtype == torch.float64:
         floor = 4 * eps * scale

@@ -1,4 +1,4 @@
-"""Triton's interpreter for every test but those of `-m gpu`, one seed and one thread policy for all."""
+"""Triton's interpreter for every test except `-m gpu`; one seed and one thread policy for all tests."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Triton reads the variable when it is first imported, which torch does on its own (constructing an
-    # optimizer, say). Interpreted and compiled kernels do not mix in one process.
+    # Triton reads the variable when it is first imported, and torch may import it, for example when an
+    # optimizer is constructed. Interpreted and compiled kernels cannot share a process.
     if "gpu" not in config.option.markexpr.replace("not gpu", ""):
         os.environ["TRITON_INTERPRET"] = "1"
     import hypothesis
@@ -24,15 +24,13 @@ def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
     else:
-        signal.signal(
-            signal.SIGTERM, signal.default_int_handler
-        )  # a run that is stopped still says what failed so far
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a killed run still reports its failures
     hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
     hypothesis.settings.load_profile("repeatable")
     if HAS_TRITON and interpreting():
-        from tests.interpreter import mend
+        from tests.interpreter import patch_interpreter
 
-        mend()
+        patch_interpreter()
 
 
 def interpreting() -> bool:
@@ -42,9 +40,8 @@ def interpreting() -> bool:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
-    items.sort(
-        key=lambda item: item.get_closest_marker("slow") is not None
-    )  # a GPU's time is short: what matters most first
+    # Slow tests run last: time on a GPU is limited.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
     for item in items:
         if item.get_closest_marker("gpu"):
             if not torch.cuda.is_available():
@@ -74,7 +71,7 @@ def seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def shared_memory(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Workers share one GPU: what a test had of its memory is given back."""
+    """Frees a test's GPU memory, because the workers share one GPU."""
     yield
     if request.node.get_closest_marker("gpu"):
         import torch

@@ -1,9 +1,8 @@
-"""Triton's interpreter, mended for bfloat16 and made faster. The conftest calls `mend` once, before any
-kernel runs.
+"""Patches for Triton's interpreter: right results in bfloat16, and faster launches.
 
-Triton 3.6 to 3.9 keep bfloat16 values as uint16 bits and then multiply, add and compare those bits;
-conversions from float32 truncate. `test_interpreter.py` holds the mended semantics, and notices when upstream
-no longer needs them.
+The conftest calls `patch_interpreter` once, before any kernel runs. Triton 3.6 to 3.9 store bfloat16 values
+as uint16 bits and then multiply, add and compare those bits; conversions from float32 truncate.
+`test_interpreter.py` tests the patched results, and fails once Triton no longer needs the patch.
 """
 
 from __future__ import annotations
@@ -19,14 +18,13 @@ from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHand
 import kernels.dispatch
 
 
-def mend() -> None:
-    """Replaces what is wrong or slow in the interpreter, and tells the dispatcher that bfloat16 can be
-    had."""
+def patch_interpreter() -> None:
+    """Replaces what is wrong or slow in the interpreter, and lets the dispatcher use it for bfloat16."""
     for name in ("cast_impl", "create_fp_to_fp", "create_dot", "binary_op"):
-        setattr(InterpreterBuilder, name, _MENDED[name])
+        setattr(InterpreterBuilder, name, _PATCHES[name])
     ReduceOps.sum = _sum
     _patch_language_once()
-    kernels.dispatch.interpreter_has_bfloat16 = True
+    kernels.dispatch.trust_interpreted_bfloat16 = True
 
 
 _cast, _dot, _binary, _custom_cast = (
@@ -46,7 +44,7 @@ def _widen(handle: TensorHandle) -> TensorHandle:
 
 
 def _narrow(values: Any) -> TensorHandle:
-    """float32 to bfloat16, to the nearest even; NaN stays NaN."""
+    """float32 to bfloat16, rounded to nearest even; NaN stays NaN."""
     bits = np.asarray(values, dtype=np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return TensorHandle(np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16), tl.bfloat16)
@@ -84,7 +82,7 @@ def _sum(self: ReduceOps, values: Any) -> Any:
     return self.to_tensor(_narrow(total).data, tl.bfloat16)
 
 
-_MENDED = {
+_PATCHES = {
     "cast_impl": _cast_impl,
     "create_fp_to_fp": _create_fp_to_fp,
     "create_dot": _create_dot,
@@ -93,8 +91,7 @@ _MENDED = {
 
 
 def _patch_language_once() -> None:
-    """The interpreter exchanges triton.language's functions at every launch and every call of a device
-    function; once will do."""
+    """Patches triton.language once; the interpreter does it at every launch and device function call."""
     interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     tl.tensor.__index__ = lambda self: int(self.handle.data.squeeze())  # 3.6's fails with numpy 2.4
     kept = SimpleNamespace(restore=lambda: None)

@@ -1,4 +1,4 @@
-"""Tensors in memory with sharp edges: a guard page right behind them, or addresses far apart in memory that
+"""Tensors with a guard page right after them, or with addresses far apart in memory that
 is never touched."""
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _guarded_memory(elements: int, dtype: torch.dtype) -> torch.Tensor:
 
 def guard_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on what torch.empty, zeros, full, their `_like`s and their `new_`s return has a guard page
-    behind it."""
+    after it."""
     places: tuple[tuple[Any, Sequence[str]], ...] = (
         (torch, ("empty", "empty_like", "zeros", "zeros_like", "full", "empty_strided")),
         (torch.Tensor, ("new_empty", "new_zeros", "new_full", "contiguous", "new_empty_strided")),

@@ -23,7 +23,7 @@ def test_a_guard_page_bites() -> None:
 
 
 def test_strides_are_kept() -> None:
-    """A guarded copy with other strides than the tensor that it stands for."""
+    """A guarded copy with other strides than the original tensor."""
     for tensor in (
         torch.randn(4, 6)[:, ::2],
         torch.randn(3, 1).expand(3, 5),

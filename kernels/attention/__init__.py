@@ -28,8 +28,7 @@ def causal_attention(
     seed: int | torch.Tensor | None = None,
     deterministic: bool | None = None,
 ) -> torch.Tensor:
-    """out_i = Σ_j softmax_j(scale q_i·k_j) v_j over the keys j in [key_start_i, position_i], position_i = Tk
-    - Tq + i.
+    """out_i = Σ_j softmax_j(scale q_i·k_j) v_j over keys j in [key_start_i, Tk - Tq + i].
 
     Args:
         q: (B, H, Tq, D), float16, bfloat16, float32 or float64; any strides with a contiguous last dimension.
@@ -51,20 +50,20 @@ def causal_attention(
         (B, H, Tq, D) in q's dtype (the autocast dtype under autocast).
 
     Raises:
-        TypeError: A tensor of another dtype, or something that is no tensor or number.
+        TypeError: A tensor of another dtype, or something that is not a tensor or number.
         ValueError: Ranks, sizes, devices or strides that do not fit; dropout_p outside [0, 1); a scale that
             is not positive and finite.
         RuntimeError: ``use_backend("triton")`` cannot be honoured.
 
     Numerics:
         Logits, softmax and sums are float32, in base 2; one rounding at the store. Saved for backward: q, k,
-        v, out and 4 BHTq bytes of log-sum-exp. Backward starts from out as it was rounded, so a gradient that
-        is truly zero may carry that rounding. No sum is taken in a varying order, unless the tuning table
-        holds a faster backward that does so; `deterministic` forbids it.
+        v, out and 4 BHTq bytes of log-sum-exp. Backward reads the rounded out, so a gradient that is exactly
+        zero in theory may contain that rounding error. Sums have a fixed order, unless the tuning table
+        selects a faster backward with atomic additions; `deterministic` rules it out.
 
     Backend:
         The reference runs for float64, for D > 256, and wherever `kernels.explain` says that Triton cannot
-        run; on a CPU it takes up to 128 keys of bfloat16 in float32, which is faster there.
+        run. On a CPU, the reference computes bfloat16 with up to 128 keys in float32, which is faster.
 
     Source:
         Dao, "FlashAttention-2" (2023), section 3; Vaswani et al., "Attention Is All You Need" (2017), section
@@ -140,7 +139,7 @@ def decode_attention(
             asked for.
 
     Numerics:
-        As `causal_attention`; a query without keys gives zeros.
+        As `causal_attention`; a query without keys gives a zero row.
 
     Backend:
         As `causal_attention`.
@@ -192,7 +191,7 @@ def _prepare_decode_attention(
 
 
 def _limit(d: int) -> str | None:
-    """Why the kernels cannot take a head dimension, if they cannot."""
+    """The reason why the kernels cannot take head dimension `d`; None if they can."""
     return f"the kernel takes head dimensions up to 256, not {d}" if d > 256 else None
 
 

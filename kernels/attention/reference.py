@@ -1,4 +1,4 @@
-"""Causal attention in plain torch: the definition, the oracle, and the product on a CPU."""
+"""Causal attention in plain torch: the definition, the tests' oracle, and the backend on a CPU."""
 
 from __future__ import annotations
 
@@ -35,14 +35,13 @@ def causal_attention(
             q, k, v, None, dropout_p, is_causal, scale=scale, enable_gqa=grouped
         )
     allowed, empty = _mask(tq, tk, key_start, q.device)
-    # A row without keys would be NaN in some of torch's kernels: let it see everything, then zero it.
+    # A row without keys is NaN in some of torch's kernels: it sees all keys here, then is set to zero.
     out = F.scaled_dot_product_attention(q, k, v, allowed | empty, dropout_p, scale=scale, enable_gqa=grouped)
     return out.masked_fill(empty, 0)
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """`x`, or on a GPU a copy of it where a row does not begin at 16 bytes: torch's fused kernels load so
-    many at once."""
+    """`x`, or a contiguous copy on a GPU if rows are not aligned to the 16-byte loads of torch's kernels."""
     if x.device.type != "cuda" or all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1]):
         return x
     return x.contiguous()
@@ -51,8 +50,7 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
 def _mask(
     tq: int, tk: int, key_start: torch.Tensor | None, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B or 1, 1, Tq, Tk), True where a query may look; (B or 1, 1, Tq, 1), True where it may look
-    nowhere."""
+    """(B or 1, 1, Tq, Tk), True for keys that a query sees; (B or 1, 1, Tq, 1), True if it sees none."""
     keys = torch.arange(tk, device=device)
     position = torch.arange(tk - tq, tk, device=device)
     allowed = (keys <= position[:, None])[None]  # (1, Tq, Tk)
@@ -73,7 +71,7 @@ def _attention_with_mask(
     dropout_p: float,
     seed: int | torch.Tensor,
 ) -> torch.Tensor:
-    """The formula written out, for the masks that torch's kernels cannot be given."""
+    """The formula written out, because torch's fused kernels accept no dropout mask."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale

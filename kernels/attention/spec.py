@@ -1,4 +1,4 @@
-"""What `causal_attention` and `decode_attention` say about themselves."""
+"""The specification of `causal_attention` and `decode_attention`."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ def _heads(case: Case) -> int:
 
 
 def _key_start(case: Case, device: torch.device) -> torch.Tensor | None:
-    """The `key_start` option: "padding" (B,), "documents" or "window" (B, Tq), "empty" with rows that see
-    nothing."""
+    """The `key_start` option: "padding" (B,); "documents", "window" or "empty" (no keys) (B, Tq)."""
     kind = case.options.get("key_start")
     if kind is None:
         return None
@@ -58,9 +57,7 @@ def _causal_inputs(
     else:
         shapes = (b, h, tq, d), (b, _heads(case), tk, d), (b, _heads(case), tk, d)
         q, k, v = (randn(shape, dtype, device, generator) for shape in shapes)
-    if (
-        case.options.get("layout") == "padded"
-    ):  # odd strides, and data behind every row that no kernel may read
+    if case.options.get("layout") == "padded":  # odd strides, and NaN after each row: no kernel may read it
         q, k, v = (F.pad(x, (0, 3), value=math.nan)[..., :-3] for x in (q, k, v))
     options = {
         n: case.options[n] for n in ("scale", "dropout_p", "seed", "deterministic") if n in case.options

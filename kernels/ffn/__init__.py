@@ -36,13 +36,13 @@ def gelu_ffn(
         (..., Cout) in x's dtype (the autocast dtype under autocast).
 
     Raises:
-        TypeError: A tensor of another dtype, or something that is no tensor.
+        TypeError: A tensor of another dtype, or something that is not a tensor.
         ValueError: Sizes or devices that do not fit; an unknown approximation.
         RuntimeError: ``use_backend("triton")`` cannot be honoured.
 
     Numerics:
-        Products accumulate in float32; bias and GELU are float32. Saved for backward: the weights, x and the
-        product x w_upᵀ; GELU is computed again. The same bits every time.
+        The matmuls accumulate in float32; bias and GELU are computed in float32. Saved for backward: the
+        weights, x and x w_upᵀ; backward recomputes GELU. Results are deterministic.
 
     Backend:
         The reference runs for float64, and wherever `kernels.explain` says that Triton cannot run.

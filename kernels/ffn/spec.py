@@ -1,4 +1,4 @@
-"""What `gelu_ffn` says about itself."""
+"""The specification of `gelu_ffn`."""
 
 from __future__ import annotations
 

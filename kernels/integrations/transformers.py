@@ -243,7 +243,7 @@ def fuse(model: PreTrainedModel, *, norm: bool = True, ffn: bool = True, loss: b
 
     Args:
         model: A GPT-2 of transformers, with or without a head.
-        norm, ffn, loss: Which ops to put in. A feed-forward whose activation is no GELU is left as it is.
+        norm, ffn, loss: Which ops to use. A feed-forward whose activation is not GELU stays unchanged.
 
     Returns:
         How many modules changed; `unfuse` changes them back.

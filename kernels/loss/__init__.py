@@ -42,22 +42,21 @@ def linear_cross_entropy(
         float32 (float64 for float64): a scalar, or targets' shape with "none", 0 where ignored.
 
     Raises:
-        TypeError: A tensor of another dtype, or something that is no tensor or number.
+        TypeError: A tensor of another dtype, or something that is not a tensor or number.
         ValueError: Sizes or devices that do not fit; an unknown reduction; a number outside its range; on a
             CPU, a target outside [0, V).
         RuntimeError: ``use_backend("triton")`` cannot be honoured.
 
     Numerics:
-        Softmax, loss and the gradients of the logits in float32; the weight's gradient accumulates in
-        float32. At most one chunk of logits is held at a time, and no number is read back from the device.
-        Saved for backward: the reference and "none" keep x, weight and targets, and draw the logits again;
-        else the kernel computes dx and the float32 dweight beside the loss, keeps them, and scales them in
-        backward. The same bits every time.
+        Softmax, loss and the gradients of the logits are float32; the weight's gradient accumulates in
+        float32. At most one chunk of logits exists at a time, and nothing synchronises with the device. Saved
+        for backward: the reference, and the kernel with "none", save x, weight and targets and recompute the
+        logits. Otherwise the kernel computes dx and a float32 dweight together with the loss, saves them, and
+        scales them in backward. Results are deterministic.
 
     Backend:
-        The reference runs for float64, and wherever `kernels.explain` says that Triton cannot run. On a GPU
-        nothing can be raised for a target outside [0, V) without waiting for the device: there, its loss is
-        NaN from the kernel.
+        The reference runs for float64, and wherever `kernels.explain` says that Triton cannot run. On a GPU,
+        a target outside [0, V) cannot raise without synchronising: the kernel gives it a loss of NaN.
 
     Source:
         Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (2024), section 3, for the

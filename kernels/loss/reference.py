@@ -62,8 +62,7 @@ def token_losses(
 
 
 class _Chunked(torch.autograd.Function):
-    """`token_losses` over chunks of rows: backward draws each chunk's logits again instead of holding them
-    all."""
+    """`token_losses` over chunks of rows; backward recomputes the logits of each chunk."""
 
     @staticmethod
     def forward(

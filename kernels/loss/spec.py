@@ -1,4 +1,4 @@
-"""What `linear_cross_entropy` says about itself."""
+"""The specification of `linear_cross_entropy`."""
 
 from __future__ import annotations
 

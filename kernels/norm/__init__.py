@@ -17,8 +17,7 @@ _DROPOUT = Op("dropout", family="norm")
 def layer_norm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, eps: float = 1e-5
 ) -> torch.Tensor:
-    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension, with the biased
-    variance.
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension; var is biased.
 
     Args:
         x: (..., C), any floating-point dtype.
@@ -30,13 +29,13 @@ def layer_norm(
         (..., C) in x's dtype; under autocast in the autocast dtype, with weight and bias left as they are.
 
     Raises:
-        TypeError: A tensor that is not floating point, or something that is no tensor or number.
+        TypeError: A tensor that is not floating point, or something that is not a tensor or number.
         ValueError: Sizes or devices that do not fit; eps negative or not finite.
         RuntimeError: ``use_backend("triton")`` cannot be honoured.
 
     Numerics:
         Mean, two-pass variance and normalisation in float32; one rounding at the store. Saved for backward:
-        x, weight and 8 bytes a row. The gradients are the same bits every time.
+        x, weight and 8 bytes per row. The gradients are deterministic.
 
     Backend:
         The reference runs for float64, for C > 32,768, and wherever `kernels.explain` says that Triton cannot
@@ -98,8 +97,8 @@ def add_layer_norm(
         TypeError, ValueError, RuntimeError: As `layer_norm`; ValueError also for dropout_p outside [0, 1).
 
     Numerics:
-        As `layer_norm`; the norm sees new_residual as it was stored. The mask is drawn again in backward,
-        never stored.
+        As `layer_norm`; the norm reads new_residual after it is rounded to its dtype. Backward recomputes the
+        mask, which is never stored.
 
     Backend:
         As `layer_norm`.

@@ -186,9 +186,9 @@ def test_every_op_asks_the_table(spec: OpSpec, monkeypatch: pytest.MonkeyPatch) 
 def test_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
     """float64 handed to a kernel, or bfloat16 handed to an interpreter that computes it wrongly."""
     assert OP.obstacle(X.device, torch.float64) == "the kernel takes float32, float16, bfloat16, not float64"
-    monkeypatch.setattr(dispatch, "interpreter_has_bfloat16", False)
+    monkeypatch.setattr(dispatch, "trust_interpreted_bfloat16", False)
     assert OP.obstacle(X.device, torch.bfloat16) == "Triton's interpreter computes bfloat16 wrongly"
-    monkeypatch.setattr(dispatch, "interpreter_has_bfloat16", True)
+    monkeypatch.setattr(dispatch, "trust_interpreted_bfloat16", True)
     assert OP.obstacle(X.device, torch.bfloat16) is None
 
 
@@ -215,12 +215,12 @@ def test_one_warning_per_reason(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (
             lambda: kernels.use_backend(atention="triton"),
-            "use_backend: 'atention' is no op or family, expected one of add_layer_norm",
+            "use_backend: 'atention' is not an op or family, expected one of add_layer_norm",
         ),
         (lambda: kernels.use_backend(attention="gpu"), "use_backend: attention is 'gpu', expected one of"),
         (lambda: kernels.model_backend("yes"), "model_backend: backend is 'yes', expected one of"),
         (lambda: kernels.model_backend(1), "model_backend: backend is 1, expected one of"),  # type: ignore[arg-type]
-        (lambda: kernels.explain("softmax"), "explain: 'softmax' is no op, expected one of"),
+        (lambda: kernels.explain("softmax"), "explain: 'softmax' is not an op, expected one of"),
     ],
 )
 def test_unknown_names_are_refused(call: object, message: str) -> None:

@@ -1,6 +1,7 @@
-"""The norm, feed-forward and loss families on Triton, without naming an op: layouts, subsets of gradients,
-nothing to do, what a backward may not touch, guard pages, and what torch.library and torch.compile make of
-them."""
+"""Tests of every Triton op in the norm, feed-forward and loss families.
+
+Layouts, subsets of gradients, empty inputs, saved tensors, guard pages, torch.library and torch.compile.
+"""
 
 from __future__ import annotations
 
@@ -87,8 +88,8 @@ def run(
         grads = [
             grad_layout(torch.randn(o.shape, generator=generator).to(o.device, o.dtype)) for o in outputs
         ]
-        found = torch.autograd.grad(outputs, [leaves[n] for n in wanted], grads)
-        results |= {f"d{n}": gradient for n, gradient in zip(wanted, found, strict=True)}
+        values = torch.autograd.grad(outputs, [leaves[n] for n in wanted], grads)
+        results |= {f"d{n}": gradient for n, gradient in zip(wanted, values, strict=True)}
     return results
 
 
@@ -136,7 +137,7 @@ def test_gradients_in_any_layout(spec: OpSpec, layout: Callable[..., Any]) -> No
 
 @pytest.mark.parametrize(("spec", "case"), SMALL)
 def test_leading_dimensions(spec: OpSpec, case: Case) -> None:
-    """An op that only takes matrices, or whose output forgets the leading dimensions."""
+    """An op that accepts matrices only, or that drops the leading dimensions of its output."""
     inputs = inputs_of(spec, case)
     flat = triton(spec, inputs, spec.gradients)
     rows = {
@@ -182,10 +183,10 @@ def test_any_subset_of_gradients(spec: OpSpec, case: Case) -> None:
     for count in range(len(names)):
         for subset in itertools.combinations(names, count):
             with Recorder() as recorder:
-                found = triton(spec, inputs, subset)
+                actual = triton(spec, inputs, subset)
             assert recorder.gradients() <= {f"d{n}" for n in subset}
-            assert set(found) == {n for n in full if n.startswith("out")} | {f"d{n}" for n in subset}
-            for name, value in found.items():
+            assert set(actual) == {n for n in full if n.startswith("out")} | {f"d{n}" for n in subset}
+            for name, value in actual.items():
                 torch.testing.assert_close(value, full[name], rtol=1e-6, atol=1e-6)
 
 
@@ -195,9 +196,9 @@ def test_no_rows(spec: OpSpec) -> None:
     uninitialised."""
     for case in spec.tagged("small"):
         inputs = inputs_of(spec, Case(dict(case.sizes) | {"N": 0}, case.options))
-        found, expected = triton(spec, inputs, spec.gradients), run(spec.reference, inputs, spec.gradients)
+        actual, expected = triton(spec, inputs, spec.gradients), run(spec.reference, inputs, spec.gradients)
         for name, value in expected.items():
-            assert torch.equal(found[name], value), (case.id, name)
+            assert torch.equal(actual[name], value), (case.id, name)
 
 
 @pytest.mark.parametrize(("spec", "case"), SMALL)
@@ -284,10 +285,10 @@ def test_compiled_equals_eager(spec: OpSpec, case: Case, backend: str) -> None:
     inputs = inputs_of(spec, case)
     compiled = torch.compile(spec.function, fullgraph=True, backend=backend, dynamic=False)
     with kernels.use_backend(**{spec.name: "triton"}):
-        eager, found = run(spec.function, inputs, spec.gradients), run(compiled, inputs, spec.gradients)
+        eager, actual = run(spec.function, inputs, spec.gradients), run(compiled, inputs, spec.gradients)
     torch.compiler.reset()
     for name, value in eager.items():
-        assert torch.equal(found[name], value), name
+        assert torch.equal(actual[name], value), name
 
 
 @pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.name)
@@ -302,11 +303,11 @@ def test_compiled_with_an_input_that_changes(spec: OpSpec) -> None:
 
     with kernels.use_backend(**{spec.name: "triton"}), torch.no_grad():
         eager = function(**inputs | {"x": inputs["x"].clone()})
-        found = torch.compile(function, fullgraph=True, backend="aot_eager")(
+        actual = torch.compile(function, fullgraph=True, backend="aot_eager")(
             **inputs | {"x": inputs["x"].clone()}
         )
     torch.compiler.reset()
-    torch.testing.assert_close(found, eager, rtol=0, atol=0)
+    torch.testing.assert_close(actual, eager, rtol=0, atol=0)
 
 
 @pytest.mark.gpu

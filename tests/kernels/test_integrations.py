@@ -142,7 +142,7 @@ def test_generation_is_sdpa_s(make: Any, calls: list[Tensor | None]) -> None:
 
 
 def test_a_prompt_in_pieces_is_the_prompt(calls: list[Tensor | None]) -> None:
-    """Queries behind a cache that are taken for the first ones."""
+    """Queries after a cache that get the positions of the first tokens."""
     model, idx = gpt2(), torch.randint(V, (2, T))
     whole = logits(model, "sdpa", idx)
     model.set_attn_implementation("fused_gpt")
@@ -181,7 +181,7 @@ def test_other_masks_fall_back_and_say_so_once(name: str, calls: list[Tensor | N
 
 
 def test_a_static_cache_falls_back() -> None:
-    """A cache with family behind the last key, read to its end."""
+    """A preallocated cache that is read past its last key."""
     model, idx = gpt2(), torch.randint(V, (2, T))
     settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "cache_implementation": "static"}
     results = []

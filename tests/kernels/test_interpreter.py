@@ -1,4 +1,4 @@
-"""The mended interpreter: bfloat16 against torch, and a canary for the day that upstream mends it."""
+"""The patched interpreter: bfloat16 against torch, and a test that fails once Triton needs no patch."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ EXPECTED = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("op", EXPECTED)
 def test_arithmetic_is_torchs(op: str, dtype: torch.dtype) -> None:
-    """An interpreter that computes on bfloat16's bits, or truncates where hardware rounds to the nearest."""
+    """An interpreter that computes with the bits of bfloat16, or truncates instead of rounding to nearest."""
     a, b = torch.randn(2, 16, 16).to(dtype)
     out = torch.empty_like(a)
     _arithmetic_kernel[(1,)](a, b, out, OP=op, N=16)
@@ -93,9 +93,12 @@ for op in ("cast", "dot", "add"):
 """
 
 
-def test_upstream_still_needs_mending() -> None:
-    """Upstream computes bfloat16 rightly: drop what tests/interpreter.py replaces, and
-    `interpreter_has_bfloat16` with it."""
+def test_triton_still_needs_the_patch() -> None:
+    """A patch that Triton no longer needs.
+
+    If this fails, Triton computes bfloat16 correctly: remove the patch from tests/interpreter.py, and
+    `trust_interpreted_bfloat16` from kernels/dispatch.py.
+    """
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-c", CANARY]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""The modules against their twins of torch.nn, whose parameters they take."""
+"""The modules against their counterparts in torch.nn, with the same parameters."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def multihead(**settings: Any) -> nn.Module:
     return nn.MultiheadAttention(C, H, batch_first=True, **settings)
 
 
-TWINS: dict[str, tuple[Maker, Maker]] = {
+COUNTERPARTS: dict[str, tuple[Maker, Maker]] = {
     "layer_norm": (lambda: LayerNorm(C), lambda: nn.LayerNorm(C)),
     "layer_norm-eps": (lambda: LayerNorm((C,), eps=0.3), lambda: nn.LayerNorm(C, eps=0.3)),
     "layer_norm-no-bias": (lambda: LayerNorm(C, bias=False), lambda: nn.LayerNorm(C, bias=False)),
@@ -42,7 +42,7 @@ TWINS: dict[str, tuple[Maker, Maker]] = {
         lambda: multihead(bias=False),
     ),
 }
-each_twin = pytest.mark.parametrize("makers", TWINS.values(), ids=TWINS)
+each_counterpart = pytest.mark.parametrize("makers", COUNTERPARTS.values(), ids=COUNTERPARTS)
 
 
 def same_parameters(makers: tuple[Maker, Maker]) -> list[nn.Module]:
@@ -61,8 +61,8 @@ def call(module: nn.Module, x: Tensor) -> Tensor:
     return module(x)
 
 
-@each_twin
-def test_the_state_dict_is_the_twins(makers: tuple[Maker, Maker]) -> None:
+@each_counterpart
+def test_the_state_dict_is_that_of_torch(makers: tuple[Maker, Maker]) -> None:
     """A parameter of another name, place or shape, or one that starts out differently from torch.nn's."""
     states = []
     for make in makers:
@@ -73,8 +73,8 @@ def test_the_state_dict_is_the_twins(makers: tuple[Maker, Maker]) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@each_twin
-def test_output_and_gradients_are_the_twins(makers: tuple[Maker, Maker]) -> None:
+@each_counterpart
+def test_output_and_gradients_equal_torch(makers: tuple[Maker, Maker]) -> None:
     """A module that forgets a bias, its eps, its approximation or the mask, or that mixes heads up."""
     x = torch.randn(B, T, C, dtype=torch.float64)
     results = []
@@ -91,12 +91,12 @@ def test_output_and_gradients_are_the_twins(makers: tuple[Maker, Maker]) -> None
     torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize(("op", "name"), [(name.split("-")[0], name) for name in TWINS])
+@pytest.mark.parametrize(("op", "name"), [(name.split("-")[0], name) for name in COUNTERPARTS])
 def test_a_module_runs_its_op(op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A module that computes by itself, out of reach of the kernels and of use_backend."""
     calls = []
     monkeypatch.setattr(kernels, op, lambda x, *args, **settings: calls.append(op) or x)
-    TWINS[name][0]()(torch.randn(B, T, C))
+    COUNTERPARTS[name][0]()(torch.randn(B, T, C))
     assert calls == [op]
 
 

@@ -1,5 +1,7 @@
-"""Every op of the registry, without naming one: the reference against float64 and gradcheck, Triton against
-the reference, explain, autocast, and arguments that must be refused."""
+"""Tests of every op in the registry.
+
+The reference against float64 and gradcheck, Triton against the reference, explain, autocast, bad arguments.
+"""
 
 from __future__ import annotations
 
@@ -103,8 +105,7 @@ def test_triton_agrees_on_the_long_grid(spec: OpSpec, case: Case, dtype: torch.d
 @pytest.mark.gpu
 @pytest.mark.parametrize(("spec", "case", "dtype"), cases("small", "edge", "gpu"))
 def test_triton_agrees_on_the_gpu(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
-    """A compiled kernel that is wrong where its interpreted twin is right. The benches hold their own cases
-    to the same rule."""
+    """A compiled kernel that is wrong although the interpreted kernel is right."""
     assert_right(spec, case, dtype, GPU, "triton")
 
 
@@ -216,8 +217,7 @@ def _bad_tensor(spec: OpSpec, name: str, inputs: dict[str, Any]) -> list[tuple[s
 
 
 def _absent_tensor(spec: OpSpec, argument: TensorArgument, inputs: dict[str, Any]) -> torch.Tensor:
-    """A right value for an optional tensor that the case leaves out: sizes from the tensors that share its
-    dimensions."""
+    """A valid value for an optional tensor that is None in the case."""
     sizes: dict[str, int] = {}
     for name, declared in spec.arguments.items():
         if (
@@ -249,7 +249,7 @@ def _bad_number(argument: NumberArgument) -> list[tuple[str, Any, type[Exception
 
 
 def bad_arguments() -> list[Any]:
-    found = []
+    parameters = []
     for spec in SPECS.values():
         inputs = inputs_of(spec, first_case(spec))
         for name, argument in spec.arguments.items():
@@ -269,19 +269,18 @@ def bad_arguments() -> list[Any]:
                     ("a vector", torch.zeros(3, dtype=torch.int64), TypeError),
                     ("another device", torch.zeros((), dtype=torch.int64, device="meta"), ValueError),
                 ]
-            found += [
+            parameters += [
                 pytest.param(spec, name, bad, error, id=f"{spec.name}-{name}-{what}")
                 for what, bad, error in values
             ]
-    return found
+    return parameters
 
 
 @pytest.mark.parametrize(("spec", "name", "bad", "error"), bad_arguments())
 def test_bad_arguments_are_refused(
     spec: OpSpec, name: str, bad: Any, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A bad argument that reaches a kernel, or a message that does not name the op, the value and what was
-    expected."""
+    """A bad argument that reaches a kernel, or a message without the op, the value and what is expected."""
     monkeypatch.setattr(
         dispatch.Op, "choose", lambda *args, **kwargs: pytest.fail("the call passed its checks")
     )

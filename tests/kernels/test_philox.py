@@ -74,14 +74,14 @@ def test_an_element_at_the_threshold_is_kept(op: str, size: int) -> None:
             with kernels.use_backend("triton"):
                 if op == "attention":  # with v the identity and all logits equal, the output is the mask
                     q, v = torch.zeros(1, 1, size, 16), torch.eye(size, 16)[None, None]
-                    found = kernels.causal_attention(q, q, v, dropout_p=p, seed=5)[..., :size]
+                    actual = kernels.causal_attention(q, q, v, dropout_p=p, seed=5)[..., :size]
                 elif op == "dropout":
-                    found = kernels.dropout(torch.ones(3, size), p, seed=5)
+                    actual = kernels.dropout(torch.ones(3, size), p, seed=5)
                 else:
                     x = torch.ones(3, size)
-                    _, found = kernels.add_layer_norm(
+                    _, actual = kernels.add_layer_norm(
                         x, torch.zeros_like(x), torch.ones(size), dropout_p=p, seed=5
                     )
             expected = words >= threshold
-            assert torch.equal(found[row] != 0, expected[row])
+            assert torch.equal(actual[row] != 0, expected[row])
             assert torch.equal(keep_mask(5, words.shape, p, CPU), expected)

@@ -1,5 +1,4 @@
-"""Preflight: planted faults are caught and named, a dead process too, and the verdicts are cached by all that
-they depend on."""
+"""Preflight: planted faults and crashed processes are reported, and verdicts are cached with a full key."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ def a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, op: str, fault: Callable[..., Any]) -> None:
-    """Replaces the op, as preflight calls it, by one with a fault; the reference stays."""
+    """Replaces the op that preflight calls by a faulty one; the reference stays."""
     monkeypatch.setitem(preflight.SPECS, op, dataclasses.replace(preflight.SPECS[op], function=fault))
 
 
@@ -40,7 +39,7 @@ def failed(*cases: tuple[str, Case], dtype: torch.dtype) -> dict[str, str]:
 
 
 class StaleMask(torch.autograd.Function):
-    """dropout whose backward draws another mask than its forward."""
+    """Dropout whose backward pass recomputes another mask than its forward pass applied."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
@@ -122,8 +121,7 @@ def test_planted_faults_are_caught(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A wrong kernel that preflight lets through, or that it refuses for another reason than what is
-    wrong."""
+    """A wrong kernel that passes preflight, or that fails for another reason than its fault."""
     plant(monkeypatch, op, fault)
     problems = failed((op, case), dtype=dtype)
     assert list(problems) == [op]
@@ -167,8 +165,7 @@ def test_what_cannot_run_is_listed_with_the_reason(monkeypatch: pytest.MonkeyPat
 
 
 def test_verdicts_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checking again what was checked, or believing a verdict about other sources, shapes, dtypes or
-    versions."""
+    """A check that is repeated, or a verdict that is reused for other sources, shapes, dtypes or versions."""
     report = run_preflight([NORM], CPU, torch.float32)
     assert not report.cached
     assert (
@@ -237,19 +234,18 @@ module.serve()
 """
 
 
-def test_a_dying_process_is_named_and_the_rest_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An illegal memory access that takes the run down, or that hides the ops behind it."""
+def test_a_crashed_process_is_named_and_the_rest_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An illegal memory access that ends the run, or that hides the ops after it."""
     monkeypatch.setattr(preflight, "CHILD", [sys.executable, "-c", CRASH])
     report = run_preflight([NORM, ATTENTION, NORM], CPU, torch.float32, isolate=True, use_cache=False)
     assert [row.op for row in report.rows] == ["layer_norm", "causal_attention", "layer_norm"]
-    assert report.failed == {"causal_attention": "its process died with exit code -11: no message"}
+    assert report.failed == {"causal_attention": "its process ended with exit code -11: no message"}
 
 
 def test_the_process_finds_the_package_from_any_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that cannot import the package, which was found through sys.path: every op would be said to
-    have died."""
+    """A child process that cannot import a package that only the parent's sys.path finds."""
     monkeypatch.chdir(tmp_path)
     report = run_preflight([NORM], CPU, torch.float32, isolate=True, use_cache=False)
     assert report.ok, str(report)
@@ -265,5 +261,7 @@ def test_cases_survive_the_way_to_the_child() -> None:
 
 def test_an_unknown_op_is_refused() -> None:
     """A misspelt op that is silently left out."""
-    with pytest.raises(ValueError, match=r"^preflight: 'softmax' is no op, expected one of add_layer_norm"):
+    with pytest.raises(
+        ValueError, match=r"^preflight: 'softmax' is not an op, expected one of add_layer_norm"
+    ):
         run_preflight([("softmax", Case({}))], CPU, torch.float32)
