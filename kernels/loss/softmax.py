@@ -116,7 +116,7 @@ def cross_entropy(
 
     logits: (N, V), the first columns of a contiguous buffer (N, width); the padding is overwritten too. bias:
     (width,) float32, added to the logits. targets: (N,) int64. losses: (N,) float32. grad: (N,) float32, the
-    gradients of the losses; None stands for ones.
+    gradients of the losses; None means ones.
     """
     n, v = logits.shape
     tile = loss_tile(v)

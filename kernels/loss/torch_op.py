@@ -67,8 +67,8 @@ def _run_chunks(
 ) -> Tensor:
     """Losses (N,); fills dx (N, C), and adds to dweight (V, C) and dbias (V,), both float32.
 
-    options: ignore_index, label_smoothing and z_loss. grad: (N,), the gradients of the losses; None stands
-    for ones. A gradient that is None is not computed.
+    options: ignore_index, label_smoothing and z_loss. grad: (N,), the gradients of the losses; None means
+    ones. A gradient that is None is not computed.
     """
     (n, _), v = x.shape, weight.shape[0]
     width = -(-v // 64) * 64  # rows of logits start at aligned addresses, whatever the vocabulary
