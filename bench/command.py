@@ -50,7 +50,8 @@ def command(bench: Bench, argv: Sequence[str] | None = None) -> int:
 
 def _main(bench: Bench, argv: Sequence[str]) -> int:
     description = (
-        f"The ops of `{bench.family}`: correctness first, then time against whatever else is installed."
+        f"The ops of `{bench.family}`: correctness first, "
+        "then time against everything else that is installed."
     )
     parser = OptionParser(f"python -m bench.{bench.family}", description, options=Options())
     _, values = parser.parse_tables(argv)

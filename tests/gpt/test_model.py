@@ -48,7 +48,7 @@ def formula(model: GPT, idx: Tensor) -> Tensor:
             qh, kh, vh = (t[:, h * c.head_size : (h + 1) * c.head_size] for t in (q, k, v))
             logits = qh @ kh.T / c.head_size**0.5
             heads.append(
-                logits.mcalls_fill(torch.ones_like(logits).triu(1) == 1, -torch.inf).softmax(-1) @ vh
+                logits.masked_fill(torch.ones_like(logits).triu(1) == 1, -torch.inf).softmax(-1) @ vh
             )
         return linear(torch.cat(heads, -1), f"{name}.proj")
 
