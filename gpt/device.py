@@ -58,10 +58,11 @@ def autocast_dtype(name: str, device: torch.device) -> torch.dtype:
         raise InputError("TrainConfig: dtype is 'float16' on a CPU, expected float32 or bfloat16 there")
     if name != "auto":
         return _DTYPES[name]
-    return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
+    return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
 
 
-def _multiplies_bfloat16(device: torch.device) -> bool:
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bfloat16. A CPU that emulates it is slower than in float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt.config import TrainConfig
+from gpt.device import multiplies_bfloat16
 from gpt.errors import InputError
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x, x³ and x⁵: steep at 0, close to 1 for larger x
@@ -83,11 +84,13 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     """U Vᵀ, approximately, for each matrix U S Vᵀ in (K, m, n): singular values end in about [0.7, 1.2].
 
-    Numerics: computes in bfloat16 and returns the input's dtype. A zero matrix stays zero.
+    Numerics: computes in bfloat16 where the hardware multiplies it, else in float32, and returns the input's
+    dtype. A zero matrix stays zero.
     """
     a, b, c = COEFFICIENTS
     wide = matrices.shape[1] <= matrices.shape[2]
-    x = (matrices if wide else matrices.mT).bfloat16()
+    dtype = torch.bfloat16 if multiplies_bfloat16(matrices.device) else torch.float32
+    x = (matrices if wide else matrices.mT).to(dtype)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT  # (K, m, m)

@@ -31,8 +31,10 @@ def test_one_step_of_adamw() -> None:
         )
 
 
-def test_orthogonalize() -> None:
+@pytest.mark.parametrize("hardware", [True, False], ids=["bfloat16", "float32"])
+def test_orthogonalize(hardware: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Singular values far from 1, rotated vectors, a tall matrix treated as wide, or NaN from zeros."""
+    monkeypatch.setattr("gpt.training.optim.multiplies_bfloat16", lambda device: hardware)
     for m, n in ((8, 8), (12, 5), (5, 12)):
         u, _, v = torch.linalg.svd(torch.randn(3, m, n), full_matrices=False)
         s = torch.linspace(0.2, 3, min(m, n))
@@ -42,6 +44,16 @@ def test_orthogonalize() -> None:
         expected = torch.eye(len(s)).expand(3, -1, -1)
         torch.testing.assert_close(u.mT @ actual @ v.mT, expected, atol=0.4, rtol=0)
     assert (orthogonalize(torch.zeros(2, 3, 4)) == 0).all()
+
+
+def test_orthogonalize_takes_the_fast_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 matmuls on a CPU that emulates them, which takes longer than float32."""
+    matrices = torch.randn(3, 8, 12)
+    monkeypatch.setattr("gpt.training.optim.multiplies_bfloat16", lambda device: False)
+    exact = (orthogonalize(matrices) - newton_schulz(matrices)).abs().max()
+    monkeypatch.setattr("gpt.training.optim.multiplies_bfloat16", lambda device: True)
+    rounded = (orthogonalize(matrices) - newton_schulz(matrices)).abs().max()
+    assert exact < 1e-5 < rounded
 
 
 def newton_schulz(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
