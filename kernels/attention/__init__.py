@@ -69,11 +69,29 @@ def causal_attention(
         Dao, "FlashAttention-2" (2023), section 3; Vaswani et al., "Attention Is All You Need" (2017), section
         3.2.1.
     """
-    choice, q, k, v = _prepare_causal_attention(q, k, v, key_start, scale, dropout_p, seed, deterministic)
+    choice, q, k, v = _prepare_causal_attention(
+        q=q,
+        k=k,
+        v=v,
+        key_start=key_start,
+        scale=scale,
+        dropout_p=dropout_p,
+        seed=seed,
+        deterministic=deterministic,
+    )
     if choice.backend == "triton":
         from kernels.attention import torch_op
 
-        return torch_op.causal_attention(q, k, v, key_start, scale, dropout_p, seed, deterministic)
+        return torch_op.causal_attention(
+            q=q,
+            k=k,
+            v=v,
+            key_start=key_start,
+            scale=scale,
+            dropout_p=dropout_p,
+            seed=seed,
+            deterministic=deterministic,
+        )
     options: Any = {"key_start": key_start, "scale": scale, "dropout_p": dropout_p, "seed": seed}
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= SHORT:
         with torch.autocast("cpu", enabled=False):
@@ -147,11 +165,15 @@ def decode_attention(
     Source:
         Dao et al., "Flash-Decoding for long-context inference" (2023).
     """
-    choice, q, k_cache, v_cache = _prepare_decode_attention(q, k_cache, v_cache, cache_len, key_start, scale)
+    choice, q, k_cache, v_cache = _prepare_decode_attention(
+        q=q, k_cache=k_cache, v_cache=v_cache, cache_len=cache_len, key_start=key_start, scale=scale
+    )
     if choice.backend == "triton":
         from kernels.attention import torch_op
 
-        return torch_op.decode_attention(q, k_cache, v_cache, cache_len, key_start, scale)
+        return torch_op.decode_attention(
+            q=q, k_cache=k_cache, v_cache=v_cache, cache_len=cache_len, key_start=key_start, scale=scale
+        )
     return reference.decode_attention(q, k_cache, v_cache, cache_len, key_start=key_start, scale=scale)
 
 

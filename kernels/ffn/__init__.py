@@ -50,11 +50,15 @@ def gelu_ffn(
     Source:
         Hendrycks and Gimpel, "Gaussian Error Linear Units" (2016), section 2; Radford et al., GPT-2 (2019).
     """
-    choice, x, w_up, b_up, w_down, b_down = _prepare_gelu_ffn(x, w_up, b_up, w_down, b_down, approximate)
+    choice, x, w_up, b_up, w_down, b_down = _prepare_gelu_ffn(
+        x=x, w_up=w_up, b_up=b_up, w_down=w_down, b_down=b_down, approximate=approximate
+    )
     if choice.backend == "triton":
         from kernels.ffn import torch_op
 
-        return torch_op.gelu_ffn(x, w_up, b_up, w_down, b_down, approximate)
+        return torch_op.gelu_ffn(
+            x=x, w_up=w_up, b_up=b_up, w_down=w_down, b_down=b_down, approximate=approximate
+        )
     return reference.gelu_ffn(x, w_up, b_up, w_down, b_down, approximate=approximate)
 
 

@@ -63,13 +63,27 @@ def linear_cross_entropy(
         problem; Chowdhery et al., PaLM (2022), section 5, for z-loss.
     """
     choice, x, weight, bias = _prepare_linear_cross_entropy(
-        x, weight, targets, bias, ignore_index, reduction, label_smoothing, z_loss
+        x=x,
+        weight=weight,
+        targets=targets,
+        bias=bias,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
     )
     if choice.backend == "triton":
         from kernels.loss import torch_op
 
         return torch_op.linear_cross_entropy(
-            x, weight, targets, bias, ignore_index, reduction, label_smoothing, z_loss
+            x=x,
+            weight=weight,
+            targets=targets,
+            bias=bias,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
         )
     return reference.linear_cross_entropy(
         x,

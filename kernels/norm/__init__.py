@@ -48,7 +48,7 @@ def layer_norm(
     if choice.backend == "triton":
         from kernels.norm import torch_op
 
-        return torch_op.layer_norm(x, weight, bias, eps, dtype or x.dtype)
+        return torch_op.layer_norm(x=x, weight=weight, bias=bias, eps=eps, dtype=dtype or x.dtype)
     y = reference.layer_norm(x, weight, bias, eps)
     return y if dtype is None else y.to(dtype)
 
@@ -106,11 +106,22 @@ def add_layer_norm(
     Source:
         As `layer_norm`; Vaswani et al., "Attention Is All You Need" (2017), section 5.4, for the dropout.
     """
-    choice, dtype = _prepare_add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed)
+    choice, dtype = _prepare_add_layer_norm(
+        x=x, residual=residual, weight=weight, bias=bias, eps=eps, dropout_p=dropout_p, seed=seed
+    )
     if choice.backend == "triton":
         from kernels.norm import torch_op
 
-        return torch_op.add_layer_norm(x, residual, weight, bias, eps, dropout_p, seed, dtype or x.dtype)
+        return torch_op.add_layer_norm(
+            x=x,
+            residual=residual,
+            weight=weight,
+            bias=bias,
+            eps=eps,
+            dropout_p=dropout_p,
+            seed=seed,
+            dtype=dtype or x.dtype,
+        )
     y, new_residual = reference.add_layer_norm(x, residual, weight, bias, eps, dropout_p=dropout_p, seed=seed)
     return (y if dtype is None else y.to(dtype)), new_residual
 

@@ -15,9 +15,8 @@ def layer_norm(
     if x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype):
         return F.layer_norm(x, weight.shape, weight, bias, eps)
     wide = torch.promote_types(x.dtype, torch.float32)
-    return F.layer_norm(
-        x.to(wide), weight.shape, weight.to(wide), None if bias is None else bias.to(wide), eps
-    ).to(x.dtype)
+    wide_bias = None if bias is None else bias.to(wide)
+    return F.layer_norm(x.to(wide), weight.shape, weight.to(wide), wide_bias, eps).to(x.dtype)
 
 
 def add_layer_norm(
@@ -36,9 +35,9 @@ def add_layer_norm(
     if x.dtype == new_residual.dtype:
         return layer_norm(new_residual, weight, bias, eps), new_residual
     wide = torch.promote_types(new_residual.dtype, torch.float32)
-    return layer_norm(
-        new_residual.to(wide), weight.to(wide), None if bias is None else bias.to(wide), eps
-    ).to(x.dtype), new_residual
+    wide_bias = None if bias is None else bias.to(wide)
+    y = layer_norm(new_residual.to(wide), weight.to(wide), wide_bias, eps)
+    return y.to(x.dtype), new_residual
 
 
 def dropout(x: torch.Tensor, p: float, *, seed: int | torch.Tensor | None = None) -> torch.Tensor:
