@@ -21,7 +21,8 @@ def shapes(op: str, optional: Dims = (), /, **arguments: tuple[torch.Tensor | No
         op: The op's name, for messages.
         optional: Names of the arguments that may be None; they are skipped then.
         **arguments: name=(tensor, dimension names). The first use of a dimension fixes its size. A leading
-            "..." means any leading dimensions, equal in all tensors that have it; size "N" is their product.
+            "..." means any leading dimensions, equal in all tensors that have it; size "N" is the
+            number of rows in them.
 
     Raises:
         TypeError: An argument is not a tensor.

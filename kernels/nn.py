@@ -1,4 +1,4 @@
-"""The ops as modules; each loads the state_dict of its counterpart in `torch.nn`."""
+"""The ops as modules; each one loads the state_dict of its counterpart in `torch.nn`."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ import kernels
 
 
 class LayerNorm(nn.LayerNorm):
-    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias; the state_dict of `torch.nn.LayerNorm`.
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias.
+
+    The state_dict is that of `torch.nn.LayerNorm`.
 
     Args:
         normalized_shape: C, the size of the last dimension.
         eps: Added to the variance.
-        bias: Whether there is a bias.
-        device, dtype: Of the parameters.
+        bias: Whether the module has a bias.
+        device, dtype: Device and dtype of the parameters.
 
     Raises:
-        ValueError: More than one dimension to normalise over.
+        ValueError: `normalized_shape` has more than one dimension.
     """
 
     def __init__(
@@ -43,15 +45,16 @@ class LayerNorm(nn.LayerNorm):
 
 
 class GELUFeedForward(nn.Sequential):
-    """y = gelu(x w_upᵀ + b_up) w_downᵀ + b_down; the state_dict of `nn.Sequential(nn.Linear, nn.GELU,
-    nn.Linear)`.
+    """y = gelu(x w_upᵀ + b_up) w_downᵀ + b_down.
+
+    The state_dict is that of `nn.Sequential(nn.Linear, nn.GELU, nn.Linear)`.
 
     Args:
-        embed_dim: C, the width of input and output.
-        hidden_dim: I, the width between the two layers; default 4 C.
-        bias: Whether the layers have biases.
-        approximate: "none" (erf) or "tanh", as `nn.GELU` has it: a state_dict does not say which.
-        device, dtype: Of the parameters.
+        embed_dim: C, the width of the input and the output.
+        hidden_dim: I, the width between the two linear layers; 4 C by default.
+        bias: Whether both linear layers have biases.
+        approximate: "none" (erf) or "tanh", as in `nn.GELU`; the state_dict does not store it.
+        device, dtype: Device and dtype of the parameters.
     """
 
     def __init__(
@@ -79,18 +82,17 @@ class GELUFeedForward(nn.Sequential):
 
 
 class CausalSelfAttention(nn.Module):
-    """y = out_proj(causal_attention(q, k, v)), q, k, v = x in_projᵀ; the state_dict of
-    `nn.MultiheadAttention`.
+    """y = out_proj(causal_attention(q, k, v)), where q, k, v = x in_projᵀ.
 
-    It gives what `nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)` gives for (x, x, x) under a
-    causal mask.
+    The state_dict is that of `nn.MultiheadAttention`. The output equals that of
+    `nn.MultiheadAttention(embed_dim, num_heads, batch_first=True)` called with (x, x, x) and a causal mask.
 
     Args:
-        embed_dim: C, the width of input and output.
+        embed_dim: C, the width of the input and the output.
         num_heads: H, a divisor of C.
-        dropout: Probability of dropping an attention weight in training.
+        dropout: Probability of dropping an attention weight in training mode.
         bias: Whether both projections have biases.
-        device, dtype: Of the parameters.
+        device, dtype: Device and dtype of the parameters.
 
     Raises:
         ValueError: num_heads does not divide embed_dim.

@@ -34,8 +34,8 @@ def philox(seed: int | Tensor, counter: Tensor, rounds: int = 10) -> tuple[Tenso
     c0, c1 = counter & _MASK, (counter >> 32) & _MASK
     c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
     for _ in range(rounds):
-        # A product of two 32-bit words wraps around in int64. Its bits are those of the unsigned product, so
-        # masking gives both halves.
+        # Multiplying two 32-bit words overflows int64, but wraps around to the same 64 bits as the unsigned
+        # multiplication, so that masking gives both halves.
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             ((product1 >> 32) & _MASK) ^ c1 ^ key0,

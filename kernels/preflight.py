@@ -31,8 +31,8 @@ class Row:
     """The result of preflight for one op at one shape.
 
     `forward` and `backward` are the largest errors divided by their bounds: 1 is the limit, None means that
-    nothing was checked. `speedup` is the reference's time divided by the kernel's, forward and backward
-    together. `problem` says what failed; `skipped` says why the op runs its reference in any case.
+    nothing was checked. `speedup` is the reference's time divided by the kernel's time for forward plus
+    backward. `problem` states what failed; `skipped` states why the op runs its reference without a check.
     """
 
     op: str
@@ -70,11 +70,11 @@ class Report:
 
     @property
     def skipped(self) -> list[str]:
-        """The reasons why the other ops run their reference, each once."""
+        """The distinct reasons why the other ops run their reference."""
         return list(dict.fromkeys(row.skipped for row in self.rows if row.skipped))
 
     def enforce(self) -> None:
-        """Makes each op that failed run its reference for the rest of this process; `explain` says so."""
+        """Makes each op that failed run its reference in this process; `explain` gives the failure."""
         for op, problem in self.failed.items():
             dispatch.distrust(op, f"preflight failed: {problem}")
 
@@ -116,12 +116,12 @@ def preflight(
         cases: (op name, Case) pairs, e.g. a model's own shapes.
         device: Where to run.
         dtype: The dtype that the ops compute in.
-        prefer: The backend that the caller prefers, "triton" or "auto". An op that would run its reference
-            under it is listed with the reason, and not checked.
-        isolate: Run in a child process, so that an illegal memory access is reported with its op; None does
-            so on CUDA only.
-        use_cache: Reuse the verdicts of an earlier run with the same GPU, driver, versions, kernel sources
-            and shapes.
+        prefer: The backend of the run, "triton" or "auto". An op for which it selects the reference is not
+            checked, but listed with the reason.
+        isolate: Whether to run in a child process, so that an illegal memory access is reported with its op.
+            None means on CUDA only.
+        use_cache: Whether to reuse the verdicts of an earlier run with the same GPU, driver, versions, kernel
+            sources and shapes.
 
     Returns:
         A Report with one row per case.
@@ -172,7 +172,7 @@ def _examine(spec: OpSpec, case: Case, device: torch.device, dtype: torch.dtype,
 def _seconds(
     spec: OpSpec, inputs: dict[str, Any], backend: str, device: torch.device, repeats: int = 3
 ) -> float:
-    """The fastest of a few timed calls, forward and backward."""
+    """The time of the fastest of a few calls, forward plus backward."""
     fastest = math.inf
     with dispatch.use_backend(**{spec.name: backend}):
         for _ in range(repeats if device.type == "cuda" else 1):
@@ -194,7 +194,7 @@ def _run_isolated(
 ) -> list[Row]:
     """Runs the cases in a child process; if a child exits early, the next child takes the remaining cases."""
     rows: list[Row] = []
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the child imports what we import
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the child finds the same modules
     while len(rows) < len(cases):
         rest = cases[len(rows) :]
         encoded = [(name, _encode(case)) for name, case in rest]
@@ -216,8 +216,8 @@ def _run_isolated(
 def serve() -> None:
     """Entry point of the child: reads cases from standard input and prints one row per case.
 
-    It exits after the first case that raises: a CUDA error makes later results in its process meaningless, so
-    a new child takes the remaining cases.
+    It exits after the first case that raises, because a CUDA error invalidates all later results of the
+    process. The parent starts a new child for the remaining cases.
     """
     order = json.load(sys.stdin)
     device, dtype = torch.device(order["device"]), getattr(torch, order["dtype"])
@@ -251,7 +251,7 @@ def _device_name(device: torch.device) -> str:
 
 @cache
 def _sources() -> str:
-    """A hash of every source file of this package."""
+    """One hash of all source files of this package."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
@@ -278,7 +278,7 @@ def _driver() -> str:
 
 
 def _read_cache(path: Path, cases: Sequence[tuple[str, Case]]) -> tuple[Row, ...] | None:
-    """The rows stored in `path`; None where the file is missing, damaged or about other cases."""
+    """The rows stored in `path`; None if the file is missing, damaged or holds other cases."""
     try:
         rows = tuple(Row(**row) for row in read_json(path)["rows"])
     except (OSError, ValueError, KeyError, TypeError):

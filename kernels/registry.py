@@ -1,6 +1,6 @@
 """The op families.
 
-Tests, benches, preflight and the ahead-of-time report enumerate `SPECS`: a new op needs one line here.
+Tests, benches, preflight and the ahead-of-time report iterate over `SPECS`; a new family is added here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The specification of an op: what tests, benches, preflight and the ahead-of-time report enumerate."""
+"""The specification of an op, from which tests, benches, preflight and the ahead-of-time report are built."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Case:
 
     Args:
         sizes: Dimension name -> size, e.g. ``{"B": 2, "H": 3, "T": 63, "D": 64}``.
-        options: What differs from the op's defaults; `make_inputs` of the op interprets the names.
-        tags: "small" and "edge" run everywhere, "slow" is the long grid, "bench" is timed, "gpu" needs a
-            GPU's memory or speed.
+        options: Settings that differ from the op's defaults; the op's `make_inputs` interprets them.
+        tags: "small" and "edge" cases run in every test run, "slow" ones form the long grid, "bench" ones are
+            timed, and "gpu" ones need a GPU's memory or speed.
     """
 
     sizes: Mapping[str, int]
@@ -45,18 +45,18 @@ class Case:
 
 @dataclass(frozen=True)
 class TensorArgument:
-    """A tensor parameter; `dims` are dimension names as in `checks.shapes`."""
+    """A tensor parameter; `dims` are dimension names, as in `checks.shapes`."""
 
     dims: tuple[str, ...]
-    dtype: torch.dtype | None = None  # None: floating point, the op's dtype
+    dtype: torch.dtype | None = None  # None: the dtype that the op computes in
     optional: bool = False
     last_contiguous: bool = False
-    any_float: bool = False  # its floating-point dtype may differ from the other tensors'
+    any_float: bool = False  # the dtype may differ from that of the other floating-point tensors
 
 
 @dataclass(frozen=True)
 class NumberArgument:
-    """A number in [low, high], or [low, high) with `open_high`; finite; an int with `integer`."""
+    """A finite number in [low, high], or in [low, high) with `open_high`; an int with `integer`."""
 
     low: float = float("-inf")
     high: float = float("inf")
@@ -67,14 +67,14 @@ class NumberArgument:
 
 @dataclass(frozen=True)
 class ChoiceArgument:
-    """One of a few values: strings, booleans, None."""
+    """One of a fixed set of values: strings, booleans or None."""
 
     values: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class SeedArgument:
-    """None, an int of 64 bits, or a 0-d int64 tensor on the device."""
+    """A seed: None, an int of 64 bits, or a 0-d int64 tensor on the op's device."""
 
 
 Argument = TensorArgument | NumberArgument | ChoiceArgument | SeedArgument
@@ -88,10 +88,10 @@ class Build:
         kernel: The ``@triton.jit`` function.
         signature: Run-time argument -> Triton type, e.g. ``{"q_ptr": "*bf16", "T": "i32"}``.
         constants: ``tl.constexpr`` argument -> value.
-        tile: Warps and stages.
-        label: What distinguishes it in the report, e.g. ``bf16-D64``.
-        gated: The report fails if it spills or, on sm_90, uses no warp-group MMA.
-        divisible: Arguments known to be multiples of 16 (aligned pointers and strides).
+        tile: The number of warps and stages.
+        label: The build's name in the report, e.g. ``bf16-D64``.
+        gated: Whether the report fails if the build spills registers or, on sm_90, uses no warp-group MMA.
+        divisible: Arguments that are multiples of 16 (aligned pointers and strides).
     """
 
     kernel: Any
@@ -109,18 +109,18 @@ class OpSpec:
 
     Args:
         name: The public name.
-        family: The op family: its folder here, and its bench's name.
+        family: The op family, which names a folder of this package and a bench.
         function: The public function.
-        reference: Its definition in plain torch, with the same signature.
-        arguments: Every parameter of the function; bad arguments are generated from it.
+        reference: The op's definition in plain torch, with the same signature.
+        arguments: Every parameter of the function; the tests generate bad arguments from it.
         make_inputs: ``(case, dtype, device, generator) -> keyword arguments``.
         gradients: The inputs that take gradients; empty for an inference-only op.
         cases: The calls to test and to time.
         flops: ``(case, "forward" | "backward") -> floating-point operations``.
-        bytes: ``(case, dtype, "forward" | "backward") -> least bytes moved``.
-        builds: ``(architecture) -> Build``s, e.g. for 90; imports Triton when called. None while the op has
-            no kernel.
-        dtypes: What the kernels take; float64 runs on the reference alone.
+        bytes: ``(case, dtype, "forward" | "backward") -> bytes that must be moved at least``.
+        builds: ``(architecture) -> Builds``, where 90 means sm_90; imports Triton when called. None if the op
+            has no kernel.
+        dtypes: The dtypes that the kernels support; float64 runs on the reference only.
         follows_autocast: Whether the first output has the autocast dtype under autocast.
     """
 
@@ -146,6 +146,6 @@ class OpSpec:
 def randn(
     shape: Iterable[int], dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> torch.Tensor:
-    """Standard normal values, drawn in float32 and rounded once: every dtype gets the same values."""
+    """Standard normal values, drawn in float32 and then rounded, so that all dtypes get the same values."""
     values = torch.randn(tuple(shape), dtype=torch.float32, device=generator.device, generator=generator)
     return values.to(device=device, dtype=dtype)

@@ -1,14 +1,15 @@
-"""The one rule that says whether two results agree.
+"""The rule that decides whether a result agrees with its reference.
 
 With y the result, r the reference in the same dtype and r64 the reference in float64:
 
     max|y - r64| <= 2 max|r - r64| + eps max|r64|           + 4 eps32 scale
     rms(y - r64) <= 2 rms(r - r64) + eps rms(r64) / sqrt(n) + 4 eps32 scale
 
-The error of a result may be twice that of plain PyTorch in the same dtype, plus a rounding floor. The floor
-is one unit in the last place of the largest value, plus float32 cancellation at the `scale` of the case (its
-largest input, gradient or output); where the expected value is zero, only the cancellation term is left. The
-first line bounds the worst element of a tensor, the second bounds the tensor as a whole.
+The error of a result may be twice the error of plain PyTorch in the same dtype, plus a rounding floor. The
+floor has two terms: one unit in the last place of the largest value, and the float32 cancellation error at
+the `scale` of the case (its largest input, gradient or output). Where the expected value is zero, only the
+second term remains. The first line bounds the largest error of an element, the second bounds the error of the
+whole tensor.
 """
 
 from __future__ import annotations

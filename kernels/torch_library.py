@@ -1,4 +1,4 @@
-"""What the families' ops share on their way into torch.library."""
+"""Registration of the families' ops with torch.library."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ def register(
     """Defines `torch.ops.fused_gpt.<name>`.
 
     Args:
-        schema: Name, arguments and results in torch's notation.
-        kernel: Runs on CUDA tensors, and on CPU tensors in the interpreter.
-        fake: Gives results of the right shapes, dtypes and strides, which nobody reads.
-        differentiate: From the results' gradients to the arguments'; None where no gradient can be asked for.
-        save: Keeps what `differentiate` needs.
+        schema: Name, arguments and results in torch's schema notation.
+        kernel: The implementation for CUDA tensors, and for CPU tensors in Triton's interpreter.
+        fake: Returns tensors with the shapes, dtypes and strides of the results and undefined values.
+        differentiate: Computes the gradients of the arguments from those of the results; None if the op has
+            no gradient.
+        save: Saves what `differentiate` needs.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
@@ -37,11 +38,11 @@ def register(
 
 
 def refuse(op: str) -> Callable[..., Any]:
-    """The `differentiate` of a backward pass of `op`, which has no derivative of its own."""
+    """A `differentiate` for the backward op of `op`: it raises, because there is no second derivative."""
 
     def differentiate(ctx: Any, *gradients: Tensor) -> None:
         raise RuntimeError(
-            f"{op}: a gradient of its gradient is asked for, expected one derivative (use the reference)"
+            f"{op}: a second derivative is requested, expected one derivative (use the reference)"
         )
 
     return differentiate

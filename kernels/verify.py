@@ -1,6 +1,6 @@
 """Runs an op and compares every output and gradient with its reference, by the rule of `kernels.tolerance`.
 
-Tests, benches, the tuner and preflight all judge kernels here.
+Tests, benches, the tuner and preflight use these functions to check kernels.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ def run_case(
 ) -> dict[str, torch.Tensor | None]:
     """Outputs and gradients of one call: ``{"out": …, "dq": …}``; several outputs are ``out0``, ``out1``, ….
 
-    The gradients are those of ``sum(output * weights)``, where the weights are standard normal values drawn
-    from `seed` on the outputs' device. The weight of a scalar output, a mean over rows, is multiplied by the
-    number of rows: otherwise its gradients would shrink below any rounding floor as the rows grow.
+    The gradients are those of ``sum(output * weights)``, where the weights are standard normal values, drawn
+    with `seed` on the outputs' device. A scalar output is a mean over rows. Its weight is multiplied by the
+    number of rows: otherwise the gradients of a call with many rows would be smaller than the rounding floor.
 
     Args:
         function: The op or its reference.
-        inputs: Its keyword arguments.
-        gradients: The inputs to differentiate with respect to; inputs that are None are left out.
-        seed: Seeds the weights.
+        inputs: The keyword arguments of the call.
+        gradients: The inputs to differentiate with respect to; inputs that are None are skipped.
+        seed: Seed of the weights.
     """
     leaves = {
         name: value.detach().requires_grad_(name in gradients) if isinstance(value, torch.Tensor) else value
@@ -57,13 +57,13 @@ def run_case(
 
 
 class Oracle:
-    """The expected results of one call: from the reference in the call's dtype, and in a wider dtype.
+    """The expected results of one call: the reference in the call's dtype, and in a wider dtype.
 
     Args:
         spec: The op.
         inputs: The call's keyword arguments.
         dtype: The dtype that the op computes in.
-        gradients: The inputs whose gradients are compared; None takes the spec's.
+        gradients: The inputs whose gradients are compared; None means those of the spec.
         oracle_dtype: The wider dtype.
     """
 
@@ -84,7 +84,7 @@ class Oracle:
         self.scale = max((t.detach().abs().max().item() for t in tensors if t.numel()), default=1.0)
 
     def judge(self, results: Mapping[str, torch.Tensor | None]) -> list[Verdict]:
-        """One verdict for each output and gradient of `results`, a dict as `run_case` returns it."""
+        """One verdict for each output and gradient in `results`, a dict as `run_case` returns it."""
         return [
             compare(name, results.get(name), self.same_dtype[name], wide, dtype=self.dtype, scale=self.scale)
             for name, wide in self.wide.items()
@@ -113,7 +113,7 @@ def check(
         dtype: The dtype that the op computes in.
         device: Where to run.
         backend: "triton" or "reference".
-        seed: Seeds the inputs.
+        seed: Seed of the inputs.
         oracle_dtype: The wider dtype that the reference is evaluated in.
     """
     inputs = spec.make_inputs(case, dtype, device, torch.Generator(device).manual_seed(seed))

@@ -1,10 +1,10 @@
-"""Tensors with a guard page right after them, or with addresses far apart in memory that
-is never touched."""
+"""Memory that exposes wrong addresses: tensors that end at a guard page, and huge sparse tensors."""
 
 from __future__ import annotations
 
 import ctypes
 import faulthandler
+import math
 import mmap
 import os
 import sys
@@ -18,11 +18,11 @@ import torch
 
 PAGE = mmap.PAGESIZE
 PROT_NONE = 0
-NO_RESERVE = 0x4000  # MAP_NORESERVE: the module has it from Python 3.12 on
+NO_RESERVE = 0x4000  # Linux's MAP_NORESERVE: address space that reserves no memory
 
 
 def guarded(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy with the same strides, whose last element is followed by a page that cannot be touched."""
+    """A copy with the same strides; an access to the page after its last element raises SIGSEGV."""
     if tensor.numel() == 0:
         return tensor.clone()
     extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -46,8 +46,7 @@ def _guarded_memory(elements: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def guard_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on what torch.empty, zeros, full, their `_like`s and their `new_`s return has a guard page
-    after it."""
+    """Makes torch's allocating functions and methods return tensors with a guard page after the end."""
     places: tuple[tuple[Any, Sequence[str]], ...] = (
         (torch, ("empty", "empty_like", "zeros", "zeros_like", "full", "empty_strided")),
         (torch.Tensor, ("new_empty", "new_zeros", "new_full", "contiguous", "new_empty_strided")),
@@ -61,34 +60,55 @@ def guard_allocations(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sparse(elements: int, dtype: torch.dtype) -> torch.Tensor:
-    """A vector of zeros whose pages cost nothing until they are written."""
+    """A vector of zeros; only the pages that are written take memory."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
     return torch.frombuffer(mmap.mmap(-1, elements * dtype.itemsize, flags=flags), dtype=dtype)
 
 
-def exit_status(function: Callable[[], None]) -> int:
-    """Runs `function` in a forked child: 0 if it returned, 1 if it raised, -signal if it died of one."""
+def spread(x: torch.Tensor, dim: int, offset: int, memory: torch.Tensor) -> torch.Tensor:
+    """A copy of `x` in `memory`, from `offset`, that spans more than 2**31 elements along `dim`."""
+    stride = list(torch.empty(x.shape, device="meta").stride())
+    stride[dim] = -(-(2**31) // max(1, x.shape[dim] - 1)) + 64
+    return memory.as_strided(x.shape, stride, offset).copy_(x)
+
+
+def fits(shapes: Sequence[Sequence[int]]) -> int:
+    """Elements of memory that `spread` copies of these shapes need, each at its own offset."""
+    return 2**31 + 2**20 + sum(map(math.prod, shapes))
+
+
+def in_a_fork(function: Callable[[], object]) -> str:
+    """Runs `function` in a child process and returns "", its traceback, or the signal that killed it."""
     sys.stdout.flush()
+    reader, writer = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", DeprecationWarning
-        )  # forking while threads exist: the child starts none
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns that threads are not copied
         child = os.fork()
+
     if child == 0:
-        faulthandler.disable()  # where a fault is expected, its stack is noise
+        os.close(reader)
+        status = 0
         try:
+            faulthandler.disable()
             torch.set_num_threads(1)
             function()
         except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            status = 1
+            with os.fdopen(writer, "w") as pipe:
+                pipe.write(traceback.format_exc()[-4000:])
+        os._exit(status)
+
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        message = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        return f"killed by signal {os.WTERMSIG(status)}"
+    return message or ("" if status == 0 else f"exit status {status}")
 
 
 def start_at_program(monkeypatch: pytest.MonkeyPatch, *first: int) -> None:
-    """Interpreted kernels see program ids that begin at `first`, by axis, so that a launch of one program is
-    a far one."""
+    """Adds `first` to the program ids of interpreted kernels, by axis: one program can compute any tile."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     plain = InterpreterBuilder.create_get_program_id

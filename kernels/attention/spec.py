@@ -50,14 +50,12 @@ def _causal_inputs(
     case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> dict[str, Any]:
     b, h, tq, tk, d = (case[n] for n in ("B", "H", "Tq", "Tk", "D"))
-    if (
-        case.options.get("layout") == "qkv"
-    ):  # views of one fused projection (B, T, 3, H, D), as the model hands them over
+    if case.options.get("layout") == "qkv":  # views of one fused projection (B, T, 3, H, D), as in the model
         q, k, v = randn((b, tq, 3, h, d), dtype, device, generator).permute(2, 0, 3, 1, 4)
     else:
         shapes = (b, h, tq, d), (b, _heads(case), tk, d), (b, _heads(case), tk, d)
         q, k, v = (randn(shape, dtype, device, generator) for shape in shapes)
-    if case.options.get("layout") == "padded":  # odd strides, and NaN after each row: no kernel may read it
+    if case.options.get("layout") == "padded":  # odd strides, and NaN after each row, which no kernel may use
         q, k, v = (F.pad(x, (0, 3), value=math.nan)[..., :-3] for x in (q, k, v))
     options = {
         n: case.options[n] for n in ("scale", "dropout_p", "seed", "deterministic") if n in case.options
@@ -137,16 +135,14 @@ _EDGES = (
         for t, d in zip(_LENGTHS, (256, 72, 128, 8, 64, 96, 40, 80, 32, 16), strict=True)
     ),
     _causal_case(1, 1, 1, 16, "edge", tk=129),
-    *(
-        _causal_case(1, 1, 33, 16, "edge", tk=33 + more) for more in (1, 14)
-    ),  # the diagonal just inside, just outside a tile
+    # The diagonal lies just inside, and just outside, a tile.
+    *(_causal_case(1, 1, 33, 16, "edge", tk=33 + more) for more in (1, 14)),
     _causal_case(1, 2, 17, 24, "edge", tk=63, key_start="empty"),
     _causal_case(2, 2, 70, 24, "edge", hkv=1, key_start="padding", layout="padded"),
     _causal_case(1, 2, 35, 16, "edge", tk=70, dropout_p=0.5, seed=-1, key_start="window"),
     _causal_case(2, 2, 40, 16, "edge", hkv=1, tk=44, dropout_p=0.1, seed=2**40),
-    _causal_case(
-        2, 4, 33, 16, "edge", scale=8.0
-    ),  # heads enough that the reference's own worst error is no accident
+    # Enough heads that the reference's largest error, which sets the bound, does not depend on chance.
+    _causal_case(2, 4, 33, 16, "edge", scale=8.0),
     _causal_case(1, 1, 65, 16, "edge", deterministic=True),
 )
 _LONG_GRID = (
@@ -156,8 +152,8 @@ _LONG_GRID = (
         for t in _LENGTHS
         for kind in _KEY_STARTS
     ),
-    # Not with a single key: dQ and dK are then zero but for the rounding of the output, from which backward
-    # starts.
+    # At least two keys: with one key, dQ and dK are zero except for the rounding error of the output that the
+    # backward pass reads.
     *(
         _causal_case(1, 2, t, 24, "slow", tk=t + more, dropout_p=0.2, seed=t)
         for t in _LENGTHS

@@ -1,11 +1,10 @@
-"""The kernels in models of Hugging Face `transformers`: attention in any decoder, and GPT-2's norms,
-feed-forward and loss.
+"""The kernels in Hugging Face `transformers`: attention for any decoder; norms, FFN and loss for GPT-2.
 
 Importing this module registers "fused_gpt" as an attention implementation::
 
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="fused_gpt")
 
-`fuse` puts the other ops into a GPT-2 that exists, and `unfuse` takes them out.
+`fuse` puts the other ops into an existing GPT-2 model, and `unfuse` removes them.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ import kernels.nn
 
 NAME = "fused_gpt"
 
-_REFUSED = ("softcap", "s_aux")  # settings of other attentions that the fall-back does not have either
+_UNSUPPORTED = ("softcap", "s_aux")  # neither the kernel nor the sdpa fallback implements these arguments
 _APPROXIMATE: dict[type, str] = {NewGELUActivation: "tanh", GELUTanh: "tanh", GELUActivation: "none"}
-_said: set[str] = set()
+_warned: set[str] = set()
 
 
 def attention(
@@ -47,25 +46,28 @@ def attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """`kernels.causal_attention` as transformers calls an attention; sdpa, with a FallbackWarning once, for
-    what it cannot be.
+    """`kernels.causal_attention` with the signature of a transformers attention function.
+
+    A call that the kernel cannot express (a layer that is not causal, or a mask with gaps) runs transformers'
+    sdpa attention instead. Each reason gives one FallbackWarning.
 
     Args:
         module: The model's attention layer.
         query, key, value: (B, H, Tq, D), (B, Hkv, Tk, D), (B, Hkv, Tk, D).
-        attention_mask: None, what `attention_mask` below makes, or a 4-D mask of the user's.
-        dropout: Probability of dropping a weight.
-        scaling: Factor of the logits; None is 1 / sqrt(D).
+        attention_mask: None, a mask that the function `attention_mask` below returned, or the user's own 4-D
+            mask.
+        dropout: Probability of dropping an attention weight.
+        scaling: Factor of the logits; None means 1 / sqrt(D).
         is_causal: Overrides the layer's own `is_causal`.
-        **kwargs: What else the model hands on.
+        **kwargs: The other arguments that the model passes.
 
     Returns:
-        (B, Tq, H, D), and None for the weights.
+        The output (B, Tq, H, D), and None in place of the attention weights.
 
     Raises:
-        ValueError: The model needs a soft cap or attention sinks.
+        ValueError: The model uses a soft cap or attention sinks.
     """
-    for name in _REFUSED:
+    for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise ValueError(
                 f"{NAME} attention: the model sets {name}, expected attn_implementation='eager' for it"
@@ -73,7 +75,7 @@ def attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     obstacle = _obstacle(query, key, value, attention_mask, causal, kwargs)
     if obstacle is not None:
-        _say(obstacle)
+        _warn_once(obstacle)
         return sdpa_attention_forward(
             module,
             query,
@@ -103,19 +105,19 @@ def attention_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask of a forward pass, as the first key that each query sees wherever that says it all.
+    """The mask of a forward pass: the first key that each query attends to, where that describes the mask.
 
     Args:
         batch_size, q_length, kv_length: B, Tq, Tk.
         q_offset, kv_offset: Positions of the first query and of the first key.
-        mask_function: transformers' description of the pattern.
+        mask_function: transformers' description of the mask's pattern.
         attention_mask: bool (B, positions), False for padding.
-        device: Of the mask.
-        **kwargs: As transformers' own mask functions take them.
+        device: Device of the mask.
+        **kwargs: Passed to transformers' `sdpa_mask`.
 
     Returns:
-        None: as transformers' sdpa means it. int32 (B, 1, 1 or Tq, 1): causal from that key on. bool (B, 1,
-        Tq, Tk): anything else, and whatever torch.compile traces.
+        None where transformers' `sdpa_mask` returns None. int32 (B, 1, 1 or Tq, 1): a causal mask whose rows
+        start at these keys. bool (B, 1, Tq, Tk): any other mask, and every mask under torch.compile.
     """
     mask = sdpa_mask(
         batch_size,
@@ -135,8 +137,10 @@ def attention_mask(
 
 
 def _key_start(mask: Tensor) -> Tensor | None:
-    """int32 (B, 1, 1 or Tq, 1): where each row of a bool mask (B, 1, Tq, Tk) begins, if every row is causal
-    from there on."""
+    """The first key of each row of a bool mask (B, 1, Tq, Tk), as int32 (B, 1, 1 or Tq, 1).
+
+    None if a row is not causal from its first key on.
+    """
     Tq, Tk = mask.shape[-2:]
     keys = torch.arange(Tk, device=mask.device)
     position = torch.arange(Tk - Tq, Tk, device=mask.device)[:, None]
@@ -152,32 +156,31 @@ def _key_start(mask: Tensor) -> Tensor | None:
 def _obstacle(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, kwargs: dict[str, Any]
 ) -> str | None:
-    """Why a call is no causal attention from a first key on, or None."""
+    """Why a call is not causal attention from a first key on; None if it is."""
     if not causal:
         return "the layer is not causal"
     for name in ("position_bias", "cache"):
         if kwargs.get(name) is not None:
             return f"the model passes {name}"
     if value.shape != key.shape or query.shape[-1] != key.shape[-1]:
-        return "values have another size than keys"
+        return "keys and values differ in shape, or queries and keys in head dimension"
     if mask is None:
-        return None if query.shape[2] in (1, key.shape[2]) else "queries stand at unsaid positions"
+        return None if query.shape[2] in (1, key.shape[2]) else "the positions of the queries are unknown"
     if mask.dtype != torch.int32:
         return "the mask is not causal from a first key on"
     return None
 
 
-def _say(obstacle: str) -> None:
-    if obstacle not in _said and not torch.compiler.is_compiling():
-        _said.add(obstacle)
+def _warn_once(obstacle: str) -> None:
+    if obstacle not in _warned and not torch.compiler.is_compiling():
+        _warned.add(obstacle)
         warnings.warn(
             f"{NAME} attention: {obstacle}; sdpa runs instead", kernels.FallbackWarning, stacklevel=3
         )
 
 
 class GPT2MLP(modeling_gpt2.GPT2MLP):
-    """dropout(gelu(x c_fc + b) c_proj + b) through `kernels.gelu_ffn`; Conv1D holds its weights
-    transposed."""
+    """dropout(gelu(x c_fc + b) c_proj + b) with `kernels.gelu_ffn`; Conv1D stores transposed weights."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         up, down = self.c_fc, self.c_proj
@@ -190,7 +193,7 @@ class GPT2MLP(modeling_gpt2.GPT2MLP):
 
 
 class GPT2LMHeadModel(modeling_gpt2.GPT2LMHeadModel):
-    """In training, the loss through `kernels.linear_cross_entropy`; the output has no logits then."""
+    """Computes the training loss with `kernels.linear_cross_entropy`; the output then has no logits."""
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     @functools.wraps(modeling_gpt2.GPT2LMHeadModel.forward)
@@ -217,7 +220,7 @@ def _causal_loss(
     shift_labels: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
-    """What transformers' `ForCausalLMLoss` gives for these hidden states (B, T, C), in its terms."""
+    """The loss of transformers' `ForCausalLMLoss`, computed from the hidden states (B, T, C)."""
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     reduction = "mean" if num_items_in_batch is None else "sum"
@@ -238,18 +241,19 @@ _LOSS: dict[type, type] = {modeling_gpt2.GPT2LMHeadModel: GPT2LMHeadModel}
 
 
 def fuse(model: PreTrainedModel, *, norm: bool = True, ffn: bool = True, loss: bool = True) -> int:
-    """Puts `layer_norm`, `gelu_ffn` and `linear_cross_entropy` into a GPT-2; parameters, names and files stay
-    as they are.
+    """Puts `layer_norm`, `gelu_ffn` and `linear_cross_entropy` into a transformers GPT-2 model.
+
+    Parameters, their names and the saved files do not change.
 
     Args:
-        model: A GPT-2 of transformers, with or without a head.
+        model: A GPT-2 model of transformers, with or without a head.
         norm, ffn, loss: Which ops to use. A feed-forward whose activation is not GELU stays unchanged.
 
     Returns:
-        How many modules changed; `unfuse` changes them back.
+        The number of changed modules; `unfuse` changes them back.
 
     Raises:
-        TypeError: The model is no GPT-2.
+        TypeError: The model is not a GPT-2.
     """
     if not isinstance(model, modeling_gpt2.GPT2PreTrainedModel):
         raise TypeError(f"fuse: model is {type(model).__name__}, expected a GPT-2 of transformers")
@@ -257,12 +261,12 @@ def fuse(model: PreTrainedModel, *, norm: bool = True, ffn: bool = True, loss: b
 
 
 def unfuse(model: PreTrainedModel) -> int:
-    """Takes out what `fuse` put into `model`, and returns how many modules changed."""
+    """Undoes `fuse`, and returns the number of changed modules."""
     return _change(model, {fused: plain for plain, fused in (_NORM | _FFN | _LOSS).items()})
 
 
 def _change(model: nn.Module, classes: dict[type, type]) -> int:
-    """Gives the modules of these classes the other class, which differs in its forward alone."""
+    """Replaces each module's class by its value in `classes`; the two classes differ only in `forward`."""
     changed = 0
     for module in model.modules():
         if isinstance(module, modeling_gpt2.GPT2MLP) and type(module.act) not in _APPROXIMATE:

@@ -21,7 +21,7 @@ def _inputs(
     n, c = case["N"], case["C"]
     parameter_dtype = case.options.get("parameters", dtype)
     x = randn((n, c), torch.float32, device, generator)
-    if "magnitude" in case.options:  # all of float16's range, and nothing beyond
+    if "magnitude" in case.options:  # bounds the values by a magnitude that fits float16
         x = x.tanh() * case.options["magnitude"]
     x = (x + case.options.get("mean", 0)).to(dtype)
     bias = randn((c,), parameter_dtype, device, generator) if case.options.get("bias", True) else None

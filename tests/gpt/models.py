@@ -10,6 +10,16 @@ from gpt import GPT, BPETokenizer, GPTConfig
 
 SMALL = GPTConfig(vocab_size=37, block_size=12, n_layer=2, n_head=2, n_embd=16)
 
+BOOK: dict[str, Any] = {  # GPT-2, with the field names of LLMs-from-scratch
+    "vocab_size": 50257,
+    "context_length": 1024,
+    "emb_dim": 768,
+    "n_heads": 12,
+    "n_layers": 12,
+    "drop_rate": 0.1,
+    "qkv_bias": False,
+}
+
 CONFIGS = {
     "gpt2": {},
     "post": {"norm": "post"},

@@ -9,17 +9,9 @@ from typing import Any
 import pytest
 
 from gpt import GPTConfig, InputError, TrainConfig
+from tests.gpt.models import BOOK
 
 PRESETS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "char-cpu", "char-gpu")
-BOOK = {
-    "vocab_size": 50257,
-    "context_length": 1024,
-    "emb_dim": 768,
-    "n_heads": 12,
-    "n_layers": 12,
-    "drop_rate": 0.1,
-    "qkv_bias": False,
-}
 HUGGING_FACE = {  # the config.json of a saved GPT-2
     "_name_or_path": "gpt2",
     "activation_function": "gelu_new",

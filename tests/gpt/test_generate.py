@@ -90,7 +90,7 @@ def plain_generate(model: GPT, idx: Tensor, new: int, seed: int | None = None, *
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_sampling_equals_a_plain_loop(settings: dict[str, Any]) -> None:
-    """A wrong or misplaced processor; a nucleus without the token whose probability reaches p."""
+    """A wrong or misplaced logits processor; a nucleus without the token whose probability reaches p."""
     model, idx = random_model().double(), tokens(4, 5)
     for seed in range(4):
         actual = model.generate(idx, 12, generator=torch.Generator().manual_seed(seed), **settings)

@@ -12,17 +12,9 @@ from torch import Tensor
 
 import kernels
 from gpt import GPT, GPTConfig, InputError
-from tests.gpt.models import CONFIGS, SMALL, padded, random_model, tokens
+from tests.gpt.models import BOOK, CONFIGS, SMALL, padded, random_model, tokens
 
 each_config = pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
-BOOK = {
-    "context_length": 1024,
-    "emb_dim": 768,
-    "n_heads": 12,
-    "n_layers": 12,
-    "drop_rate": 0.1,
-    "qkv_bias": False,
-}
 
 
 def formula(model: GPT, idx: Tensor) -> Tensor:

@@ -214,7 +214,7 @@ WRONG = {
 def test_wrong_input_is_refused(
     case: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """A traceback, a vague message, another exit code, or files left behind."""
+    """A traceback, a vague message, a wrong exit code, or files that a failed run leaves."""
     flags, words = WRONG[case]
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.rglob("*"))

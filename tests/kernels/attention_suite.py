@@ -14,7 +14,7 @@ from kernels.spec import Case
 from kernels.tolerance import Verdict
 from kernels.tuning import Tile, attention_decode_tile, attention_tiles
 from kernels.verify import Oracle, check, run_case
-from tests.kernels.memory import fits, guarded, sparse, spread
+from tests.memory import fits, guarded, sparse, spread
 
 CAUSAL, DECODE = SPECS["causal_attention"], SPECS["decode_attention"]
 CPU = torch.device("cpu")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import sys
 
@@ -13,7 +12,7 @@ import kernels
 from kernels.philox import philox
 from kernels.verify import run_case
 from tests.kernels.attention_suite import reaches_far_along, stays_inside
-from tests.kernels.memory import guarded, in_a_fork, sparse
+from tests.memory import in_a_fork, sparse
 
 triton, tl, forward, backward, torch_op = (
     pytest.importorskip(name, reason="triton is not installed")
@@ -79,13 +78,6 @@ def test_the_queries_of_a_tile_of_keys_in_a_long_text(kind: str) -> None:
         assert lo <= full_lo <= full_hi
 
 
-def test_a_guard_page_kills_a_process_that_touches_it() -> None:
-    """A guard page that can be read, so that the tests below catch nothing."""
-    x = guarded(torch.zeros(5))
-    assert in_a_fork(lambda: ctypes.string_at(x.data_ptr(), 20)) == ""
-    assert in_a_fork(lambda: ctypes.string_at(x.data_ptr(), 21)) == "killed by signal 11"
-
-
 def test_nothing_past_the_end_is_touched() -> None:
     """A load past the end of a tensor, which a masked store hides, or a store past the end."""
     assert in_a_fork(lambda: stays_inside(torch_op)) == ""
@@ -121,10 +113,3 @@ def test_dropout_index_beyond_2_to_the_31() -> None:
         words = torch.stack(philox(9, index // 4), -1)
         expected = words.gather(-1, (index % 4)[..., None])[..., 0] >= 2**31
         assert torch.equal(out.bool(), expected)
-
-
-def test_sparse_memory_is_sparse() -> None:
-    """Sparse tensors that need as much memory as their size."""
-    memory = sparse(2**34, torch.float16)
-    memory[2**33] = 3
-    assert memory[2**33 - 1 : 2**33 + 2].tolist() == [0, 3, 0]

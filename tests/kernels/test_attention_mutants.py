@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.kernels.attention_suite import CHECKS
-from tests.kernels.memory import in_a_fork
+from tests.memory import in_a_fork
 
 torch_op = pytest.importorskip("kernels.attention.torch_op", reason="triton is not installed")
 pytestmark = [

@@ -1,4 +1,4 @@
-"""The choice of a backend: precedence, enumerated reasons, and what cannot be honoured."""
+"""The choice of a backend: precedence, the reasons, and requests that cannot be honoured."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ X, W = torch.randn(3, 8), torch.ones(8)
 
 
 @pytest.fixture(autouse=True)
-def a_machine_that_interprets(monkeypatch: pytest.MonkeyPatch) -> None:
+def interpreter_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "triton_version", (3, 7))
     monkeypatch.setattr(dispatch, "interpreting", True)
     monkeypatch.setattr(dispatch, "environment", "auto")
 
 
 def a_gpu(monkeypatch: pytest.MonkeyPatch, major: int, minor: int, hip: str | None = None) -> SimpleNamespace:
-    """What the dispatcher sees of a tensor on such a GPU."""
+    """A fake tensor on such a GPU, with the attributes that the dispatcher reads."""
     monkeypatch.setattr(dispatch, "interpreting", False)
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=major, minor=minor)
@@ -41,8 +41,8 @@ def backend() -> str:
     return OP.choose(X).backend
 
 
-def test_precedence() -> None:
-    """A weaker setting that wins over a stronger one, or a setting that outlives its block."""
+def test_stronger_settings_win() -> None:
+    """A weaker setting that overrides a stronger one, or a setting that remains after its block."""
     assert backend() == "reference"
     with kernels.model_backend("triton"):
         assert backend() == "triton"
@@ -87,7 +87,7 @@ def test_environment_is_weaker_than_the_model(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_setting_ends_when_its_block_raises() -> None:
-    """An exception inside a block that leaves the setting behind."""
+    """A setting that remains after an exception ends its block."""
     with pytest.raises(KeyError), kernels.use_backend("triton"), kernels.model_backend("triton"):
         raise KeyError
     assert backend() == "reference"
@@ -101,18 +101,19 @@ def test_a_setting_ends_when_its_block_raises() -> None:
         (lambda m: m.setattr(dispatch, "interpreting", False), "tensors on cpu need TRITON_INTERPRET=1"),
     ],
 )
-def test_reasons_without_a_gpu(prepare: object, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without Triton that gets no reason, or where asking for Triton is silently ignored."""
+def test_every_obstacle_without_a_gpu_has_a_reason(
+    prepare: object, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A missing or wrong reason for the reference, or a request for Triton that is silently ignored."""
     prepare(monkeypatch)  # type: ignore[operator]
     assert OP.choose(X) == ("reference", reason)
     with kernels.model_backend("triton"):
         assert OP.choose(X) == ("reference", reason)
-    for ask in ("triton",):
-        with (
-            kernels.use_backend(ask),
-            pytest.raises(RuntimeError, match=f"layer_norm: .*cannot be honoured: {reason}"),
-        ):
-            OP.choose(X)
+    with (
+        kernels.use_backend("triton"),
+        pytest.raises(RuntimeError, match=f"layer_norm: .*cannot be honoured: {reason}"),
+    ):
+        OP.choose(X)
 
 
 @pytest.mark.parametrize(
@@ -125,16 +126,16 @@ def test_reasons_without_a_gpu(prepare: object, reason: str, monkeypatch: pytest
         ((9, 4), "6.4", ("reference", "ROCm is not supported")),
     ],
 )
-def test_support_matrix(
+def test_gpus_are_supported_from_sm_80_on(
     capability: tuple[int, int], hip: str | None, expected: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A GPU that is refused although supported, or taken although not."""
+    """A supported GPU that is refused, or an unsupported one that is accepted."""
     tensor = a_gpu(monkeypatch, *capability, hip)
     assert OP.choose(tensor) == expected  # type: ignore[arg-type]
 
 
 def test_limits_and_the_table_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A family's limit that is ignored, or a table row that binds an explicit use_backend("triton")."""
+    """An ignored limit of a family, or a table row that overrides an explicit use_backend("triton")."""
     tensor = a_gpu(monkeypatch, 9, 0)
     assert OP.choose(tensor, limit="D=512 is above 256") == ("reference", "D=512 is above 256")  # type: ignore[arg-type]
     assert OP.choose(tensor, slower="cuDNN wins") == ("reference", "auto: cuDNN wins")  # type: ignore[arg-type]
@@ -145,7 +146,7 @@ def test_limits_and_the_table_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_row_of_the_table_holds_for_its_gpu_dtype_and_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row that binds other GPUs, ops, dtypes or sizes than those that were measured."""
+    """A row that applies to GPUs, ops, dtypes or sizes that were not measured."""
     row = tuning.Slower(90, "layer_norm", torch.bfloat16, {"C": (16, 64)})
     monkeypatch.setattr(tuning, "SLOWER", (row,))
     tensor: Any = a_gpu(monkeypatch, 9, 0)
@@ -163,14 +164,13 @@ def test_a_row_of_the_table_holds_for_its_gpu_dtype_and_sizes(monkeypatch: pytes
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=lambda spec: spec.name)
 def test_every_op_asks_the_table(spec: OpSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An op that runs its kernel in "auto" although the table has the reference faster, or asks with other
-    sizes."""
+    """An op that ignores the tuning table in "auto", or looks up the wrong sizes."""
     case = spec.tagged("small")[0]
     asked: dict[str, dict[str, int]] = {}
 
     def slower(op: str, tensor: torch.Tensor, **sizes: int) -> str:
         asked[op] = sizes
-        return "so says the table"
+        return "the table's reason"
 
     monkeypatch.setattr(f"kernels.{spec.family}.slower", slower)
     monkeypatch.setattr(dispatch.Op, "obstacle", lambda *_: None)
@@ -179,12 +179,12 @@ def test_every_op_asks_the_table(spec: OpSpec, monkeypatch: pytest.MonkeyPatch) 
         name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
     }
     with torch.no_grad():
-        assert kernels.explain(spec.name, **inputs) == ("reference", "auto: so says the table")
+        assert kernels.explain(spec.name, **inputs) == ("reference", "auto: the table's reason")
     assert case.sizes.items() <= asked[spec.name].items()
 
 
-def test_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """float64 handed to a kernel, or bfloat16 handed to an interpreter that computes it wrongly."""
+def test_unsupported_dtypes_are_obstacles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that receives float64, or an interpreter that receives bfloat16 and computes it wrongly."""
     assert OP.obstacle(X.device, torch.float64) == "the kernel takes float32, float16, bfloat16, not float64"
     monkeypatch.setattr(dispatch, "trust_interpreted_bfloat16", False)
     assert OP.obstacle(X.device, torch.bfloat16) == "Triton's interpreter computes bfloat16 wrongly"
@@ -193,7 +193,7 @@ def test_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_warning_per_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    """use_triton=True on a laptop that says nothing, repeats itself, or leaves an op out."""
+    """A machine without Triton that gives no warning, repeats it, or omits an op in it."""
     monkeypatch.setattr(dispatch, "interpreting", False)
     with pytest.warns(kernels.FallbackWarning, match="need TRITON_INTERPRET=1") as caught:
         kernels.warn_if_unavailable(torch.device("cpu"), torch.float32)
@@ -230,7 +230,7 @@ def test_unknown_names_are_refused(call: object, message: str) -> None:
 
 
 def test_explain_checks_arguments() -> None:
-    """explain that accepts a call that the op refuses."""
+    """An `explain` that accepts arguments that the op refuses."""
     with pytest.raises(ValueError, match="layer_norm: weight has C=8, expected 4"):
         kernels.explain("layer_norm", torch.randn(3, 4), W)
     with pytest.raises(TypeError, match="missing a required argument: 'weight'"):
@@ -239,7 +239,7 @@ def test_explain_checks_arguments() -> None:
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=lambda spec: spec.name)
 def test_explain_computes_nothing(spec: OpSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    """explain that runs the op to learn which backend it takes."""
+    """An `explain` that runs the op."""
     inputs = spec.make_inputs(
         spec.tagged("small")[0], torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0)
     )
@@ -250,8 +250,8 @@ def test_explain_computes_nothing(spec: OpSpec, monkeypatch: pytest.MonkeyPatch)
         assert kernels.explain(spec.name, **inputs).backend == "reference"
 
 
-def test_a_bad_environment_is_named() -> None:
-    """FUSED_GPT_BACKEND=nonsense that is taken for auto."""
+def test_a_bad_environment_variable_is_refused() -> None:
+    """FUSED_GPT_BACKEND=nonsense that is treated as auto."""
     program = "import torch, kernels; kernels.layer_norm(torch.randn(2, 4), torch.ones(4))"
     done = subprocess.run(
         [sys.executable, "-c", program],

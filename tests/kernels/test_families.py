@@ -1,6 +1,7 @@
 """Tests of every Triton op in the norm, feed-forward and loss families.
 
-Layouts, subsets of gradients, empty inputs, saved tensors, guard pages, torch.library and torch.compile.
+They cover layouts, subsets of gradients, empty inputs, saved tensors, guard pages, torch.library and
+torch.compile.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import kernels
 from kernels.registry import SPECS
 from kernels.spec import SHORT_DTYPE, Case, OpSpec
 from kernels.tolerance import compare
-from tests.memory import exit_status, guard_allocations, guarded
+from tests.memory import guard_allocations, guarded, in_a_fork
 
 pytestmark = pytest.mark.interpreter
 
@@ -36,7 +37,7 @@ Results = dict[str, torch.Tensor | None]
 
 
 def strided(tensor: torch.Tensor) -> torch.Tensor:
-    """Every other element along every dimension of a tensor that holds poison elsewhere."""
+    """A copy with gaps between all elements; the gaps hold NaN, or a huge integer."""
     poison = float("nan") if tensor.is_floating_point() else 2**40
     wide = tensor.new_full([2 * size for size in tensor.shape], poison)
     view = wide[tuple(slice(None, None, 2) for _ in tensor.shape)]
@@ -48,12 +49,12 @@ def transposed(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def expanded(tensor: torch.Tensor) -> torch.Tensor:
-    """The first row for all rows, or the first element for all of a vector."""
+    """The first row or element, expanded with stride 0 to the tensor's shape."""
     return tensor[:1].expand_as(tensor) if tensor.ndim else tensor
 
 
 def misaligned(tensor: torch.Tensor) -> torch.Tensor:
-    """Contiguous, one element past an aligned address."""
+    """A contiguous copy that starts one element after an aligned address."""
     flat = tensor.new_empty(tensor.numel() + 1)[1:]
     return flat.view(tensor.shape).copy_(tensor)
 
@@ -72,8 +73,7 @@ def run(
     layout: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
     grad_layout: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
 ) -> Results:
-    """Outputs and gradients, as `verify.run_case` gives them, with inputs and the outputs' gradients in
-    other layouts."""
+    """`verify.run_case` with other layouts of the inputs and of the outputs' gradients."""
     leaves = {
         n: layout(v.detach()) if isinstance(v, torch.Tensor) and v.ndim else v for n, v in inputs.items()
     }
@@ -122,7 +122,7 @@ def assert_agree(spec: OpSpec, inputs: dict[str, Any], dtype: torch.dtype, *layo
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 @pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.name)
 def test_inputs_in_any_layout(spec: OpSpec, layout: Callable[..., Any], dtype: torch.dtype) -> None:
-    """A kernel that assumes an input's strides, or reads what lies between its elements."""
+    """A kernel that assumes the strides of an input, or reads the gaps between its elements."""
     for case in spec.tagged("small"):
         assert_agree(spec, inputs_of(spec, case, dtype), dtype, layout)
 
@@ -130,14 +130,14 @@ def test_inputs_in_any_layout(spec: OpSpec, layout: Callable[..., Any], dtype: t
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 @pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.name)
 def test_gradients_in_any_layout(spec: OpSpec, layout: Callable[..., Any]) -> None:
-    """A backward that assumes the strides of the gradient that it is given."""
+    """A backward pass that assumes the strides of the incoming gradient."""
     for case in spec.tagged("small"):
         assert_agree(spec, inputs_of(spec, case), torch.float32, lambda tensor: tensor, layout)
 
 
 @pytest.mark.parametrize(("spec", "case"), SMALL)
 def test_leading_dimensions(spec: OpSpec, case: Case) -> None:
-    """An op that accepts matrices only, or that drops the leading dimensions of its output."""
+    """An op that accepts only matrices, or whose output loses the leading dimensions."""
     inputs = inputs_of(spec, case)
     flat = triton(spec, inputs, spec.gradients)
     rows = {
@@ -149,12 +149,12 @@ def test_leading_dimensions(spec: OpSpec, case: Case) -> None:
         if name.startswith("d") and name[1:] not in rows:
             expected = value
         if inputs.get("reduction") == "none" and name.startswith("d"):
-            continue  # the drawn gradients have another shape
+            continue  # its random incoming gradients have another shape
         assert torch.equal(deep[name], expected), name
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps the calls of this package's ops, and what they returned."""
+    """Records the calls of this package's ops, and their results."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,8 +175,7 @@ class Recorder(TorchDispatchMode):
 
 @pytest.mark.parametrize(("spec", "case"), SMALL)
 def test_any_subset_of_gradients(spec: OpSpec, case: Case) -> None:
-    """A backward that computes, or crashes on, a gradient that nobody wants; or that is wrong when it is
-    alone."""
+    """A backward pass that computes a gradient that is not requested, or is wrong for a subset."""
     inputs = inputs_of(spec, case)
     names = [n for n in spec.gradients if inputs[n] is not None]
     full = triton(spec, inputs, spec.gradients)
@@ -191,9 +190,8 @@ def test_any_subset_of_gradients(spec: OpSpec, case: Case) -> None:
 
 
 @pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.name)
-def test_no_rows(spec: OpSpec) -> None:
-    """An empty batch that launches an empty grid, divides by zero or leaves weight gradients
-    uninitialised."""
+def test_empty_batches(spec: OpSpec) -> None:
+    """An empty batch that launches an empty grid, divides by zero or leaves gradients uninitialised."""
     for case in spec.tagged("small"):
         inputs = inputs_of(spec, Case(dict(case.sizes) | {"N": 0}, case.options))
         actual, expected = triton(spec, inputs, spec.gradients), run(spec.reference, inputs, spec.gradients)
@@ -202,9 +200,8 @@ def test_no_rows(spec: OpSpec) -> None:
 
 
 @pytest.mark.parametrize(("spec", "case"), SMALL)
-def test_backward_touches_nothing_and_repeats(spec: OpSpec, case: Case) -> None:
-    """A kernel that overwrites an input, a saved tensor or a given gradient: the second backward would
-    differ."""
+def test_a_second_backward_pass_gives_the_same_gradients(spec: OpSpec, case: Case) -> None:
+    """A backward pass that overwrites an input, a saved tensor or the incoming gradient."""
     leaves = {
         n: v.requires_grad_(n in spec.gradients) if isinstance(v, torch.Tensor) else v
         for n, v in inputs_of(spec, case).items()
@@ -226,7 +223,7 @@ def test_backward_touches_nothing_and_repeats(spec: OpSpec, case: Case) -> None:
 
 @pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.name)
 def test_a_second_derivative_is_right_or_refused(spec: OpSpec) -> None:
-    """A gradient of a gradient that is silently zero or wrong."""
+    """A second derivative that is silently zero or wrong."""
 
     def second(backend: str) -> torch.Tensor:
         inputs = inputs_of(spec, spec.tagged("small")[0])
@@ -247,23 +244,22 @@ def test_a_second_derivative_is_right_or_refused(spec: OpSpec) -> None:
 
 
 @pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.name)
-def test_nothing_past_the_end_is_touched(spec: OpSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_access_past_the_end_of_a_tensor(spec: OpSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """An out-of-bounds load that a masked store hides, or an out-of-bounds store."""
 
-    def everything() -> None:
+    def run_all_cases() -> None:
         guard_allocations(monkeypatch)
         for case in spec.tagged("small", "edge"):
             if max(case.sizes.values()) <= 1100:
                 for dtype in (torch.float32, torch.bfloat16):
                     triton(spec, inputs_of(spec, case, dtype), spec.gradients, guarded, guarded)
 
-    assert exit_status(everything) == 0
+    assert in_a_fork(run_all_cases) == ""
 
 
 @pytest.mark.parametrize(("spec", "case", "dtype"), CHECKED)
 def test_opcheck(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
-    """A registration with a wrong fake, an undeclared mutation or alias, or an autograd formula that tracing
-    cannot follow."""
+    """A wrong fake, an undeclared mutation or alias, or an autograd formula that cannot be traced."""
     with Recorder() as recorder:
         triton(spec, inputs_of(spec, case, dtype), spec.gradients)
     assert len(recorder.calls) >= 2
@@ -293,7 +289,7 @@ def test_compiled_equals_eager(spec: OpSpec, case: Case, backend: str) -> None:
 
 @pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.name)
 def test_compiled_with_an_input_that_changes(spec: OpSpec) -> None:
-    """Compiled code that reads an input after the caller's own in-place update of it, or loses the update."""
+    """Compiled code that reads an input after the caller's in-place update, or that loses the update."""
     inputs = inputs_of(spec, spec.tagged("small")[0])
 
     def function(x: torch.Tensor, **rest: Any) -> tuple[Any, torch.Tensor]:
@@ -312,7 +308,7 @@ def test_compiled_with_an_input_that_changes(spec: OpSpec) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.name)
-def test_the_host_never_waits(spec: OpSpec) -> None:
+def test_no_call_synchronises(spec: OpSpec) -> None:
     """A call, forward or backward, that synchronises with the device."""
     for case in spec.tagged("small"):
         inputs = spec.make_inputs(

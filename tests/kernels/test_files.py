@@ -1,4 +1,4 @@
-"""The cache folder, and files that are replaced atomically."""
+"""The cache folder, and the atomic replacement of files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kernels.files import cache_folder, read_json, replacing, write_json
 
 
 def test_the_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache in the home folder although a variable names another place."""
+    """A cache in the home folder although an environment variable names another folder."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("FUSED_GPT_CACHE", raising=False)
@@ -22,7 +22,7 @@ def test_the_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: p
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
-    """A write that stops halfway and truncates the file, or leaves its partial file behind."""
+    """A failed write that truncates the file, or that does not delete its partial file."""
     path = tmp_path / "folder" / "a.json"
     write_json(path, {"a": 1})
 
@@ -39,8 +39,8 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_json_is_written_as_asked(tmp_path: Path) -> None:
-    """An indent or a character that comes out in another form, or a missing last newline."""
+def test_json_is_written_with_the_given_options(tmp_path: Path) -> None:
+    """A wrong indent, a wrong escape of a character, or a missing last newline."""
     path = tmp_path / "a.json"
     write_json(path, {"é": 1})
     assert path.read_text("utf-8") == '{"\\u00e9": 1}\n'
@@ -50,8 +50,8 @@ def test_json_is_written_as_asked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"3", b"\xff", b"[" * 100_000])
-def test_what_is_not_a_json_object_is_refused(content: bytes, tmp_path: Path) -> None:
-    """A damaged file that raises another exception than ValueError, or that is returned as an object."""
+def test_files_without_a_json_object_are_refused(content: bytes, tmp_path: Path) -> None:
+    """A damaged file that raises an exception other than ValueError, or that is read as an object."""
     path = tmp_path / "a.json"
     path.write_bytes(content)
     with pytest.raises(

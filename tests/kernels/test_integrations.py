@@ -1,5 +1,4 @@
-"""The kernels in models of transformers: the same numbers as its own attention, norms, feed-forward and
-loss."""
+"""The kernels in transformers models, compared with the attention, norms, FFN and loss of transformers."""
 
 from __future__ import annotations
 
@@ -28,14 +27,14 @@ V, T = 61, 12
 
 
 @pytest.fixture(autouse=True)
-def unsaid(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test is the first to fall back."""
-    monkeypatch.setattr(fused, "_said", set())
+def no_warning_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test receives the warning that is given only once."""
+    monkeypatch.setattr(fused, "_warned", set())
 
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Tensor | None]:
-    """The key_start of every call of causal_attention."""
+    """The key_start of each call of causal_attention."""
     seen: list[Tensor | None] = []
     op = kernels.causal_attention
 
@@ -80,7 +79,7 @@ each_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 
 
 def prepared(kind: Any, config: Any) -> Any:
-    """A model whose attention matters: weights far larger than at initialisation."""
+    """A model with large weights, so that attention changes its logits."""
     model = kind(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -102,8 +101,8 @@ def logits(model: Any, implementation: str, idx: Tensor, **inputs: Any) -> Tenso
 
 @each_model
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "left-padding"])
-def test_logits_are_sdpa_s(make: Any, padded: bool, calls: list[Tensor | None]) -> None:
-    """A mask, a scale, grouped heads or a window that gets lost between transformers and the kernel."""
+def test_logits_equal_sdpa(make: Any, padded: bool, calls: list[Tensor | None]) -> None:
+    """A mask, a scale, grouped heads or a window that does not reach the kernel."""
     model, idx = make(), torch.randint(V, (3, T))
     mask = left_padding() if padded else torch.ones(3, T, dtype=torch.long)
     expected = logits(model, "sdpa", idx, attention_mask=mask)
@@ -113,7 +112,7 @@ def test_logits_are_sdpa_s(make: Any, padded: bool, calls: list[Tensor | None]) 
 
 
 def test_padding_becomes_one_start_for_each_row(calls: list[Tensor | None]) -> None:
-    """A start for every query where one for every row says it: slower kernels."""
+    """Left padding passed as one start per query instead of one per row, which runs slower kernels."""
     logits(gpt2(), "fused_gpt", torch.randint(V, (3, T)), attention_mask=left_padding())
     assert all(
         start is not None and start.tolist() == [4, 0, 1] and start.dtype == torch.int32 for start in calls
@@ -121,7 +120,7 @@ def test_padding_becomes_one_start_for_each_row(calls: list[Tensor | None]) -> N
 
 
 def test_packed_documents_become_a_start_for_each_query(calls: list[Tensor | None]) -> None:
-    """Documents in one row that see each other, or that fall back."""
+    """Packed documents that attend to each other, or that run on the fallback."""
     model, idx = gpt2(), torch.randint(V, (1, T))
     position_ids = torch.cat([torch.arange(5), torch.arange(T - 5)])[None]
     packed = logits(model, "fused_gpt", idx, position_ids=position_ids, use_cache=False)
@@ -130,8 +129,8 @@ def test_packed_documents_become_a_start_for_each_query(calls: list[Tensor | Non
 
 
 @each_model
-def test_generation_is_sdpa_s(make: Any, calls: list[Tensor | None]) -> None:
-    """A cache whose newest query is placed at the front, or a prompt continued in two pieces."""
+def test_generation_equals_sdpa(make: Any, calls: list[Tensor | None]) -> None:
+    """A query that gets the position of the first key, not of the last, when keys come from the cache."""
     model, idx, mask = make(), torch.randint(V, (3, T)), left_padding()
     settings = {"attention_mask": mask, "max_new_tokens": 9, "do_sample": False, "pad_token_id": 0}
     model.set_attn_implementation("sdpa")
@@ -141,8 +140,8 @@ def test_generation_is_sdpa_s(make: Any, calls: list[Tensor | None]) -> None:
     assert len(calls) == 2 * 9
 
 
-def test_a_prompt_in_pieces_is_the_prompt(calls: list[Tensor | None]) -> None:
-    """Queries after a cache that get the positions of the first tokens."""
+def test_a_prompt_in_two_parts_gives_the_same_logits(calls: list[Tensor | None]) -> None:
+    """Queries of the second part that get the positions of the first tokens."""
     model, idx = gpt2(), torch.randint(V, (2, T))
     whole = logits(model, "sdpa", idx)
     model.set_attn_implementation("fused_gpt")
@@ -153,7 +152,7 @@ def test_a_prompt_in_pieces_is_the_prompt(calls: list[Tensor | None]) -> None:
     assert len(calls) == 4
 
 
-def unlike_causal() -> dict[str, dict[str, Any]]:
+def other_masks() -> dict[str, dict[str, Any]]:
     right = torch.ones(2, T, dtype=torch.long)
     right[0, -3:] = 0
     holes = torch.rand(2, 1, T, T) < 0.7
@@ -166,15 +165,15 @@ def unlike_causal() -> dict[str, dict[str, Any]]:
     }
 
 
-@pytest.mark.parametrize("name", unlike_causal())
-def test_other_masks_fall_back_and_say_so_once(name: str, calls: list[Tensor | None]) -> None:
-    """A mask that no first key says, computed as if it were causal, or a fall-back that nobody hears of."""
-    model, idx, inputs = gpt2(), torch.randint(V, (2, T)), unlike_causal()[name]
+@pytest.mark.parametrize("name", other_masks())
+def test_other_masks_fall_back_with_one_warning(name: str, calls: list[Tensor | None]) -> None:
+    """A mask with gaps or a bias that is computed as if it were causal, or a fallback without a warning."""
+    model, idx, inputs = gpt2(), torch.randint(V, (2, T)), other_masks()[name]
     with pytest.warns(
         kernels.FallbackWarning, match="the mask is not causal from a first key on; sdpa runs instead"
-    ) as said:
+    ) as caught:
         actual = logits(model, "fused_gpt", idx, **inputs)
-    assert len(said) == 1
+    assert len(caught) == 1
     logits(model, "fused_gpt", idx, **inputs)
     assert torch.equal(actual, logits(model, "sdpa", idx, **inputs))
     assert calls == []
@@ -194,7 +193,7 @@ def test_a_static_cache_falls_back() -> None:
 
 
 def test_attention_that_is_not_causal_falls_back(calls: list[Tensor | None]) -> None:
-    """Cross-attention that sees only the beginning of what it should see."""
+    """Cross-attention that is masked causally, and so ignores part of the encoder's states."""
     model, idx, states = gpt2(add_cross_attention=True), torch.randint(V, (2, T)), torch.randn(2, 5, 32)
     with pytest.warns(kernels.FallbackWarning, match="the layer is not causal"):
         actual = logits(model, "fused_gpt", idx, encoder_hidden_states=states)
@@ -206,15 +205,15 @@ def attend(implementation: Any, q: Tensor, k: Tensor, **settings: Any) -> Tensor
     return implementation(torch.nn.Module(), q, k, k, None, **settings)[0]
 
 
-def test_a_scale_of_the_models_is_kept() -> None:
-    """Models that scale by something other than the head's width."""
+def test_the_models_scale_is_used() -> None:
+    """A model's own scale that is replaced by 1 / sqrt(D)."""
     q, k = torch.randn(2, 1, 2, 5, 8)
     sdpa = transformers.AttentionInterface()["sdpa"]
     torch.testing.assert_close(attend(fused.attention, q, k, scaling=1.7), attend(sdpa, q, k, scaling=1.7))
 
 
-def test_dropout_is_kept() -> None:
-    """Training without the dropout of the attention's weights, or of the feed-forward."""
+def test_dropout_is_applied() -> None:
+    """Training without the dropout of the attention weights or of the feed-forward."""
     q, k = torch.randn(2, 1, 2, 5, 8)
     assert (attend(fused.attention, q, k, dropout=0.9) == 0).float().mean() > 0.2
     model = gpt2(resid_pdrop=0.5).train()
@@ -224,18 +223,18 @@ def test_dropout_is_kept() -> None:
     )
 
 
-def test_queries_without_a_mask_before_the_last_key_fall_back() -> None:
-    """A static cache's first pass, in which the queries stand at the front and not at the end."""
+def test_queries_at_unknown_positions_fall_back() -> None:
+    """The first pass with a static cache, whose queries are treated as the last positions, not the first."""
     q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 7, 8)
     sdpa = transformers.AttentionInterface()["sdpa"]
-    with pytest.warns(kernels.FallbackWarning, match="queries stand at unsaid positions"):
+    with pytest.warns(kernels.FallbackWarning, match="the positions of the queries are unknown"):
         actual = attend(fused.attention, q, k)
     assert torch.equal(actual, attend(sdpa, q, k))
 
 
 @pytest.mark.parametrize("name", ["softcap", "s_aux"])
-def test_what_sdpa_cannot_do_either_is_refused(name: str) -> None:
-    """A soft cap or sinks that are left out without a word."""
+def test_soft_caps_and_sinks_are_refused(name: str) -> None:
+    """A soft cap or attention sinks that are silently ignored."""
     q = torch.randn(1, 2, 3, 4)
     with pytest.raises(ValueError, match=f"the model sets {name}, expected attn_implementation='eager'"):
         fused.attention(torch.nn.Module(), q, q, q, None, **{name: 1.0})
@@ -243,7 +242,7 @@ def test_what_sdpa_cannot_do_either_is_refused(name: str) -> None:
 
 @pytest.fixture
 def training() -> Any:
-    """A GPT-2 in training whose dropout is off, so that its losses repeat."""
+    """A GPT-2 in training mode without dropout, so that its losses are reproducible."""
     return gpt2(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, activation_function="gelu_new").train()
 
 
@@ -263,9 +262,8 @@ LABELS = {
 
 
 @pytest.mark.parametrize("extra", LABELS.values(), ids=LABELS)
-def test_fused_training_is_the_same(training: Any, extra: dict[str, Any]) -> None:
-    """Labels that are not shifted, another mean, a transposed weight, or a gradient that a tied head
-    loses."""
+def test_fused_training_gives_the_same_loss_and_gradients(training: Any, extra: dict[str, Any]) -> None:
+    """Unshifted labels, a wrong mean, a transposed weight, or a gradient that a tied head loses."""
     idx = torch.randint(V, (2, T))
     labels = idx.clone()
     labels[0, :4] = -100 if "ignore_index" not in extra else 3
@@ -277,8 +275,8 @@ def test_fused_training_is_the_same(training: Any, extra: dict[str, Any]) -> Non
 
 
 @pytest.mark.interpreter
-def test_the_kernels_themselves_take_what_transformers_has(training: Any) -> None:
-    """A Triton kernel that reads Conv1D's transposed weights, or strided queries, in the wrong order."""
+def test_the_triton_kernels_run_in_transformers(training: Any) -> None:
+    """A Triton kernel that misreads the transposed weights of Conv1D or strided queries."""
     idx = torch.randint(V, (2, T))
     inputs = {"labels": idx, "attention_mask": left_padding()[:2]}
     expected = loss_and_gradients(training, idx, **inputs)
@@ -290,8 +288,10 @@ def test_the_kernels_themselves_take_what_transformers_has(training: Any) -> Non
 
 
 @pytest.mark.parametrize(("op", "count"), [("layer_norm", 5), ("gelu_ffn", 2), ("linear_cross_entropy", 1)])
-def test_each_op_goes_in_alone(training: Any, op: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A swap that leaves the op out, or that puts others in."""
+def test_each_op_can_be_fused_alone(
+    training: Any, op: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A `fuse` that omits the requested op, or that puts in other ops."""
     called: list[str] = []
     for name in ("layer_norm", "gelu_ffn", "linear_cross_entropy"):
         original = getattr(kernels, name)
@@ -305,8 +305,8 @@ def test_each_op_goes_in_alone(training: Any, op: str, count: int, monkeypatch: 
     assert called == [op] * count
 
 
-def test_unfuse_leaves_no_trace(training: Any) -> None:
-    """A swap that cannot be undone, or that changes names or parameters."""
+def test_unfuse_restores_the_model(training: Any) -> None:
+    """A `fuse` that cannot be undone, or that changes parameters or their names."""
     before, classes = training.state_dict(), [type(module) for module in training.modules()]
     copied = copy.deepcopy(training)
     fused.fuse(training)
@@ -321,8 +321,8 @@ def test_unfuse_leaves_no_trace(training: Any) -> None:
     assert torch.equal(training(idx, labels=idx).loss, copied(idx, labels=idx).loss)
 
 
-def test_a_fused_model_is_saved_as_what_it_is(training: Any, tmp_path: Path) -> None:
-    """A config.json that names a class which nobody else has."""
+def test_a_fused_model_is_saved_as_a_plain_gpt2(training: Any, tmp_path: Path) -> None:
+    """A config.json that names a class of this package, which transformers cannot load."""
     fused.fuse(training)
     training.save_pretrained(tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -332,8 +332,7 @@ def test_a_fused_model_is_saved_as_what_it_is(training: Any, tmp_path: Path) -> 
 
 
 def test_evaluation_keeps_its_logits(training: Any) -> None:
-    """A metric that finds no logits because the loss was fused; a signature by which Trainer drops every
-    column."""
+    """Missing logits in evaluation, or a signature from which Trainer concludes to drop every column."""
     idx = torch.randint(V, (2, T))
     expected = training.eval()(idx, labels=idx)
     fused.fuse(training)
@@ -343,22 +342,22 @@ def test_evaluation_keeps_its_logits(training: Any) -> None:
     assert "input_ids" in inspect.signature(training.forward).parameters
 
 
-def test_a_loss_of_the_users_stays(training: Any) -> None:
-    """A custom loss that the fused one overrules."""
+def test_a_custom_loss_is_kept(training: Any) -> None:
+    """A custom loss that the fused loss replaces."""
     training.loss_function = lambda logits, labels, **_: logits.sum() * 0 + 42
     fused.fuse(training)
     idx = torch.randint(V, (2, T))
     assert training(idx, labels=idx).loss.item() == 42
 
 
-def test_tuples_stay_tuples(training: Any) -> None:
-    """return_dict=False, which older training loops unpack."""
+def test_return_dict_false_returns_a_tuple(training: Any) -> None:
+    """return_dict=False that is ignored, which breaks training loops that unpack a tuple."""
     fused.fuse(training)
     idx = torch.randint(V, (2, T))
     assert torch.equal(training(idx, labels=idx, return_dict=False)[0], training(idx, labels=idx).loss)
 
 
-def test_another_activation_is_left_alone() -> None:
+def test_other_activations_are_not_fused() -> None:
     """A ReLU that becomes a GELU."""
     model, idx = gpt2(activation_function="relu"), torch.randint(V, (2, T))
     expected = model(idx).logits
@@ -367,8 +366,8 @@ def test_another_activation_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("activation", ["gelu_new", "gelu_pytorch_tanh", "gelu"])
-def test_each_gelu_is_its_own(activation: str) -> None:
-    """The exact GELU computed by tanh, or the other way round."""
+def test_each_gelu_keeps_its_formula(activation: str) -> None:
+    """The exact GELU computed by the tanh formula, or the reverse."""
     model, idx = gpt2(activation_function=activation), torch.randint(V, (2, T))
     expected = model.double()(idx).logits
     assert fused.fuse(model) == 8
@@ -376,14 +375,14 @@ def test_each_gelu_is_its_own(activation: str) -> None:
 
 
 def test_only_gpt2_is_fused() -> None:
-    """A model with the same classes inside that nobody has tried."""
+    """An untested model that `fuse` changes because it contains modules of the same classes."""
     with pytest.raises(TypeError, match="fuse: model is LlamaForCausalLM, expected a GPT-2 of transformers"):
         fused.fuse(llama())
 
 
 @pytest.mark.parametrize("order", ["import kernels, gpt, transformers", "import transformers, gpt, kernels"])
-def test_transformers_works_beside_this_package(order: str, tmp_path: Path) -> None:
-    """An import name that transformers takes for Hugging Face's `kernels`, and stumbles over."""
+def test_transformers_works_with_this_package_imported(order: str, tmp_path: Path) -> None:
+    """The import name `kernels`, which transformers takes for Hugging Face's package and fails on."""
     program = f"""
 {order}
 import torch

@@ -1,4 +1,4 @@
-"""The patched interpreter: bfloat16 against torch, and a test that fails once Triton needs no patch."""
+"""The patched interpreter computes bfloat16 as torch does; a test detects when the patch is obsolete."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ EXPECTED = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("op", EXPECTED)
-def test_arithmetic_is_torchs(op: str, dtype: torch.dtype) -> None:
-    """An interpreter that computes with the bits of bfloat16, or truncates instead of rounding to nearest."""
+def test_arithmetic_equals_torch(op: str, dtype: torch.dtype) -> None:
+    """An interpreter that computes with bfloat16's bit patterns, or that truncates instead of rounding."""
     a, b = torch.randn(2, 16, 16).to(dtype)
     out = torch.empty_like(a)
     _arithmetic_kernel[(1,)](a, b, out, OP=op, N=16)
-    unit = torch.finfo(dtype).eps if op in ("dot", "sum") else 0  # sums may be taken in another order
+    unit = torch.finfo(dtype).eps if op in ("dot", "sum") else 0  # the order of summation may differ
     torch.testing.assert_close(out, EXPECTED[op](a, b), rtol=unit, atol=16 * unit)
 
 

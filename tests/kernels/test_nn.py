@@ -1,4 +1,4 @@
-"""The modules against their counterparts in torch.nn, with the same parameters."""
+"""The modules, compared with their counterparts in torch.nn for the same parameters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import kernels
 from kernels.nn import CausalSelfAttention, GELUFeedForward, LayerNorm
 
 B, T, C, H, HIDDEN = 2, 7, 24, 3, 40
-Maker = Callable[[], nn.Module]
+Factory = Callable[[], nn.Module]
 
 
 def sequential(bias: bool = True, approximate: str = "none", hidden: int = HIDDEN) -> nn.Module:
@@ -25,7 +25,7 @@ def multihead(**settings: Any) -> nn.Module:
     return nn.MultiheadAttention(C, H, batch_first=True, **settings)
 
 
-COUNTERPARTS: dict[str, tuple[Maker, Maker]] = {
+COUNTERPARTS: dict[str, tuple[Factory, Factory]] = {
     "layer_norm": (lambda: LayerNorm(C), lambda: nn.LayerNorm(C)),
     "layer_norm-eps": (lambda: LayerNorm((C,), eps=0.3), lambda: nn.LayerNorm(C, eps=0.3)),
     "layer_norm-no-bias": (lambda: LayerNorm(C, bias=False), lambda: nn.LayerNorm(C, bias=False)),
@@ -42,12 +42,12 @@ COUNTERPARTS: dict[str, tuple[Maker, Maker]] = {
         lambda: multihead(bias=False),
     ),
 }
-each_counterpart = pytest.mark.parametrize("makers", COUNTERPARTS.values(), ids=COUNTERPARTS)
+each_counterpart = pytest.mark.parametrize("factories", COUNTERPARTS.values(), ids=COUNTERPARTS)
 
 
-def same_parameters(makers: tuple[Maker, Maker]) -> list[nn.Module]:
-    """Ours and torch's in float64, with the same random parameters by way of the state_dict."""
-    ours, theirs = (make().double() for make in makers)
+def same_parameters(factories: tuple[Factory, Factory]) -> list[nn.Module]:
+    """Our module and torch's in float64, with the same random parameters, loaded from one state_dict."""
+    ours, theirs = (make().double() for make in factories)
     for parameter in theirs.parameters():
         nn.init.normal_(parameter)
     ours.load_state_dict(theirs.state_dict())
@@ -62,10 +62,10 @@ def call(module: nn.Module, x: Tensor) -> Tensor:
 
 
 @each_counterpart
-def test_the_state_dict_is_that_of_torch(makers: tuple[Maker, Maker]) -> None:
-    """A parameter of another name, place or shape, or one that starts out differently from torch.nn's."""
+def test_initial_state_dicts_equal_torch(factories: tuple[Factory, Factory]) -> None:
+    """A parameter whose name, order, shape or initial value differs from torch.nn's."""
     states = []
-    for make in makers:
+    for make in factories:
         torch.manual_seed(1)
         states.append(make().state_dict())
     ours, theirs = states
@@ -74,11 +74,11 @@ def test_the_state_dict_is_that_of_torch(makers: tuple[Maker, Maker]) -> None:
 
 
 @each_counterpart
-def test_output_and_gradients_equal_torch(makers: tuple[Maker, Maker]) -> None:
-    """A module that forgets a bias, its eps, its approximation or the mask, or that mixes heads up."""
+def test_output_and_gradients_equal_torch(factories: tuple[Factory, Factory]) -> None:
+    """A module that ignores a bias, eps, the GELU approximation or the mask, or that mixes up the heads."""
     x = torch.randn(B, T, C, dtype=torch.float64)
     results = []
-    for module in same_parameters(makers):
+    for module in same_parameters(factories):
         y = call(module, x)
         results.append(
             [
@@ -93,15 +93,15 @@ def test_output_and_gradients_equal_torch(makers: tuple[Maker, Maker]) -> None:
 
 @pytest.mark.parametrize(("op", "name"), [(name.split("-")[0], name) for name in COUNTERPARTS])
 def test_a_module_runs_its_op(op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module that computes by itself, out of reach of the kernels and of use_backend."""
+    """A module that does not call the public op, so that use_backend has no effect on it."""
     calls = []
     monkeypatch.setattr(kernels, op, lambda x, *args, **settings: calls.append(op) or x)
     COUNTERPARTS[name][0]()(torch.randn(B, T, C))
     assert calls == [op]
 
 
-def test_attention_sees_no_padding() -> None:
-    """key_start that is dropped on the way: a padded row that differs from the same row alone."""
+def test_attention_ignores_padding() -> None:
+    """A module that ignores key_start: a padded row's output differs from that of the row without padding."""
     module = CausalSelfAttention(C, H).double()
     x = torch.randn(B, T, C, dtype=torch.float64)
     padded = module(x, key_start=torch.tensor([3, 0], dtype=torch.int32))
@@ -109,8 +109,8 @@ def test_attention_sees_no_padding() -> None:
     torch.testing.assert_close(padded[1:], module(x[1:]))
 
 
-def test_attention_drops_in_training_alone() -> None:
-    """Dropout that stays on in eval(), or that never comes on."""
+def test_attention_drops_in_training_mode_only() -> None:
+    """Dropout that is active in eval mode, or inactive in training mode."""
     module, x = CausalSelfAttention(C, H, dropout=0.5), torch.randn(B, T, C)
     assert not torch.equal(module(x), module(x))
     module.eval()
@@ -118,7 +118,7 @@ def test_attention_drops_in_training_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda: LayerNorm((3, 4)), "LayerNorm: normalized_shape is (3, 4), expected one dimension"),
         (
@@ -131,7 +131,7 @@ def test_attention_drops_in_training_alone() -> None:
         ),
     ],
 )
-def test_what_cannot_be_made(make: Maker, said: str) -> None:
-    """A module whose first call fails somewhere inside."""
-    with pytest.raises(ValueError, match=re.escape(said)):
+def test_bad_sizes_are_refused(make: Factory, message: str) -> None:
+    """A bad size that no error reports before the first call."""
+    with pytest.raises(ValueError, match=re.escape(message)):
         make()

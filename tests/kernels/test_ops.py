@@ -1,6 +1,7 @@
 """Tests of every op in the registry.
 
-The reference against float64 and gradcheck, Triton against the reference, explain, autocast, bad arguments.
+They compare the reference with float64 and gradcheck, and Triton with the reference. They also cover explain,
+autocast and bad arguments.
 """
 
 from __future__ import annotations
@@ -49,15 +50,17 @@ def inputs_of(
     return spec.make_inputs(case, dtype, device, torch.Generator(device).manual_seed(0))
 
 
-def assert_right(spec: OpSpec, case: Case, dtype: torch.dtype, device: torch.device, backend: str) -> None:
+def assert_within_tolerance(
+    spec: OpSpec, case: Case, dtype: torch.dtype, device: torch.device, backend: str
+) -> None:
     wrong = [str(verdict) for verdict in check(spec, case, dtype, device, backend=backend) if not verdict.ok]
     assert not wrong, wrong
 
 
 @pytest.mark.parametrize(("spec", "case", "dtype"), cases("small"))
 def test_the_public_op_runs_its_reference(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
-    """The public function changes an argument, an output or a gradient on its way to the reference."""
-    assert_right(spec, case, dtype, CPU, "reference")
+    """A public function that changes an argument, an output or a gradient of the reference."""
+    assert_within_tolerance(spec, case, dtype, CPU, "reference")
 
 
 @pytest.mark.parametrize(
@@ -65,7 +68,7 @@ def test_the_public_op_runs_its_reference(spec: OpSpec, case: Case, dtype: torch
     [case for case in cases("small", dtypes=(torch.float64,)) if case.values[0].gradients],
 )
 def test_reference_gradients_are_derivatives(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
-    """A reference with a wrong gradient, which every other test would then call right."""
+    """A wrong gradient of the reference, which the other tests use as the expected value."""
     case = Case(
         {
             name: min(size, 7) if name in ("N", "Tq", "C", "I", "V") else size
@@ -75,23 +78,21 @@ def test_reference_gradients_are_derivatives(spec: OpSpec, case: Case, dtype: to
     )
     inputs = inputs_of(spec, case, dtype)
     names = [name for name in spec.gradients if inputs[name] is not None]
-    scaled = {
-        name: inputs[name].clamp(-3, 3) for name in names
-    }  # finite differences fail at magnitudes of thousands
+    clamped = {name: inputs[name].clamp(-3, 3) for name in names}  # finite differences need small values
 
     def function(*tensors: torch.Tensor) -> Any:
         return spec.reference(**(inputs | dict(zip(names, tensors, strict=True))))
 
     assert torch.autograd.gradcheck(
-        function, [scaled[name].double().requires_grad_() for name in names], fast_mode=True
+        function, [clamped[name].double().requires_grad_() for name in names], fast_mode=True
     )
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize(("spec", "case", "dtype"), cases("small", "edge"))
 def test_triton_agrees_with_the_reference(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
-    """A kernel, forward or backward, that is wrong at a small or awkward shape."""
-    assert_right(spec, case, dtype, CPU, "triton")
+    """A kernel, forward or backward, that is wrong at a small or irregular shape."""
+    assert_within_tolerance(spec, case, dtype, CPU, "triton")
 
 
 @pytest.mark.interpreter
@@ -99,14 +100,14 @@ def test_triton_agrees_with_the_reference(spec: OpSpec, case: Case, dtype: torch
 @pytest.mark.parametrize(("spec", "case", "dtype"), cases("slow"))
 def test_triton_agrees_on_the_long_grid(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
     """A kernel that is wrong at one size of the long grid only."""
-    assert_right(spec, case, dtype, CPU, "triton")
+    assert_within_tolerance(spec, case, dtype, CPU, "triton")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("spec", "case", "dtype"), cases("small", "edge", "gpu"))
 def test_triton_agrees_on_the_gpu(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
     """A compiled kernel that is wrong although the interpreted kernel is right."""
-    assert_right(spec, case, dtype, GPU, "triton")
+    assert_within_tolerance(spec, case, dtype, GPU, "triton")
 
 
 @pytest.mark.gpu
@@ -114,7 +115,7 @@ def test_triton_agrees_on_the_gpu(spec: OpSpec, case: Case, dtype: torch.dtype) 
 @pytest.mark.parametrize(("spec", "case", "dtype"), cases("slow"))
 def test_triton_agrees_on_the_long_grid_on_the_gpu(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
     """A compiled kernel that is wrong at one size of the long grid only."""
-    assert_right(spec, case, dtype, GPU, "triton")
+    assert_within_tolerance(spec, case, dtype, GPU, "triton")
 
 
 @pytest.mark.gpu
@@ -123,7 +124,7 @@ def test_triton_agrees_on_the_long_grid_on_the_gpu(spec: OpSpec, case: Case, dty
     [*cases("small", "edge"), *cases("bench", dtypes=(torch.float16, torch.bfloat16))],
 )
 def test_triton_repeats_bit_for_bit_on_the_gpu(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
-    """A race: the same call gives other bits the second time."""
+    """A race: repeating a call gives different bits."""
     inputs = inputs_of(spec, case, dtype, GPU)
     with kernels.use_backend(**{spec.name: "triton"}):
         first = run_case(spec.function, inputs, spec.gradients)
@@ -135,7 +136,7 @@ def test_triton_repeats_bit_for_bit_on_the_gpu(spec: OpSpec, case: Case, dtype: 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_the_spec_describes_the_signature(spec: OpSpec) -> None:
-    """A parameter that no bad-argument test would ever reach, or a reference with another signature."""
+    """A parameter that the bad-argument tests do not cover, or a reference with another signature."""
     public, reference = inspect.signature(spec.function), inspect.signature(spec.reference)
     assert list(spec.arguments) == list(public.parameters)
     assert [p.replace(annotation="") for p in public.parameters.values()] == [
@@ -146,8 +147,8 @@ def test_the_spec_describes_the_signature(spec: OpSpec) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_work_is_counted(spec: OpSpec) -> None:
-    """A bench whose formula gives zero or negative work for a case."""
+def test_flops_and_bytes_are_positive(spec: OpSpec) -> None:
+    """A formula that gives a bench zero or negative work."""
     for case in spec.cases:
         assert spec.flops(case, "forward") > 0
         assert spec.bytes(case, torch.bfloat16, "forward") > 0
@@ -157,7 +158,7 @@ def test_work_is_counted(spec: OpSpec) -> None:
 @pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=pytest.mark.interpreter)])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_no_input_is_written(spec: OpSpec, backend: str) -> None:
-    """An op that overwrites an input or a tensor that it saved (bug: cross-entropy overwrites its logits)."""
+    """An op that overwrites an input or a saved tensor, e.g. a loss that overwrites its logits."""
     for case in spec.tagged("small"):
         inputs = inputs_of(spec, case)
         before = {name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
@@ -168,8 +169,8 @@ def test_no_input_is_written(spec: OpSpec, backend: str) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-def test_explain_says_what_runs(spec: OpSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    """explain that computes something, or that names another backend than the call takes."""
+def test_explain_names_the_backend_that_runs(spec: OpSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An `explain` that names a backend other than that of the call."""
     inputs = inputs_of(spec, first_case(spec))
     with kernels.use_backend("reference"):
         assert kernels.explain(spec.name, **inputs).backend == "reference"
@@ -180,7 +181,7 @@ def test_explain_says_what_runs(spec: OpSpec, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_autocast_gives_the_autocast_dtype(spec: OpSpec) -> None:
-    """An op that hands float32 activations on under autocast, or a loss that is not float32."""
+    """An op that returns float32 activations under autocast, or a loss that is not float32."""
     inputs = inputs_of(spec, first_case(spec))
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         result = spec.function(**inputs)
@@ -204,7 +205,7 @@ def _bad_tensor(spec: OpSpec, name: str, inputs: dict[str, Any]) -> list[tuple[s
         ]
     if "..." not in argument.dims:
         bad.append(("another rank", value[None, None], ValueError))
-    leading = next(iter(spec.arguments))  # it sets the dtype that the other tensors must have
+    leading = next(iter(spec.arguments))  # the other tensors must have its dtype
     if argument.dtype is None and not argument.any_float and name != leading:
         bad.append(("a mixed dtype", value.double(), TypeError))
     if argument.last_contiguous:
@@ -242,7 +243,7 @@ def _bad_number(argument: NumberArgument) -> list[tuple[str, Any, type[Exception
     if argument.high == float("inf"):
         bad.append(("infinity", float("inf"), ValueError))
     elif argument.open_high:
-        bad.append(("its open end", argument.high, ValueError))
+        bad.append(("the open upper bound", argument.high, ValueError))
     else:
         bad.append(("too large", argument.high * 2, ValueError))
     return bad
@@ -280,7 +281,7 @@ def bad_arguments() -> list[Any]:
 def test_bad_arguments_are_refused(
     spec: OpSpec, name: str, bad: Any, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A bad argument that reaches a kernel, or a message without the op, the value and what is expected."""
+    """A bad argument that reaches a kernel, or a message without the op, the value or the expectation."""
     monkeypatch.setattr(
         dispatch.Op, "choose", lambda *args, **kwargs: pytest.fail("the call passed its checks")
     )

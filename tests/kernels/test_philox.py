@@ -1,4 +1,4 @@
-"""Philox in torch against an independent implementation in Python's integers, and against known answers."""
+"""Philox in torch, compared with an implementation in Python integers and with a known answer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_known_answer() -> None:
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**40 + 12345, 2**63 - 1, -(2**63)])
 @pytest.mark.parametrize("counter", [0, 1, 2**31, 2**32 - 1, 2**32, 2**40 + 7])
 def test_same_bits_as_python_integers(seed: int, counter: int) -> None:
-    """A product that loses its high half in int64, or a seed or counter whose upper word is dropped."""
+    """A multiplication that loses its high half in int64, or a dropped upper word of seed or counter."""
     assert tuple(w.item() for w in philox(seed, torch.tensor(counter))) == python_philox(
         counter, seed & (2**64 - 1)
     )
@@ -45,16 +45,16 @@ def test_same_bits_as_python_integers(seed: int, counter: int) -> None:
     )
 
 
-def test_word_of_an_element() -> None:
-    """Another assignment of words to elements than counter = index // 4, word = index % 4."""
+def test_each_element_gets_its_word() -> None:
+    """A wrong word for an element: the counter is index // 4, the word is index % 4."""
     words = random_words(9, (3, 5), CPU)
     assert words.shape == (3, 5)
     for index, word in enumerate(words.flatten().tolist()):
         assert word == python_philox(index // 4, 9)[index % 4]
 
 
-def test_keep_mask_keeps_its_share() -> None:
-    """A threshold that is inverted, or off by more than chance allows (5 standard deviations)."""
+def test_keep_mask_keeps_the_right_share() -> None:
+    """A threshold that is inverted, or wrong by more than chance (5 standard deviations) allows."""
     for p in (0.0, 0.1, 0.5, 0.9):
         kept = keep_mask(3, (1000, 100), p, CPU).double().mean().item()
         assert abs(kept - (1 - p)) <= 5 * (p * (1 - p) / 1e5) ** 0.5
@@ -65,14 +65,14 @@ def test_keep_mask_keeps_its_share() -> None:
 @pytest.mark.parametrize("size", [12, 14], ids=["by fours", "one by one"])
 @pytest.mark.parametrize("op", ["attention", "norm", "dropout"])
 def test_an_element_at_the_threshold_is_kept(op: str, size: int) -> None:
-    """A kernel that compares the other way at the threshold itself, rounds it, or compares signed words."""
+    """A kernel that drops the element at the threshold, rounds the threshold or compares signed words."""
     shape, row = ((1, 1, size, size), (0, 0, size - 1)) if op == "attention" else ((3, size), (1,))
     words = random_words(5, shape, CPU)
     for word in sorted(words[row].tolist())[1::3]:
         for share, threshold in ((word, word), (word + 0.5, word), (word + 1, word + 1)):
             p = share / 2**32
             with kernels.use_backend("triton"):
-                if op == "attention":  # with v the identity and all logits equal, the output is the mask
+                if op == "attention":  # v = identity and equal logits: the output is the mask
                     q, v = torch.zeros(1, 1, size, 16), torch.eye(size, 16)[None, None]
                     actual = kernels.causal_attention(q, q, v, dropout_p=p, seed=5)[..., :size]
                 elif op == "dropout":

@@ -24,7 +24,7 @@ NORM = ("layer_norm", Case({"N": 7, "C": 48}))
 
 
 @pytest.fixture(autouse=True)
-def a_cache_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def a_separate_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSED_GPT_CACHE", str(tmp_path))
     monkeypatch.setattr(dispatch, "_distrusted", {})
 
@@ -82,7 +82,7 @@ def one_bad_row(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: An
 
 
 class Larger(torch.autograd.Function):
-    """The identity, with a tenth too much of the gradient."""
+    """The identity, with a gradient that is 10% too large."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -130,8 +130,8 @@ def test_planted_faults_are_caught(
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=SHORT_DTYPE.get)
-def test_right_kernels_pass_and_the_report_says_so(dtype: torch.dtype) -> None:
-    """A right kernel that is refused, or a report without its numbers."""
+def test_right_kernels_pass(dtype: torch.dtype) -> None:
+    """A right kernel that is refused, or a report without errors and speed-ups."""
     report = run_preflight([ATTENTION, NORM], CPU, dtype, use_cache=False)
     assert report.ok, str(report)
     for row in report.rows:
@@ -143,8 +143,8 @@ def test_right_kernels_pass_and_the_report_says_so(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.interpreter
-def test_a_failing_op_falls_back_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel that runs on after its preflight failed, or another op that is taken down with it."""
+def test_a_failed_op_runs_its_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that still runs after its preflight failed, or another op that loses its kernel."""
     plant(monkeypatch, "causal_attention", lost_mask)
     run_preflight([ATTENTION, NORM], CPU, torch.float32, use_cache=False).enforce()
     q = torch.randn(1, 2, 5, 16)
@@ -155,8 +155,8 @@ def test_a_failing_op_falls_back_from_then_on(monkeypatch: pytest.MonkeyPatch) -
         assert kernels.explain("layer_norm", torch.randn(3, 8), torch.ones(8)).backend == "triton"
 
 
-def test_what_cannot_run_is_listed_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A preflight that fails, or that calls kernels right, where there are none to run."""
+def test_ops_without_a_kernel_are_listed_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A preflight that fails because Triton is missing, or that reports an op as checked."""
     monkeypatch.setattr(dispatch, "triton_version", None)
     report = run_preflight([NORM], CPU, torch.float32, use_cache=False)
     assert report.ok
@@ -165,7 +165,7 @@ def test_what_cannot_run_is_listed_with_the_reason(monkeypatch: pytest.MonkeyPat
 
 
 def test_verdicts_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A check that is repeated, or a verdict that is reused for other sources, shapes, dtypes or versions."""
+    """A check that is repeated needlessly, or a verdict reused for other sources, shapes or dtypes."""
     report = run_preflight([NORM], CPU, torch.float32)
     assert not report.cached
     assert (
@@ -175,7 +175,7 @@ def test_verdicts_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_preflight([NORM], CPU, torch.float32).cached
     assert not run_preflight([NORM], CPU, torch.float16).cached
     assert not run_preflight([("layer_norm", Case({"N": 8, "C": 48}))], CPU, torch.float32).cached
-    monkeypatch.setattr(preflight, "_sources", lambda: "others")
+    monkeypatch.setattr(preflight, "_sources", lambda: "changed")
     assert not run_preflight([NORM], CPU, torch.float32).cached
 
 
@@ -193,8 +193,8 @@ def test_verdicts_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
         b"[" * 100_000,
     ],
 )
-def test_a_damaged_verdict_is_computed_again(content: bytes, tmp_path: Path) -> None:
-    """A truncated or foreign cache file that ends the run with a traceback, or that is believed."""
+def test_a_damaged_cache_file_is_replaced(content: bytes, tmp_path: Path) -> None:
+    """A truncated or foreign cache file that ends the run with a traceback, or whose content is used."""
     report = run_preflight([NORM], CPU, torch.float32)
     (stored,) = (tmp_path / "preflight").iterdir()
     stored.write_bytes(content)
@@ -204,7 +204,7 @@ def test_a_damaged_verdict_is_computed_again(content: bytes, tmp_path: Path) -> 
     assert run_preflight([NORM], CPU, torch.float32).cached
 
 
-def test_an_unwritable_cache_costs_the_cache_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_cache_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A read-only home folder that makes preflight fail."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("FUSED_GPT_CACHE", str(tmp_path / "file"))
@@ -213,7 +213,7 @@ def test_an_unwritable_cache_costs_the_cache_alone(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.interpreter
 def test_failures_are_not_cached(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A failure that is remembered after the cause is gone."""
+    """A failure that is still reported from the cache after its cause is fixed."""
     plant(monkeypatch, "layer_norm", zero_weight_gradient)
     assert not run_preflight([NORM], CPU, torch.float32).ok
     assert not run_preflight([NORM], CPU, torch.float32).cached
@@ -235,24 +235,24 @@ module.serve()
 
 
 def test_a_crashed_process_is_named_and_the_rest_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An illegal memory access that ends the run, or that hides the ops after it."""
+    """An illegal memory access that ends the run, or that keeps later ops from being checked."""
     monkeypatch.setattr(preflight, "CHILD", [sys.executable, "-c", CRASH])
     report = run_preflight([NORM, ATTENTION, NORM], CPU, torch.float32, isolate=True, use_cache=False)
     assert [row.op for row in report.rows] == ["layer_norm", "causal_attention", "layer_norm"]
     assert report.failed == {"causal_attention": "its process ended with exit code -11: no message"}
 
 
-def test_the_process_finds_the_package_from_any_folder(
+def test_the_child_imports_the_package_from_any_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A child process that cannot import a package that only the parent's sys.path finds."""
+    """A child process that cannot import a package that is only on the parent's sys.path."""
     monkeypatch.chdir(tmp_path)
     report = run_preflight([NORM], CPU, torch.float32, isolate=True, use_cache=False)
     assert report.ok, str(report)
 
 
-def test_cases_survive_the_way_to_the_child() -> None:
-    """An option that arrives as another type in the process that checks it."""
+def test_cases_are_sent_to_the_child_unchanged() -> None:
+    """An option that has another type in the child process."""
     case = Case(
         {"N": 3, "C": 8}, {"parameters": torch.float32, "dropout_p": 0.5, "bias": False, "layout": "qkv"}
     )
@@ -260,7 +260,7 @@ def test_cases_survive_the_way_to_the_child() -> None:
 
 
 def test_an_unknown_op_is_refused() -> None:
-    """A misspelt op that is silently left out."""
+    """A misspelt op that is silently skipped."""
     with pytest.raises(
         ValueError, match=r"^preflight: 'softmax' is not an op, expected one of add_layer_norm"
     ):
