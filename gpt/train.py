@@ -1,6 +1,6 @@
 """`python -m gpt.train`: trains a GPT on text.
 
-Without arguments it trains on Python's own sources, for about three minutes.
+Without arguments it trains on Python's own sources, for a few minutes.
 """
 
 from __future__ import annotations

@@ -16,14 +16,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from kernels.registry import SPECS
-from kernels.spec import SHORT_DTYPE, Case, OpSpec
+from kernels.spec import SHORT_DTYPE, Case, OpSpec, TensorArgument
 from kernels.tolerance import compare
 from tests.memory import guard_allocations, guarded, in_a_fork
 
 pytestmark = pytest.mark.interpreter
 
 CPU = torch.device("cpu")
-OPS = [spec for spec in SPECS.values() if spec.family in ("norm", "ffn", "loss")]
+# The ops that take rows: any leading dimensions, and any layout of them.
+OPS = [
+    spec
+    for spec in SPECS.values()
+    if any(isinstance(a, TensorArgument) and a.dims[0] == "..." for a in spec.arguments.values())
+]
 SMALL = [
     pytest.param(spec, case, id=f"{spec.name}-{case.id}") for spec in OPS for case in spec.tagged("small")
 ]
