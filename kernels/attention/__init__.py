@@ -69,34 +69,22 @@ def causal_attention(
         Dao, "FlashAttention-2" (2023), section 3; Vaswani et al., "Attention Is All You Need" (2017), section
         3.2.1.
     """
-    choice, q, k, v = _prepare_causal_attention(
-        q=q,
-        k=k,
-        v=v,
-        key_start=key_start,
-        scale=scale,
-        dropout_p=dropout_p,
-        seed=seed,
-        deterministic=deterministic,
-    )
+    options: Any = {
+        "key_start": key_start,
+        "scale": scale,
+        "dropout_p": dropout_p,
+        "seed": seed,
+        "deterministic": deterministic,
+    }
+    choice, q, k, v = _prepare_causal_attention(q, k, v, **options)
     if choice.backend == "triton":
         from kernels.attention import torch_op
 
-        return torch_op.causal_attention(
-            q=q,
-            k=k,
-            v=v,
-            key_start=key_start,
-            scale=scale,
-            dropout_p=dropout_p,
-            seed=seed,
-            deterministic=deterministic,
-        )
-    options: Any = {"key_start": key_start, "scale": scale, "dropout_p": dropout_p, "seed": seed}
+        return torch_op.causal_attention(q, k, v, **options)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= SHORT:
         with torch.autocast("cpu", enabled=False):
             return reference.causal_attention(q.float(), k.float(), v.float(), **options).to(q.dtype)
-    return reference.causal_attention(q, k, v, deterministic=deterministic, **options)
+    return reference.causal_attention(q, k, v, **options)
 
 
 @_CAUSAL.prepares

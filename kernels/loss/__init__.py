@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -62,39 +63,18 @@ def linear_cross_entropy(
         Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (2024), section 3, for the
         problem; Chowdhery et al., PaLM (2022), section 5, for z-loss.
     """
-    choice, x, weight, bias = _prepare_linear_cross_entropy(
-        x=x,
-        weight=weight,
-        targets=targets,
-        bias=bias,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-    )
+    options: Any = {
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+    }
+    choice, x, weight, bias = _prepare_linear_cross_entropy(x, weight, targets, bias, **options)
     if choice.backend == "triton":
         from kernels.loss import torch_op
 
-        return torch_op.linear_cross_entropy(
-            x=x,
-            weight=weight,
-            targets=targets,
-            bias=bias,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-        )
-    return reference.linear_cross_entropy(
-        x,
-        weight,
-        targets,
-        bias,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-    )
+        return torch_op.linear_cross_entropy(x, weight, targets, bias, **options)
+    return reference.linear_cross_entropy(x, weight, targets, bias, **options)
 
 
 @_LINEAR_CROSS_ENTROPY.prepares
