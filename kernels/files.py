@@ -64,7 +64,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes().decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is not a JSON file ({error})") from None
+        raise ValueError(f"{path} is not a JSON file ({error})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a JSON object")
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
     return content

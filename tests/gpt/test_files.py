@@ -66,8 +66,8 @@ def test_a_verified_file_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ("content", "message"),
     [
         (None, "checkpoint: cannot read .*file.json: No such file"),
-        ("{", "checkpoint: .*file.json: is not a JSON file"),
-        ("[1]", "checkpoint: .*file.json: holds a list, expected a JSON object"),
+        ("{", "checkpoint: .*file.json is not a JSON file"),
+        ("[1]", "checkpoint: .*file.json holds a list, expected a JSON object"),
     ],
 )
 def test_read_json_names_the_file(content: str | None, message: str, tmp_path: Path) -> None:
