@@ -18,7 +18,7 @@ from kernels.tolerance import compare
 ROOT = Path(__file__).parents[2]
 CONFIG = GPTConfig(vocab_size=61, block_size=24, n_layer=2, n_head=2, n_embd=32)
 
-pytestmark = pytest.mark.interpreter
+pytestmark = pytest.mark.kernels
 
 
 def make(config: GPTConfig = CONFIG, *, use_triton: bool | str = True, seed: int = 0) -> GPT:

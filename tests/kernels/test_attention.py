@@ -22,7 +22,7 @@ from kernels.verify import Oracle, run_case
 from tests.kernels.attention_suite import assert_all_ok, assert_same_gradients
 
 pytest.importorskip("triton", reason="triton is not installed")
-pytestmark = pytest.mark.interpreter
+pytestmark = pytest.mark.kernels
 
 CAUSAL, DECODE = SPECS["causal_attention"], SPECS["decode_attention"]
 CPU = torch.device("cpu")

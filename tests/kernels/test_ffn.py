@@ -12,7 +12,7 @@ import kernels
 from kernels.tuning import Tile, gelu_tile
 from tests.memory import sparse, start_at_program
 
-pytestmark = pytest.mark.interpreter
+pytestmark = pytest.mark.kernels
 
 APPROXIMATIONS = ("tanh", "none")
 

@@ -11,7 +11,7 @@ import kernels
 from kernels.tuning import NORM_COLUMNS, norm_tile
 from tests.memory import sparse, start_at_program
 
-pytestmark = pytest.mark.interpreter
+pytestmark = pytest.mark.kernels
 
 
 def arguments(n: int, c: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
