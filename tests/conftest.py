@@ -1,4 +1,4 @@
-"""Triton's interpreter for every test except `-m gpu`; one seed and one thread policy for all tests."""
+"""Triton's interpreter, unless `-m` selects gpu or compiled tests; one seed and thread policy for all."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from collections.abc import Iterator
 import pytest
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+EXECUTION = "tests.compiled.plugin"  # executes compiled kernels without a GPU
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # Triton reads the variable when it is first imported, and torch may import it, for example when an
     # optimizer is constructed. Interpreted and compiled kernels cannot share a process.
-    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+    selected = config.option.markexpr.replace("not gpu", "").replace("not compiled", "")
+    if "gpu" not in selected and "compiled" not in selected:
         os.environ["TRITON_INTERPRET"] = "1"
     import hypothesis
     import torch
@@ -37,26 +39,39 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    import torch
-
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # Slow tests run last: time on a GPU is limited.
     items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    executing = config.pluginmanager.hasplugin(EXECUTION)
     for item in items:
-        if item.get_closest_marker("gpu"):
-            if not torch.cuda.is_available():
-                item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
-            elif interpreting():
-                item.add_marker(pytest.mark.skip(reason="kernels are interpreted in this run: use -m gpu"))
-        elif item.get_closest_marker("interpreter"):
-            if not HAS_TRITON:
-                item.add_marker(pytest.mark.skip(reason="triton is not installed"))
-            elif not interpreting():
-                item.add_marker(
-                    pytest.mark.skip(
-                        reason="kernels are compiled in this run, and CPU tensors need the interpreter"
-                    )
-                )
+        marks = {mark.name for mark in item.iter_markers()}
+        reason = obstacle(marks, executing)
+        if reason is not None:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def obstacle(marks: set[str], executing: bool) -> str | None:
+    """The reason why a test with these markers cannot run in this process; None if it can.
+
+    executing: compiled kernels are executed without a GPU.
+    """
+    import torch
+
+    if "compiled" in marks and not executing:
+        return "needs ttsem: run .ci/compiled"
+    if "gpu" in marks:
+        if not torch.cuda.is_available():
+            return "no CUDA GPU"
+        if interpreting():
+            return "kernels are interpreted in this run: use -m gpu"
+        if "driver" in marks and executing:
+            return "no real GPU"
+    if marks & {"interpreter", "kernels"}:
+        if not HAS_TRITON:
+            return "triton is not installed"
+        if not interpreting() and not (executing and "kernels" in marks):
+            return "kernels are compiled in this run, and CPU tensors need the interpreter"
+    return None
 
 
 @pytest.fixture(autouse=True)

@@ -23,6 +23,7 @@ DEVICE = torch.device("cuda")
 VOCABULARY = 50304
 
 
+@pytest.mark.driver("CUDA graphs")
 @pytest.mark.parametrize("use_triton", [True, False])
 def test_captured_decoding_equals_eager(use_triton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph that replays a stale length, position or token, or that reads padding."""
@@ -53,6 +54,7 @@ def synchronizations(model: GPT, idx: torch.Tensor, new: int, stop_tokens: list[
     return [Path(warning.filename) for warning in caught if "called a synchronizing" in str(warning.message)]
 
 
+@pytest.mark.driver("torch's check for synchronisations needs a CUDA context")
 @pytest.mark.parametrize(
     "stop_tokens", [None, [50256], list(range(50200, 50257))], ids=["free", "stop", "stops"]
 )
@@ -67,6 +69,7 @@ def test_tokens_do_not_synchronise(stop_tokens: list[int] | None) -> None:
     assert len(ours) == (2 if stop_tokens else 0)  # stop tokens to the GPU, and the length back
 
 
+@pytest.mark.driver("the random state and the matmuls of a GPU")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_resumed_run_is_bitwise_equal(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A resume that loses the GPU's random state or the loss scale, or a nondeterministic sample."""
@@ -94,6 +97,7 @@ def test_a_resumed_run_is_bitwise_equal(dtype: str, tmp_path: Path, monkeypatch:
     assert (straight["rng"], straight["scaler"]) == (stopped["rng"], stopped["scaler"])
 
 
+@pytest.mark.driver("pinned memory, and two devices")
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_fit_takes_batches_on_cpu_and_gpu(device: str) -> None:
     """A loader with batches on the GPU, where nothing can be pinned."""
@@ -125,6 +129,7 @@ def gap(a: list[float], b: list[float], window: int = 20) -> float:
     return (smooth[0] - smooth[1]).abs().max().item()
 
 
+@pytest.mark.driver("200 steps of a 124M model")
 def test_training_stays_within_the_noise_of_seeds() -> None:
     """A kernel whose error biases training, at a realistic size in bfloat16."""
     data = batches(200)
@@ -133,6 +138,7 @@ def test_training_stays_within_the_noise_of_seeds() -> None:
     assert gap(triton, reference) <= gap(other, reference)
 
 
+@pytest.mark.driver("a time")
 def test_preflight_is_quick() -> None:
     """A preflight that delays the first step by over fifteen seconds, or that fails on this GPU."""
     report = preflight(

@@ -22,6 +22,7 @@ def qkv(t: int = 256, device: str = "cuda") -> list[torch.Tensor]:
     return [x.requires_grad_() for x in torch.randn(3, 2, 4, t, 64, device=device, dtype=torch.bfloat16)]
 
 
+@pytest.mark.driver("torch's check for synchronisations needs a CUDA context")
 @pytest.mark.parametrize("seed", [None, 7, "tensor"])
 def test_no_host_synchronisation(seed: int | str | None) -> None:
     """A call that synchronises with the GPU: a seed, a key_start or a length that is read on the host."""
@@ -43,6 +44,7 @@ def test_no_host_synchronisation(seed: int | str | None) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.driver("CUDA graphs")
 def test_a_graph_sees_new_seeds() -> None:
     """A seed whose value at capture is a constant of the CUDA graph."""
     q, k, v = (x.detach() for x in qkv())
@@ -57,6 +59,7 @@ def test_a_graph_sees_new_seeds() -> None:
         assert torch.equal(out, kernels.causal_attention(q, k, v, dropout_p=0.3, seed=value))
 
 
+@pytest.mark.driver("CUDA graphs")
 def test_a_graph_sees_a_growing_cache() -> None:
     """A length whose value at capture is a constant of the CUDA graph."""
     q, k, v = (x.detach() for x in qkv())
@@ -71,6 +74,7 @@ def test_a_graph_sees_a_growing_cache() -> None:
         assert torch.equal(out, kernels.decode_attention(q[:, :, :1], k, v, lengths))
 
 
+@pytest.mark.driver("two GPUs")
 def test_tensors_on_a_device_that_is_not_current() -> None:
     """Kernels that are launched on the current device although their tensors are on another."""
     if torch.cuda.device_count() < 2:
@@ -80,6 +84,7 @@ def test_tensors_on_a_device_that_is_not_current() -> None:
     assert torch.cuda.current_device() == 0
 
 
+@pytest.mark.driver("Inductor compiles for a CUDA device")
 def test_compiled_code_agrees_with_eager() -> None:
     """A graph break on a GPU, or compiled code with other values."""
     q, k, v = qkv()

@@ -312,6 +312,7 @@ def test_compiled_with_an_input_that_changes(spec: OpSpec) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.driver("torch's check for synchronisations needs a CUDA context")
 @pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.name)
 def test_no_call_synchronises(spec: OpSpec) -> None:
     """A call, forward or backward, that synchronises with the device."""

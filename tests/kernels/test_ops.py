@@ -104,9 +104,17 @@ def test_triton_agrees_on_the_long_grid(spec: OpSpec, case: Case, dtype: torch.d
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("spec", "case", "dtype"), cases("small", "edge", "gpu"))
+@pytest.mark.parametrize(("spec", "case", "dtype"), cases("small", "edge"))
 def test_triton_agrees_on_the_gpu(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
     """A compiled kernel that is wrong although the interpreted kernel is right."""
+    assert_within_tolerance(spec, case, dtype, GPU, "triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.driver("full sizes need a GPU's memory and speed")
+@pytest.mark.parametrize(("spec", "case", "dtype"), cases("gpu"))
+def test_triton_agrees_at_full_size_on_the_gpu(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
+    """A compiled kernel that is wrong at the sizes of a real run only."""
     assert_within_tolerance(spec, case, dtype, GPU, "triton")
 
 
@@ -119,6 +127,7 @@ def test_triton_agrees_on_the_long_grid_on_the_gpu(spec: OpSpec, case: Case, dty
 
 
 @pytest.mark.gpu
+@pytest.mark.driver("races of warps and of memory need parallel hardware: executed IR always repeats itself")
 @pytest.mark.parametrize(
     ("spec", "case", "dtype"),
     [*cases("small", "edge"), *cases("bench", dtypes=(torch.float16, torch.bfloat16))],
