@@ -6,29 +6,22 @@ mutants access invalid memory.
 
 from __future__ import annotations
 
-import importlib
-import re
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
 
 from tests.kernels.attention_suite import CHECKS
 from tests.memory import in_a_fork
+from tests.planting import Mutation, planted
 
-torch_op = pytest.importorskip("kernels.attention.torch_op", reason="triton is not installed")
+pytest.importorskip("kernels.attention.torch_op", reason="triton is not installed")
 pytestmark = [
     pytest.mark.interpreter,
     pytest.mark.skipif(sys.platform != "linux", reason="guard pages need Linux's mmap"),
 ]
-SOURCES = {
-    name: Path(torch_op.__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
-    for name in ("forward", "backward", "decode")
-}
-
-Mutation = tuple[str, str, str]  # file, text, replacement
 
 # Bugs that shipped in other packages, each with the check that catches it.
 FAMOUS: dict[str, tuple[Mutation, str]] = {
@@ -107,7 +100,7 @@ MUTANTS: dict[str, Mutation] = {
         "Tq + offs_m, delta, mask=offs_m < Tq)",
         "Tq + offs_m, delta)",
     ),
-    "key_start is read past the end": ("forward", "tl.minimum(rows, Tq - 1)", "linear"),
+    "key_start is read past the end": ("forward", "tl.minimum(rows, Tq - 1)", "rows"),
     "dQ sees the future": ("backward", "s = tl.where(visible, s,", "_ = tl.where(visible, s,"),
     "dK sees the future": ("backward", "st = tl.where(visible, st,", "_ = tl.where(visible, st,"),
     # ranges
@@ -221,31 +214,10 @@ MUTANTS: dict[str, Mutation] = {
 
 
 @pytest.fixture
-def plant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., SimpleNamespace]]:
-    """A function that copies the kernel files with one replacement and makes the ops use the copies."""
-
-    def planted(file: str, text: str, replacement: str) -> SimpleNamespace:
-        """The three launchers, with `text` replaced in the source of `file`."""
-        package = tmp_path / f"mutant_{abs(hash(str(tmp_path)))}"
-        package.mkdir()
-        for name, source in SOURCES.items():
-            if name == file:
-                assert source.count(text) >= 1, f"{file}.py has no {text!r}"
-                source = source.replace(text, replacement)
-            source = re.sub(r"from kernels\.attention\.", f"from {package.name}.", source)
-            (package / f"{name}.py").write_text(source, encoding="utf-8")
-        monkeypatch.syspath_prepend(tmp_path)
-        launchers = SimpleNamespace()
-        for name in SOURCES:
-            module = importlib.import_module(f"{package.name}.{name}")
-            launcher = getattr(module, f"attention_{name}")
-            setattr(launchers, f"attention_{name}", launcher)
-            monkeypatch.setattr(torch_op, f"attention_{name}", launcher)
-        return launchers
-
-    yield planted
-    for name in [name for name in sys.modules if name.startswith("mutant_")]:
-        del sys.modules[name]
+def plant() -> Iterator[Callable[..., SimpleNamespace]]:
+    """A function that plants one mutation in the kernels of attention and returns the copies' launchers."""
+    with ExitStack() as stack:
+        yield lambda *mutation: stack.enter_context(planted("attention", mutation))
 
 
 def failure(launchers: SimpleNamespace, *checks: str) -> str:
