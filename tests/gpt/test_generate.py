@@ -252,7 +252,7 @@ def test_the_cache_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert passes == [*within, *past, (4, None), (5, None)]
 
 
-@pytest.mark.kernels
+@pytest.mark.interpreter
 @pytest.mark.parametrize("name", ["gpt2", "post-bare"])
 def test_a_captured_step_is_right_for_every_token(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A length, position or token that the host reads, which a graph would replay unchanged."""

@@ -21,7 +21,7 @@ from kernels import dispatch
 preflight = sys.modules["kernels.preflight"]
 MODEL = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16}
 
-pytestmark = pytest.mark.kernels
+pytestmark = pytest.mark.interpreter
 
 
 @pytest.fixture(autouse=True)

@@ -54,6 +54,7 @@ def curve(use_triton: bool, steps: int) -> list[float]:
     return losses
 
 
+@pytest.mark.interpreter
 def test_training_curves_agree() -> None:
     """A wrong gradient in the model although each op alone is correct."""
     triton, reference = curve(True, 50), curve(False, 50)

@@ -174,7 +174,7 @@ def test_a_target_outside_the_vocabulary_gives_nan() -> None:
     assert losses.isnan().tolist() == [False, True, True, False, True]
 
 
-@pytest.mark.kernels
+@pytest.mark.interpreter
 @pytest.mark.skipif(sys.platform != "linux", reason="guard pages need Linux's mmap")
 def test_nothing_past_the_bias_is_read() -> None:
     """A tile wider than the padded vocabulary that reads past the end of the bias."""
@@ -235,7 +235,7 @@ def test_autocast() -> None:
         assert torch.equal(gradient, half_gradient.float())
 
 
-@pytest.mark.kernels
+@pytest.mark.interpreter
 def test_logits_past_two_to_the_31() -> None:
     """A row's offset that is computed in 32 bits; here the rows of logits are 2**30 elements apart."""
     near, targets = torch.randn(5, 320).bfloat16(), torch.randint(300, (5,))
@@ -249,7 +249,7 @@ def test_logits_past_two_to_the_31() -> None:
     assert torch.equal(near[:, :300], far[:, :300])
 
 
-@pytest.mark.kernels
+@pytest.mark.interpreter
 def test_gradients_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
     """An offset that is computed in 32 bits where finished gradients are scaled."""
     pytest.importorskip("triton")
@@ -289,7 +289,7 @@ with kernels.use_backend(backend):
 """
 
 
-@pytest.mark.kernels
+@pytest.mark.interpreter
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
     ("backend", "dtype", "n"),
