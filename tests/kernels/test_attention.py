@@ -376,6 +376,15 @@ def test_decoding_at_any_level_of_the_logits(levels: tuple[int, int]) -> None:
     assert_decoding_agrees(q=q, k_cache=k)
 
 
+@pytest.mark.parametrize("splits", [1, 2, 3, 5, 64])
+def test_any_number_of_parts_of_the_keys(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part that is lost, counted twice or joined wrongly, or more parts than tiles of keys."""
+    from kernels.attention import torch_op
+
+    monkeypatch.setattr(torch_op, "attention_decode_splits", lambda *args: splits)
+    assert_decoding_agrees(key_start=torch.tensor([5, 0, 20], dtype=torch.int32))
+
+
 def test_lengths_outside_the_cache() -> None:
     """A length past the cache's end that is read beyond it, or a negative length."""
     assert_decoding_agrees(cache_len=torch.tensor([57, -7, 0], dtype=torch.int32))
