@@ -53,6 +53,11 @@ triton_version = _installed_triton()
 interpreting = os.environ.get("TRITON_INTERPRET") == "1"
 trust_interpreted_bfloat16 = False
 environment = os.environ.get("FUSED_GPT_BACKEND", "auto")
+_WITHOUT_AUTOCAST = tuple(  # torch.compile of torch 2.11 cannot trace `is_autocast_available`
+    kind
+    for kind in ("meta", "lazy", "vulkan", "opengl", "opencl", "ideep", "hip", "ve", "fpga")
+    if not torch.amp.is_autocast_available(kind)
+)
 
 _ops: dict[str, Op] = {}
 _preparations: dict[str, Callable[..., Any]] = {}  # op -> its argument checks and choice
@@ -265,9 +270,9 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype of an enabled autocast on `device`, else None."""
     kind = device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return None
+    if kind in _WITHOUT_AUTOCAST or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def autocast(*tensors: torch.Tensor | None) -> tuple[Any, ...]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 import tomllib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -40,3 +43,125 @@ def test_ci_runs_the_checks_of_a_developer() -> None:
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
     assert "run: bash .ci/run" in workflow
     assert "on: [push, pull_request]" in workflow
+
+
+CONSTRAINTS = ["constraints.txt", "constraints-oldest.txt", "constraints-newest.txt"]
+
+
+def pinned_versions(file: str) -> dict[str, str]:
+    """Normalised name to version, of each line after the comment."""
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("# ")
+    pairs = [line.split("==") for line in lines[1:]]
+    return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pairs}
+
+
+@pytest.mark.parametrize("file", CONSTRAINTS)
+def test_constraints_pin_every_requirement(file: str) -> None:
+    """A dependency without an exact version: a fresh environment then differs from the tested one."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    names = {re.split(r"[><=;\s]", requirement)[0].replace("_", "-") for requirement in wanted}
+    assert names - pinned_versions(file).keys() == set()
+
+
+def test_the_oldest_and_newest_versions_are_those_promised() -> None:
+    """A promise of versions that `.ci/versions` does not run, or the other way round."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    oldest, pinned, newest = (
+        pinned_versions(f"constraints{part}.txt") for part in ("-oldest", "", "-newest")
+    )
+    assert f'"torch>={oldest["torch"].removesuffix(".0")}"' in project
+    assert f'"triton>={oldest["triton"].removesuffix(".0")};' in project
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for versions in (oldest, pinned, newest):
+        assert f"torch {versions['torch']} with Triton {versions['triton']}" in readme
+
+
+@pytest.fixture
+def run_versions(tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
+    """Runs `.ci/versions` in an empty folder: (exit status, commands run, standard error).
+
+    The Pythons named `pythons` are on PATH. They, and what they install, only note how they are called.
+    """
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "versions", tmp_path / ".ci")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("bash", "dirname", "rm", "mkdir", "cp", "grep"):
+        (tools / name).symlink_to(str(shutil.which(name)))
+    stub = f"""#!{shutil.which("bash")}
+case "$*" in "-c import"*) exit 0 ;; esac
+echo "${{0##*/}} $*" >> "{tmp_path}/log"
+case "$*" in
+    "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/pip"; cp "$0" "$3/bin/python" ;;
+    list) echo "torch 1.2.3" ;;
+    *pytest*) exit "${{PYTEST_STATUS:-0}}" ;;
+esac
+"""
+
+    def run(*arguments: str, pythons: Sequence[str], **environment: str) -> tuple[int, str, str]:
+        for python in pythons:
+            (tools / python).write_text(stub, encoding="utf-8")
+            (tools / python).chmod(0o755)
+        done = subprocess.run(
+            [tools / "bash", ".ci/versions", *arguments],
+            cwd=tmp_path,
+            env={"PATH": str(tools), **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        log = tmp_path / "log"
+        return done.returncode, log.read_text(encoding="utf-8") if log.exists() else "", done.stderr
+
+    return run
+
+
+BOTH = ("python3.11", "python3.13")
+
+
+def commands(name: str, python: str) -> str:
+    return (
+        f"{python} -m venv .venv-{name}\n"
+        f"pip install -q -c constraints-{name}.txt -e .[test]\n"
+        f"pip list\n"
+        f"python -m pytest -n 2 --dist worksteal\n"
+    )
+
+
+def test_versions_runs_both_sets(run_versions: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    """A set that is not tested, or that is installed from other constraints or over an old environment."""
+    (tmp_path / ".venv-newest" / "old").mkdir(parents=True)
+    expected = commands("oldest", "python3.11") + commands("newest", "python3.13")
+    assert run_versions(pythons=BOTH) == (0, expected, "")
+    assert not (tmp_path / ".venv-newest" / "old").exists()
+
+
+def test_versions_runs_one_set(run_versions: Callable[..., tuple[int, str, str]]) -> None:
+    """An argument that is ignored, or a Python that is asked for although its set is not."""
+    assert run_versions("newest", pythons=("python3.13",)) == (0, commands("newest", "python3.13"), "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pythons", "message"),
+    [
+        ((), ("python3.11",), "PATH has no working python3.13 (newest) with venv and ensurepip"),
+        ((), (), "PATH has no working python3.11 (oldest), python3.13 (newest) with venv and ensurepip"),
+        (("newest", "latest"), BOTH, "argument is 'latest', expected oldest or newest"),
+    ],
+)
+def test_versions_refuses_before_it_installs(
+    arguments: tuple[str, ...],
+    pythons: tuple[str, ...],
+    message: str,
+    run_versions: Callable[..., tuple[int, str, str]],
+) -> None:
+    """A missing Python or a misspelt set that is noticed only after the first set has run."""
+    assert run_versions(*arguments, pythons=pythons) == (2, "", f".ci/versions: {message}\n")
+
+
+def test_versions_fails_with_the_tests(run_versions: Callable[..., tuple[int, str, str]]) -> None:
+    """A failing suite that ends in exit status 0."""
+    status, log, _ = run_versions(pythons=BOTH, PYTEST_STATUS="1")
+    assert (status, log) == (1, commands("oldest", "python3.11"))

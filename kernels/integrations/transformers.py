@@ -202,13 +202,8 @@ class GPT2LMHeadModel(modeling_gpt2.GPT2LMHeadModel):
             return super().forward(*args, labels=labels, **kwargs)
         outputs = self.transformer(*args, **kwargs)
         loss = _causal_loss(outputs.last_hidden_state, self.lm_head, labels, **kwargs)
-        return CausalLMOutputWithCrossAttentions(
-            loss=loss,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            cross_attentions=outputs.cross_attentions,
-        )
+        rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return CausalLMOutputWithCrossAttentions(loss=loss, **rest)
 
 
 def _causal_loss(

@@ -167,6 +167,8 @@ def test_without_dropout_the_generator_is_unchanged() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice")
+# From Triton 3.9 on, max(-inf, NaN) is -inf in the interpreter, as on a GPU; then -inf - -inf is NaN.
+@pytest.mark.filterwarnings("ignore:invalid value encountered in subtract")
 def test_tiles_outside_are_not_read() -> None:
     """Tiles outside a document that are read, so that documents cost as much as one long text."""
     # What a tile must not read is NaN: first keys and values in forward and dQ, then gradients in dK and dV.

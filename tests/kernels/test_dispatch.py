@@ -229,6 +229,27 @@ def test_unknown_names_are_refused(call: object, message: str) -> None:
         call()  # type: ignore[operator]
 
 
+def device_types() -> list[str]:
+    """All device types of this torch, from its message about an unknown one; mkldnn is deprecated."""
+    with pytest.raises(RuntimeError, match="Expected one of") as caught:
+        torch.device("unknown")
+    listed = str(caught.value).partition("Expected one of ")[2].partition(" device type")[0]
+    return [name for name in listed.split(", ") if name != "mkldnn"]
+
+
+@pytest.mark.parametrize("kind", device_types())
+def test_autocast_is_read_on_every_device_type(kind: str) -> None:
+    """A device type without autocast, such as meta, that raises; or one with autocast that is ignored."""
+    device = torch.device(kind)
+    assert dispatch.autocast_dtype(device) is None
+    if torch.amp.is_autocast_available(kind):
+        torch.set_autocast_enabled(kind, True)
+        try:
+            assert dispatch.autocast_dtype(device) == torch.get_autocast_dtype(kind)
+        finally:
+            torch.set_autocast_enabled(kind, False)
+
+
 def test_explain_checks_arguments() -> None:
     """An `explain` that accepts arguments that the op refuses."""
     with pytest.raises(ValueError, match="layer_norm: weight has C=8, expected 4"):

@@ -24,6 +24,9 @@ fused = importlib.import_module("kernels.integrations.transformers")
 
 ROOT = Path(__file__).parents[2]
 V, T = 61, 12
+CACHE = "past_key_values"
+if "cache" in inspect.signature(transformers.GPT2LMHeadModel.forward).parameters:
+    CACHE = "cache"  # from transformers 5.24 on
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +150,7 @@ def test_a_prompt_in_two_parts_gives_the_same_logits(calls: list[Tensor | None])
     model.set_attn_implementation("fused_gpt")
     with torch.no_grad():
         first = model(idx[:, :5], use_cache=True)
-        rest = model(idx[:, 5:], past_key_values=first.past_key_values)
+        rest = model(idx[:, 5:], **{CACHE: first[CACHE]})
     torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), whole)
     assert len(calls) == 4
 
@@ -355,6 +358,32 @@ def test_return_dict_false_returns_a_tuple(training: Any) -> None:
     fused.fuse(training)
     idx = torch.randint(V, (2, T))
     assert torch.equal(training(idx, labels=idx, return_dict=False)[0], training(idx, labels=idx).loss)
+
+
+def test_the_output_has_the_other_fields(training: Any) -> None:
+    """A cache, hidden states or attention weights that the fused loss drops or puts under another name."""
+    idx = torch.randint(V, (2, T))
+    training.set_attn_implementation("eager")
+    wanted = {"labels": idx, "use_cache": True, "output_hidden_states": True, "output_attentions": True}
+    expected = training(idx, **wanted)
+    fused.fuse(training)
+    actual = training(idx, **wanted)
+    assert {CACHE, "hidden_states", "attentions"} < set(expected)
+    assert [*actual] == [name for name in expected if name != "logits"]
+    torch.testing.assert_close(actual["hidden_states"], expected["hidden_states"])
+    torch.testing.assert_close(actual["attentions"], expected["attentions"])
+    assert actual[CACHE].get_seq_length() == T
+
+
+def test_nothing_deprecated_is_used(training: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """A name that a new transformers still accepts, but logs as deprecated, such as past_key_values."""
+    transformers.utils.logging.warning_once.cache_clear()
+    idx = torch.randint(V, (2, T))
+    fused.fuse(training)
+    training.set_attn_implementation("fused_gpt")
+    training(idx, labels=idx, use_cache=True)
+    training.eval().generate(idx, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert "deprecated" not in caplog.text
 
 
 def test_other_activations_are_not_fused() -> None:
