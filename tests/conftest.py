@@ -1,4 +1,4 @@
-"""Triton's interpreter, unless `-m` selects gpu or compiled tests; one seed and thread policy for all."""
+"""Triton's interpreter, except for `-m gpu` and .ci/compiled; one seed and thread policy for all tests."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ EXECUTION = "tests.compiled.plugin"  # executes compiled kernels without a GPU
 def pytest_configure(config: pytest.Config) -> None:
     # Triton reads the variable when it is first imported, and torch may import it, for example when an
     # optimizer is constructed. Interpreted and compiled kernels cannot share a process.
-    selected = config.option.markexpr.replace("not gpu", "").replace("not compiled", "")
-    if "gpu" not in selected and "compiled" not in selected:
+    on_a_gpu = "gpu" in config.option.markexpr.replace("not gpu", "")
+    if not on_a_gpu and not config.pluginmanager.hasplugin(EXECUTION):
         os.environ["TRITON_INTERPRET"] = "1"
     import hypothesis
     import torch
@@ -69,7 +69,7 @@ def obstacle(marks: set[str], executing: bool) -> str | None:
     if marks & {"interpreter", "kernels"}:
         if not HAS_TRITON:
             return "triton is not installed"
-        if not interpreting() and not (executing and "kernels" in marks):
+        if not interpreting() and ("interpreter" in marks or not executing):
             return "kernels are compiled in this run, and CPU tensors need the interpreter"
     return None
 

@@ -1,130 +1,56 @@
 """A pytest plugin that executes compiled kernels without a GPU: `pytest -p tests.compiled.plugin -m …`.
 
-It opens a session of ttsem in each pytest process. Triton's front end compiles every launch for the
-architecture in `FUSED_GPT_ARCH` (default 90: sm_90), and ttsem executes the IR on CPU tensors that say that
-they are on a GPU. A launch that accesses memory outside its tensors, that races with another program, or that
-has an undefined result fails its test. `torch.empty` returns NaN.
+It keeps a session of ttsem (session.py) open in each pytest process, for the architecture in `FUSED_GPT_ARCH`
+(default 90: sm_90), and counts launches and faults.
 
 Tests marked `gpu` run with the shipped tiles. Tests marked `kernels` run with the interpreter's small tiles,
-because they need several tiles and programs at small shapes. Tests marked `driver` cannot run: there is none.
+because they need several tiles and programs at small shapes. Tests marked `driver` cannot run.
 """
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections import Counter
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
-import torch
-from ttsem import harness, mlir, sanitize
+from ttsem import sanitize
 
-ARCHITECTURE = int(os.environ.get("FUSED_GPT_ARCH", "90"))
-CHILD = [sys.executable, "-c", "from tests.compiled.plugin import serve; serve()"]
-
-
-class Generator(torch.Generator):
-    """A CPU generator that says that it is on the device that was asked for."""
-
-    def __new__(cls, device: Any = "cpu") -> Generator:
-        generator = super().__new__(cls, device="cpu")
-        generator.requested = torch.device(device)
-        return generator
-
-    @property
-    def device(self) -> torch.device:
-        return self.requested
-
-
-class Autocast(torch.autocast):
-    """Autocast for the CPU, where the tensors are, whatever device type was asked for."""
-
-    def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
-        super().__init__("cpu", *args, **kwargs)
-
-
-class FrontEnd:
-    """`harness.ir_for_launch` without what follows in the compiler, and with each module compiled once.
-
-    The session executes the module that the front end produces. By default it compiles the launch down to
-    machine code first, which takes most of a test's time.
-    """
-
-    def __init__(self) -> None:
-        mlir.enable_generic_printing()
-        self.modules: dict[Any, str] = {}
-
-    def __call__(self, record: harness.LaunchRecord, stage: str, target: Any) -> str:
-        key = record.fn, repr(harness._specialize(record.fn, record.args, record.kwargs, target))
-        if key not in self.modules:
-            self.modules[key] = mlir.to_generic(harness._stage_text(record, stage, target))
-        return self.modules[key]
+from tests.compiled.session import ARCHITECTURE, session
 
 
 class Execution:
-    """The open session of one process, and what it counts."""
+    """The open session of this process, what it counts, and the tests that are left to a GPU."""
 
     def __init__(self) -> None:
         self.start = time.monotonic()
+        self.stack = ExitStack()
+        self.state = self.stack.enter_context(session(on_stop=self.stopped))
         self.faults: Counter[str] = Counter()
-        self.patch = pytest.MonkeyPatch()
-        self.session = sanitize.session(ARCHITECTURE, "<pytest>", on_stop=self.stopped)
-
-    def open(self) -> None:
-        self.state = self.session.__enter__()
-        enabled, dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
-        self.patch.setattr(harness, "ir_for_launch", FrontEnd())
-        self.patch.setattr(torch, "Generator", Generator)
-        self.patch.setattr(torch, "autocast", Autocast)
-        self.patch.setattr(torch.amp, "autocast", Autocast)
-        self.patch.setattr(torch, "is_autocast_enabled", lambda kind="cpu": enabled("cpu"))
-        self.patch.setattr(torch, "get_autocast_dtype", lambda kind="cpu": dtype("cpu"))
-
-    def close(self) -> None:
-        self.patch.undo()
-        self.session.__exit__(None, None, None)
+        self.of_workers: Counter[str] = Counter()
+        self.left: dict[str, str] = {}  # test -> reason
 
     def stopped(self, error: Exception) -> None:
-        self.faults[error.fault.kind if isinstance(error, sanitize.KernelFault) else error.verdict] += 1
+        self.faults[error.fault.kind if isinstance(error, sanitize.KernelFault) else "other"] += 1
 
     def counts(self) -> Counter[str]:
-        return Counter(launches=self.state.launches, unchecked=self.state.races_unchecked) + self.faults
-
-
-def serve() -> None:
-    """The child process of preflight, whose kernels run in a session too."""
-    from kernels.preflight import serve as serve_cases
-
-    execution = Execution()
-    execution.open()
-    serve_cases()
+        own = Counter(launches=self.state.launches, unchecked=self.state.races_unchecked)
+        return own + self.faults + self.of_workers
 
 
 EXECUTION: pytest.StashKey[Execution] = pytest.StashKey()
-LEFT: pytest.StashKey[dict[str, str]] = pytest.StashKey()
-TOTAL: pytest.StashKey[Counter[str]] = pytest.StashKey()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    import kernels.preflight  # noqa: F401
-
-    config.stash[TOTAL], config.stash[LEFT] = Counter(), {}
     config.stash[EXECUTION] = Execution()
-    config.stash[EXECUTION].open()
-    sys.modules["kernels.preflight"].CHILD = CHILD
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if mark := item.get_closest_marker("driver"):
-            config.stash[LEFT][item.nodeid.partition("[")[0]] = mark.args[0]
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    config.stash[EXECUTION].close()
+            config.stash[EXECUTION].left[item.nodeid.partition("[")[0]] = mark.args[0]
 
 
 @pytest.fixture(autouse=True)
@@ -137,32 +63,32 @@ def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    config = session.config
-    if hasattr(config, "workeroutput"):
-        config.workeroutput["counts"] = dict(config.stash[EXECUTION].counts())
-    else:
-        config.stash[TOTAL].update(config.stash[EXECUTION].counts())
+    if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist
+        execution = session.config.stash[EXECUTION]
+        session.config.workeroutput["execution"] = dict(execution.counts()), execution.left
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: Any) -> None:
-    node.config.stash[TOTAL].update(getattr(node, "workeroutput", {}).get("counts", {}))
+    counts, left = getattr(node, "workeroutput", {}).get("execution", ({}, {}))
+    execution = node.config.stash[EXECUTION]
+    execution.of_workers.update(counts)
+    execution.left.update(left)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    for test, reason in sorted(config.stash[LEFT].items()):
+    execution = config.stash[EXECUTION]
+    for test, reason in sorted(execution.left.items()):
         terminalreporter.write_line(f"left to a GPU: {test} ({reason})")
 
-    counts = config.stash[TOTAL]
-    faults = {
-        "out of bounds": counts.pop("oob_read", 0) + counts.pop("oob_write", 0),
-        "races": counts.pop("race", 0),
-    }
-    launches, unchecked = counts.pop("launches", 0), counts.pop("unchecked", 0)
-    faults["other faults"] = counts.total()
-    minutes = (time.monotonic() - config.stash[EXECUTION].start) / 60
+    counts, minutes = execution.counts(), (time.monotonic() - execution.start) / 60
     terminalreporter.write_line(
-        f"compiled for sm_{ARCHITECTURE} and executed in {minutes:.1f} minutes: {launches:,} launches; "
-        f"{', '.join(f'{count} {kind}' for kind, count in faults.items())}; "
-        f"{unchecked} launches were too large to be checked for races"
+        f"{counts['launches']:,} launches for sm_{ARCHITECTURE} were executed in {minutes:.1f} minutes: "
+        f"{counts['oob_read'] + counts['oob_write']} out of bounds, {counts['race']} races, "
+        f"{counts['poison'] + counts['other']} other faults; "
+        f"{counts['unchecked']} launches were too large to be checked for races"
     )
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    config.stash[EXECUTION].stack.close()

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.compiled.modes import session
+from tests.compiled.session import session
 
-pytest.importorskip("ttsem", reason="ttsem is not installed: run .ci/compiled")
 bugs = pytest.importorskip("tests.compiled.bugs", reason="triton is not installed")
 pytestmark = pytest.mark.compiled
 ROOT = Path(__file__).parents[2]

@@ -1,10 +1,16 @@
-"""The whole model on a GPU: captured decoding, synchronisation, resumed runs, training, preflight's time."""
+"""The whole model on a GPU.
+
+Gradients, generation and preflight come first: .ci/compiled runs them too. The tests of captured decoding,
+synchronisation, resumed runs, training and preflight's time need a real GPU.
+"""
 
 from __future__ import annotations
 
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +21,86 @@ from gpt.files import read_json
 from gpt.preflight import preflight
 from gpt.training.step import TrainStep
 from gpt.weights.checkpoint import read_tensors
+from kernels.registry import SPECS
+from kernels.tolerance import compare
 from tests.gpt.text import TEXT
 from tests.gpt.training.small_runs import CONFIG, make_model
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
 VOCABULARY = 50304
+SMALL = {"vocab_size": 131, "block_size": 48, "n_layer": 2, "n_head": 4, "n_embd": 64}
+
+
+def step_results(
+    use_triton: bool, dtype: torch.dtype, autocast: torch.dtype | None = None, **settings: Any
+) -> dict[str, torch.Tensor]:
+    """The loss and every gradient of one training step of a small model; parameters in `dtype`.
+
+    The second row of tokens starts with padding, and some targets are ignored.
+    """
+    torch.manual_seed(0)
+    model = GPT(**SMALL | settings, use_triton=use_triton, device=DEVICE).to(dtype)
+    model.dropout_seed = 11
+    generator = torch.Generator().manual_seed(1)
+    idx = torch.randint(131, (2, 41), generator=generator).to(DEVICE)
+    targets = idx.roll(-1, 1)
+    targets[:, ::7] = -100
+    mask = torch.ones_like(idx)
+    mask[1, :9] = 0
+    targets[1, :9] = -100
+
+    with nullcontext() if autocast is None else torch.autocast("cuda", autocast):
+        loss = model(idx, targets, attention_mask=mask)
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("settings", [{}, {"dropout": 0.2}, {"bias": False, "activation": "gelu"}], ids=str)
+def test_a_training_step_equals_the_references(settings: dict[str, Any]) -> None:
+    """Kernels that are right alone but wrong in the model: strides, saved tensors, masks, padding."""
+    actual, reference = (step_results(use, torch.float32, **settings) for use in (True, False))
+    exact = step_results(False, torch.float64, **settings)
+    for name, value in exact.items():
+        verdict = compare(name, actual[name], reference[name], value, dtype=torch.float32, scale=1.0)
+        assert verdict.ok, str(verdict)
+
+
+def test_a_bfloat16_training_step_is_as_close_as_the_references() -> None:
+    """A cast under autocast that the references do not have, or one in the wrong place."""
+    actual, reference = (step_results(use, torch.float32, torch.bfloat16) for use in (True, False))
+    exact = step_results(False, torch.float64)
+    for name, value in exact.items():
+        verdict = compare(name, actual[name], reference[name], value, dtype=torch.bfloat16, scale=1.0)
+        assert verdict.ok, str(verdict)
+
+
+@pytest.mark.parametrize("settings", [{}, {"n_head": 2, "bias": False}], ids=str)
+def test_cached_generation_equals_uncached(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decode kernel that reads the wrong keys, or padding, while the cache grows past one tile."""
+    monkeypatch.setattr("gpt.kv_cache.captures", lambda device: False)
+    torch.manual_seed(0)
+    model = GPT(**SMALL | settings, use_triton=True, device=DEVICE)
+    with torch.no_grad():
+        for parameter in model.blocks.parameters():
+            parameter.mul_(2)  # untrained blocks change so little that tokens would repeat
+    idx = torch.randint(131, (2, 9), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    mask = torch.ones_like(idx)
+    mask[1, :4] = 0
+    options = {"do_sample": False, "attention_mask": mask}
+    cached = model.generate(idx, 24, **options)
+    assert torch.equal(cached, model.generate(idx, 24, use_cache=False, **options))
+    model.use_triton = False
+    assert torch.equal(cached, model.generate(idx, 24, **options))
+    assert cached[:, 9:].unique().numel() > 8
+
+
+def test_preflight_accepts_correct_kernels() -> None:
+    """A preflight whose child process checks nothing, or that fails correct kernels."""
+    config = GPTConfig(**SMALL, dropout=0.1)
+    report = preflight(config, DEVICE, 2, 24, torch.bfloat16, torch.float32, use_cache=False)
+    assert report.ok, str(report)
+    assert sorted(report.checked) == sorted(SPECS)
 
 
 @pytest.mark.driver("CUDA graphs")

@@ -18,7 +18,7 @@ from kernels.tolerance import compare
 ROOT = Path(__file__).parents[2]
 CONFIG = GPTConfig(vocab_size=61, block_size=24, n_layer=2, n_head=2, n_embd=32)
 
-pytestmark = pytest.mark.interpreter
+pytestmark = pytest.mark.kernels
 
 
 def make(config: GPTConfig = CONFIG, *, use_triton: bool | str = True, seed: int = 0) -> GPT:
@@ -54,6 +54,7 @@ def curve(use_triton: bool, steps: int) -> list[float]:
     return losses
 
 
+@pytest.mark.interpreter
 def test_training_curves_agree() -> None:
     """A wrong gradient in the model although each op alone is correct."""
     triton, reference = curve(True, 50), curve(False, 50)

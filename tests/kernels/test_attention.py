@@ -22,7 +22,7 @@ from kernels.verify import Oracle, run_case
 from tests.kernels.attention_suite import assert_all_ok, assert_same_gradients
 
 pytest.importorskip("triton", reason="triton is not installed")
-pytestmark = pytest.mark.interpreter
+pytestmark = pytest.mark.kernels
 
 CAUSAL, DECODE = SPECS["causal_attention"], SPECS["decode_attention"]
 CPU = torch.device("cpu")
@@ -297,6 +297,7 @@ OPS = {
 }
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("options", [False, True], ids=["plain", "start-seed"])
 def test_opcheck(name: str, options: bool) -> None:
@@ -312,6 +313,7 @@ def test_opcheck(name: str, options: bool) -> None:
     )
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_code_agrees_with_eager(backend: str) -> None:
     """A graph break, or a compiled call whose values, shapes or strides differ from the eager call's."""
@@ -396,6 +398,7 @@ def test_unwritten_slots_of_a_cache_are_not_read() -> None:
     assert torch.equal(kernels.decode_attention(q, k, v, lengths), clean)
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_cpu_computes_few_keys_of_bfloat16_in_float32(autocast: bool) -> None:
     """torch's bfloat16 attention, which is slow on a CPU, or an autocast that undoes the cast to float32."""

@@ -15,7 +15,7 @@ from kernels.verify import check
 from tests.kernels.attention_suite import assert_all_ok
 
 pytest.importorskip("triton", reason="triton is not installed")
-pytestmark = pytest.mark.interpreter
+pytestmark = pytest.mark.kernels
 
 CPU = torch.device("cpu")
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])

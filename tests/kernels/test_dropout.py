@@ -9,7 +9,7 @@ import kernels
 from kernels.philox import keep_mask
 
 CPU = torch.device("cpu")
-BACKENDS = ["reference", pytest.param("triton", marks=pytest.mark.interpreter)]
+BACKENDS = ["reference", pytest.param("triton", marks=pytest.mark.kernels)]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -65,7 +65,7 @@ def test_zero_probability_changes_nothing(backend: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.interpreter
+@pytest.mark.kernels
 def test_backward_keeps_the_seed_only() -> None:
     """A backward pass that holds the input or a mask in memory."""
     saved = []

@@ -274,7 +274,7 @@ def test_fused_training_gives_the_same_loss_and_gradients(training: Any, extra: 
     assert training(idx, labels=labels).logits is None
 
 
-@pytest.mark.interpreter
+@pytest.mark.kernels
 def test_the_triton_kernels_run_in_transformers(training: Any) -> None:
     """A Triton kernel that misreads the transposed weights of Conv1D or strided queries."""
     idx = torch.randint(V, (2, T))

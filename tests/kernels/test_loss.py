@@ -47,7 +47,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 16 * 65)
 
 
-@pytest.mark.interpreter
+@pytest.mark.kernels
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunks_change_nothing(dtype: torch.dtype, reduction: str, small_chunks: None) -> None:
@@ -73,7 +73,7 @@ def test_chunks_change_nothing(dtype: torch.dtype, reduction: str, small_chunks:
             assert error < limit, (backend, name, error)
 
 
-@pytest.mark.interpreter
+@pytest.mark.kernels
 def test_gradients_of_chunks_are_summed_in_float32(small_chunks: None) -> None:
     """A chunk's dweight or dbias that is rounded to 16 bits; those of two chunks nearly cancel here."""
     x, weight, _ = arguments(1, 24, 65, torch.bfloat16)
@@ -87,7 +87,7 @@ def test_gradients_of_chunks_are_summed_in_float32(small_chunks: None) -> None:
         assert (gradient.double() / oracle - 1).abs().max() < 2 * torch.finfo(torch.bfloat16).eps
 
 
-@pytest.mark.interpreter
+@pytest.mark.kernels
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_loss_scale_prevents_underflow(dtype: torch.dtype) -> None:
     """16-bit gradients that are divided by the token count before they are multiplied by the loss scale."""
@@ -100,7 +100,7 @@ def test_a_loss_scale_prevents_underflow(dtype: torch.dtype) -> None:
         assert (gradient.double() - oracle).norm() / oracle.norm() < 4 * torch.finfo(dtype).eps
 
 
-@pytest.mark.interpreter
+@pytest.mark.kernels
 @pytest.mark.parametrize("ignore_index", [-100, 0, 3])
 def test_the_definition_is_torchs(ignore_index: int) -> None:
     """A mean over ignored tokens, a smoothing other than torch's, or a wrong weight of the log-normaliser."""
@@ -118,7 +118,7 @@ def test_the_definition_is_torchs(ignore_index: int) -> None:
         torch.testing.assert_close(loss, expected)
 
 
-@pytest.mark.interpreter
+@pytest.mark.kernels
 @pytest.mark.parametrize("shift", [-500.0, 500.0])
 def test_the_level_of_the_logits_changes_nothing(shift: float) -> None:
     """A running maximum that starts above the logits, so that the sums underflow, or no shift at all."""
@@ -130,7 +130,7 @@ def test_the_level_of_the_logits_changes_nothing(shift: float) -> None:
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.interpreter
+@pytest.mark.kernels
 def test_all_targets_ignored() -> None:
     """0 / 0, or uninitialised gradients, where every target is ignored; or an ignore_index fixed at -100."""
     for reduction in ("mean", "sum", "none"):
@@ -166,7 +166,7 @@ def cross_entropy_launch(
     )
 
 
-@pytest.mark.interpreter
+@pytest.mark.kernels
 def test_a_target_outside_the_vocabulary_gives_nan() -> None:
     """An out-of-range target that reads past the logits, or that gives a plausible loss."""
     targets, losses = torch.tensor([2, 10, -5, -100, 2**40]), torch.empty(5)
@@ -185,7 +185,7 @@ def test_nothing_past_the_bias_is_read() -> None:
     assert in_a_fork(launch.run) == ""
 
 
-@pytest.mark.interpreter
+@pytest.mark.kernels
 def test_forward_only_computes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """An evaluation that computes or allocates gradients."""
     pytest.importorskip("triton")
@@ -204,7 +204,7 @@ def test_forward_only_computes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> 
         torch.testing.assert_close((loss, detached_loss), (expected, expected))
 
 
-@pytest.mark.interpreter
+@pytest.mark.kernels
 def test_a_tied_weight_and_accumulation() -> None:
     """A tied weight that gets one of its two gradients, or a second micro-batch that overwrites the first."""
     ids, targets = torch.randint(33, (2, 12)), torch.randint(33, (2, 12))
@@ -219,7 +219,7 @@ def test_a_tied_weight_and_accumulation() -> None:
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.interpreter
+@pytest.mark.kernels
 def test_autocast() -> None:
     """Under autocast, matmuls in float32, a bfloat16 loss, or a float32 weight's gradient in bfloat16."""
     x, weight, targets = arguments(30, 16, 65)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import kernels
 from kernels.nn import CausalSelfAttention, GELUFeedForward, LayerNorm
+from kernels.tolerance import compare
 
 B, T, C, H, HIDDEN = 2, 7, 24, 3, 40
 Factory = Callable[[], nn.Module]
@@ -56,7 +57,7 @@ def same_parameters(factories: tuple[Factory, Factory]) -> list[nn.Module]:
 
 def call(module: nn.Module, x: Tensor) -> Tensor:
     if isinstance(module, nn.MultiheadAttention):
-        causal = nn.Transformer.generate_square_subsequent_mask(T, dtype=x.dtype)
+        causal = nn.Transformer.generate_square_subsequent_mask(T, device=x.device, dtype=x.dtype)
         return module(x, x, x, attn_mask=causal, need_weights=False)[0]
     return module(x)
 
@@ -73,22 +74,36 @@ def test_initial_state_dicts_equal_torch(factories: tuple[Factory, Factory]) -> 
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def output_and_gradients(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """The output for `x`, and the gradient of each parameter, by its name."""
+    y = call(module, x)
+    parameters = dict(module.named_parameters())
+    weights = torch.linspace(-1, 1, C, dtype=y.dtype, device=y.device).expand(y.shape)
+    gradients = torch.autograd.grad(y, [*parameters.values()], weights)
+    return {"output": y.detach()} | dict(zip(parameters, gradients, strict=True))
+
+
 @each_counterpart
 def test_output_and_gradients_equal_torch(factories: tuple[Factory, Factory]) -> None:
     """A module that ignores a bias, eps, the GELU approximation or the mask, or that mixes up the heads."""
     x = torch.randn(B, T, C, dtype=torch.float64)
-    results = []
-    for module in same_parameters(factories):
-        y = call(module, x)
-        results.append(
-            [
-                y,
-                *torch.autograd.grad(
-                    (y * torch.linspace(-1, 1, C, dtype=y.dtype)).sum(), [*module.parameters()]
-                ),
-            ]
-        )
-    torch.testing.assert_close(*results)
+    ours, theirs = (output_and_gradients(module, x) for module in same_parameters(factories))
+    torch.testing.assert_close([*ours.values()], [*theirs.values()])
+
+
+@pytest.mark.gpu
+@each_counterpart
+def test_the_kernels_of_a_module_equal_torch(factories: tuple[Factory, Factory]) -> None:
+    """A module that gives a kernel other arguments than its reference: a weight's layout, eps, the GELU."""
+    x = torch.randn(B, T, C, dtype=torch.float64).cuda()
+    ours, theirs = (module.cuda() for module in same_parameters(factories))
+    exact = output_and_gradients(theirs, x)
+    reference = output_and_gradients(theirs.float(), x.float())
+    with kernels.use_backend("triton"):
+        actual = output_and_gradients(ours.float(), x.float())
+    for name, value in exact.items():
+        verdict = compare(name, actual[name], reference[name], value, dtype=torch.float32, scale=1.0)
+        assert verdict.ok, str(verdict)
 
 
 @pytest.mark.parametrize(("op", "name"), [(name.split("-")[0], name) for name in COUNTERPARTS])

@@ -11,7 +11,7 @@ import kernels
 from kernels.tuning import NORM_COLUMNS, norm_tile
 from tests.memory import sparse, start_at_program
 
-pytestmark = pytest.mark.interpreter
+pytestmark = pytest.mark.kernels
 
 
 def arguments(n: int, c: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
@@ -176,6 +176,7 @@ def test_gradients_take_their_inputs_dtypes() -> None:
         torch.testing.assert_close(gradients[3], dy.float().sum(0))
 
 
+@pytest.mark.interpreter
 def test_rows_far_apart() -> None:
     """A row's offset that is computed in 32 bits; here the rows are 2**30 elements apart."""
     stride, c = 2**30 + 16, 24
@@ -193,6 +194,7 @@ def test_rows_far_apart() -> None:
         assert torch.equal(far, near)
 
 
+@pytest.mark.interpreter
 def test_outputs_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
     """An output's offset that is computed in 32 bits; here the outputs have more than 2**31 elements."""
     from kernels.norm.backward import layer_norm_backward
@@ -232,6 +234,7 @@ def test_outputs_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
     assert partial[first].abs().sum() > 0
 
 
+@pytest.mark.interpreter
 def test_one_tensor_for_both_arguments_compiles() -> None:
     """Compiled code that treats one tensor, passed twice, as two tensors."""
     x, _, weight, bias = arguments(5, 32)

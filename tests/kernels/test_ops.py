@@ -164,7 +164,7 @@ def test_flops_and_bytes_are_positive(spec: OpSpec) -> None:
         assert (spec.flops(case, "backward") > 0) == bool(spec.gradients)
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=pytest.mark.interpreter)])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=pytest.mark.kernels)])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_no_input_is_written(spec: OpSpec, backend: str) -> None:
     """An op that overwrites an input or a saved tensor, e.g. a loss that overwrites its logits."""

@@ -61,7 +61,7 @@ def test_keep_mask_keeps_the_right_share() -> None:
     assert keep_mask(3, (0, 4), 0.5, CPU).shape == (0, 4)
 
 
-@pytest.mark.interpreter
+@pytest.mark.kernels
 @pytest.mark.parametrize("size", [12, 14], ids=["by fours", "one by one"])
 @pytest.mark.parametrize("op", ["attention", "norm", "dropout"])
 def test_an_element_at_the_threshold_is_kept(op: str, size: int) -> None:

@@ -99,7 +99,7 @@ def a_tenth_too_much(
     return kernels.reference.linear_cross_entropy(Larger.apply(x), weight, targets, **options)
 
 
-@pytest.mark.interpreter
+@pytest.mark.kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=SHORT_DTYPE.get)
 @pytest.mark.parametrize(
     ("fault", "wrong", "op", "case"),
@@ -128,7 +128,7 @@ def test_planted_faults_are_caught(
     assert problems[op].startswith(f"{wrong}: FAILED max ")
 
 
-@pytest.mark.interpreter
+@pytest.mark.kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=SHORT_DTYPE.get)
 def test_right_kernels_pass(dtype: torch.dtype) -> None:
     """A right kernel that is refused, or a report without errors and speed-ups."""
@@ -142,7 +142,7 @@ def test_right_kernels_pass(dtype: torch.dtype) -> None:
     assert str(report).count(" ok") == 2
 
 
-@pytest.mark.interpreter
+@pytest.mark.kernels
 def test_a_failed_op_runs_its_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that still runs after its preflight failed, or another op that loses its kernel."""
     plant(monkeypatch, "causal_attention", lost_mask)
@@ -211,7 +211,7 @@ def test_an_unwritable_cache_is_no_error(tmp_path: Path, monkeypatch: pytest.Mon
     assert run_preflight([NORM], CPU, torch.float32).ok
 
 
-@pytest.mark.interpreter
+@pytest.mark.kernels
 def test_failures_are_not_cached(monkeypatch: pytest.MonkeyPatch) -> None:
     """A failure that is still reported from the cache after its cause is fixed."""
     plant(monkeypatch, "layer_norm", zero_weight_gradient)

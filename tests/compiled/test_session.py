@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.compiled.modes import session
+from tests.compiled.session import session
 
-pytest.importorskip("ttsem", reason="ttsem is not installed: run .ci/compiled")
 torch_op = pytest.importorskip("kernels.norm.torch_op", reason="triton is not installed")
 pytestmark = pytest.mark.compiled
 
