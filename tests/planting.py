@@ -40,7 +40,8 @@ def planted(family: str, *mutations: Mutation) -> Iterator[SimpleNamespace]:
         for name in names
     }
     for name, text, replacement in mutations:
-        assert text in sources[name], f"{name}.py has no {text!r}"
+        if text not in sources[name]:
+            raise ValueError(f"planted: {family}/{name}.py has no {text!r}")
         sources[name] = sources[name].replace(text, replacement)
 
     with tempfile.TemporaryDirectory(prefix="mutant_") as root, pytest.MonkeyPatch.context() as patch:

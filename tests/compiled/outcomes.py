@@ -83,7 +83,7 @@ def values(op: str, sizes: dict[str, int], **options: Any) -> Check:
 
 @contextmanager
 def small_tiles(*, atomic: bool) -> Iterator[None]:
-    """While open, attention takes the interpreter's tiles; with `atomic`, backward takes its atomic form."""
+    """While open, ops take small tiles and few programs; with `atomic`, backward takes its atomic form."""
     from kernels.attention import torch_op
 
     plain = torch_op.attention_tiles
@@ -94,6 +94,7 @@ def small_tiles(*, atomic: bool) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch_op, "architecture", lambda device: 0)
         patch.setattr(torch_op, "attention_tiles", tiles)
+        patch.setattr("kernels.tuning._multiprocessors", lambda device: 2)
         yield
 
 
