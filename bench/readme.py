@@ -72,7 +72,8 @@ def results() -> dict[Path, Report]:
     If two reports timed the same op at the same case, the later one counts, because contestants are only
     compared within one run.
     """
-    folders = sorted({path.parent for path in RESULTS.glob("*/*.json")})
+    others = {RESULTS / "validate"}  # verdicts of bench.validate
+    folders = sorted({path.parent for path in RESULTS.glob("*/*.json")} - others)
     reports = {at: [load(path) for path in sorted(at.glob("*.json"))] for at in folders}
     return {
         at: reduce(_merge, sorted(parts, key=lambda report: report.machine.date))
