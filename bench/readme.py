@@ -1,7 +1,7 @@
 """`python -m bench.readme`: writes the figures of bench/results/ into README.md and bench/README.md.
 
-Each block `<!-- bench:NAME -->` … `<!-- /bench:NAME -->` is rewritten; NAME is `summary`, `speed`, `pictures`
-or `targets`. The summary is also drawn as bench/results/speed.svg.
+Each block `<!-- bench:NAME -->` … `<!-- /bench:NAME -->` is rewritten; NAME is `summary`, `speed`,
+`pictures`, `targets` or `validate`. The summary is also drawn as bench/results/speed.svg.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from bench.contestants import OURS
 from bench.machine import ROOT
 from bench.plot import ratios, results_in, speed_svg
 from bench.record import Machine, Report, Row, load
+from bench.validate.report import markdown
 from gpt.cli import OptionParser, option, run_command
 from gpt.errors import InputError, unknown
+from gpt.files import read_json
 
 RESULTS = ROOT / "bench" / "results"
+VALIDATED = RESULTS / "validate"
 PICTURE = RESULTS / "speed.svg"
 FILES = (ROOT / "README.md", ROOT / "bench" / "README.md")
 BLOCK = re.compile(r"<!-- bench:(?P<name>[\w-]+) -->\n.*?<!-- /bench:(?P=name) -->", re.DOTALL)
@@ -72,7 +75,7 @@ def results() -> dict[Path, Report]:
     If two reports timed the same op at the same case, the later one counts, because contestants are only
     compared within one run.
     """
-    folders = sorted({path.parent for path in RESULTS.glob("*/*.json")})
+    folders = sorted({path.parent for path in RESULTS.glob("*/*.json")} - {VALIDATED})
     reports = {at: [load(path) for path in sorted(at.glob("*.json"))] for at in folders}
     return {
         at: reduce(_merge, sorted(parts, key=lambda report: report.machine.date))
@@ -104,7 +107,7 @@ def rewritten(text: str, folder: Path, reports: dict[Path, Report]) -> str:
         if name not in BLOCKS:
             raise unknown("block", f"bench:{name}", [f"bench:{known}" for known in BLOCKS])
         on_gpu = any(report.machine.kind == "cuda" for report in reports.values())
-        parts = [] if on_gpu or name == "pictures" else [NO_GPU]
+        parts = [] if on_gpu or name in ("pictures", "validate") else [NO_GPU]
         parts += filter(None, BLOCKS[name](reports, folder))
         return f"<!-- bench:{name} -->\n" + "\n\n".join(parts) + f"\n<!-- /bench:{name} -->"
 
@@ -206,11 +209,17 @@ def met(report: Report, at: Path, folder: Path) -> str:
     return f"{report.machine.device}, {report.machine.date[:10]}:\n\n```\n{table.outcomes(outcomes)}\n```"
 
 
+def validated(reports: dict[Path, Report], folder: Path) -> list[str]:
+    """The verdicts of bench.validate on every kernel."""
+    return [markdown([read_json(path, "bench.validate") for path in sorted(VALIDATED.glob("*.json"))])]
+
+
 BLOCKS: dict[str, Callable[[dict[Path, Report], Path], list[str]]] = {
     "summary": summary,
     "speed": _each(speed),
     "pictures": _each(pictures),
     "targets": _each(met),
+    "validate": validated,
 }
 
 if __name__ == "__main__":

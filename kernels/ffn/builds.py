@@ -13,7 +13,7 @@ from kernels.tuning import Tile
 
 _ROWS, _PROGRAMS = 4096, 64
 # Architecture -> the 16-bit tile of the matmul with GELU; the tuning table has none.
-_GEMM_TILES = {80: Tile(128, 128, 8, 3), 90: Tile(128, 256, 8, 3), 100: Tile(128, 128, 8, 3)}
+GEMM_TILES = {80: Tile(128, 128, 8, 3), 90: Tile(128, 256, 8, 3), 100: Tile(128, 128, 8, 3)}
 
 
 def gelu_ffn_builds(architecture: int) -> Iterator[Build]:
@@ -38,7 +38,7 @@ def gelu_ffn_builds(architecture: int) -> Iterator[Build]:
 
         c, f = 768, 3072
         h = _empty(dtype, _ROWS, f)
-        tile = _GEMM_TILES.get(architecture, Tile(64, 128, 4, 2))
+        tile = GEMM_TILES.get(architecture, Tile(64, 128, 4, 2))
         yield gelu_gemm_forward(
             x=_empty(dtype, _ROWS, c),
             w=_empty(dtype, f, c),

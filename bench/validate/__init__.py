@@ -1,0 +1,1 @@
+"""`python -m bench.validate`: executes what every compiler pass makes of every kernel, on a CPU."""
