@@ -9,22 +9,20 @@ matrices.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.compiling import architecture_of, in_processes, ops_of
 from bench.record import write_json
 from gpt.cli import OptionParser, option, run_command
-from gpt.errors import InputError, unknown
+from gpt.errors import InputError
 from gpt.files import read_json
 from kernels import launch
 from kernels.registry import SPECS
@@ -32,7 +30,6 @@ from kernels.spec import Build
 from kernels.tuning import SHARED_MEMORY
 
 ARCHITECTURES = tuple(SHARED_MEMORY)
-PROCESSES = 2
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 INSTRUCTIONS = {  # column -> opcodes in the disassembly
     "hmma": re.compile(r"\bHMMA\b"),
@@ -187,36 +184,9 @@ def examine_key(key: Key) -> Compiled:
     return examine(key.op, builds(key.op, key.architecture)[key.place], key.architecture)
 
 
-def examine_all(chosen: Sequence[Key]) -> Iterator[Compiled]:
-    """Compiles in PROCESSES processes, and yields the results in the order of `chosen`."""
-    rest = list(chosen)
-    while rest:
-        crashed = False
-        with _workers(min(PROCESSES, len(rest))) as pool:
-            futures = [pool.submit(examine_key, key) for key in rest]
-            for future in futures:
-                try:
-                    yield future.result()
-                except BrokenProcessPool:
-                    crashed = True
-                    break
-                rest.pop(0)
-        if crashed:
-            yield _examine_alone(rest.pop(0))
-
-
-def _examine_alone(key: Key) -> Compiled:
-    """Compiles one build, on which the compiler may crash, in its own process."""
-    try:
-        with _workers(1) as pool:
-            return pool.submit(examine_key, key).result()
-    except BrokenProcessPool:
-        build = builds(key.op, key.architecture)[key.place]
-        return replace(_without_figures(key.op, build, key.architecture), problem="the compiler crashed")
-
-
-def _workers(count: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+def _crashed(key: Key) -> Compiled:
+    build = builds(key.op, key.architecture)[key.place]
+    return replace(_without_figures(key.op, build, key.architecture), problem="the compiler crashed")
 
 
 HEADER = (
@@ -258,7 +228,7 @@ def main(argv: Sequence[str]) -> int:
     parser = OptionParser("python -m bench.aot", __doc__ or "", options=Options())
     _, values = parser.parse_tables(argv)
     options = Options(**values["options"])
-    architectures, ops = [_architecture(text) for text in options.arch], _ops(options.op)
+    architectures, ops = [architecture_of(text, ARCHITECTURES) for text in options.arch], ops_of(options.op)
     _check_triton()
 
     old = None if options.diff is None else load(options.diff)
@@ -269,7 +239,7 @@ def main(argv: Sequence[str]) -> int:
 
     rows: list[Compiled] = []
     print(HEADER)
-    for row in examine_all(chosen):
+    for row in in_processes(examine_key, chosen, _crashed):
         rows.append(row)
         print(line(row), flush=True)
     broken = [row for row in rows if row.problem]
@@ -294,21 +264,6 @@ def load(path: str) -> list[Compiled]:
         return [Compiled(**row) for row in content["builds"]]
     except (TypeError, KeyError) as error:
         raise InputError(f"{path} is not a report of bench.aot: {error}") from error
-
-
-def _architecture(text: str) -> int:
-    digits = text.removeprefix("sm_")
-    if not digits.isdecimal() or int(digits) not in ARCHITECTURES:
-        raise InputError(f"--arch is {text!r}, expected among {', '.join(map(str, ARCHITECTURES))}")
-    return int(digits)
-
-
-def _ops(names: Iterable[str]) -> list[str]:
-    families = {spec.family for spec in SPECS.values()}
-    for name in names:
-        if name not in SPECS and name not in families:
-            raise unknown("--op", name, [*SPECS, *families])
-    return [op for op, spec in SPECS.items() if op in names or spec.family in names]
 
 
 def _check_triton() -> None:

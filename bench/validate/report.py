@@ -147,7 +147,7 @@ def markdown(documents: Sequence[Mapping[str, Any]]) -> str:
         f"{machine['date'][:10]}, commit {machine['commit']}, torch {machine['torch']}, Triton "
         f"{machine['triton']}, ttsem {last['ttsem']}, Python {machine['python']}, {machine['device']}.",
         "",
-        "| kernel | sm | cases | executed / stages | unsupported | n_diff | error | torch | first to differ |",
+        "| kernel | sm | cases | executed / stages | unsupported | n_diff | error | torch | differs |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     return "\n".join([*head, *(_row(kernel, sm, group) for (kernel, sm), group in sorted(rows.items()))])

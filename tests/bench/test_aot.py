@@ -6,13 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from bench import aot
-from bench.aot import Compiled, broken_gate, differences, examine_all, keys, line
+from bench.aot import Compiled, broken_gate, differences, keys, line
+from bench.compiling import in_processes
 from gpt.cli import run_command
 from kernels.registry import SPECS
 from kernels.spec import Build
@@ -115,7 +117,7 @@ def declared(monkeypatch: pytest.MonkeyPatch) -> None:
             Build(Kernel("_b"), {}, {}, Tile(1, 1), "y"),
         ]
 
-    def examine(chosen: list[aot.Key]) -> list[Compiled]:
+    def examine(function: object, chosen: list[aot.Key], crashed: object) -> list[Compiled]:
         wrong = {0: "no HGMMA", 1: ""}
         return [
             replace(GOOD, op=k.op, kernel="_ab"[k.place], architecture=k.architecture, problem=wrong[k.place])
@@ -123,7 +125,7 @@ def declared(monkeypatch: pytest.MonkeyPatch) -> None:
         ]
 
     monkeypatch.setitem(SPECS, "layer_norm", replace(SPECS["layer_norm"], builds=builds))
-    monkeypatch.setattr(aot, "examine_all", examine)
+    monkeypatch.setattr(aot, "in_processes", examine)
     monkeypatch.delenv("TRITON_INTERPRET")
 
 
@@ -191,17 +193,18 @@ class Crash:
 
     def result(self) -> int:
         if self.crashed:
-            raise aot.BrokenProcessPool
+            raise BrokenProcessPool
         return self.key.place  # type: ignore[attr-defined, no-any-return]
 
 
 def test_a_crash_of_the_compiler_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """A build that crashes the compiler removes the rows of other builds, or blocks the report."""
-    monkeypatch.setattr(aot, "_workers", lambda count: Crash(2))
+    monkeypatch.setattr("bench.compiling.workers", lambda count: Crash(2))
     monkeypatch.setattr(
         aot, "builds", lambda op, architecture: [Build(int, {}, {}, Tile(1, 1), str(i)) for i in range(4)]
     )
-    rows = list(examine_all([aot.Key("op", 90, place) for place in range(4)]))
+    keys = [aot.Key("op", 90, place) for place in range(4)]
+    rows = list(in_processes(aot.examine_key, keys, aot._crashed))
     assert [row if isinstance(row, int) else row.problem for row in rows] == [
         0,
         1,

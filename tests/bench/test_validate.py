@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.validate import __main__ as validate
+from bench.validate import command as validate
 from bench.validate.report import HEADER, Result, Stage, as_json, line, markdown, total, verdict
 from gpt.cli import run_command
 from gpt.errors import InputError
@@ -205,7 +205,7 @@ def test_unfit_environment(
 # Runs in its own process, since kernels are interpreted in this one. It edits the last module of a launch.
 EDITS = """
 import json, re
-from bench.validate.__main__ import record
+from bench.validate.command import record
 from bench.validate.report import verdict
 from bench.validate.stages import as_record, modules, run_stages
 
@@ -238,6 +238,19 @@ for name, edit in edits.items():
     report[name] = verdict(run_stages(compiled, [last, ("the edit", text)]))
 print(json.dumps(report))
 """
+
+
+@pytest.mark.compiled
+def test_the_command_examines_a_kernel(tmp_path: Path) -> None:
+    """A command whose processes cannot import it, or a report without the launch."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.validate", "--arch", "90", "--op", "loss", "--match", "scale"]
+    command += ["--json", str(tmp_path / "report.json")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (launch,) = json.loads((tmp_path / "report.json").read_text("utf-8"))["launches"]
+    assert (launch["kernel"], launch["first"]) == ("_scale_kernel", "")
+    assert launch["executed"] > 5
 
 
 @pytest.mark.compiled
