@@ -45,7 +45,7 @@ def test_ci_runs_the_checks_of_a_developer() -> None:
     assert "on: [push, pull_request]" in workflow
 
 
-CONSTRAINTS = ["constraints.txt", "constraints-oldest.txt", "constraints-newest.txt"]
+CONSTRAINTS = [f"constraints{part}.txt" for part in ("", "-oldest", "-newest", "-compiled")]
 
 
 def pinned_versions(file: str) -> dict[str, str]:
@@ -78,14 +78,21 @@ def test_the_oldest_and_newest_versions_are_those_promised() -> None:
         assert f"torch {versions['torch']} with Triton {versions['triton']}" in readme
 
 
+def test_ttsem_gets_the_triton_that_it_executes() -> None:
+    """An environment of `.ci/compiled` in which `bench.validate` refuses to run."""
+    from bench.validate.command import TRITON
+
+    assert pinned_versions("constraints-compiled.txt")["triton"] == TRITON
+    assert "ttsem" in pinned_versions("constraints-compiled.txt")
+
+
 @pytest.fixture
-def run_versions(tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
-    """Runs `.ci/versions` in an empty folder: (exit status, commands run, standard error).
+def run_ci(tmp_path: Path) -> Callable[..., tuple[int, str, str]]:
+    """Runs a script of `.ci/` in an empty folder: (exit status, commands run, standard error).
 
     The Pythons named `pythons` are on PATH. They, and what they install, only note how they are called.
     """
-    (tmp_path / ".ci").mkdir()
-    shutil.copy(ROOT / ".ci" / "versions", tmp_path / ".ci")
+    shutil.copytree(ROOT / ".ci", tmp_path / ".ci", dirs_exist_ok=True)
     tools = tmp_path / "tools"
     tools.mkdir()
     for name in ("bash", "dirname", "rm", "mkdir", "cp", "grep"):
@@ -100,12 +107,12 @@ case "$*" in
 esac
 """
 
-    def run(*arguments: str, pythons: Sequence[str], **environment: str) -> tuple[int, str, str]:
+    def run(script: str, *arguments: str, pythons: Sequence[str], **environment: str) -> tuple[int, str, str]:
         for python in pythons:
             (tools / python).write_text(stub, encoding="utf-8")
             (tools / python).chmod(0o755)
         done = subprocess.run(
-            [tools / "bash", ".ci/versions", *arguments],
+            [tools / "bash", f".ci/{script}", *arguments],
             cwd=tmp_path,
             env={"PATH": str(tools), **environment},
             capture_output=True,
@@ -130,17 +137,17 @@ def commands(name: str, python: str) -> str:
     )
 
 
-def test_versions_runs_both_sets(run_versions: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+def test_versions_runs_both_sets(run_ci: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     """A set that is not tested, or that is installed from other constraints or over an old environment."""
     (tmp_path / ".venv-newest" / "old").mkdir(parents=True)
     expected = commands("oldest", "python3.11") + commands("newest", "python3.13")
-    assert run_versions(pythons=BOTH) == (0, expected, "")
+    assert run_ci("versions", pythons=BOTH) == (0, expected, "")
     assert not (tmp_path / ".venv-newest" / "old").exists()
 
 
-def test_versions_runs_one_set(run_versions: Callable[..., tuple[int, str, str]]) -> None:
+def test_versions_runs_one_set(run_ci: Callable[..., tuple[int, str, str]]) -> None:
     """An argument that is ignored, or a Python that is asked for although its set is not."""
-    assert run_versions("newest", pythons=("python3.13",)) == (0, commands("newest", "python3.13"), "")
+    assert run_ci("versions", "newest", pythons=("python3.13",)) == (0, commands("newest", "python3.13"), "")
 
 
 @pytest.mark.parametrize(
@@ -155,13 +162,29 @@ def test_versions_refuses_before_it_installs(
     arguments: tuple[str, ...],
     pythons: tuple[str, ...],
     message: str,
-    run_versions: Callable[..., tuple[int, str, str]],
+    run_ci: Callable[..., tuple[int, str, str]],
 ) -> None:
     """A missing Python or a misspelt set that is noticed only after the first set has run."""
-    assert run_versions(*arguments, pythons=pythons) == (2, "", f".ci/versions: {message}\n")
+    assert run_ci("versions", *arguments, pythons=pythons) == (2, "", f".ci/versions: {message}\n")
 
 
-def test_versions_fails_with_the_tests(run_versions: Callable[..., tuple[int, str, str]]) -> None:
+def test_versions_fails_with_the_tests(run_ci: Callable[..., tuple[int, str, str]]) -> None:
     """A failing suite that ends in exit status 0."""
-    status, log, _ = run_versions(pythons=BOTH, PYTEST_STATUS="1")
+    status, log, _ = run_ci("versions", pythons=BOTH, PYTEST_STATUS="1")
     assert (status, log) == (1, commands("oldest", "python3.11"))
+
+
+def test_compiled_takes_the_first_python_that_works(run_ci: Callable[..., tuple[int, str, str]]) -> None:
+    """A run with a Python that ttsem does not support, or one that leaves out an architecture."""
+    status, log, _ = run_ci("compiled", pythons=("python3.11", "python3.13"))
+    assert status == 0
+    assert log.startswith(
+        "python3.13 -m venv .venv-compiled\npip install -q -c constraints-compiled.txt ttsem "
+    )
+    assert log.count("-m pytest -p tests.compiled.plugin -n 2 ") == 2
+
+
+def test_compiled_refuses_without_a_python(run_ci: Callable[..., tuple[int, str, str]]) -> None:
+    """An installation for a Python that has no ttsem."""
+    message = ".ci/compiled: PATH has no working python3.12 or python3.13 with venv and ensurepip\n"
+    assert run_ci("compiled", pythons=("python3.11",)) == (2, "", message)
