@@ -113,7 +113,7 @@ def record(ops: Iterable[str], architecture: int) -> list[Recorded]:
         )
         if done.returncode != 0:
             raise RuntimeError(f"the interpreter failed: {done.stderr}")
-        return list(pickle.loads(path.read_bytes()))
+        return list(pickle.loads(path.read_bytes()))  # written by the child, in a folder of this process
 
 
 def _crashed(recorded: Recorded, architecture: int) -> Result:

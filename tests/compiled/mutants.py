@@ -1,6 +1,6 @@
 """Which mutants of the kernels the interpreter kills, and which the execution of compiled kernels kills.
 
-Usage: python -m tests.compiled.mutants [FAMILY ...]    all four families: 35 minutes on two busy CPU cores
+Usage: python -m tests.compiled.mutants [FAMILY ...]    without a family: all four
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("ttsem", reason="ttsem is not installed: run .ci/compiled")
 pytestmark = [pytest.mark.compiled, pytest.mark.slow]  # a process for each: run when ttsem's version changes
 REPORTS = sorted(path for path in Path(__file__).with_name("upstream").glob("*.md") if path.stem != "README")
 
