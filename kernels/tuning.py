@@ -208,15 +208,51 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def loss_tile(v: int) -> Tile:
-    """The tile of the loss at a vocabulary of `v`: the logits that a program holds at a time."""
-    width = min(4096, next_power_of_2(v))
-    return Tile(max(1, min(32, 2048 // width)), width, num_warps=8 if width == 4096 else 4, num_stages=1)
+def loss_tile(v: int, *, bias: bool) -> Tile:
+    """The tile of the loss at a vocabulary of `v`: the logits that a program holds at a time.
+
+    A row of a large vocabulary has a program of 16 warps. Its threads hold 32 logits in at most 64 registers,
+    by the ahead-of-time report for sm_90, so that two programs share a multiprocessor. With fewer logits a
+    thread, more programs would share it, and their rows (100 KB at GPT-2's vocabulary) would not stay in the
+    L2 cache until the second read. A bias takes as many registers as the logits.
+    """
+    if v < 4096:
+        width = min(2048, max(64, next_power_of_2(v)))
+        return Tile(max(1, min(32, 2048 // width)), width, num_warps=4, num_stages=1)
+    return Tile(1, min(8192 if bias else 16384, next_power_of_2(v + 1) // 2), num_warps=16, num_stages=1)
 
 
-def loss_chunk_rows(device: torch.device, v: int) -> int:
-    """Rows of a chunk of logits: 512 MiB in 16 bits on a GPU, 128 MiB in float32 elsewhere."""
-    return max(16, (2**28 if device.type == "cuda" else 2**25) // v // 16 * 16)
+LOSS_CHUNK = 2**28 + 2**24  # logits held at once on a GPU: 544 MiB in 16 bits
+
+
+def loss_chunk_rows(device: torch.device, n: int, c: int, width: int) -> int:
+    """Rows of a chunk of logits (n, width), whose weight has `c` columns."""
+    if device.type != "cuda":
+        return max(16, 2**25 // width // 16 * 16)
+    return loss_wave_rows(_multiprocessors(device), n, c, width)
+
+
+@functools.lru_cache
+def loss_wave_rows(multiprocessors: int, n: int, c: int, width: int) -> int:
+    """The rows of a chunk of logits (n, width) at which the matmuls of all chunks take the least time.
+
+    A matmul runs in waves of one tile of 128 x 256 on each multiprocessor. The time of a wave is proportional
+    to the inner dimension: `c` for the logits, `width` for dx. The tiles of dweight are always the same. A
+    last chunk below half the rows is avoided, since each chunk reads and writes all of dweight.
+    """
+    most = max(128, LOSS_CHUNK // width // 128 * 128)
+    if n <= most:
+        return n
+
+    def time(rows: int) -> int:
+        logits, dx = (-(-rows // 128) * -(-columns // 256) for columns in (width, c))  # tiles
+        return -(-logits // multiprocessors) * c + -(-dx // multiprocessors) * width
+
+    def cost(rows: int) -> tuple[bool, int, int]:
+        chunks, rest = divmod(n, rows)
+        return 0 < rest < rows // 2, chunks * time(rows) + time(rest), -(-n // rows)
+
+    return min(range(128, most + 1, 128), key=cost)
 
 
 # The most registers that a thread of GELU's backward takes, by the ahead-of-time report for sm_90.

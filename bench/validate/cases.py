@@ -306,7 +306,7 @@ def _loss(v: int, *, gradient: bool = True, options: bool = False) -> Callable[.
     def make(op: str, label: str, architecture: int) -> Sample:
         from kernels.loss.softmax import cross_entropy
 
-        inputs, width, rows = Inputs(), -(-v // 64) * 64, tuning.loss_tile(v).block_m
+        inputs, width, rows = Inputs(), -(-v // 64) * 64, tuning.loss_tile(v, bias=options).block_m
         n, smoothing, z_loss = 2 * rows + 1, 0.1 * options, 1e-2 * options
         buffer = inputs.normal(n, width)
         before = buffer[:, :v].clone()

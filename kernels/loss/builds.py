@@ -14,10 +14,13 @@ _ROWS = 4096
 
 
 def linear_cross_entropy_builds() -> Iterator[Build]:
-    """Losses alone, with gradients, and with every option, for a small and for GPT-2's vocabulary."""
+    """Losses alone, with gradients, with smoothing, and with every option.
+
+    The vocabularies are a small one, GPT-2's, and GPT-2's as a multiple of 64.
+    """
     for dtype in FLOAT_DTYPES:
-        for v in (65, 50257):
-            gated = dtype == torch.bfloat16 and v == 50257
+        for v in (65, 50257, 50304):
+            gated = dtype == torch.bfloat16 and v > 65
             label = f"{SHORT_DTYPE[dtype]}-V{v}"
             width = -(-v // 64) * 64
             losses = _empty(torch.float32, _ROWS)
@@ -34,8 +37,9 @@ def linear_cross_entropy_builds() -> Iterator[Build]:
             yield cross_entropy(**arguments, gradient=False).build(f"{label}-loss")
             yield cross_entropy(**arguments, gradient=True).build(label, gated=gated)
 
-            bias = _empty(torch.float32, width)
-            arguments |= {"bias": bias, "grad": losses, "label_smoothing": 0.1, "z_loss": 1e-4}
+            arguments |= {"grad": losses, "label_smoothing": 0.1, "z_loss": 1e-4}
+            yield cross_entropy(**arguments, gradient=True).build(f"{label}-smoothing", gated=gated)
+            arguments["bias"] = _empty(torch.float32, width)
             yield cross_entropy(**arguments, gradient=True).build(f"{label}-options", gated=gated)
 
         yield scale_gradient(

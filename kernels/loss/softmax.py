@@ -10,21 +10,51 @@ from kernels.device_functions import LOG2E
 from kernels.launch import Launch, cdiv
 from kernels.tuning import Tile, loss_tile
 
+LN2 = tl.constexpr(0.6931471805599453)
+
 
 @triton.jit
-def _load_logits(logits_ptr, bias_ptr, offs_v, counted, V, width):
-    """Logits plus bias of the columns offs_v (BLOCK_V,): float32 (BLOCK_M, BLOCK_V), -inf past V.
+def _load_logits(logits_ptr, bias_ptr, offs_v, counted, V, width, MASKED: tl.constexpr):
+    """Logits plus bias of the columns offs_v (BLOCK,): float32 (BLOCK_M, BLOCK).
 
-    logits_ptr: (BLOCK_M, 1), pointers to the rows. counted: (BLOCK_M,), the rows to load; others are -inf.
-    width: columns of the buffer, at least V.
+    logits_ptr: (BLOCK_M, 1), pointers to the rows. MASKED: rows that are not `counted` (BLOCK_M,) are not
+    loaded and are 0, and columns past V are -inf. width: columns of the buffer, at least V.
     """
-    # The mask ends at the padded width, not at V: a mask that ends at an odd V would split every access.
-    mask = counted[:, None] & (offs_v < width)[None, :]
-    logits = tl.load(logits_ptr + offs_v[None, :], mask=mask, other=float("-inf")).to(tl.float32)
-    logits = tl.where((offs_v < V)[None, :], logits, float("-inf"))
-    if bias_ptr is not None:
-        logits += tl.load(bias_ptr + offs_v, mask=offs_v < width, other=0.0)[None, :]
+    # As (1, BLOCK), the bias of a single row of logits has the layout of the logits.
+    if MASKED:
+        # The mask ends at the padded width, not at V: a mask that ends at an odd V would split every access.
+        mask = (offs_v < width)[None, :]
+        logits = tl.load(logits_ptr + offs_v[None, :], mask=counted[:, None] & mask, other=0.0)
+        logits = tl.where((offs_v < V)[None, :], logits.to(tl.float32), float("-inf"))
+        if bias_ptr is not None:
+            logits += tl.load(bias_ptr + offs_v[None, :], mask=mask, other=0.0)
+    else:
+        logits = tl.load(logits_ptr + offs_v[None, :]).to(tl.float32)
+        if bias_ptr is not None:
+            logits += tl.load(bias_ptr + offs_v[None, :])
     return logits
+
+
+@triton.jit
+def _by_lane(x, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """x (BLOCK_M, BLOCK) as (BLOCK_M, BLOCK / (LANES WIDTH), LANES, WIDTH).
+
+    A lane holds every LANES-th group of WIDTH columns. A group is one 16-byte access, and a thread holds
+    whole lanes: reducing the columns of a lane exchanges nothing between threads.
+    """
+    return tl.reshape(x, [x.shape[0], x.shape[1] // (LANES * WIDTH), LANES, WIDTH])
+
+
+@triton.jit
+def _add_tile(logits, level, total, LANES: tl.constexpr, WIDTH: tl.constexpr):
+    """Online softmax by lane: adds a tile of logits (BLOCK_M, BLOCK) to level and total (BLOCK_M, LANES).
+
+    Over all logits x of a lane, level = max(x) LOG2E and total = Σ 2^(x LOG2E - level).
+    """
+    logits = _by_lane(logits, LANES, WIDTH)
+    new_level = tl.maximum(level, tl.max(tl.max(logits, 3), 1) * LOG2E)
+    p = tl.exp2(logits * LOG2E - new_level[:, None, :, None])
+    return new_level, total * tl.exp2(level - new_level) + tl.sum(tl.sum(p, 3), 1)
 
 
 @triton.jit
@@ -45,8 +75,11 @@ def _cross_entropy_kernel(
     HAS_GRADIENT: tl.constexpr,  # the logits are overwritten with grad times their gradients
     BLOCK_M: tl.constexpr,  # rows per program
     BLOCK_V: tl.constexpr,  # columns per tile
+    BLOCK_MASKED: tl.constexpr,  # columns per masked tile
 ):
     """One program reads BLOCK_M whole rows once for the losses, and once more for the gradients."""
+    WIDTH: tl.constexpr = 128 // logits_ptr.dtype.element_ty.primitive_bitwidth  # columns of 16 bytes
+    LANES: tl.constexpr = BLOCK_MASKED // WIDTH
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < N
     target = tl.load(targets_ptr + offs_m, mask=mask_m, other=ignore_index)
@@ -59,45 +92,65 @@ def _cross_entropy_kernel(
         target_logit += tl.load(bias_ptr + target, mask=inside, other=0.0)
     logits_ptr += offs_m[:, None] * stride_ln
 
-    # Online softmax. The maximum starts at a finite value: -inf would give NaN for rows that are not counted.
-    row_max = tl.full([BLOCK_M], -1e30, tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    row_total = tl.zeros([BLOCK_M], tl.float32)  # sum of the logits, for label smoothing
-    for start in tl.range(0, V, BLOCK_V):
+    # Whole tiles need no mask; the columns after them take masked tiles. So do all columns of a program that
+    # has a row that is not counted: this row is not read.
+    whole = tl.where(tl.min(counted.to(tl.int32), 0) == 1, V // BLOCK_V * BLOCK_V, 0)
+    # The level starts at a finite value: -inf would give NaN for lanes without columns.
+    level = tl.full([BLOCK_M, LANES], -1e30, tl.float32)
+    total = tl.zeros([BLOCK_M, LANES], tl.float32)
+    logit_sum = tl.zeros([BLOCK_M, LANES], tl.float32)  # for label smoothing
+    for start in tl.range(0, whole, BLOCK_V):
         offs_v = start + tl.arange(0, BLOCK_V)
-        logits = _load_logits(logits_ptr, bias_ptr, offs_v, counted, V, stride_ln)  # (BLOCK_M, BLOCK_V)
-        new_max = tl.maximum(row_max, tl.max(logits, 1))
-        row_sum = row_sum * tl.exp2((row_max - new_max) * LOG2E)
-        row_sum += tl.sum(tl.exp2((logits - new_max[:, None]) * LOG2E), 1)
-        row_max = new_max
+        logits = _load_logits(logits_ptr, bias_ptr, offs_v, counted, V, stride_ln, MASKED=False)
+        level, total = _add_tile(logits, level, total, LANES, WIDTH)
         if HAS_SMOOTHING:
-            row_total += tl.sum(tl.where(counted[:, None] & (offs_v < V)[None, :], logits, 0.0), 1)
+            logit_sum += tl.sum(tl.sum(_by_lane(logits, LANES, WIDTH), 3), 1)
+    for start in tl.range(whole, V, BLOCK_MASKED):
+        offs_v = start + tl.arange(0, BLOCK_MASKED)
+        logits = _load_logits(logits_ptr, bias_ptr, offs_v, counted, V, stride_ln, MASKED=True)
+        level, total = _add_tile(logits, level, total, LANES, WIDTH)
+        if HAS_SMOOTHING:
+            logits = tl.where((offs_v < V)[None, :], logits, 0.0)
+            logit_sum += tl.sum(tl.sum(_by_lane(logits, LANES, WIDTH), 3), 1)
 
-    row_sum = tl.where(counted, row_sum, 1.0)
+    row_level = tl.max(level, 1)  # (BLOCK_M,)
+    row_sum = tl.sum(total * tl.exp2(level - row_level[:, None]), 1)
     log_sum = tl.log(row_sum)
-    lse = tl.where(counted, row_max + log_sum, 0.0)
-    loss = log_sum + (1 - label_smoothing) * (row_max - target_logit) + z_loss * lse * lse
+    lse = row_level * LN2 + log_sum
+    # The loss is a sum of differences from the level: lse - target_logit would cancel in a confident row.
+    target_level = target_logit * LOG2E - row_level
+    loss = log_sum - (1 - label_smoothing) * LN2 * target_level + z_loss * lse * lse
     if HAS_SMOOTHING:
-        loss += label_smoothing * (row_max - row_total / V)
+        loss -= label_smoothing * LN2 * (tl.sum(logit_sum, 1) / V * LOG2E - row_level)
     tl.store(losses_ptr + offs_m, tl.where(counted, loss, 0.0), mask=mask_m)
 
     if HAS_GRADIENT:
-        tl.debug_barrier()  # every thread has read its target's logit before any thread overwrites it
         grad = counted.to(tl.float32)
         if grad_ptr is not None:
             grad *= tl.load(grad_ptr + offs_m * stride_gn, mask=counted, other=0.0)
         factor = grad * (1 + 2 * z_loss * lse) / row_sum
+        smoothing = grad * (label_smoothing / V)
 
-        for start in tl.range(0, V, BLOCK_V):
+        tl.debug_barrier()  # every thread has read its target's logit before any thread overwrites it
+        for start in tl.range(0, whole, BLOCK_V):
             offs_v = start + tl.arange(0, BLOCK_V)
-            logits = _load_logits(logits_ptr, bias_ptr, offs_v, counted, V, stride_ln)
-            dlogits = tl.exp2((logits - row_max[:, None]) * LOG2E) * factor[:, None]  # (BLOCK_M, BLOCK_V)
-            is_target = offs_v[None, :] == target[:, None]
-            dlogits -= tl.where(is_target, (grad * (1 - label_smoothing))[:, None], 0.0)
+            logits = _load_logits(logits_ptr, bias_ptr, offs_v, counted, V, stride_ln, MASKED=False)
+            dlogits = tl.exp2(logits * LOG2E - row_level[:, None]) * factor[:, None]  # (BLOCK_M, BLOCK_V)
             if HAS_SMOOTHING:
-                dlogits -= (grad * (label_smoothing / V))[:, None]
+                dlogits -= smoothing[:, None]
+            tl.store(logits_ptr + offs_v[None, :], dlogits.to(logits_ptr.dtype.element_ty))
+        for start in tl.range(whole, V, BLOCK_MASKED):
+            offs_v = start + tl.arange(0, BLOCK_MASKED)
+            logits = _load_logits(logits_ptr, bias_ptr, offs_v, counted, V, stride_ln, MASKED=True)
+            dlogits = tl.exp2(logits * LOG2E - row_level[:, None]) * factor[:, None]
+            if HAS_SMOOTHING:
+                dlogits -= tl.where((offs_v < V)[None, :], smoothing[:, None], 0.0)
             mask = mask_m[:, None] & (offs_v < stride_ln)[None, :]
             tl.store(logits_ptr + offs_v[None, :], dlogits.to(logits_ptr.dtype.element_ty), mask=mask)
+
+        tl.debug_barrier()  # the loops have written the target's column before another thread overwrites it
+        dtarget = tl.exp2(target_level) * factor - grad * (1 - label_smoothing) - smoothing
+        tl.store(target_ptrs, dtarget.to(logits_ptr.dtype.element_ty), mask=inside)
 
 
 def cross_entropy(
@@ -114,12 +167,12 @@ def cross_entropy(
 ) -> Launch:
     """The launch that fills `losses` and, with `gradient`, overwrites the logits with their gradients.
 
-    logits: (N, V), the first columns of a contiguous buffer (N, width); the padding is overwritten too. bias:
-    (width,) float32, added to the logits. targets: (N,) int64. losses: (N,) float32. grad: (N,) float32, the
-    gradients of the losses; None means ones.
+    logits: (N, V), the first columns of a contiguous buffer (N, width), width a multiple of 64. The gradients
+    of the padding are 0. bias: (width,) float32, added to the logits. targets: (N,) int64. losses: (N,)
+    float32. grad: (N,) float32, the gradients of the losses; None means ones.
     """
     n, v = logits.shape
-    tile = loss_tile(v)
+    tile = loss_tile(v, bias=bias is not None)
     arguments = {
         "logits_ptr": logits,
         "targets_ptr": targets,
@@ -137,6 +190,7 @@ def cross_entropy(
         "HAS_GRADIENT": gradient,
         "BLOCK_M": tile.block_m,
         "BLOCK_V": tile.block_n,
+        "BLOCK_MASKED": min(tile.block_n, tile.num_warps * 512 // logits.element_size()),
     }
     return Launch(_cross_entropy_kernel, (cdiv(n, tile.block_m),), arguments, tile)
 

@@ -65,14 +65,18 @@ def _run_chunks(
     dweight: Tensor | None = None,
     dbias: Tensor | None = None,
 ) -> Tensor:
-    """Losses (N,); fills dx (N, C), and adds to dweight (V, C) and dbias (V,), both float32.
+    """Losses (N,); fills dx (N, C), and adds to dweight (`_padded_rows`, C) and dbias (V,), both float32.
 
     options: ignore_index, label_smoothing and z_loss. grad: (N,), the gradients of the losses; None means
     ones. A gradient that is None is not computed.
     """
-    (n, _), v = x.shape, weight.shape[0]
+    (n, c), v = x.shape, weight.shape[0]
     width = -(-v // 64) * 64  # rows of logits start at aligned addresses, whatever the vocabulary
-    size = min(n, loss_chunk_rows(x.device, v))
+    padded = _padded_rows(
+        weight
+    )  # columns of logits in the matmuls; the kernel sets the gradients past V to 0
+    weight = F.pad(weight, (0, 0, 0, padded - v)) if padded > v else weight
+    size = min(n, loss_chunk_rows(x.device, n, c, width))
     losses = x.new_empty(n, dtype=torch.float32)
     buffer = x.new_empty(size, width)
     targets = targets.contiguous()
@@ -83,10 +87,10 @@ def _run_chunks(
     with torch.cuda.device_of(x):
         for start in range(0, n, max(1, size)):
             rows = slice(start, start + size)
-            logits = buffer[: min(size, n - start), :v]
+            logits = buffer[: min(size, n - start), :padded]
             torch.mm(x[rows], weight.t(), out=logits)
             cross_entropy(
-                logits=logits,
+                logits=logits[:, :v],
                 targets=targets[rows],
                 bias=bias,
                 grad=None if grad is None else grad[rows],
@@ -103,8 +107,19 @@ def _run_chunks(
             if dweight is not None:
                 _add_matmul(dweight, logits.t(), x[rows])
             if dbias is not None:
-                dbias.add_(logits.sum(0, dtype=torch.float32))
+                dbias.add_(logits[:, :v].sum(0, dtype=torch.float32))
     return losses
+
+
+def _padded_rows(weight: Tensor) -> int:
+    """Rows of the weight in the matmuls: V, in 16 bits rounded up to a multiple of 64 by rows of zeros.
+
+    In 16 bits, cuBLAS has its fast kernels for sizes that are multiples of 8. The padded weight is a copy,
+    which lives as long as the call. A float32 weight stays as it is: its copy would be twice as large, and
+    its matmuls do not depend on the alignment as much.
+    """
+    v = weight.shape[0]
+    return v if weight.dtype == torch.float32 else -(-v // 64) * 64
 
 
 def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -118,13 +133,23 @@ def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _gradient_buffers(
-    x: Tensor, weight: Tensor, dtype: torch.dtype, need_dx: bool, need_dweight: bool, need_dbias: bool
+    x: Tensor,
+    weight: Tensor,
+    dtype: torch.dtype,
+    need_dx: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+    rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx like x, uninitialised, dweight and dbias zero in `dtype`; each not needed is an empty tensor."""
+    """dx like x, uninitialised, dweight and dbias zero in `dtype`; each not needed is an empty tensor.
+
+    rows: of dweight; None for the weight's.
+    """
+    v, c = weight.shape
     return (
         x.new_empty(x.shape) if need_dx else x.new_empty(0),
-        weight.new_zeros(weight.shape, dtype=dtype) if need_dweight else x.new_empty(0),
-        weight.new_zeros(weight.shape[0], dtype=dtype) if need_dbias else x.new_empty(0),
+        weight.new_zeros((rows or v, c), dtype=dtype) if need_dweight else x.new_empty(0),
+        weight.new_zeros(v, dtype=dtype) if need_dbias else x.new_empty(0),
     )
 
 
@@ -148,9 +173,10 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight and dbias for grad (N,), the gradients of the losses; args: three options, three needs."""
     options, needs = args[:3], args[3:]
-    gradients = dx, dweight, dbias = _gradient_buffers(x, weight, torch.float32, *needs)
+    gradients = _gradient_buffers(x, weight, torch.float32, *needs, rows=_padded_rows(weight))
     _run_chunks(x, weight, targets, bias, options, grad, *_needed(gradients, needs))
-    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
+    dx, dweight, dbias = gradients
+    return dx, dweight[: weight.shape[0]].to(weight.dtype), dbias.to(weight.dtype)
 
 
 def _backward_fake(grad: Tensor, x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,10 +194,11 @@ def _gradients(
     reaches it.
     """
     options, mean, needs = args[:3], args[3], args[4:]
-    gradients = _gradient_buffers(x, weight, torch.float32, *needs)
+    gradients = _gradient_buffers(x, weight, torch.float32, *needs, rows=_padded_rows(weight))
     losses = _run_chunks(x, weight, targets, bias, options, None, *_needed(gradients, needs))
     scale = _reduction_scale(targets, options[0], mean)
-    return losses.sum() * scale, scale, *gradients
+    dx, dweight, dbias = gradients
+    return losses.sum() * scale, scale, dx, dweight[: weight.shape[0]], dbias
 
 
 def _gradients_fake(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ from tests.planting import FILES, Mutation
 # Why a mutant survives the execution of compiled kernels.
 EXPLAINED = {
     "attention: offsets in 32 bits": "ttsem copies a tensor of 2**31 elements four times",
-    "loss: the barrier is lost": "ttsem runs a program's threads in lockstep, and the interpreter does too",
+    "loss: the barriers are lost": "ttsem runs a program's threads in lockstep, and the interpreter does too",
 }
 
 

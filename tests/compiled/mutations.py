@@ -23,6 +23,34 @@ def _expanded_gradient(launchers: Any) -> None:
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
+def _untouched_rows_and_padding(launchers: Any) -> None:
+    """The gradients of an ignored row of NaN and of the padding are 0; the target's is rounded once."""
+    for v in (130, 4170):
+        logits, losses = torch.randn(4, -(-v // 64) * 64).half(), torch.empty(4)
+        logits[2] = torch.nan
+        targets = torch.tensor([0, v - 1, -100, 7])
+        logits[[0, 1, 3], targets[[0, 1, 3]]] += 16
+        before = logits.float()[:, :v]
+        launchers.cross_entropy(
+            logits=logits[:, :v],
+            targets=targets,
+            bias=None,
+            grad=None,
+            losses=losses,
+            ignore_index=-100,
+            label_smoothing=0.1,
+            z_loss=0.0,
+            gradient=True,
+        ).run()
+        assert torch.equal(logits[2], torch.zeros_like(logits[2]))
+        assert torch.equal(logits[:, v:], torch.zeros_like(logits[:, v:]))
+        for row in (0, 1, 3):
+            leaf = before[row].double().requires_grad_()
+            loss = torch.nn.functional.cross_entropy(leaf, targets[row], label_smoothing=0.1)
+            (gradient,) = torch.autograd.grad(loss, leaf)
+            torch.testing.assert_close(logits[row, :v].double(), gradient, rtol=1e-3, atol=1e-7)
+
+
 CHECKS: dict[str, tuple[Check, ...]] = {
     "norm": (
         values("layer_norm", {"N": 5, "C": 17}),
@@ -49,7 +77,11 @@ CHECKS: dict[str, tuple[Check, ...]] = {
             ignored="some",
         ),
         values("linear_cross_entropy", {"N": 3, "C": 16, "V": 5000}),
+        values(
+            "linear_cross_entropy", {"N": 3, "C": 16, "V": 5000}, bias=True, label_smoothing=0.1, z_loss=1e-2
+        ),
         _expanded_gradient,
+        _untouched_rows_and_padding,
     ),
 }
 
@@ -179,13 +211,18 @@ MUTATIONS: dict[str, dict[str, Mutation]] = {
     "loss": {
         "the padding counts": (
             "softmax",
-            "tl.where((offs_v < V)[None, :], logits,",
-            "tl.where((offs_v < width)[None, :], logits,",
+            "tl.where((offs_v < V)[None, :], logits.to",
+            "tl.where((offs_v < width)[None, :], logits.to",
         ),
         "the bias is lost": (
             "softmax",
-            "if bias_ptr is not None:\n        logits +=",
-            "if False:\n        logits +=",
+            "if bias_ptr is not None:\n            logits += tl.load(bias_ptr + offs_v[None, :], mask",
+            "if False:\n            logits += tl.load(bias_ptr + offs_v[None, :], mask",
+        ),
+        "the bias of whole tiles is lost": (
+            "softmax",
+            "if bias_ptr is not None:\n            logits += tl.load(bias_ptr + offs_v[None, :])\n",
+            "if False:\n            logits += tl.load(bias_ptr + offs_v[None, :])\n",
         ),
         "the target's bias is lost": (
             "softmax",
@@ -200,8 +237,43 @@ MUTATIONS: dict[str, dict[str, Mutation]] = {
         ),
         "the running sum is not rescaled": (
             "softmax",
-            "row_sum = row_sum * tl.exp2((row_max - new_max) * LOG2E)",
-            "row_sum = row_sum",
+            "total * tl.exp2(level - new_level)",
+            "total",
+        ),
+        "the sums of the lanes are not rescaled": (
+            "softmax",
+            "tl.sum(total * tl.exp2(level - row_level[:, None]), 1)",
+            "tl.sum(total, 1)",
+        ),
+        "the columns after the whole tiles are lost": (
+            "softmax",
+            "tl.range(whole, V, BLOCK_MASKED)",
+            "tl.range(whole, V // BLOCK_V * BLOCK_V, BLOCK_MASKED)",
+        ),
+        "whole tiles are added twice": (
+            "softmax",
+            "tl.range(whole, V, BLOCK_MASKED)",
+            "tl.range(0, V, BLOCK_MASKED)",
+        ),
+        "rows that do not count are read in whole tiles": (
+            "softmax",
+            "tl.where(tl.min(counted.to(tl.int32), 0) == 1, V // BLOCK_V * BLOCK_V, 0)",
+            "V // BLOCK_V * BLOCK_V",
+        ),
+        "the target's share is lost": (
+            "softmax",
+            "- grad * (1 - label_smoothing) - smoothing",
+            "- smoothing",
+        ),
+        "the target's share is not smoothed": (
+            "softmax",
+            "- grad * (1 - label_smoothing) - smoothing",
+            "- grad * (1 - label_smoothing)",
+        ),
+        "the target's gradient is added to its softmax's rounding": (
+            "softmax",
+            "dtarget = tl.exp2(target_level) * factor",
+            "dtarget = tl.load(target_ptrs, mask=inside, other=0.0).to(tl.float32) + smoothing",
         ),
         "the gradient ignores z_loss": (
             "softmax",
@@ -210,13 +282,23 @@ MUTATIONS: dict[str, dict[str, Mutation]] = {
         ),
         "the gradient ignores smoothing": (
             "softmax",
-            "        if HAS_SMOOTHING:\n                dlogits",
-            "        if False:\n                dlogits",
+            "        if HAS_SMOOTHING:\n                dlogits -= tl",
+            "        if False:\n                dlogits -= tl",
+        ),
+        "the gradient of whole tiles ignores smoothing": (
+            "softmax",
+            "        if HAS_SMOOTHING:\n                dlogits -= smoothing",
+            "        if False:\n                dlogits -= smoothing",
+        ),
+        "smoothing reaches the padding": (
+            "softmax",
+            "tl.where((offs_v < V)[None, :], smoothing[:, None], 0.0)",
+            "smoothing[:, None]",
         ),
         "smoothing counts the padding": (
             "softmax",
-            "counted[:, None] & (offs_v < V)[None, :], logits,",
-            "counted[:, None], logits,",
+            "tl.where((offs_v < V)[None, :], logits, 0.0)",
+            "tl.where((offs_v < stride_ln)[None, :], logits, 0.0)",
         ),
         "the padding's end is overwritten": (
             "softmax",
@@ -238,6 +320,6 @@ MUTATIONS: dict[str, dict[str, Mutation]] = {
             "value.to(out_ptr.dtype.element_ty), mask=offs_n < N)",
             "value.to(out_ptr.dtype.element_ty))",
         ),
-        "the barrier is lost": ("softmax", "tl.debug_barrier()", "pass"),
+        "the barriers are lost": ("softmax", "tl.debug_barrier()", "pass"),
     },
 }

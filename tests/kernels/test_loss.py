@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from kernels.loss import reference
@@ -43,7 +44,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     from kernels.loss import torch_op
 
-    monkeypatch.setattr(torch_op, "loss_chunk_rows", lambda device, v: 16)
+    monkeypatch.setattr(torch_op, "loss_chunk_rows", lambda *sizes: 16)
     monkeypatch.setattr(reference, "CHUNK_ELEMENTS", 16 * 65)
 
 
@@ -85,6 +86,29 @@ def test_gradients_of_chunks_are_summed_in_float32(small_chunks: None) -> None:
     exact_loss = reference.linear_cross_entropy(*exact[:2], targets[:1], exact[2])
     for gradient, oracle in zip(gradients, torch.autograd.grad(exact_loss, exact[1:]), strict=True):
         assert (gradient.double() / oracle - 1).abs().max() < 2 * torch.finfo(torch.bfloat16).eps
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("v", [33, 4170])
+def test_each_token_has_its_own_gradient(v: int) -> None:
+    """With "none", a gradient of one token applied to another, or lost where it is negative or 0."""
+    x, weight, targets = arguments(21, 16, v)
+    bias = torch.randn(v).requires_grad_()
+    grad = torch.linspace(-2, 3, 21)
+    grad[[3, 8]] = 0
+    leaves = x, weight, bias
+    options = {"reduction": "none", "label_smoothing": 0.1, "z_loss": 1e-2}
+    loss = on_triton(x, weight, targets, bias, **options)
+    gradients = torch.autograd.grad(loss, leaves, grad)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    exact_loss = reference.linear_cross_entropy(exact[0], exact[1], targets, exact[2], **options)
+    oracle = torch.autograd.grad(exact_loss, exact, grad.double())
+    for gradient, expected in zip(gradients, oracle, strict=True):
+        assert (gradient - expected).norm() < 1e-5 * expected.norm()
+    errors = (gradients[0] - oracle[0]).norm(dim=1)
+    assert (errors <= 1e-5 * oracle[0].norm(dim=1)).all()
+    zero = (grad == 0) | (targets == -100)
+    assert torch.equal(gradients[0].eq(0).all(1), zero)
 
 
 @pytest.mark.kernels
@@ -149,7 +173,7 @@ def cross_entropy_launch(
     bias: torch.Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> Any:
-    """The launch for losses and gradients of the sum."""
+    """The launch for losses and gradients of their sum."""
     pytest.importorskip("triton")
     from kernels.loss.softmax import cross_entropy
 
@@ -172,6 +196,55 @@ def test_a_target_outside_the_vocabulary_gives_nan() -> None:
     targets, losses = torch.tensor([2, 10, -5, -100, 2**40]), torch.empty(5)
     cross_entropy_launch(torch.randn(5, 64)[:, :10], targets, losses, label_smoothing=0.1).run()
     assert losses.isnan().tolist() == [False, True, True, False, True]
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("v", [130, 4170])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_gradients_of_the_padding_are_zero(v: int, with_bias: bool) -> None:
+    """A smoothing or a softmax that reaches the columns past V, which the matmuls include."""
+    width = -(-v // 64) * 64
+    logits, losses = torch.randn(3, width), torch.empty(3)
+    bias = torch.randn(width) if with_bias else None
+    targets = torch.tensor([0, -100, v - 1])
+    cross_entropy_launch(logits[:, :v], targets, losses, bias=bias, label_smoothing=0.1).run()
+    assert torch.equal(logits[:, v:], torch.zeros(3, width - v))
+    assert logits[::2, :v].ne(0).all()
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("v", [64, 4170])
+def test_an_ignored_row_is_not_read(v: int) -> None:
+    """A row of NaN, as padding may give, whose gradient is NaN although its target is ignored."""
+    logits, losses = torch.randn(3, -(-v // 64) * 64), torch.empty(3)
+    logits[1] = torch.nan
+    cross_entropy_launch(logits[:, :v], torch.tensor([0, -100, 1]), losses).run()
+    assert losses[1] == 0
+    assert torch.equal(logits[1], torch.zeros_like(logits[1]))
+    assert logits.isfinite().all()
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_matmuls_in_16_bits_have_aligned_sizes(dtype: torch.dtype) -> None:
+    """A matmul over an odd vocabulary, which cuBLAS runs slowly, or a copy of a float32 weight."""
+    pytest.importorskip("triton")
+    from kernels.loss import torch_op
+
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
+                sizes.update(size for tensor in args for size in tensor.shape)
+            return func(*args, **kwargs or {})
+
+    sizes: set[int] = set()
+    x, weight, targets = (tensor.detach() for tensor in arguments(20, 16, 33, dtype))
+    with Shapes():
+        _, _, dx, dweight, _ = torch_op._gradients(
+            x, weight, targets, None, -100, 0.1, 0.0, True, *[True] * 3
+        )
+    assert sizes == {20, 16, 33 if dtype == torch.float32 else 64}
+    assert (dx.shape, dweight.shape) == (x.shape, weight.shape)
 
 
 @pytest.mark.interpreter

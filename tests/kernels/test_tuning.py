@@ -60,3 +60,36 @@ def test_persistent_programs_fill_a_gpu_exactly(columns: int, monkeypatch: pytes
     tile = tuning.gelu_tile(columns)
     programs = tuning.gelu_programs(device, rows, columns) * -(-columns // tile.block_n)
     assert 0.8 < programs * 32 * tile.num_warps * tuning.GELU_REGISTERS / (132 * tuning.REGISTERS) <= 1
+
+
+@pytest.mark.parametrize(
+    ("multiprocessors", "n", "c", "rows", "waves"),
+    [
+        (132, 65536, 768, 5632, 12),  # 13 waves for chunks of 512 MiB
+        (132, 32768, 768, 5632, 6),
+        (132, 65536, 1600, 4736, 28),
+        (108, 65536, 768, 4480, 15),
+        (114, 65536, 768, 4736, 14),
+        (148, 65536, 768, 5632, 12),
+    ],
+)
+def test_chunks_of_the_loss_fill_whole_waves(
+    multiprocessors: int, n: int, c: int, rows: int, waves: int
+) -> None:
+    """Chunks of a round number of bytes, which leave a part of the multiprocessors idle in each matmul."""
+    assert tuning.loss_wave_rows(multiprocessors, n, c, 50304) == rows
+    chunks = [rows] * (n // rows) + [n % rows]
+    tiles = [-(-chunk // 128) * -(-c // 256) for chunk in chunks]
+    assert sum(-(-count // multiprocessors) for count in tiles) == waves
+
+
+@pytest.mark.parametrize("multiprocessors", [108, 114, 132, 148])
+@pytest.mark.parametrize("width", [64, 1024, 32000, 50304, 128256, 2**22])
+def test_chunks_of_the_loss_are_bounded_and_even(multiprocessors: int, width: int) -> None:
+    """A chunk beyond the limit of memory, or a last chunk so small that it mostly rereads dweight."""
+    limit = max(128, tuning.LOSS_CHUNK // width)
+    for n in (1, 127, 5000, 5633, 65536, 300001):
+        rows = tuning.loss_wave_rows(multiprocessors, n, 768, width)
+        assert 1 <= rows <= limit
+        assert rows == n <= limit or rows % 128 == 0
+        assert width > 128256 or not 0 < n % rows < rows // 2
