@@ -255,20 +255,21 @@ def loss_wave_rows(multiprocessors: int, n: int, c: int, width: int) -> int:
     return min(range(128, most + 1, 128), key=cost)
 
 
-# The most registers that a thread of GELU's backward takes, by the ahead-of-time report for sm_90.
-GELU_REGISTERS = 96
-
-
 def gelu_tile(f: int) -> Tile:
     """The tile of the kernels between the feed-forward's matmuls, at `f` columns."""
     width = min(512, next_power_of_2(f))
     return Tile(min(32, 2048 // width), width, num_warps=4, num_stages=1)
 
 
-def gelu_programs(device: torch.device, n: int, f: int) -> int:
+def gelu_registers(tanh: bool) -> int:
+    """The most registers that a thread of GELU's backward takes, by the ahead-of-time report, sm_90."""
+    return 80 if tanh else 96
+
+
+def gelu_programs(device: torch.device, n: int, f: int, tanh: bool) -> int:
     """How many programs share the rows of GELU's backward pass, for each block of columns."""
     tile = gelu_tile(f)
-    concurrent = _concurrent_programs(device, tile.num_warps, GELU_REGISTERS)
+    concurrent = _concurrent_programs(device, tile.num_warps, gelu_registers(tanh))
     return min(-(-n // tile.block_m), max(1, concurrent // -(-f // tile.block_n)))
 
 

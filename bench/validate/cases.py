@@ -286,10 +286,9 @@ def _gelu(*, tanh: bool) -> Callable[..., Sample]:
 
 def _gelu_gemm(op: str, label: str, architecture: int) -> Sample:
     """The matmul with GELU in its epilogue, at the tile of the ahead-of-time builds: no table row has one."""
-    from kernels.ffn.builds import GEMM_TILES
+    from kernels.ffn.builds import GEMM_TILE as tile
     from kernels.ffn.gemm import gelu_gemm_forward
 
-    tile = GEMM_TILES[architecture]
     inputs, m, n, k = Inputs(), tile.block_m + 9, tile.block_n + 9, 64 * (tile.num_stages + 1) + 16
     x, w, bias = inputs.normal(m, k), inputs.normal(n, k) / 8, inputs.normal(n)
     h, a = (torch.empty(m, n, dtype=HALF) for _ in range(2))

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.device_functions import gelu, gelu_derivative
+from kernels.device_functions import gelu, gelu_derivative, load_columns
 from kernels.launch import Launch, cdiv
 from kernels.tuning import gelu_tile
 
@@ -17,7 +17,7 @@ def _bias_gelu_kernel(
     bias_ptr,  # (F,), contiguous, or None
     a_ptr,  # out: (N, F), contiguous, gelu(h + bias); may be h
     N,  # rows
-    F,  # columns
+    F: tl.constexpr,  # columns
     TANH: tl.constexpr,  # GELU by tanh, else by erf
     BLOCK_M: tl.constexpr,  # rows per tile
     BLOCK_N: tl.constexpr,  # columns per tile
@@ -31,7 +31,7 @@ def _bias_gelu_kernel(
 
     h = tl.load(h_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # (BLOCK_M, BLOCK_N)
     if bias_ptr is not None:
-        h += tl.load(bias_ptr + offs_n, mask=offs_n < F, other=0.0).to(tl.float32)[None, :]
+        h += load_columns(bias_ptr, offs_m, offs_n, mask)
     tl.store(a_ptr + offs, gelu(h, TANH).to(a_ptr.dtype.element_ty), mask=mask)
 
 
@@ -44,7 +44,7 @@ def _bias_gelu_bwd_kernel(
     a_ptr,  # out: (N, F), contiguous, gelu(h + bias), or None
     dbias_ptr,  # out: (programs, F) float32, contiguous, each program's partial sums of dh, or None
     N,  # rows
-    F,  # columns
+    F: tl.constexpr,  # columns
     TANH: tl.constexpr,  # GELU by tanh, else by erf
     BLOCK_M: tl.constexpr,  # rows per tile
     BLOCK_N: tl.constexpr,  # columns per tile

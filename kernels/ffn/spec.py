@@ -44,7 +44,7 @@ def _bytes(case: Case, dtype: torch.dtype, direction: str) -> int:
 def _builds(architecture: int) -> Iterator[Build]:
     from kernels.ffn.builds import gelu_ffn_builds
 
-    return gelu_ffn_builds(architecture)
+    return gelu_ffn_builds()
 
 
 GELU_FFN = OpSpec(

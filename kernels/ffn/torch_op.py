@@ -111,7 +111,7 @@ def _backward(
     with torch.cuda.device_of(x):
         if need_dx or need_dw_up or need_db_up:
             dh = torch.mm(dy, w_down, out=torch.empty_like(h))  # da, which the kernel overwrites with dh
-            programs = gelu_programs(h.device, *h.shape)
+            programs = gelu_programs(h.device, h.shape[0], h.shape[1], tanh)
             partial = h.new_empty((programs, h.shape[1]), dtype=torch.float32) if need_db_up else None
             bias_gelu_backward(
                 da=dh, h=h, bias=b_up, dh=dh, a=a, partial_dbias=partial, tanh=tanh, programs=programs

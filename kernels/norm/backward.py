@@ -10,8 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.device_functions import load_columns
 from kernels.launch import Launch, cdiv, dropout_arguments
-from kernels.norm.forward import keep_tile, load_columns, tile_arguments
+from kernels.norm.forward import keep_tile, tile_arguments
 from kernels.tuning import Tile, norm_tile
 
 

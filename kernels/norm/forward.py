@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.device_functions import dropout_keep, dropout_keep_quads
+from kernels.device_functions import dropout_keep, dropout_keep_quads, load_columns
 from kernels.launch import Launch, cdiv, dropout_arguments
 from kernels.tuning import norm_tile
 
@@ -25,17 +25,6 @@ def keep_tile(seed, offs_m, threshold, START: tl.constexpr, C: tl.constexpr, BLO
     else:
         keep = dropout_keep(seed, offs_m[:, None] * C + START + tl.arange(0, BLOCK_C)[None, :], threshold)
     return keep
-
-
-@triton.jit
-def load_columns(ptr, offs_m, cols, mask):
-    """The elements `cols` of a vector (C,), once per row: float32 (BLOCK_M, BLOCK_C).
-
-    offs_m: (BLOCK_M,). cols: (BLOCK_C,). mask: (BLOCK_M, BLOCK_C).
-    """
-    # Pointers that depend on the row make each warp load its own copy. A vector that the warps share would go
-    # through shared memory.
-    return tl.load(ptr + tl.zeros_like(offs_m)[:, None] + cols[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit

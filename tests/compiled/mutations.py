@@ -100,7 +100,7 @@ MUTATIONS: dict[str, dict[str, Mutation]] = {
         "eps is lost": ("forward", "/ C + eps", "/ C"),
         "the bias is the weight": ("forward", "y += load_columns(bias_ptr", "y += load_columns(weight_ptr"),
         "the weight is read past the end": (
-            "forward",
+            "device_functions",
             "cols[None, :], mask=mask, other=0.0).to(tl.float32)\n\n\n",
             "cols[None, :]).to(tl.float32)\n\n\n",
         ),
@@ -158,8 +158,8 @@ MUTATIONS: dict[str, dict[str, Mutation]] = {
         ),
         "the bias is read past the end": (
             "gelu",
-            "h += tl.load(bias_ptr + offs_n, mask=offs_n < F, other=0.0)",
-            "h += tl.load(bias_ptr + offs_n)",
+            "load_columns(bias_ptr, offs_m, offs_n, mask)",
+            "load_columns(bias_ptr, offs_m, offs_n, (offs_m < N)[:, None])",
         ),
         "the bias is read past the end in backward": (
             "gelu",
@@ -201,11 +201,11 @@ MUTATIONS: dict[str, dict[str, Mutation]] = {
         ),
         "columns past the end of dbias": ("gelu", "tl.sum(dbias, 0), mask=offs_n < F)", "tl.sum(dbias, 0))"),
         "the recomputed GELU is not stored": ("gelu", "if a_ptr is not None:", "if False:"),
-        "another cubic term": ("device_functions", "(1 + 0.044715 * h * h)\n", "(1 + 0.0447 * h * h)\n"),
+        "another cubic term": ("device_functions", " - 0.1029432395800235 *", " - 0.1029 *"),
         "the exponential overflows": (
             "device_functions",
-            "tl.exp2(-tl.abs(z) * LOG2E)",
-            "tl.exp2(-z * LOG2E)",
+            "tl.exp2(tl.minimum(exponent, 126.0))",
+            "tl.exp2(exponent)",
         ),
     },
     "loss": {

@@ -58,8 +58,10 @@ def test_persistent_programs_fill_a_gpu_exactly(columns: int, monkeypatch: pytes
     assert tuning.norm_programs(device, 3, columns) <= 3
 
     tile = tuning.gelu_tile(columns)
-    programs = tuning.gelu_programs(device, rows, columns) * -(-columns // tile.block_n)
-    assert 0.8 < programs * 32 * tile.num_warps * tuning.GELU_REGISTERS / (132 * tuning.REGISTERS) <= 1
+    for tanh in (True, False):
+        programs = tuning.gelu_programs(device, rows, columns, tanh) * -(-columns // tile.block_n)
+        registers = 32 * tile.num_warps * tuning.gelu_registers(tanh)  # of one program
+        assert 0.8 < programs * registers / (132 * tuning.REGISTERS) <= 1
 
 
 @pytest.mark.parametrize(
