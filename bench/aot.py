@@ -162,7 +162,7 @@ def _output(*command: str) -> str:
 
 
 def builds(op: str, architecture: int) -> list[Build]:
-    """The builds that an op declares for an architecture; none if it has no kernel."""
+    """The builds that an op declares for an architecture; none if it has no kernel of its own."""
     declared = SPECS[op].builds
     return [] if declared is None else list(declared(architecture))
 
@@ -234,7 +234,7 @@ def main(argv: Sequence[str]) -> int:
     old = None if options.diff is None else load(options.diff)
     for op in ops:
         if SPECS[op].builds is None:
-            print(f"{op}: has no kernel to compile")
+            print(f"{op}: has no kernel of its own to compile")
     chosen = keys(ops, architectures, gated=options.gated, match=options.match)
 
     rows: list[Compiled] = []

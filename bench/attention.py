@@ -72,6 +72,12 @@ def _transposed(
     return (result[0] if isinstance(result, tuple) else result).transpose(1, 2)
 
 
+def _unpacked(function: Callable[..., Any], qkv: Any, **options: Any) -> Any:
+    """Calls a function of q, k and v on the parts of qkv, and returns (B, T, H, D)."""
+    q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
+    return function(q=q, k=k, v=v, **options).transpose(1, 2)
+
+
 def flash_attn(module: str) -> Callable[..., Any]:
     return partial(_transposed, partial(foreign(module, "flash_attn_func"), causal=True), "softmax_scale")
 
@@ -96,11 +102,14 @@ def flash_attn_decode() -> Callable[..., Any]:
 def peers(spec: OpSpec, compiled: bool) -> list[Contestant]:
     if spec.name == "decode_attention":
         return [optional("flash-attn", lambda: only(flash_attn_decode(), DECODE_ARGUMENTS))]
-    contestants = [
-        Contestant(name, only(sdpa, CAUSAL_ARGUMENTS), _pin(backend)) for name, backend in PINNED.items()
-    ]
+
+    def takes(function: Callable[..., Any]) -> Callable[..., Any]:
+        limited = only(function, CAUSAL_ARGUMENTS)
+        return partial(_unpacked, limited) if spec.name == "causal_attention_qkv" else limited
+
+    contestants = [Contestant(name, takes(sdpa), _pin(backend)) for name, backend in PINNED.items()]
     if compiled:
-        contestants.append(optional("FlexAttention", lambda: only(flex_attention(), CAUSAL_ARGUMENTS)))
+        contestants.append(optional("FlexAttention", lambda: takes(flex_attention())))
     else:
         contestants.append(Contestant("FlexAttention", None, absent="left out by --quick on a CPU"))
     modules = {
@@ -109,15 +118,16 @@ def peers(spec: OpSpec, compiled: bool) -> list[Contestant]:
         "flash-attn 4": "flash_attn.cute.interface",
     }
     for name, module in modules.items():
-        contestants.append(optional(name, lambda module=module: only(flash_attn(module), CAUSAL_ARGUMENTS)))
-    return [*contestants, optional("xformers", lambda: only(xformers(), CAUSAL_ARGUMENTS))]
+        contestants.append(optional(name, lambda module=module: takes(flash_attn(module))))
+    return [*contestants, optional("xformers", lambda: takes(xformers()))]
 
 
 def matmul(spec: OpSpec, case: Case) -> tuple[int, int, int] | None:
     """A square matmul, large enough to occupy the whole device; decoding is limited by bytes alone."""
     if spec.name == "decode_attention":
         return None
-    side = 8192 if case["B"] * case["H"] * case["Tq"] >= 2**17 else 1024
+    queries = case["B"] * case["H"] * case["T" if spec.name == "causal_attention_qkv" else "Tq"]
+    side = 8192 if queries >= 2**17 else 1024
     return side, side, side
 
 

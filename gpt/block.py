@@ -56,26 +56,25 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """proj(causal_attention(q, k, v)), where q, k and v are views of one projection."""
+    """proj(causal_attention(q, k, v)), where one projection computes q, k and v."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.n_head, self.head_size = layer, config.n_head, config.head_size
-        width = config.n_head * config.head_size
-        self.qkv = Linear(config.n_embd, 3 * width, bias=config.has_qkv_bias)
-        self.proj = Linear(width, config.n_embd, bias=config.bias)
+        self.width = config.n_head * config.head_size
+        self.qkv = Linear(config.n_embd, 3 * self.width, bias=config.has_qkv_bias)
+        self.proj = Linear(self.width, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor, run: Pass) -> Tensor:
         B, T, _ = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.n_head, self.head_size)  # (B, T, 3 HD) -> (B, T, 3, H, D)
-        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))  # (B, T, H, D) -> (B, H, T, D) each
-
+        rows = x.flatten(0, 1)  # (BT, C): a linear layer views any other shape so, and its output back
+        qkv = self.qkv(rows).view(B, T, 3, self.n_head, self.head_size)  # (BT, 3HD) -> (B, T, 3, H, D)
         if run.cache is None:
             seed = run.seeds[SITES * self.layer]
-            y = kernels.causal_attention(q, k, v, key_start=run.key_start, dropout_p=run.dropout_p, seed=seed)
+            y = kernels.causal_attention_qkv(qkv, key_start=run.key_start, dropout_p=run.dropout_p, seed=seed)
         else:
-            y = run.cache.attend(self.layer, q, k, v)
-        return self.proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, H, T, D) -> (B, T, HD) -> (B, T, C)
+            y = run.cache.attend(self.layer, qkv)
+        return self.proj(y.reshape(B * T, self.width)).view(x.shape)  # (B, T, H, D) -> (BT, HD) -> (B, T, C)
 
 
 class FeedForward(nn.Module):

@@ -32,19 +32,21 @@ class KVCache:
         self.index = torch.full((1,), tokens, device=idx.device)  # of the next token
         self._layers: list[tuple[Tensor, Tensor]] = []
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Stores keys and values (B, H, T, D) and returns attention (B, H, T, D) over all stored ones."""
+    def attend(self, layer: int, qkv: Tensor) -> Tensor:
+        """Stores the keys and values of qkv (B, T, 3, H, D); returns attention (B, T, H, D) to all stored."""
+        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))  # (B, H, T, D) each
         if layer == len(self._layers):
             B, H, T, D = k.shape
             keys, values = k.new_zeros(B, H, self.size, D), v.new_zeros(B, H, self.size, D)
             keys[:, :, :T], values[:, :, :T] = k, v
             self._layers.append((keys, values))
-            return kernels.causal_attention(q, k, v, key_start=self.key_start)
+            return kernels.causal_attention_qkv(qkv, key_start=self.key_start)
 
         keys, values = self._layers[layer]
         keys.index_copy_(2, self.index, k)
         values.index_copy_(2, self.index, v)
-        return kernels.decode_attention(q, keys, values, self.lengths, key_start=self.key_start)
+        y = kernels.decode_attention(q, keys, values, self.lengths, key_start=self.key_start)
+        return y.transpose(1, 2)
 
 
 class Decoder:

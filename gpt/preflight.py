@@ -46,7 +46,7 @@ def cases(
     dropout = {"dropout_p": config.dropout, "seed": 1} if config.dropout else {}
     norm = {"parameters": parameters, "bias": config.bias}
     calls: list[tuple[str, dict[str, int], dict[str, Any]]] = [
-        ("causal_attention", {**heads, "Tq": seq_len, "Tk": seq_len}, {"layout": "qkv", **dropout}),
+        ("causal_attention_qkv", {**heads, "T": seq_len}, dropout),
         ("decode_attention", {**heads, "Tq": 1, "Tmax": config.block_size}, {}),
         ("add_layer_norm", {"N": n, "C": c}, {**norm, "residual": parameters, **dropout}),
         ("linear_cross_entropy", {"N": n, "C": c, "V": config.vocab_size}, {"bias": config.head_bias}),

@@ -5,7 +5,7 @@ of the two a call takes, and why.
 """
 
 from kernels import reference
-from kernels.attention import causal_attention, decode_attention
+from kernels.attention import causal_attention, causal_attention_qkv, decode_attention
 from kernels.dispatch import Choice, FallbackWarning, explain, model_backend, use_backend, warn_if_unavailable
 from kernels.ffn import gelu_ffn
 from kernels.linear import linear
@@ -23,6 +23,7 @@ __all__ = [
     "__version__",
     "add_layer_norm",
     "causal_attention",
+    "causal_attention_qkv",
     "decode_attention",
     "dropout",
     "explain",

@@ -20,9 +20,9 @@ def shapes(op: str, optional: Dims = (), /, **arguments: tuple[torch.Tensor | No
     Args:
         op: The op's name, for messages.
         optional: Names of the arguments that may be None; they are skipped then.
-        **arguments: name=(tensor, dimension names). The first use of a dimension fixes its size. A leading
-            "..." means any leading dimensions, equal in all tensors that have it; size "N" is the
-            number of rows in them.
+        **arguments: name=(tensor, dimension names). The first use of a dimension fixes its size; a name such
+            as "3" is itself the size. A leading "..." means any leading dimensions, equal in all tensors
+            that have it; size "N" is the number of rows in them.
 
     Raises:
         TypeError: An argument is not a tensor.
@@ -56,7 +56,13 @@ def shapes(op: str, optional: Dims = (), /, **arguments: tuple[torch.Tensor | No
                 f"{op}: {name} has {len(shape)} dimensions, expected {len(dims)} ({', '.join(dims)})"
             )
         for dim, size in zip(named, shape, strict=True):
-            if dim not in sizes:
+            if dim.isdigit():
+                if size != int(dim):
+                    raise ValueError(
+                        f"{op}: {name} has size {size} in dimension {dims.index(dim)}, expected {dim} "
+                        f"({', '.join(dims)})"
+                    )
+            elif dim not in sizes:
                 sizes[dim], owner[dim] = size, name
             elif sizes[dim] != size:
                 raise ValueError(f"{op}: {name} has {dim}={size}, expected {sizes[dim]} ({owner[dim]}'s)")

@@ -128,7 +128,7 @@ class CausalSelfAttention(nn.Module):
         """(B, T, C) -> (B, T, C); key_start as in `kernels.causal_attention`."""
         B, T, C = x.shape
         qkv = nn.functional.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = (t.transpose(1, 2) for t in qkv.view(B, T, 3, self.num_heads, -1).unbind(2))  # (B, H, T, D)
+        qkv = qkv.view(B, T, 3, self.num_heads, C // self.num_heads)  # (B, T, 3C) -> (B, T, 3, H, D)
         dropout_p = self.dropout if self.training else 0.0
-        y = kernels.causal_attention(q, k, v, key_start=key_start, dropout_p=dropout_p)
-        return self.out_proj(y.transpose(1, 2).reshape(B, T, C))
+        y = kernels.causal_attention_qkv(qkv, key_start=key_start, dropout_p=dropout_p)
+        return self.out_proj(y.flatten(2))  # (B, T, H, D) -> (B, T, C)

@@ -1,6 +1,6 @@
 """Every op in plain torch, under its public name and signature."""
 
-from kernels.attention.reference import causal_attention, decode_attention
+from kernels.attention.reference import causal_attention, causal_attention_qkv, decode_attention
 from kernels.ffn.reference import gelu_ffn
 from kernels.loss.reference import linear_cross_entropy
 from kernels.norm.reference import add_layer_norm, dropout, layer_norm
@@ -8,6 +8,7 @@ from kernels.norm.reference import add_layer_norm, dropout, layer_norm
 __all__ = [
     "add_layer_norm",
     "causal_attention",
+    "causal_attention_qkv",
     "decode_attention",
     "dropout",
     "gelu_ffn",

@@ -45,7 +45,7 @@ class Case:
 
 @dataclass(frozen=True)
 class TensorArgument:
-    """A tensor parameter; `dims` are dimension names, as in `checks.shapes`."""
+    """A tensor parameter; `dims` are dimension names or fixed sizes, as in `checks.shapes`."""
 
     dims: tuple[str, ...]
     dtype: torch.dtype | None = None  # None: the dtype that the op computes in
@@ -119,7 +119,7 @@ class OpSpec:
         flops: ``(case, "forward" | "backward") -> floating-point operations``.
         bytes: ``(case, dtype, "forward" | "backward") -> bytes that must be moved at least``.
         builds: ``(architecture) -> Builds``, where 90 means sm_90; imports Triton when called. None if the op
-            has no kernel.
+            has no kernel of its own.
         dtypes: The dtypes that the kernels support; float64 runs on the reference only.
         follows_autocast: Whether the first output has the autocast dtype under autocast.
     """

@@ -364,6 +364,7 @@ _SAMPLES: dict[str, dict[str, Callable[..., Sample]]] = {
         f"D{d}{name}": _attention(d, **options) for d in (64, 128) for name, options in _ATTENTION.items()
     }
     | {"D64-start-dkdv": _attention(64, start=True, form="dkdv")},
+    "causal_attention_qkv": {},  # the kernels of causal_attention
     "decode_attention": {f"D{d}": _decode(d) for d in (64, 128)},
     "layer_norm": {"C768": _norm(768), "C333": _norm(333), "sum": _norm_sum},
     "add_layer_norm": {

@@ -1,4 +1,8 @@
-"""Causal softmax attention: `causal_attention` for training and prefill, `decode_attention` for a cache."""
+"""Causal softmax attention.
+
+`causal_attention` takes q, k and v; `causal_attention_qkv` takes a fused projection of all three;
+`decode_attention` takes a key-value cache.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,15 @@ import torch
 
 from kernels import checks
 from kernels.attention import reference
+from kernels.checks import Dims
 from kernels.dispatch import Choice, Op, autocast
 from kernels.tuning import slower
 
 _CAUSAL = Op("causal_attention", family="attention")
+_PACKED = Op("causal_attention_qkv", family="attention")
 _DECODE = Op("decode_attention", family="attention")
+QUERIES: Dims = ("B", "H", "Tq", "D")
+PACKED: Dims = ("B", "T", "3", "H", "D")
 # Up to this many keys, float32 attention with its casts is faster than bfloat16 on a CPU: bench/README.md.
 SHORT = 128
 
@@ -100,21 +108,98 @@ def _prepare_causal_attention(
 ) -> tuple[Choice, torch.Tensor, torch.Tensor, torch.Tensor]:
     op = "causal_attention"
     q, k, v = autocast(q, k, v)
-    sizes = checks.shapes(
-        op, q=(q, ("B", "H", "Tq", "D")), k=(k, ("B", "Hkv", "Tk", "D")), v=(v, ("B", "Hkv", "Tk", "D"))
-    )
+    key_dims = ("B", "Hkv", "Tk", "D")
+    sizes = checks.shapes(op, q=(q, QUERIES), k=(k, key_dims), v=(v, key_dims))
     checks.same_dtype(op, q=q, k=k, v=v)
     checks.last_contiguous(op, q=q, k=k, v=v)
     if sizes["Tq"] > sizes["Tk"]:
         raise ValueError(f"{op}: q has Tq={sizes['Tq']}, expected at most {sizes['Tk']} (k's Tk)")
     _check_heads(op, "k", sizes)
-    _check_key_start(op, key_start, q, per_query=True)
-    _check_scale(op, scale)
-    checks.number(op, "dropout_p", dropout_p, 0, 1, open_high=True)
-    checks.seed(op, seed, q.device)
-    checks.boolean(op, "deterministic", deterministic)
+    _check_key_start(op, key_start, "Tq", q=(q, QUERIES))
+    _check_options(op, q.device, scale, dropout_p, seed, deterministic)
     choice = _CAUSAL.choose(q, limit=_limit(sizes["D"]), slower=slower(op, q, **sizes))
     return choice, q, k, v
+
+
+def causal_attention_qkv(
+    qkv: torch.Tensor,
+    *,
+    key_start: torch.Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+    deterministic: bool | None = None,
+) -> torch.Tensor:
+    """out = causal_attention(q, k, v), where q, k and v are qkv[:, :, 0], qkv[:, :, 1] and qkv[:, :, 2].
+
+    The input and the output have the layout of the projections around attention: a fused projection (B, T,
+    3HD) is viewed as (B, T, 3, H, D), and the output as (B, T, HD), without a copy.
+
+    Args:
+        qkv: (B, T, 3, H, D), float16, bfloat16, float32 or float64; any strides with a contiguous last
+            dimension. Queries and keys have the same heads: `causal_attention` takes fewer key heads.
+        key_start: int32, (B,) or (B, T): as in `causal_attention`, like every other option.
+        scale: Positive factor of the logits, default 1 / sqrt(D).
+        dropout_p: Probability in [0, 1) of dropping a weight after the softmax.
+        seed: None, an int or a 0-d int64 tensor on qkv's device. The mask is that of `causal_attention`.
+        deterministic: Whether gradients must be the same bits every time.
+
+    Returns:
+        (B, T, H, D) in qkv's dtype (the autocast dtype under autocast), contiguous.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: As `causal_attention`.
+
+    Numerics:
+        Outputs and gradients are the same bits as those of `causal_attention` on the three views. Saved for
+        backward: qkv, out and 4 BHT bytes of log-sum-exp. The kernels of backward write dq, dk and dv into
+        the gradient of qkv. With `causal_attention`, autograd would stack the three: 6 BTHD elements more to
+        read and write.
+
+    Backend:
+        As `causal_attention`. The reference's backward stacks the gradients that torch's attention returns.
+
+    Source:
+        As `causal_attention`.
+    """
+    options: Any = {
+        "key_start": key_start,
+        "scale": scale,
+        "dropout_p": dropout_p,
+        "seed": seed,
+        "deterministic": deterministic,
+    }
+    choice, qkv = _prepare_causal_attention_qkv(qkv, **options)
+    if choice.backend == "triton":
+        from kernels.attention import torch_op
+
+        return torch_op.causal_attention_qkv(qkv, **options)
+    if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and qkv.shape[1] <= SHORT:
+        with torch.autocast("cpu", enabled=False):
+            return reference.causal_attention_qkv(qkv.float(), **options).to(qkv.dtype)
+    return reference.causal_attention_qkv(qkv, **options)
+
+
+@_PACKED.prepares
+def _prepare_causal_attention_qkv(
+    qkv: torch.Tensor,
+    key_start: torch.Tensor | None,
+    scale: float | None,
+    dropout_p: float,
+    seed: int | torch.Tensor | None,
+    deterministic: bool | None,
+) -> tuple[Choice, torch.Tensor]:
+    op = "causal_attention_qkv"
+    (qkv,) = autocast(qkv)
+    sizes = checks.shapes(op, qkv=(qkv, PACKED))
+    if sizes["H"] == 0:
+        raise ValueError(f"{op}: qkv has H=0, expected at least 1")
+    checks.floating(op, qkv=qkv)
+    checks.last_contiguous(op, qkv=qkv)
+    _check_key_start(op, key_start, "T", qkv=(qkv, PACKED))
+    _check_options(op, qkv.device, scale, dropout_p, seed, deterministic)
+    choice = _PACKED.choose(qkv, limit=_limit(sizes["D"]), slower=slower(op, qkv, **sizes))
+    return choice, qkv
 
 
 def decode_attention(
@@ -179,7 +264,7 @@ def _prepare_decode_attention(
     cache_dims = ("B", "Hkv", "Tmax", "D")
     sizes = checks.shapes(
         op,
-        q=(q, ("B", "H", "Tq", "D")),
+        q=(q, QUERIES),
         k_cache=(k_cache, cache_dims),
         v_cache=(v_cache, cache_dims),
         cache_len=(cache_len, ("B",)),
@@ -190,7 +275,7 @@ def _prepare_decode_attention(
     if sizes["Tq"] > sizes["Tmax"]:
         raise ValueError(f"{op}: q has Tq={sizes['Tq']}, expected at most {sizes['Tmax']} (k_cache's Tmax)")
     _check_heads(op, "k_cache", sizes)
-    _check_key_start(op, key_start, q, per_query=False)
+    _check_key_start(op, key_start, None, q=(q, QUERIES))
     _check_scale(op, scale)
     if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad):
         raise RuntimeError(
@@ -203,6 +288,20 @@ def _prepare_decode_attention(
 def _limit(d: int) -> str | None:
     """The reason why the kernels cannot take head dimension `d`; None if they can."""
     return f"the kernel takes head dimensions up to 256, not {d}" if d > 256 else None
+
+
+def _check_options(
+    op: str,
+    device: torch.device,
+    scale: float | None,
+    dropout_p: float,
+    seed: int | torch.Tensor | None,
+    deterministic: bool | None,
+) -> None:
+    _check_scale(op, scale)
+    checks.number(op, "dropout_p", dropout_p, 0, 1, open_high=True)
+    checks.seed(op, seed, device)
+    checks.boolean(op, "deterministic", deterministic)
 
 
 def _check_scale(op: str, scale: float | None) -> None:
@@ -218,11 +317,13 @@ def _check_heads(op: str, name: str, sizes: dict[str, int]) -> None:
         raise ValueError(f"{op}: {name} has Hkv={sizes['Hkv']}, expected a divisor of {sizes['H']} (q's H)")
 
 
-def _check_key_start(op: str, key_start: torch.Tensor | None, q: torch.Tensor, *, per_query: bool) -> None:
+def _check_key_start(
+    op: str, key_start: torch.Tensor | None, per_query: str | None, /, **queries: tuple[torch.Tensor, Dims]
+) -> None:
+    """Checks key_start: int32 (B,) or, if `per_query` names a dimension of the queries, (B, that one)."""
     if key_start is None:
         return
-    dims = (
-        ("B", "Tq") if per_query and isinstance(key_start, torch.Tensor) and key_start.ndim == 2 else ("B",)
-    )
-    checks.shapes(op, q=(q, ("B", "H", "Tq", "D")), key_start=(key_start, dims))
+    matrix = isinstance(key_start, torch.Tensor) and key_start.ndim == 2
+    dims = ("B", per_query) if per_query is not None and matrix else ("B",)
+    checks.shapes(op, **queries, key_start=(key_start, dims))
     checks.dtype(op, "key_start", key_start, torch.int32)

@@ -40,6 +40,30 @@ def causal_attention(
     return out.masked_fill(empty, 0)
 
 
+def causal_attention_qkv(
+    qkv: torch.Tensor,
+    *,
+    key_start: torch.Tensor | None = None,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+    deterministic: bool | None = None,
+) -> torch.Tensor:
+    """`causal_attention` of the three parts of a projection; see `kernels.causal_attention_qkv`."""
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))  # (B, H, T, D) each
+    out = causal_attention(
+        q,
+        k,
+        v,
+        key_start=key_start,
+        scale=scale,
+        dropout_p=dropout_p,
+        seed=seed,
+        deterministic=deterministic,
+    )
+    return out.transpose(1, 2).contiguous()  # torch's attention returns either layout
+
+
 def _aligned(x: torch.Tensor) -> torch.Tensor:
     """`x`, or a contiguous copy on a GPU if rows are not aligned to the 16-byte loads of torch's kernels."""
     if x.device.type != "cuda" or all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1]):

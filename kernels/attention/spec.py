@@ -1,4 +1,4 @@
-"""The specification of `causal_attention` and `decode_attention`."""
+"""The specification of `causal_attention`, `causal_attention_qkv` and `decode_attention`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kernels.attention import causal_attention, decode_attention, reference
+from kernels.attention import PACKED, causal_attention, causal_attention_qkv, decode_attention, reference
 from kernels.spec import (
     Build,
     Case,
@@ -46,6 +46,11 @@ def _key_start(case: Case, device: torch.device) -> torch.Tensor | None:
     return starts.to(torch.int32).expand(b, tq).contiguous()
 
 
+def _options(case: Case) -> dict[str, Any]:
+    names = ("scale", "dropout_p", "seed", "deterministic")
+    return {name: case.options[name] for name in names if name in case.options}
+
+
 def _causal_inputs(
     case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
 ) -> dict[str, Any]:
@@ -57,10 +62,22 @@ def _causal_inputs(
         q, k, v = (randn(shape, dtype, device, generator) for shape in shapes)
     if case.options.get("layout") == "padded":  # odd strides, and NaN after each row, which no kernel may use
         q, k, v = (F.pad(x, (0, 3), value=math.nan)[..., :-3] for x in (q, k, v))
-    options = {
-        n: case.options[n] for n in ("scale", "dropout_p", "seed", "deterministic") if n in case.options
-    }
-    return {"q": q, "k": k, "v": v, "key_start": _key_start(case, device), **options}
+    return {"q": q, "k": k, "v": v, "key_start": _key_start(case, device), **_options(case)}
+
+
+def _packed_inputs(
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> dict[str, Any]:
+    b, t, h, d = (case[n] for n in ("B", "T", "H", "D"))
+    qkv = randn((b, t, 3, h, d), dtype, device, generator)
+    if case.options.get("layout") == "padded":  # odd strides, and NaN after each row, which no kernel may use
+        qkv = F.pad(qkv, (0, 3), value=math.nan)[..., :-3]
+    return {"qkv": qkv, "key_start": _key_start(_unpacked(case), device), **_options(case)}
+
+
+def _unpacked(case: Case) -> Case:
+    """The case of `causal_attention` that computes the same."""
+    return _causal_case(case["B"], case["H"], case["T"], case["D"], **case.options)
 
 
 def _decode_inputs(
@@ -124,6 +141,10 @@ def _causal_case(
 ) -> Case:
     sizes = {"B": b, "H": h, "Tq": tq, "Tk": tk or tq, "D": d} | ({"Hkv": hkv} if hkv else {})
     return Case(sizes, options, frozenset(tags or ("small",)))
+
+
+def _packed_case(b: int, h: int, t: int, d: int, *tags: str, **options: Any) -> Case:
+    return Case({"B": b, "H": h, "T": t, "D": d}, options, frozenset(tags or ("small",)))
 
 
 _KEY_STARTS = ("padding", "documents", "window", "empty")
@@ -211,6 +232,36 @@ CAUSAL = OpSpec(
     bytes=_causal_bytes,
 )
 
+CAUSAL_QKV = OpSpec(
+    name="causal_attention_qkv",
+    family="attention",
+    function=causal_attention_qkv,
+    reference=reference.causal_attention_qkv,
+    arguments={
+        "qkv": TensorArgument(PACKED, last_contiguous=True),
+        **{name: CAUSAL.arguments[name] for name in list(CAUSAL.arguments)[3:]},
+    },
+    make_inputs=_packed_inputs,
+    gradients=("qkv",),
+    cases=(
+        _packed_case(2, 2, 17, 16),
+        _packed_case(1, 3, 65, 40),
+        *(_packed_case(2, 1, 40, 16, key_start=kind) for kind in _KEY_STARTS),
+        _packed_case(1, 2, 33, 16, dropout_p=0.3, seed=7),
+        _packed_case(1, 1, 20, 16, scale=0.5),
+        _packed_case(2, 2, 1, 24, "edge"),
+        _packed_case(2, 2, 35, 72, "edge", layout="padded", key_start="padding", dropout_p=0.1, seed=2**40),
+        _packed_case(1, 1, 65, 16, "edge", deterministic=True),
+        *(_packed_case(2, 2, t, 40, "slow", layout="padded") for t in _LENGTHS),
+        *(_packed_case(2, 4, 2048, d, "gpu", key_start="documents") for d in (64, 128)),
+        *(_packed_case(4, 12, 1024, 64, "gpu", **options) for options in ({}, {"dropout_p": 0.1, "seed": 3})),
+        _packed_case(64, 12, 1024, 64, "bench"),
+        *(_packed_case(max(1, 16384 // t), 16, t, d, "bench") for t in (1024, 4096) for d in (64, 128)),
+    ),
+    flops=lambda case, direction: _causal_flops(_unpacked(case), direction),
+    bytes=lambda case, dtype, direction: _causal_bytes(_unpacked(case), dtype, direction),
+)
+
 DECODE = OpSpec(
     name="decode_attention",
     family="attention",
@@ -266,4 +317,4 @@ DECODE = OpSpec(
     bytes=_decode_bytes,
 )
 
-SPECS = (CAUSAL, DECODE)
+SPECS = (CAUSAL, CAUSAL_QKV, DECODE)

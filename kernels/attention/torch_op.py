@@ -1,7 +1,8 @@
 """The torch.library ops of attention: causal attention, forward and backward, and decoding.
 
 They allocate the outputs and run the launches. Shapes: q, out (B, H, Tq, D); k, v (B, Hkv, Tk, D); lse2
-(B, H, Tq) float32, log2 of the softmax's denominators.
+(B, H, Tq) float32, log2 of the softmax's denominators. The ops of a packed projection run the same kernels on
+views of it: qkv, dqkv (B, T, 3, H, D); out, grad (B, T, H, D).
 """
 
 from __future__ import annotations
@@ -37,14 +38,33 @@ def causal_attention(
     deterministic: bool | None,
 ) -> Tensor:
     """`kernels.causal_attention`, after its arguments have been checked."""
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    seed = dropout_seed(dropout_p, seed, q.device)
+    options = _options(q, scale, dropout_p, seed, deterministic)
+    out, _ = torch.ops.fused_gpt.attention_forward(q, k, v, key_start, *options)
+    return out
+
+
+def causal_attention_qkv(
+    qkv: Tensor,
+    key_start: Tensor | None,
+    scale: float | None,
+    dropout_p: float,
+    seed: int | Tensor | None,
+    deterministic: bool | None,
+) -> Tensor:
+    """`kernels.causal_attention_qkv`, after its arguments have been checked."""
+    options = _options(qkv, scale, dropout_p, seed, deterministic)
+    out, _ = torch.ops.fused_gpt.attention_qkv_forward(qkv, key_start, *options)
+    return out
+
+
+def _options(
+    x: Tensor, scale: float | None, dropout_p: float, seed: int | Tensor | None, deterministic: bool | None
+) -> tuple[Tensor | None, float, float, bool]:
+    """seed, scale, dropout_p and deterministic as the ops take them; x: q or qkv."""
+    scale = 1 / math.sqrt(x.shape[-1]) if scale is None else float(scale)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    out, _ = torch.ops.fused_gpt.attention_forward(
-        q, k, v, key_start, seed, scale, float(dropout_p), deterministic
-    )
-    return out
+    return dropout_seed(dropout_p, seed, x.device), scale, float(dropout_p), deterministic
 
 
 def decode_attention(
@@ -94,7 +114,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """out and lse2. `deterministic` is an argument for backward's sake."""
     out, lse2 = _forward_outputs(q)
-    launch = attention_forward(
+    _run_forward(
         q=q,
         k=k,
         v=v,
@@ -104,11 +124,15 @@ def _forward(
         lse2=lse2,
         scale=scale,
         dropout_p=dropout_p,
-        tile=_tiles(q, k, seed).forward,
     )
+    return out, lse2
+
+
+def _run_forward(*, q: Tensor, k: Tensor, seed: Tensor | None, **arguments: Any) -> None:
+    """Runs the launch of `attention_forward` with the tuning table's tile."""
+    launch = attention_forward(q=q, k=k, seed=seed, **arguments, tile=_tiles(q, k, seed).forward)
     with torch.cuda.device_of(q):
         launch.run()
-    return out, lse2
 
 
 def _backward_outputs(
@@ -137,31 +161,37 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk and dv for `grad`, the gradient of out, of any strides."""
     dq, dk, dv = _backward_outputs(q, k, v, need_dq, need_dkdv)
+    _run_backward(
+        grad=grad,
+        q=q,
+        k=k,
+        v=v,
+        out=out,
+        lse2=lse2,
+        key_start=key_start,
+        seed=seed,
+        dq=dq if need_dq else None,
+        dk=dk if need_dkdv else None,
+        dv=dv if need_dkdv else None,
+        scale=scale,
+        dropout_p=dropout_p,
+        deterministic=deterministic,
+    )
+    return dq, dk, dv
+
+
+def _run_backward(
+    *, grad: Tensor, q: Tensor, k: Tensor, seed: Tensor | None, deterministic: bool, **arguments: Any
+) -> None:
+    """Runs the launches of `attention_backward` with the tuning table's tiles; grad has any strides."""
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
     tiles = _tiles(q, k, seed)
     if deterministic:
         tiles = tiles._replace(atomic=None)
-
     with torch.cuda.device_of(q):
-        for launch in attention_backward(
-            grad=grad,
-            q=q,
-            k=k,
-            v=v,
-            out=out,
-            lse2=lse2,
-            key_start=key_start,
-            seed=seed,
-            dq=dq if need_dq else None,
-            dk=dk if need_dkdv else None,
-            dv=dv if need_dkdv else None,
-            scale=scale,
-            dropout_p=dropout_p,
-            tiles=tiles,
-        ):
+        for launch in attention_backward(grad=grad, q=q, k=k, seed=seed, **arguments, tiles=tiles):
             launch.run()
-    return dq, dk, dv
 
 
 def _backward_fake(
@@ -187,6 +217,94 @@ def _differentiate(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]
         grad, *ctx.saved_tensors, *ctx.options, need_q, need_k or need_v
     )
     return dq if need_q else None, dk if need_k else None, dv if need_v else None, *(None,) * 5
+
+
+def _parts(qkv: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v (B, H, T, D), views of qkv (B, T, 3, H, D)."""
+    return qkv.permute(2, 0, 3, 1, 4).unbind()
+
+
+def _packed_outputs(qkv: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """out and lse2, uninitialised; also the fake of attention_qkv_forward."""
+    b, t, _, h, d = qkv.shape
+    return qkv.new_empty(b, t, h, d), qkv.new_empty(b, h, t, dtype=torch.float32)
+
+
+def _packed_forward(
+    qkv: Tensor,
+    key_start: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    """out and lse2. `deterministic` is an argument for backward's sake."""
+    out, lse2 = _packed_outputs(qkv)
+    q, k, v = _parts(qkv)
+    _run_forward(
+        q=q,
+        k=k,
+        v=v,
+        key_start=key_start,
+        seed=seed,
+        out=out.transpose(1, 2),
+        lse2=lse2,
+        scale=scale,
+        dropout_p=dropout_p,
+    )
+    return out, lse2
+
+
+def _packed_gradient(grad: Tensor, qkv: Tensor, *args: Any) -> Tensor:
+    """dqkv, uninitialised and contiguous; also the fake of attention_qkv_backward."""
+    return qkv.new_empty(qkv.shape)
+
+
+def _packed_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse2: Tensor,
+    key_start: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    deterministic: bool,
+) -> Tensor:
+    """dqkv for `grad`, the gradient of out, of any strides."""
+    dqkv = _packed_gradient(grad, qkv)
+    (q, k, v), (dq, dk, dv) = _parts(qkv), _parts(dqkv)
+    _run_backward(
+        grad=grad.transpose(1, 2),
+        q=q,
+        k=k,
+        v=v,
+        out=out.transpose(1, 2),
+        lse2=lse2,
+        key_start=key_start,
+        seed=seed,
+        dq=dq,
+        dk=dk,
+        dv=dv,
+        scale=scale,
+        dropout_p=dropout_p,
+        deterministic=deterministic,
+    )
+    return dqkv
+
+
+def _packed_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keeps what backward needs of a call of attention_qkv_forward."""
+    qkv, key_start, seed, *ctx.options = inputs
+    out, lse2 = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(lse2)
+    ctx.save_for_backward(qkv, out, lse2, key_start, seed)
+
+
+def _packed_differentiate(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    """From the gradient of out to the gradients of attention_qkv_forward's six arguments."""
+    return torch.ops.fused_gpt.attention_qkv_backward(grad, *ctx.saved_tensors, *ctx.options), *(None,) * 5
 
 
 def _decode_output(q: Tensor, *args: Any) -> Tensor:
@@ -233,6 +351,21 @@ register(
     kernel=_backward,
     fake=_backward_fake,
     differentiate=refuse("causal_attention"),
+)
+register(
+    "attention_qkv_forward(Tensor qkv, Tensor? key_start, Tensor? seed, float scale, float dropout_p,"
+    " bool deterministic) -> (Tensor out, Tensor lse2)",
+    kernel=_packed_forward,
+    fake=_packed_outputs,
+    differentiate=_packed_differentiate,
+    save=_packed_save,
+)
+register(
+    "attention_qkv_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse2, Tensor? key_start,"
+    " Tensor? seed, float scale, float dropout_p, bool deterministic) -> Tensor dqkv",
+    kernel=_packed_backward,
+    fake=_packed_gradient,
+    differentiate=refuse("causal_attention_qkv"),
 )
 register(
     "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_len, Tensor? key_start,"

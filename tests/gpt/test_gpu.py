@@ -100,7 +100,7 @@ def test_preflight_accepts_correct_kernels() -> None:
     config = GPTConfig(**SMALL, dropout=0.1)
     report = preflight(config, DEVICE, 2, 24, torch.bfloat16, torch.float32, use_cache=False)
     assert report.ok, str(report)
-    assert sorted(report.checked) == sorted(SPECS)
+    assert sorted(report.checked) == sorted(set(SPECS) - {"causal_attention"})  # the model takes packed qkv
 
 
 @pytest.mark.driver("CUDA graphs")

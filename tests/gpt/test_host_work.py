@@ -1,7 +1,8 @@
-"""The host work of a training step: kernel launches and dispatched operations per layer."""
+"""The host work of a training step: kernel launches, dispatched operations and saved bytes per layer."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,34 +25,72 @@ VIEWS = (
     "unsqueeze",
     "_unsafe_view",
 )
+BATCH, TOKENS, WIDTH, HEADS = 2, 16, 32, 2
 
 
 class Dispatches(TorchDispatchMode):
-    """Counts the operations that would launch something on a GPU."""
+    """Lists the operations that reach a backend, views included."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(function).removeprefix("aten.").removeprefix("fused_gpt.")
-        if not name.startswith(VIEWS):
-            self.names.append(name)
+        self.names.append(str(function).removeprefix("aten.").removeprefix("fused_gpt."))
         return function(*args, **(kwargs or {}))
 
+    def launching(self) -> list[str]:
+        """The operations that would launch something on a GPU."""
+        return [name for name in self.names if not name.startswith(VIEWS)]
 
-def step(n_layer: int, *, use_triton: bool) -> Dispatches:
-    """Records one forward and backward pass, with gradients that are already allocated."""
-    model = GPT(vocab_size=64, block_size=16, n_layer=n_layer, n_head=2, n_embd=32, use_triton=use_triton)
-    idx = torch.randint(64, (2, 16))
+
+def make(n_layer: int, *, use_triton: bool) -> GPT:
+    return GPT(
+        vocab_size=64,
+        block_size=TOKENS,
+        n_layer=n_layer,
+        n_head=HEADS,
+        n_embd=WIDTH,
+        use_triton=use_triton,
+    )
+
+
+def step(model: GPT) -> Dispatches:
+    """Records a forward and backward pass that starts without gradients, as a training step does."""
+    idx = torch.randint(64, (BATCH, TOKENS))
     model(idx, idx).backward()
+    model.zero_grad()
     with Dispatches() as dispatches:
         model(idx, idx).backward()
     return dispatches
 
 
-@pytest.fixture
+def saved_bytes(model: GPT) -> int:
+    """Bytes that a forward pass keeps for backward, without the parameters; each storage counts once."""
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return tensor
+
+    idx = torch.randint(64, (BATCH, TOKENS))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(idx, idx)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    assert loss.requires_grad
+    return sum(storage.nbytes() for place, storage in kept.items() if place not in parameters)
+
+
+def per_layer(measure: Callable[[GPT], int], *, use_triton: bool) -> int:
+    """What one more layer adds to a measurement of a model."""
+    shallow, deep = (measure(make(n_layer, use_triton=use_triton)) for n_layer in (2, 3))
+    return deep - shallow
+
+
+@pytest.fixture(autouse=True)
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Lists the kernels that are launched; none of them runs."""
     from kernels.launch import Launch
 
     names: list[str] = []
@@ -62,25 +101,49 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.interpreter
 def test_launches_of_a_layer(launches: list[str]) -> None:
     """Two kernels for a pass that took one; launches bound the time of a GPT-2 step."""
-    step(2, use_triton=True)
-    shallow = len(launches)
-    launches.clear()
-    step(3, use_triton=True)
-    deep = len(launches)
-    # Two identical steps each. Forward: attention, two norms, GELU. Backward: dQ, dK with dV, two norms and
-    # their sums, GELU.
-    assert (deep - shallow) // 2 == 4 + 7
+
+    def count(model: GPT) -> int:
+        launches.clear()
+        step(model)
+        return len(launches) // 2  # `step` takes two steps
+
+    # Forward: attention, two norms, GELU. Backward: dQ, dK with dV, two norms and their sums, GELU.
+    assert per_layer(count, use_triton=True) == 4 + 7
 
 
 @pytest.mark.interpreter
-def test_operations_of_a_layer(launches: list[str]) -> None:
+def test_operations_of_a_layer() -> None:
     """An extra copy, cast or fill between kernels, such as zeros for an unused gradient."""
-    operations = {}
-    for use_triton in (True, False):
-        deep, shallow = step(3, use_triton=use_triton).names, step(2, use_triton=use_triton).names
-        operations[use_triton] = len(deep) - len(shallow)
-        assert "zeros.default" not in deep or not use_triton
-    # 7 fused ops, 6 matmuls, 2 sums for biases, 1 stack of the projection's three parts, 12 additions to
-    # gradients.
-    assert operations[True] <= 29
+    operations = {
+        use_triton: per_layer(lambda model: len(step(model).launching()), use_triton=use_triton)
+        for use_triton in (True, False)
+    }
+    # 8 fused ops, 6 matmuls, 2 sums for the biases of attention's projections.
+    assert operations[True] <= 8 + 6 + 2
     assert operations[True] < operations[False]
+    assert "zeros.default" not in step(make(1, use_triton=True)).names
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("use_triton", "most"), [(True, 54), (False, 94)])
+def test_dispatches_of_a_layer(use_triton: bool, most: int) -> None:
+    """Needless views of activations, each of which costs a GPU's host about as much as a launch."""
+    assert per_layer(lambda model: len(step(model).names), use_triton=use_triton) <= most
+
+
+@pytest.mark.interpreter
+def test_attention_is_not_rearranged() -> None:
+    """Gradients of q, k and v that are stacked, or a transposed copy of the output of attention."""
+    names = step(make(2, use_triton=True)).names
+    assert "attention_qkv_backward.default" in names
+    assert not {name for name in names if name.startswith(("stack", "cat", "clone", "transpose", "unbind"))}
+
+
+@pytest.mark.interpreter
+def test_bytes_that_a_layer_saves() -> None:
+    """A second copy of an activation that is kept until backward."""
+    # Two norms keep their input and their output, attention qkv and its output, the feed-forward its hidden
+    # activations; the statistics are one log-sum-exp for each head, and two values for each norm.
+    activations = (2 + 2 + 3 + 1 + 4) * WIDTH
+    statistics = HEADS + 2 * 2
+    assert per_layer(saved_bytes, use_triton=True) == 4 * BATCH * TOKENS * (activations + statistics)

@@ -240,7 +240,7 @@ def test_every_mask_has_its_own_seed(
 
         return call
 
-    for name in ("causal_attention", "add_layer_norm", "dropout"):
+    for name in ("causal_attention_qkv", "add_layer_norm", "dropout"):
         monkeypatch.setattr(kernels, name, recording(name))
     model = random_model(**fields, **DROPOUT)
     for step in (seed, seed + 1):

@@ -19,6 +19,7 @@ from gpt.train import main
 from kernels import dispatch
 
 preflight = sys.modules["kernels.preflight"]
+USED = set(preflight.SPECS) - {"causal_attention"}  # the model's attention takes the packed projection
 MODEL = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16}
 
 pytestmark = pytest.mark.interpreter
@@ -31,14 +32,15 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpt.training.trainer, "SAMPLE_TOKENS", 5)
 
 
-def without_mask(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+def without_mask(qkv: torch.Tensor, **options: Any) -> torch.Tensor:
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 @pytest.fixture
 def lost_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = dataclasses.replace(preflight.SPECS["causal_attention"], function=without_mask)
-    monkeypatch.setitem(preflight.SPECS, "causal_attention", broken)
+    broken = dataclasses.replace(preflight.SPECS["causal_attention_qkv"], function=without_mask)
+    monkeypatch.setitem(preflight.SPECS, "causal_attention_qkv", broken)
 
 
 def train(tmp_path: Path, *flags: str) -> int:
@@ -84,7 +86,7 @@ def test_every_op_is_checked_as_the_model_calls_it(monkeypatch: pytest.MonkeyPat
             if isinstance(value, torch.Tensor) and op != "decode_attention" and value.ndim > 0:
                 called = seen[op][name]
                 assert (called.numel(), called.dtype) == (value.numel(), value.dtype), (op, name)
-                if value.ndim == 4:
+                if op == "causal_attention_qkv":
                     assert called.stride() == value.stride(), (op, name)
             if value is None:
                 assert seen[op].get(name) is None, (op, name)
@@ -99,7 +101,7 @@ def test_a_model_checks_itself() -> None:
     model = GPT(vocab_size=33, **MODEL, dropout=0.1, use_triton=True)
     report = model.preflight(2, 16)
     assert report.ok, str(report)
-    assert sorted(report.checked) == sorted(preflight.SPECS)
+    assert sorted(report.checked) == sorted(USED)
 
 
 def test_a_failing_kernel_falls_back_with_a_warning(
@@ -108,9 +110,9 @@ def test_a_failing_kernel_falls_back_with_a_warning(
     """A run that uses a wrong kernel, that stops without --strict, or that does not warn."""
     assert train(tmp_path, "--use_triton=true") == 0
     printed = capsys.readouterr()
-    assert "PREFLIGHT FAILED, the references run instead: causal_attention: out: FAILED" in printed.err
-    assert "causal_attention" in printed.out
-    assert dispatch._distrusted.keys() == {"causal_attention"}
+    assert "PREFLIGHT FAILED, the references run instead: causal_attention_qkv: out: FAILED" in printed.err
+    assert "causal_attention_qkv" in printed.out
+    assert dispatch._distrusted.keys() == {"causal_attention_qkv"}
     last = json.loads((tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     assert last["final"] is True
 
@@ -118,7 +120,7 @@ def test_a_failing_kernel_falls_back_with_a_warning(
 def test_strict_ends_the_run(tmp_path: Path, lost_mask: None, capsys: pytest.CaptureFixture[str]) -> None:
     """A --strict run that trains, has another exit code, or leaves a folder."""
     assert train(tmp_path, "--use_triton=true", "--strict") == 3
-    assert "--strict: preflight failed, nothing was trained: causal_attention" in capsys.readouterr().err
+    assert "--strict: preflight failed, nothing was trained: causal_attention_qkv" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -79,7 +79,7 @@ def test_no_program_depends_on_another(
     spec: OpSpec, launches: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A race: programs that add to the same memory, so that their order changes the bits of the result."""
-    sizes = {"N": 70, "C": 48, "I": 600, "V": 300, "Tq": 40, "Tk": 40, "Tmax": 70}
+    sizes = {"N": 70, "C": 48, "I": 600, "V": 300, "T": 40, "Tq": 40, "Tk": 40, "Tmax": 70}
     forwards = results_of(spec, **sizes)
     builder = triton.runtime.interpreter.InterpreterBuilder
     place = builder.set_grid_idx
