@@ -62,13 +62,17 @@ def _add_dq(
     start, offs_m: (BLOCK_M,). MASKED=False promises that every query sees every one of these keys.
     """
     offs_n = begin + tl.arange(0, BLOCK_N)
-    k = load_rows(k_ptr, offs_n, stride_kt, Tk, D, BLOCK_D, MASKED)  # (BLOCK_N, BLOCK_D)
-    v = load_rows(v_ptr, offs_n, stride_vt, Tk, D, BLOCK_D, MASKED)  # (BLOCK_N, BLOCK_D)
+    if MASKED:
+        offs_n = tl.minimum(offs_n, Tk - 1)  # no query sees a key past the end: any row can replace it
+    k = load_rows(k_ptr, offs_n, stride_kt, Tk, D, BLOCK_D, False)  # (BLOCK_N, BLOCK_D)
+    v = load_rows(v_ptr, offs_n, stride_vt, Tk, D, BLOCK_D, False)  # (BLOCK_N, BLOCK_D)
 
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
     s = s * scale2 - lse2[:, None]
     if MASKED:
-        visible = is_visible(offs_m[:, None], offs_n[None, :], start[:, None], Tq, Tk, HAS_START)
+        positions = offs_m - begin + (Tk - Tq)  # (BLOCK_M,)
+        columns = tl.arange(0, BLOCK_N)
+        visible = is_visible(positions[:, None], columns[None, :], (start - begin)[:, None], HAS_START)
         s = tl.where(visible, s, float("-inf"))
     p = tl.exp2(s)
 
@@ -282,7 +286,8 @@ def _add_dkdv(
     q = load_rows(q_ptr, offs_m, stride_qt, Tq, D, BLOCK_D, MASKED)  # (BLOCK_M, BLOCK_D)
     do = load_rows(do_ptr, offs_m, stride_dot, Tq, D, BLOCK_D, MASKED)  # (BLOCK_M, BLOCK_D)
     if MASKED:
-        lse2 = tl.load(lse2_ptr + offs_m, mask=offs_m < Tq, other=float("inf"))
+        # Where q and dO are zeros, lse2 = 0 makes the weights 1: they add nothing, and zeros cost no select.
+        lse2 = tl.load(lse2_ptr + offs_m, mask=offs_m < Tq, other=0.0)
         delta = tl.load(delta_ptr + offs_m, mask=offs_m < Tq, other=0.0)
     else:
         lse2 = tl.load(lse2_ptr + offs_m)
@@ -292,10 +297,12 @@ def _add_dkdv(
     st = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
     st = st * scale2 - lse2[None, :]
     if MASKED:
-        start = offs_m
+        first = begin + (Tk - Tq)  # the position of the first query
+        columns = tl.arange(0, BLOCK_M)
+        start = columns
         if HAS_START:
-            start = load_start(start_ptr, offs_m, stride_st, Tq, Tk)  # (BLOCK_M,)
-        visible = is_visible(offs_m[None, :], offs_n[:, None], start[None, :], Tq, Tk, HAS_START)
+            start = load_start(start_ptr, offs_m, stride_st, Tq, Tk) - first  # (BLOCK_M,)
+        visible = is_visible(columns[None, :], (offs_n - first)[:, None], start[None, :], HAS_START)
         st = tl.where(visible, st, float("-inf"))
     pt = tl.exp2(st)
 

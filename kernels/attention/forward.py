@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch import Tensor
 from kernels.device_functions import LOG2E, dropout_keep, dropout_keep_quads
 from kernels.launch import Launch, cdiv, dropout_arguments, precision
 from kernels.tuning import Tile, next_power_of_2
+
+# The smallest scale that is not zero in float32: masked logits are -inf before they are scaled.
+_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 @triton.jit
@@ -87,13 +91,14 @@ def masked_begin(i, lo, full_lo, full_hi, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def is_visible(rows, keys, start, Tq, Tk, HAS_START: tl.constexpr):
+def is_visible(positions, keys, start, HAS_START: tl.constexpr):
     """The causal mask: True where a query sees a key.
 
-    rows, keys and start hold queries, keys and the queries' first keys, as (R, 1) and (1, K) tiles that
-    broadcast, or transposed. Returns a bool tile of the broadcast shape.
+    positions, keys and start hold the queries' positions, the keys and the queries' first keys, as (R, 1) and
+    (1, K) tiles that broadcast, or transposed. They count from the same key: one for which the columns are an
+    arange, so that the machine code compares with constants. Returns a bool tile of the broadcast shape.
     """
-    visible = keys <= rows + (Tk - Tq)
+    visible = keys <= positions
     if HAS_START:
         visible = visible & (keys >= start)
     return visible
@@ -127,26 +132,28 @@ def _attend(
     MASKED=False promises that every query sees every one of these keys.
     """
     offs_n = begin + tl.arange(0, BLOCK_N)
-    k = load_rows(k_ptr, offs_n, stride_kt, Tk, D, BLOCK_D, MASKED)  # (BLOCK_N, BLOCK_D)
+    if MASKED:
+        offs_n = tl.minimum(offs_n, Tk - 1)  # no query sees a key past the end: any row can replace it
+    k = load_rows(k_ptr, offs_n, stride_kt, Tk, D, BLOCK_D, False)  # (BLOCK_N, BLOCK_D)
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
 
     if MASKED:
-        visible = is_visible(offs_m[:, None], offs_n[None, :], start[:, None], Tq, Tk, HAS_START)
-        s = tl.where(visible, s * scale2, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(s, 1))  # (BLOCK_M,)
+        positions = offs_m - begin + (Tk - Tq)  # (BLOCK_M,)
+        columns = tl.arange(0, BLOCK_N)
+        visible = is_visible(positions[:, None], columns[None, :], (start - begin)[:, None], HAS_START)
+        s = tl.where(visible, s, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(s, 1) * scale2)  # (BLOCK_M,)
+    shift = new_max
+    if MASKED:
         # -inf - -inf is NaN, so a row that has seen no key yet is shifted by 0.
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-        p = tl.exp2(s - shift[:, None])  # (BLOCK_M, BLOCK_N)
-    else:
-        new_max = tl.maximum(row_max, tl.max(s, 1) * scale2)
-        shift = new_max
-        p = tl.exp2(s * scale2 - shift[:, None])
+    p = tl.exp2(s * scale2 - shift[:, None])  # (BLOCK_M, BLOCK_N)
 
     alpha = tl.exp2(row_max - shift)
     row_sum = row_sum * alpha + tl.sum(p, 1)
     if HAS_DROPOUT:
         p = tl.where(keep_tile(seed, pid_bh * Tq + offs_m, begin, Tk, threshold, QUADS, BLOCK_N), p, 0.0)
-    v = load_rows(v_ptr, offs_n, stride_vt, Tk, D, BLOCK_D, MASKED)  # (BLOCK_N, BLOCK_D)
+    v = load_rows(v_ptr, offs_n, stride_vt, Tk, D, BLOCK_D, False)  # (BLOCK_N, BLOCK_D)
     acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
     return acc, row_sum, new_max
 
@@ -242,7 +249,7 @@ def attention_forward(
     """The launch that fills `out` and `lse2`.
 
     q, out: (B, H, Tq, D). k, v: (B, Hkv, Tk, D). The last dimensions are contiguous. key_start: int32 (B,) or
-    (B, Tq). seed: 0-d int64, None without dropout. lse2: (B, H, Tq) float32, contiguous.
+    (B, Tq). seed: 0-d int64, None without dropout. lse2: (B, H, Tq) float32, contiguous. scale: positive.
     """
     b, h, tq, _ = q.shape
     arguments = {
@@ -277,7 +284,7 @@ def common_arguments(
         "H": q.shape[1],
         "Tq": q.shape[2],
         "Tk": k.shape[2],
-        "scale2": scale * LOG2E.value,
+        "scale2": max(scale * LOG2E.value, _SMALLEST),
         **dropout_arguments(seed, dropout_p),
         "GROUPS": q.shape[1] // k.shape[1],
         "D": d,

@@ -201,6 +201,11 @@ def test_extreme_key_starts(shape: tuple[int, ...], extreme: int) -> None:
     assert_agrees(inputs | {"key_start": start})
 
 
+def test_a_scale_that_is_zero_in_float32() -> None:
+    """A masked logit, -inf, that is multiplied by zero and becomes NaN."""
+    assert_agrees(inputs_of(case(tk=60)) | {"scale": 1e-46})
+
+
 def test_any_order_of_key_starts() -> None:
     """Tiles that are skipped as if key_start never decreased with the position."""
     start = torch.randint(-5, 150, (2, 130), generator=torch.Generator().manual_seed(3)).to(torch.int32)

@@ -38,7 +38,7 @@ FAMOUS: dict[str, tuple[Mutation, str]] = {
         "documents",
     ),
     "the causal mask is aligned at the first key": (
-        ("forward", "keys <= rows + (Tk - Tq)", "keys <= rows"),
+        ("forward", "offs_m - begin + (Tk - Tq)", "offs_m - begin"),
         "one key ahead",
     ),
     "a row without keys is NaN": (
@@ -65,7 +65,7 @@ FAMOUS: dict[str, tuple[Mutation, str]] = {
 
 MUTANTS: dict[str, Mutation] = {
     # masks
-    "the diagonal is hidden": ("forward", "keys <= rows + (Tk - Tq)", "keys < rows + (Tk - Tq)"),
+    "the diagonal is hidden": ("forward", "keys <= positions", "keys < positions"),
     "the first key is hidden": ("forward", "visible & (keys >= start)", "visible & (keys > start)"),
     "key_start is ignored": ("forward", "visible = visible & (keys >= start)", "visible = visible"),
     "the store writes rows past the end": ("forward", "ty), mask=(rows < T)[:, None] & ", "ty), mask="),
@@ -74,26 +74,23 @@ MUTANTS: dict[str, Mutation] = {
         "ty), mask=(rows < T)[:, None] & (offs_d < D)[None, :]",
         "ty), mask=(rows < T)[:, None]",
     ),
-    "keys past the end are read": (
-        "forward",
-        "offs_n, stride_kt, Tk, D, BLOCK_D, MASKED)",
-        "offs_n, stride_kt, Tk, D, BLOCK_D, False)",
-    ),
-    "values past the end are read": (
-        "forward",
-        "offs_n, stride_vt, Tk, D, BLOCK_D, MASKED)",
-        "offs_n, stride_vt, Tk, D, BLOCK_D, False)",
-    ),
-    "keys past the end are read for dQ": (
-        "backward",
-        "offs_n, stride_kt, Tk, D, BLOCK_D, MASKED)",
-        "offs_n, stride_kt, Tk, D, BLOCK_D, False)",
-    ),
+    "keys and values past the end are read": ("forward", "tl.minimum(offs_n, Tk - 1)", "offs_n"),
+    "keys and values past the end are read for dQ": ("backward", "tl.minimum(offs_n, Tk - 1)", "offs_n"),
+    "dQ counts positions from the first query": ("backward", "offs_m - begin + (Tk - Tq)", "offs_m - begin"),
+    "dK counts positions from the first query": ("backward", "first = begin + (Tk - Tq)", "first = begin"),
+    "key_start counts from the first key": ("forward", "(start - begin)[:, None]", "start[:, None]"),
+    "key_start counts from the first key for dQ": ("backward", "(start - begin)[:, None]", "start[:, None]"),
+    "key_start counts from the first key for dK": ("backward", "Tq, Tk) - first", "Tq, Tk)"),
     "lse2 is written past the end": ("forward", "Tq + offs_m, lse2, mask=offs_m < Tq)", "Tq + offs_m, lse2)"),
     "lse2 is read past the end": (
         "backward",
-        'offs_m, mask=offs_m < Tq, other=float("inf"))\n        delta',
+        "offs_m, mask=offs_m < Tq, other=0.0)\n        delta",
         "offs_m)\n        delta",
+    ),
+    "weights of queries past the end are infinite": (
+        "backward",
+        "offs_m, mask=offs_m < Tq, other=0.0)\n        delta",
+        'offs_m, mask=offs_m < Tq, other=float("-inf"))\n        delta',
     ),
     "delta is written past the end": (
         "backward",
@@ -139,7 +136,8 @@ MUTANTS: dict[str, Mutation] = {
     "the running sum is not rescaled": ("forward", "row_sum * alpha", "row_sum"),
     "the output is not rescaled": ("forward", "acc * alpha[:, None]", "acc"),
     "the maximum is not scaled": ("forward", "tl.max(s, 1) * scale2", "tl.max(s, 1)"),
-    "a masked logit is not scaled": ("forward", "tl.where(visible, s * scale2,", "tl.where(visible, s,"),
+    "the logits are not scaled": ("forward", "tl.exp2(s * scale2 - shift", "tl.exp2(s - shift"),
+    "the future is seen": ("forward", "s = tl.where(visible, s,", "_ = tl.where(visible, s,"),
     "lse2 without its maximum": ("forward", "row_max + tl.log2(row_sum)", "tl.log2(row_sum)"),
     "the sum of an empty row": ("forward", "row_sum = tl.where(empty, 1.0, row_sum)", "row_sum = row_sum"),
     # gradients
