@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.compiling import architecture_of, in_processes, ops_of
+from bench.gates import Compiled, broken_gate, from_json, programs, to_json
+from bench.machine_code import read
 from bench.record import write_json
 from gpt.cli import OptionParser, option, run_command
 from gpt.errors import InputError
@@ -30,13 +30,12 @@ from kernels.spec import Build
 from kernels.tuning import SHARED_MEMORY
 
 ARCHITECTURES = tuple(SHARED_MEMORY)
-RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 INSTRUCTIONS = {  # column -> opcodes in the disassembly
-    "hmma": re.compile(r"\bHMMA\b"),
-    "hgmma": re.compile(r"\bHGMMA\b"),
-    "utchmma": re.compile(r"\bUTC[A-Z]*MMA\b"),
-    "tma": re.compile(r"\bUTMA(?:LDG|STG|REDG)\b"),
-    "spills": re.compile(r"\b(?:LDL|STL)\b"),
+    "hmma": r"HMMA",
+    "hgmma": r"HGMMA",
+    "utchmma": r"UTC[A-Z]*MMA",
+    "tma": r"UTMA(?:LDG|STG|REDG)",
+    "spills": r"LDL|STL",
 }
 
 
@@ -49,32 +48,6 @@ class Key(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """The resources of a build's machine code; `problem` is the gate that it breaks."""
-
-    op: str
-    kernel: str
-    label: str
-    architecture: int
-    warps: int
-    stages: int
-    gated: bool
-    registers: int = 0
-    stack: int = 0
-    shared: int = 0
-    hmma: int = 0
-    hgmma: int = 0
-    utchmma: int = 0
-    tma: int = 0
-    spills: int = 0
-    problem: str = ""
-
-    @property
-    def id(self) -> str:
-        return f"{self.op} {self.kernel} {self.label} {self.warps}w{self.stages}s sm_{self.architecture}"
-
-
-@dataclass(frozen=True)
 class Options:
     """Flags of the report."""
 
@@ -82,6 +55,7 @@ class Options:
     op: tuple[str, ...] = option(tuple(SPECS), "ops or families")
     match: str = option("", "only builds whose kernel name and label contain this text")
     gated: bool = option(False, "only the builds that an op gates")
+    loops: bool = option(False, "print what each loop executes in an iteration")
     json: str | None = option(None, "write the report to this file")
     diff: str | None = option(None, "say what changed since the report in this file")
 
@@ -122,43 +96,22 @@ def examine(op: str, build: Build, architecture: int) -> Compiled:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return replace(row, problem=f"does not compile: {type(error).__name__}: {lines[-1].strip()}")
 
-    figures = read_cubin(compiled.asm["cubin"])
-    figures["shared"] = max(figures["shared"], compiled.metadata.shared)
-    row = replace(row, **figures)
+    code = read(compiled.asm["cubin"], compiled.asm["ptx"])
+    counts: dict[str, Any] = {
+        column: sum(count for opcode, count in code.counts.items() if re.fullmatch(pattern, opcode))
+        for column, pattern in INSTRUCTIONS.items()
+    }
+    row = replace(
+        row,
+        registers=code.registers,
+        stack=code.stack,
+        shared=max(code.shared, compiled.metadata.shared),
+        instructions=sum(code.counts.values()),
+        loops=code.loops,
+        **counts,
+    )
+    row = replace(row, programs=programs(row))
     return replace(row, problem=broken_gate(row, "tt.dot" in compiled.asm["ttir"]))
-
-
-def broken_gate(row: Compiled, has_matmuls: bool) -> str:
-    """The gate that a compiled build breaks, or ""."""
-    limit = SHARED_MEMORY[row.architecture] * 1024
-    if row.shared > limit:
-        return f"shared memory {row.shared / 1024:.0f} KB, the limit is {limit // 1024} KB"
-    if row.gated and row.spills:
-        return f"{row.spills} spill instructions"
-    if row.gated and row.architecture == 90 and has_matmuls and not row.hgmma:
-        return "no HGMMA"
-    return ""
-
-
-def read_cubin(cubin: bytes) -> dict[str, Any]:
-    """Reads registers, stack and shared bytes of machine code, and counts each kind of instruction."""
-    from triton import knobs
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        usage = _output(knobs.nvidia.cuobjdump.path, "-res-usage", str(path))
-        code = _output(knobs.nvidia.nvdisasm.path, "-c", str(path))
-    match = RESOURCES.search(usage)
-    if match is None:
-        raise RuntimeError(f"cuobjdump printed no resources: {usage.strip()}")
-    registers, stack, shared = map(int, match.groups())
-    counts = {name: len(pattern.findall(code)) for name, pattern in INSTRUCTIONS.items()}
-    return {"registers": registers, "stack": stack, "shared": shared, **counts}
-
-
-def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def builds(op: str, architecture: int) -> list[Build]:
@@ -191,29 +144,45 @@ def _crashed(key: Key) -> Compiled:
 
 HEADER = (
     f"{'op':<22} {'kernel':<32} {'build':<26} {'arch':>6} {'warps':>5} {'stages':>6} {'regs':>5} "
-    f"{'stack':>5} {'spills':>6} "
-    f"{'shared':>11} {'MMA':>12} {'TMA':>4}"
+    f"{'stack':>5} {'spills':>6} {'shared':>11} {'programs':>8} {'MMA':>12} {'TMA':>4} {'loops':>15}"
 )
 
 
 def line(row: Compiled) -> str:
-    """A row of the table; "64/227 KB" is shared memory used and available, "16 HGMMA" matrix instructions."""
+    """A row of the table; "64/227 KB" is shared memory used and available, "16 HGMMA" matrix instructions.
+
+    "541+964" are the instructions of two loops.
+    """
     shared = f"{row.shared / 1024:.0f}/{SHARED_MEMORY[row.architecture]} KB"
     kinds = {"HMMA": row.hmma, "HGMMA": row.hgmma, "UTCHMMA": row.utchmma}
     matmuls = " ".join(f"{count} {kind}" for kind, count in kinds.items() if count) or "-"
+    loops = "+".join(str(loop.instructions) for loop in row.loops)
     text = (
         f"{row.op:<22} {row.kernel:<32} {row.label:<26} {'sm_' + str(row.architecture):>6} {row.warps:>5} "
-        f"{row.stages:>6} "
-        f"{row.registers:>5} {row.stack:>5} {row.spills:>6} {shared:>11} {matmuls:>12} {row.tma:>4}"
+        f"{row.stages:>6} {row.registers:>5} {row.stack:>5} {row.spills:>6} {shared:>11} {row.programs:>8} "
+        f"{matmuls:>12} {row.tma:>4} {loops:>15}"
     )
     return (
         f"{text}  {'gated' if row.gated else ''}{'  BROKEN: ' + row.problem if row.problem else ''}".rstrip()
     )
 
 
+def loop_lines(row: Compiled) -> list[str]:
+    """A line for each loop of a build: the counts that are not 0."""
+    return [
+        f"    loop {n}: "
+        + ", ".join(f"{name} {_text(value)}" for name, value in asdict(loop).items() if value)
+        for n, loop in enumerate(row.loops, 1)
+    ]
+
+
+def _text(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def differences(old: Sequence[Compiled], new: Sequence[Compiled]) -> list[str]:
     """A line for each build that differs between the reports, or that only one of them has."""
-    before, after = {row.id: asdict(row) for row in old}, {row.id: asdict(row) for row in new}
+    before, after = {row.id: _figures(row) for row in old}, {row.id: _figures(row) for row in new}
     lines = []
     for name in [*after, *(name for name in before if name not in after)]:
         if name not in before or name not in after:
@@ -222,6 +191,11 @@ def differences(old: Sequence[Compiled], new: Sequence[Compiled]) -> list[str]:
         changed = [f"{k} {v!r} -> {after[name][k]!r}" for k, v in before[name].items() if v != after[name][k]]
         lines += [f"{name}: {', '.join(changed)}"] if changed else []
     return lines
+
+
+def _figures(row: Compiled) -> dict[str, Any]:
+    content = to_json(row)
+    return content | {f"loop {name}": values for name, values in content.pop("loops").items()}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -241,16 +215,22 @@ def main(argv: Sequence[str]) -> int:
     print(HEADER)
     for row in in_processes(examine_key, chosen, _crashed):
         rows.append(row)
-        print(line(row), flush=True)
+        print("\n".join([line(row), *(loop_lines(row) if options.loops else ())]), flush=True)
     broken = [row for row in rows if row.problem]
     print(f"{len(rows)} builds, {len(broken)} broken")
 
     if options.json is not None:
-        write_json(options.json, {"triton": _triton_version(), "builds": [asdict(row) for row in rows]})
+        write_json(options.json, {"triton": _triton_version(), "builds": [to_json(row) for row in rows]})
     if old is not None:
-        changes = differences(old, rows)
+        changes = differences([row for row in old if _selected(row, ops, architectures, options)], rows)
         print("\n".join(changes) if changes else f"the same as {options.diff}")
     return 1 if broken else 0
+
+
+def _selected(row: Compiled, ops: Sequence[str], architectures: Sequence[int], options: Options) -> bool:
+    """Whether the flags select a row of a saved report."""
+    chosen = row.op in ops and row.architecture in architectures and (row.gated or not options.gated)
+    return chosen and options.match in f"{row.kernel} {row.label}"
 
 
 def load(path: str) -> list[Compiled]:
@@ -261,8 +241,8 @@ def load(path: str) -> list[Compiled]:
     """
     content = read_json(Path(path), "--diff")
     try:
-        return [Compiled(**row) for row in content["builds"]]
-    except (TypeError, KeyError) as error:
+        return [from_json(row) for row in content["builds"]]
+    except (TypeError, KeyError, ValueError) as error:
         raise InputError(f"{path} is not a report of bench.aot: {error}") from error
 
 

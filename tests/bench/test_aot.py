@@ -7,26 +7,41 @@ import os
 import subprocess
 import sys
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bench import aot
-from bench.aot import Compiled, broken_gate, differences, keys, line
+from bench.aot import differences, keys, line, loop_lines
 from bench.compiling import in_processes
+from bench.gates import Compiled, broken_gate, from_json, programs, to_json
+from bench.machine_code import Loop
 from gpt.cli import run_command
 from kernels.registry import SPECS
 from kernels.spec import Build
 from kernels.tuning import Tile
 
 ROOT = Path(__file__).parents[2]
-GOOD = Compiled("op", "_kernel", "bf16-D64", 90, 4, 3, True, registers=128, shared=64 * 1024, hgmma=16)
+GOOD = Compiled(
+    op="op",
+    kernel="_kernel",
+    label="bf16-D64",
+    architecture=90,
+    warps=4,
+    stages=3,
+    gated=True,
+    registers=128,
+    shared=64 * 1024,
+    programs=3,
+    hgmma=16,
+    loops=(Loop(100, matmuls=8, copy_waits=(2, 1)), Loop(120, matmuls=8, copy_waits=(2, 1))),
+)
 # Runs in its own process, because the kernels are interpreted in this one.
 PROGRAM = """
 import json, sys
-from dataclasses import asdict
 from bench.aot import examine
+from bench.gates import to_json
 from kernels.spec import Build
 from kernels.tuning import Tile
 from tests.bench import toys
@@ -38,7 +53,7 @@ def dot(m, n, stages, dtype="bf16"):
 broken = Build(toys.toy_broken_kernel, {"x_ptr": "*fp32"}, {"BLOCK": 64}, Tile(64, 64), "toy")
 small, large, single = dot(64, 64, 3), dot(256, 256, 4), dot(32, 32, 1, "fp32")
 pairs = [(small, 90), (small, 80), (large, 90), (single, 90), (broken, 90)]
-print(json.dumps([asdict(examine("toy", *pair)) for pair in pairs]))
+print(json.dumps([to_json(examine("toy", *pair)) for pair in pairs]))
 """
 
 
@@ -55,15 +70,22 @@ def test_machine_code_is_read() -> None:
         [sys.executable, "-c", PROGRAM], cwd=ROOT, env=triton_environment(), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    hopper, ampere, large, plain, broken = (Compiled(**row) for row in json.loads(done.stdout))
+    hopper, ampere, large, plain, broken = (from_json(row) for row in json.loads(done.stdout))
     assert hopper.hgmma > 0
     assert hopper.hmma == 0
     assert 0 < hopper.registers <= 255
     assert hopper.shared >= 2 * 2 * 64 * 64 * 2
     assert hopper.problem == ""
+    assert hopper.programs == 4  # each takes 48 KB of shared memory
+    assert hopper.instructions > hopper.loops[0].instructions
     assert ampere.hmma > 0
     assert ampere.hgmma == 0
     assert ampere.problem == ""
+    for row, matmuls in ((hopper, hopper.hgmma), (ampere, ampere.hmma)):
+        (loop,) = row.loops
+        assert loop.matmuls == matmuls
+        assert loop.copy_waits == (2,)  # two groups of the three stages' four
+        assert loop.barriers == 2
     assert large.spills > 0
     assert large.stack > 0
     assert large.problem == "shared memory 256 KB, the limit is 227 KB"
@@ -92,15 +114,39 @@ def test_gates() -> None:
 def test_differences_between_reports_are_listed() -> None:
     """A new spill, or a removed build, that the comparison of two reports omits."""
     other = replace(GOOD, label="fp16-D64")
+    grown = (GOOD.loops[0], replace(GOOD.loops[1], instructions=140, copy_waits=(0,)))
     lines = differences(
-        [GOOD, other], [replace(GOOD, spills=2, registers=255), replace(GOOD, label="bf16-D128")]
+        [GOOD, other], [replace(GOOD, spills=2, registers=255, loops=grown), replace(GOOD, label="bf16-D128")]
     )
     assert lines == [
-        f"{GOOD.id}: registers 128 -> 255, spills 0 -> 2",
+        f"{GOOD.id}: registers 128 -> 255, spills 0 -> 2, loop instructions [100, 120] -> [100, 140], "
+        "loop copy_waits [[2, 1], [2, 1]] -> [[2, 1], [0]]",
         f"{replace(GOOD, label='bf16-D128').id}: new",
         f"{other.id}: gone",
     ]
     assert differences([GOOD], [GOOD]) == []
+
+
+def test_programs_of_a_multiprocessor() -> None:
+    """A limit of a multiprocessor that is not counted: registers, warps, shared memory or programs."""
+    small = replace(GOOD, registers=32, shared=0)
+    assert programs(GOOD) == 3  # 228 KB of shared memory, each takes 65
+    assert programs(replace(small, registers=128)) == 4
+    assert programs(replace(small, registers=129)) == 3  # 136 are allocated
+    assert programs(replace(small, registers=168)) == 3
+    assert programs(replace(small, registers=255)) == 2
+    assert programs(replace(small, registers=255, warps=8)) == 1
+    assert programs(small) == 16
+    assert programs(replace(small, architecture=86)) == 12
+    assert programs(replace(small, warps=1)) == 32
+    assert programs(replace(small, shared=48 * 1024, architecture=80)) == 3
+
+
+def test_the_counts_of_loops_are_printed() -> None:
+    """A count of a loop that --loops leaves out, or a loop that the row does not show."""
+    assert loop_lines(GOOD)[1] == "    loop 2: instructions 120, matmuls 8, copy_waits 2 1"
+    assert " 100+120 " in line(GOOD)
+    assert from_json(json.loads(json.dumps(to_json(GOOD)))) == GOOD
 
 
 @pytest.fixture
@@ -143,7 +189,7 @@ def test_a_broken_gate_fails_the_command(tmp_path: Path, capsys: pytest.CaptureF
     assert command("--op", "layer_norm", "--match", "_b", "--arch", "90") == 0
     assert command("--op", "layer_norm", "--arch", "90", "86", "--gated", "--diff", path) == 1
     assert f"the same as {path}" in capsys.readouterr().out
-    assert [asdict(row) for row in aot.load(path)] == json.loads(Path(path).read_text("utf-8"))["builds"]
+    assert [to_json(row) for row in aot.load(path)] == json.loads(Path(path).read_text("utf-8"))["builds"]
     assert [key.place for key in keys(["layer_norm"], [90])] == [0, 1]
 
 
