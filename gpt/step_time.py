@@ -198,9 +198,9 @@ def _micro_batch(config: GPTConfig, batch_size: int) -> Iterator[Component]:
 
     # h in and a out; h and da in, dh and a out.
     yield Component("activation forward", 0, 2 * BF16 * n * inner * layers, 0.9, "a pass over memory")
-    yield Component("activation backward", 0, 4 * BF16 * n * inner * layers, 0.8, "its arithmetic shows")
+    yield Component("activation backward", 0, 4 * BF16 * n * inner * layers, 0.9, "a pass over memory")
     # Logits in, their gradients out; rows stay in L2 between the two reads.
-    yield Component("loss softmax", 0, 2 * BF16 * n * padded, 0.8, "its arithmetic shows")
+    yield Component("loss softmax", 0, 2 * BF16 * n * padded, 0.8, "its arithmetic takes part of the time")
     biases = 3 * hd * config.has_qkv_bias + 2 * c * config.bias  # of qkv, proj and down
     yield Component("bias sums", 0, BF16 * n * biases * layers, 0.75, "torch's sum over rows")
 
@@ -236,15 +236,15 @@ def _matmul(name: str, n: int, width: int, outputs: int, efficiency: float, basi
 
 def _norms(config: GPTConfig) -> dict[str, int]:
     """How often a pass calls each norm: every addition that a norm follows is fused with it."""
-    if config.norm == "post":
-        return {"layer_norm": int(config.final_norm), "add_layer_norm": 2 * config.n_layer}
-    return {"layer_norm": 1, "add_layer_norm": 2 * config.n_layer - 1 + config.final_norm}
+    if config.norm == "pre":
+        return {"layer_norm": 1, "add_layer_norm": 2 * config.n_layer - 1 + config.final_norm}
+    return {"add_layer_norm": 2 * config.n_layer} | ({"layer_norm": 1} if config.final_norm else {})
 
 
 def _work(ops: dict[str, kernels.Case], calls: dict[str, int], direction: str) -> tuple[int, int]:
     """FLOPs and bytes of `calls`, op -> count, by the formulas of the ops' specifications."""
     flops = moved = 0
-    for op in ops.keys() & calls.keys():
-        count, work = calls[op], kernels.work(op, ops[op], torch.bfloat16, direction)
+    for op, count in calls.items():
+        work = kernels.work(op, ops[op], torch.bfloat16, direction)
         flops, moved = flops + count * work.flops, moved + count * work.bytes
     return flops, moved
