@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.deterministic
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.command import command
-from bench.contestants import Contestant, Unsupported, foreign, only, optional
+from bench.contestants import DETERMINISTIC, Contestant, Unsupported, foreign, only, optional, ours
 from bench.engine import Bench
 from kernels.spec import Case, OpSpec
 
@@ -22,6 +23,11 @@ PINNED = {
     "SDPA cudnn": SDPBackend.CUDNN_ATTENTION,
     "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
     "SDPA math": SDPBackend.MATH,
+}
+FLASH_ATTN = {  # name -> module
+    "flash-attn": "flash_attn",
+    "flash-attn 3": "flash_attn_interface",
+    "flash-attn 4": "flash_attn.cute",
 }
 CAUSAL_ARGUMENTS = ("q", "k", "v", "scale", "deterministic")
 DECODE_ARGUMENTS = ("q", "k_cache", "v_cache", "cache_len", "scale")
@@ -40,6 +46,21 @@ def sdpa(
 
 def _pin(backend: SDPBackend) -> Callable[[], AbstractContextManager[object]]:
     return lambda: sdpa_kernel(backend)
+
+
+@contextmanager
+def _pinned_deterministic(backend: SDPBackend) -> Iterator[None]:
+    """Pins `backend` and sets torch's flag for deterministic algorithms, under which it may refuse to run."""
+    settings: Any = torch.utils.deterministic
+    flag, fill = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = False  # the flag's fills would be timed
+    try:
+        with sdpa_kernel(backend):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(flag)
+        settings.fill_uninitialized_memory = fill
 
 
 def flex_attention() -> Callable[..., Any]:
@@ -78,8 +99,15 @@ def _unpacked(function: Callable[..., Any], qkv: Any, **options: Any) -> Any:
     return function(q=q, k=k, v=v, **options).transpose(1, 2)
 
 
-def flash_attn(module: str) -> Callable[..., Any]:
-    return partial(_transposed, partial(foreign(module, "flash_attn_func"), causal=True), "softmax_scale")
+def _causal(spec: OpSpec, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of q, k and v as a contestant's: of the op's own inputs, without the options it lacks."""
+    limited = only(function, CAUSAL_ARGUMENTS)
+    return partial(_unpacked, limited) if spec.name == "causal_attention_qkv" else limited
+
+
+def flash_attn(module: str, **options: Any) -> Callable[..., Any]:
+    function = partial(foreign(module, "flash_attn_func"), causal=True, **options)
+    return partial(_transposed, function, "softmax_scale")
 
 
 def xformers() -> Callable[..., Any]:
@@ -102,24 +130,32 @@ def flash_attn_decode() -> Callable[..., Any]:
 def peers(spec: OpSpec, compiled: bool) -> list[Contestant]:
     if spec.name == "decode_attention":
         return [optional("flash-attn", lambda: only(flash_attn_decode(), DECODE_ARGUMENTS))]
-
-    def takes(function: Callable[..., Any]) -> Callable[..., Any]:
-        limited = only(function, CAUSAL_ARGUMENTS)
-        return partial(_unpacked, limited) if spec.name == "causal_attention_qkv" else limited
-
-    contestants = [Contestant(name, takes(sdpa), _pin(backend)) for name, backend in PINNED.items()]
+    contestants = [
+        Contestant(name, _causal(spec, sdpa), _pin(backend)) for name, backend in PINNED.items()
+    ]
     if compiled:
-        contestants.append(optional("FlexAttention", lambda: takes(flex_attention())))
+        contestants.append(optional("FlexAttention", lambda: _causal(spec, flex_attention())))
     else:
         contestants.append(Contestant("FlexAttention", None, absent="left out by --quick on a CPU"))
-    modules = {
-        "flash-attn": "flash_attn",
-        "flash-attn 3": "flash_attn_interface",
-        "flash-attn 4": "flash_attn.cute.interface",
-    }
-    for name, module in modules.items():
-        contestants.append(optional(name, lambda module=module: takes(flash_attn(module))))
-    return [*contestants, optional("xformers", lambda: takes(xformers()))]
+    for name, module in FLASH_ATTN.items():
+        contestants.append(optional(name, lambda module=module: _causal(spec, flash_attn(module))))
+    contestants.append(optional("xformers", lambda: _causal(spec, xformers())))
+    return [*contestants, *deterministic_forms(spec)]
+
+
+def deterministic_forms(spec: OpSpec) -> list[Contestant]:
+    """The contestants whose backward pass has a deterministic form, in that form."""
+    contestants = [ours(spec, deterministic=True)]
+    for name in ("SDPA flash", "SDPA cudnn"):
+        context = partial(_pinned_deterministic, PINNED[name])
+        contestants.append(Contestant(name + DETERMINISTIC, _causal(spec, sdpa), context))
+    for name, module in FLASH_ATTN.items():
+
+        def build(module: str = module) -> Callable[..., Any]:
+            return _causal(spec, flash_attn(module, deterministic=True))
+
+        contestants.append(optional(name + DETERMINISTIC, build))
+    return contestants
 
 
 def matmul(spec: OpSpec, case: Case) -> tuple[int, int, int] | None:

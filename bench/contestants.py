@@ -16,6 +16,8 @@ from gpt.errors import first_line
 from kernels.spec import OpSpec
 
 OURS = "fused-gpt"
+DETERMINISTIC = ", deterministic"  # the end of the name of a contestant with a deterministic backward pass
+OWN = OURS, OURS + DETERMINISTIC
 EAGER = "eager"
 COMPILED = "torch.compile"
 
@@ -44,11 +46,18 @@ class Contestant:
     peer: bool = True
 
 
+def ours(spec: OpSpec, *, deterministic: bool = False) -> Contestant:
+    """The op of this package, on its kernels; `deterministic` sets its argument of that name."""
+    backend: dict[str, str] = {spec.name: "triton"}
+    function = partial(spec.function, deterministic=True) if deterministic else spec.function
+    name = OURS + DETERMINISTIC * deterministic
+    return Contestant(name, function, lambda: kernels.use_backend(**backend), peer=False)
+
+
 def shared(spec: OpSpec, *, compiled: bool) -> list[Contestant]:
     """The contestants of every op; `compiled` says whether torch.compile is included."""
-    backend: dict[str, str] = {spec.name: "triton"}
     return [
-        Contestant(OURS, spec.function, lambda: kernels.use_backend(**backend), peer=False),
+        ours(spec),
         Contestant(EAGER, spec.reference, peer=False),
         compile_of(COMPILED, spec.reference, compiled),
     ]
@@ -64,6 +73,11 @@ def compile_of(name: str, function: Callable[..., Any], included: bool) -> Conte
         return torch.compile(function, dynamic=False)
 
     return Contestant(name, lambda **arguments: compiled()(**arguments))
+
+
+def padded_vocabulary(v: int) -> int:
+    """`v` rounded up to a multiple of 64, as baselines pad it for cuBLAS, which is slower at odd sizes."""
+    return -(-v // 64) * 64
 
 
 def foreign(module: str, name: str) -> Any:

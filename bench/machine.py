@@ -33,10 +33,12 @@ def bench_device(name: str | None) -> torch.device:
 def describe(device: torch.device) -> Machine:
     """Describes the machine that `device` belongs to."""
     kind, name, architecture, memory = "cpu", _cpu_name(), platform.machine(), _memory()
+    assembler = None
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         kind, name, memory = "cuda", properties.name, properties.total_memory
         architecture = f"sm_{properties.major}{properties.minor}"
+        assembler = ptxas(10 * properties.major + properties.minor)
     return Machine(
         device=name,
         kind=kind,
@@ -51,7 +53,24 @@ def describe(device: torch.device) -> Machine:
         system=platform.platform(),
         commit=commit(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
+        ptxas=assembler,
     )
+
+
+def ptxas(architecture: int) -> str | None:
+    """The version of the ptxas that Triton runs for an architecture, as in "12.8 (bundled)".
+
+    In brackets is the environment variable that names it, if one does. None: Triton or its ptxas is missing.
+    """
+    name = "ptxas_blackwell" if architecture >= 100 else "ptxas"
+    variable = f"TRITON_{name.upper()}_PATH"
+    try:
+        from triton import knobs
+
+        tool = getattr(knobs.nvidia, name)
+    except (ImportError, OSError, RuntimeError):
+        return None
+    return f"{tool.version} ({variable if tool.path == os.environ.get(variable) else 'bundled'})"
 
 
 def installed(distribution: str) -> str | None:

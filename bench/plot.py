@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.contestants import OURS
+from bench.contestants import OURS, OWN
 from bench.record import Machine, Report, Row
 from bench.table import TITLES, WHOLE_MODEL
 
@@ -157,9 +157,12 @@ def _labels(cases: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def ratios(rows: Sequence[Row]) -> list[tuple[str, float]]:
-    """The time of each other contestant of one op over this package's time, the fastest first."""
+    """The time of each other contestant of one op over this package's time, the fastest first.
+
+    This package's deterministic form is not another contestant.
+    """
     ours = next((row.seconds for row in rows if row.contestant == OURS), None)
-    others = [(row.contestant, row.seconds) for row in rows if row.contestant != OURS and row.seconds]
+    others = [(row.contestant, row.seconds) for row in rows if row.contestant not in OWN and row.seconds]
     return [(name, seconds / ours) for name, seconds in sorted(others, key=lambda o: o[1])] if ours else []
 
 

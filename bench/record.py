@@ -49,6 +49,7 @@ class Machine:
     system: str
     commit: str
     date: str  # ISO 8601, UTC
+    ptxas: str | None = None  # on a GPU: its version, and where it comes from in brackets
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from bench.record import Machine, Report, Row
 from bench.targets import Outcome
 
 WHOLE_MODEL = ("step", "first token", "decode")
+WGMMA_PTXAS = 13, 1  # an older ptxas can overwrite registers that a wgmma still reads
 TITLES = {"both": "forward + backward"}
 COLUMNS = (
     "contestant",
@@ -144,8 +145,19 @@ def machine(about: Machine) -> str:
         if about.kind == "cuda"
         else f"{about.threads} threads, no GPU"
     )
-    parts.append(f"torch {about.torch}, triton {about.triton or 'not installed'}, Python {about.python}")
+    triton = f"triton {about.triton or 'not installed'}" + _assembler(about)
+    parts.append(f"torch {about.torch}, {triton}, Python {about.python}")
     return "; ".join([*parts, f"commit {about.commit}", about.date])
+
+
+def _assembler(about: Machine) -> str:
+    """The ptxas of a machine, with a warning if it may miscompile wgmma, which the kernels use on sm_90."""
+    if about.ptxas is None:
+        return ""
+    version = tuple(int(part) for part in re.findall(r"\d+", about.ptxas.partition(" ")[0]))
+    risky = about.architecture == "sm_90" and version < WGMMA_PTXAS
+    needed = ".".join(map(str, WGMMA_PTXAS))
+    return f", ptxas {about.ptxas}" + (f" WARNING: below {needed} it can miscompile wgmma" if risky else "")
 
 
 def markdown(report: Report, results: Sequence[Outcome], pictures: Sequence[str] = ()) -> str:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from bench import table
 from bench.command import parse_budget, say, start_report
-from bench.contestants import OURS, first_sentence
+from bench.contestants import OURS, first_sentence, padded_vocabulary
 from bench.machine import bench_device
 from bench.measure import Call, Ceilings, Clock, Lane, interleave, release
 from bench.nanogpt import load_nanogpt, nanogpt_step
@@ -29,15 +29,15 @@ from bench.record import Report, Row
 from gpt.cli import OptionParser, option, run_command
 from gpt.config import GPTConfig, TrainConfig
 from gpt.data.dataset import Batch
-from gpt.device import autocast_dtype, peak_flops
+from gpt.device import autocast_dtype, known_gpu, peak_flops
 from gpt.errors import InputError
 from gpt.model import GPT
+from gpt.step_time import predict
 from gpt.training.step import TrainStep
 from kernels.spec import SHORT_DTYPE
 
 PLAIN = "plain PyTorch"
 AGREE = 0.01  # largest relative difference of the losses with kernels and with references
-WIDTH = 64  # the baseline's vocabulary size is a multiple of this
 BATCHES = {60: 64, 20: 16, 0: 4}  # least GiB of GPU memory -> sequences per step
 
 
@@ -117,7 +117,8 @@ def run(
     compiled = clock.on_gpu or not quick
     if not compiled:
         say(report, f"{PLAIN}: without torch.compile, which --quick leaves out on a CPU")
-    padded = replace(config, vocab_size=-(-config.vocab_size // WIDTH) * WIDTH)
+    padded = replace(config, vocab_size=padded_vocabulary(config.vocab_size))
+    say(report, f"vocabulary: {OURS} {config.vocab_size:,}, {PLAIN} padded to {padded.vocab_size:,}")
 
     builds: dict[str, Callable[[], Call]] = {
         OURS: lambda: _step(config, train, batch, clock, use_triton=True if clock.on_gpu else "auto"),
@@ -145,6 +146,15 @@ def run(
         flops=flops,
         tokens=tokens,
     )
+
+    gpu = known_gpu(report.machine.device)
+    if clock.on_gpu and gpu is not None and dtype == torch.bfloat16:
+        prediction = predict(config, gpu, train.batch_size)
+        say(
+            report,
+            f"{OURS}, predicted and not measured: {1e3 * prediction.gpu_seconds:.1f} ms of the GPU and "
+            f"{1e3 * prediction.host_seconds:.1f} ms of the host for a step (gpt.info shows the components)",
+        )
 
     entrants: dict[str, Entrant] = {}
     for name, build in builds.items():

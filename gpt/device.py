@@ -3,29 +3,45 @@
 from __future__ import annotations
 
 import os
+import re
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 
 from gpt.config import GPTConfig, TrainConfig
 from gpt.errors import InputError, first_line
 
-# Dense bfloat16 FLOP/s that NVIDIA states, by a part of the GPU's name. The first match counts.
-PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200 NVL": 835e12,
-    "GH200": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
+
+class GPU(NamedTuple):
+    """What NVIDIA states for the GPU whose device name contains `name`.
+
+    `flops` are dense bfloat16 FLOP/s; `bandwidth` is byte/s of its memory.
+    """
+
+    name: str
+    flops: float
+    bandwidth: float
+
+
+GPUS = (  # the first that matches counts
+    GPU("H100 PCIe", 756e12, 2.0e12),
+    GPU("H100 NVL", 835e12, 3.9e12),
+    GPU("H100", 989e12, 3.35e12),
+    GPU("H200 NVL", 835e12, 4.8e12),
+    GPU("GH200", 989e12, 4.0e12),
+    GPU("H200", 989e12, 4.8e12),
+    GPU("B200", 2250e12, 8.0e12),
+    GPU("A100-SXM4-40GB", 312e12, 1.555e12),
+    GPU("A100-PCIE-40GB", 312e12, 1.555e12),
+    GPU("A100", 312e12, 2.0e12),
+    GPU("A10G", 70e12, 0.6e12),
+    GPU("A10", 125e12, 0.6e12),
+    GPU("L40S", 362e12, 0.864e12),
+    GPU("RTX 4090", 165e12, 1.008e12),
+    GPU("RTX 3090", 71e12, 0.936e12),
+)
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -78,7 +94,30 @@ def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager
 
 def peak_flops(name: str) -> float | None:
     """The dense bfloat16 FLOP/s that NVIDIA states for the GPU `name`; None for any other device."""
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    gpu = known_gpu(name)
+    return None if gpu is None else gpu.flops
+
+
+def known_gpu(name: str) -> GPU | None:
+    """The row of GPUS for the device `name`, as in "NVIDIA H200"; None if there is none."""
+    return next((gpu for gpu in GPUS if gpu.name in name), None)
+
+
+def find_gpu(name: str) -> GPU:
+    """The GPU in GPUS with this name; case, spaces, hyphens and underscores do not count.
+
+    Raises:
+        InputError: GPUS has no such name.
+    """
+    for gpu in GPUS:
+        if _letters(gpu.name) == _letters(name):
+            return gpu
+    known = ", ".join(gpu.name for gpu in GPUS)
+    raise InputError(f"--gpu is {name!r}, expected one of {known}")
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name).casefold()
 
 
 def check_memory(config: GPTConfig, train: TrainConfig, device: torch.device) -> None:

@@ -1,17 +1,33 @@
-"""`python -m gpt.info`: a model's parameters, FLOPs and training memory."""
+"""`python -m gpt.info`: a model's parameters, FLOPs and training memory, and its predicted speed."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from gpt.cli import OptionParser, run_command
-from gpt.config import GPTConfig, override
+import kernels.files
+from gpt.cli import OptionParser, option, run_command
+from gpt.config import GPTConfig, TrainConfig, override
+from gpt.device import find_gpu
+from gpt.errors import InputError
 from gpt.files import read_json
+from gpt.step_time import DISPATCH_SECONDS, GAP_SECONDS, LAUNCH_SECONDS, Prediction, predict
 from gpt.weights import checkpoint
 
 MIB = 2**20
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """The flags of a prediction."""
+
+    gpu: str | None = option(None, "predict a training step on this GPU, for example h200 (default: none)")
+    batch_size: int = option(TrainConfig().batch_size, "sequences of block_size tokens in a micro-batch")
+    grad_accum: int = option(TrainConfig().grad_accum, "micro-batches of a step")
+    json: str | None = option(None, "write the prediction to this file (default: none)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,13 +38,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _info(argv: Sequence[str]) -> int:
     parser = OptionParser(
         "python -m gpt.info",
-        "Parameters by component, bytes, FLOPs and memory of a model.",
+        "Parameters by component, bytes, FLOPs and memory of a model; with --gpu, a prediction of its speed.",
         model=GPTConfig(),
+        step=StepOptions(),
     )
     parser.add_argument("target", metavar="PRESET|DIR", help="a preset, a run's folder or a checkpoint")
     arguments, flags = parser.parse_tables(argv)
     config = override(_config(arguments.target), flags["model"])
+    prediction = _predict(config, flags["step"])
     print(report(config))
+    if prediction is not None:
+        print("\n" + prediction_report(prediction))
     return 0
 
 
@@ -38,8 +58,30 @@ def _config(target: str) -> GPTConfig:
     return GPTConfig.preset(target)
 
 
+def _predict(config: GPTConfig, flags: dict[str, Any]) -> Prediction | None:
+    """The prediction that the flags ask for, if any; --json writes it.
+
+    Raises:
+        InputError: A flag without --gpu, an unknown GPU, a size outside its range, or a file that cannot be
+            written.
+    """
+    options = StepOptions(**flags)
+    if options.gpu is None:
+        if flags:
+            raise InputError(f"--gpu is not given, expected a GPU with --{next(iter(flags))}")
+        return None
+    train = TrainConfig(batch_size=options.batch_size, grad_accum=options.grad_accum)
+    prediction = predict(config, find_gpu(options.gpu), train.batch_size, train.grad_accum)
+    if options.json is not None:
+        try:
+            kernels.files.write_json(Path(options.json), prediction.to_dict(), indent=1)
+        except OSError as error:
+            raise InputError(f"--json: cannot write {options.json}: {error.strerror or error}") from error
+    return prediction
+
+
 def report(config: GPTConfig) -> str:
-    """The table that the command prints."""
+    """The table of parameters, and the costs."""
     counts = config.parameter_counts()
     rows = [
         ("embeddings", counts["token_embedding"] + counts["position_embedding"]),
@@ -68,6 +110,69 @@ def report(config: GPTConfig) -> str:
             "comes on top",
         ]
     )
+
+
+def prediction_report(prediction: Prediction) -> str:
+    """The table of a prediction, its totals, and what it assumes."""
+    rows = [
+        _row(
+            part.name,
+            f"{part.flops / 1e12:.2f}",
+            f"{part.bytes / 1e9:.2f}",
+            prediction.bound(part),
+            f"{part.efficiency:.0%}",
+            f"{1e3 * prediction.seconds_of(part):.2f}",
+            part.basis,
+        )
+        for part in prediction.components
+    ]
+    gaps, host = 1e3 * prediction.gap_seconds, prediction.host_seconds
+    issued = f"{prediction.launches:,} Triton launches, {prediction.dispatches:,} other operations"
+    micro_batches = f"{prediction.grad_accum} x " if prediction.grad_accum > 1 else ""
+    lines = [
+        f"Prediction, not a measurement: a training step of {micro_batches}{prediction.batch_size} x "
+        f"{prediction.config.block_size:,} tokens on one {prediction.gpu.name}",
+        "",
+        _row("", "TFLOP", "GB", "bound", "assumed", "ms", "basis of the assumption"),
+        *rows,
+        _row("gaps", "", "", "", "", f"{gaps:.2f}", f"{1e6 * GAP_SECONDS:g} µs after each kernel"),
+        _row("GPU", "", "", "", "", f"{1e3 * prediction.gpu_seconds:.2f}", "the sum of the above"),
+        _row("host", "", "", "", "", f"{1e3 * host:.2f}", issued),
+        "",
+        f"predicted: {_speed(prediction, prediction.seconds)}",
+    ]
+    if host > prediction.gpu_seconds:
+        captured = _speed(prediction, prediction.gpu_seconds)
+        lines.append(f"predicted with the step in a CUDA graph, without the host's work: {captured}")
+    return "\n".join([*lines, "", *_assumptions(prediction)])
+
+
+def _row(name: str, flops: str, moved: str, bound: str, share: str, time: str, basis: str) -> str:
+    """A line of the prediction's table."""
+    return f"{name:<20}{flops:>7}{moved:>8}  {bound:<6}{share:>8}{time:>9}  {basis}".rstrip()
+
+
+def _speed(prediction: Prediction, seconds: float) -> str:
+    """The time of a step, tokens per second and MFU."""
+    mfu = prediction.mfu(seconds)
+    return f"{1e3 * seconds:,.1f} ms a step, {prediction.tokens / seconds:,.0f} tokens/s, {mfu:.1%} MFU"
+
+
+def _assumptions(prediction: Prediction) -> list[str]:
+    """What a prediction assumes."""
+    gpu = prediction.gpu
+    matmuls, copies = prediction.matmul_rate / 1e12, prediction.copy_rate / 1e12
+    return [
+        "Assumptions:",
+        f"  Ceilings: {matmuls:.0f} TFLOP/s in bfloat16 matmuls, {copies:.2f} TB/s in copies. Of NVIDIA's "
+        f"{gpu.flops / 1e12:g} and {gpu.bandwidth / 1e12:g}",
+        "  they are the shares that an H200 reaches in published measurements.",
+        "  A component takes the larger of TFLOP and GB over its ceiling, divided by the assumed share of",
+        "  that ceiling, which is the same on every GPU. Bytes come from memory, never from the L2 cache.",
+        f"  The host takes {1e6 * LAUNCH_SECONDS:g} µs for a launch and {1e6 * DISPATCH_SECONDS:g} µs for "
+        "another operation, while the GPU works.",
+        "  The fused kernels run under bfloat16 autocast, with AdamW and block_size tokens in each sequence.",
+    ]
 
 
 if __name__ == "__main__":

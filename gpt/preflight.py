@@ -53,7 +53,7 @@ def cases(
     ]
     if config.dropout:
         calls.append(("dropout", {"N": n, "C": c}, {"p": config.dropout, "seed": 1}))
-    if config.norm == "pre":
+    if config.norm == "pre" or config.final_norm:
         calls.append(("layer_norm", {"N": n, "C": c}, norm))
     if config.activation != "relu":
         approximate = "tanh" if config.activation == "gelu_tanh" else "none"

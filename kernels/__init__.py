@@ -12,6 +12,7 @@ from kernels.linear import linear
 from kernels.loss import linear_cross_entropy
 from kernels.norm import add_layer_norm, dropout, layer_norm
 from kernels.preflight import Report, preflight
+from kernels.registry import Work, work
 from kernels.spec import Case
 from kernels.version import __version__
 
@@ -20,6 +21,7 @@ __all__ = [
     "Choice",
     "FallbackWarning",
     "Report",
+    "Work",
     "__version__",
     "add_layer_norm",
     "causal_attention",
@@ -36,4 +38,5 @@ __all__ = [
     "reference",
     "use_backend",
     "warn_if_unavailable",
+    "work",
 ]

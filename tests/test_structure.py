@@ -22,7 +22,7 @@ GPT_LAYERS = (  # top first: a file imports from its own layer and from those be
     {"train", "sample", "eval", "info"},
     {"training", "generate", "weights"},
     {"model"},
-    {"block", "kv_cache", "inputs", "preflight", "data"},
+    {"block", "kv_cache", "inputs", "preflight", "step_time", "data"},
     {"config", "names", "device", "files", "cli"},
     {"errors"},
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,16 @@ from bench.attention import BENCH
 from bench.command import command
 from bench.contestants import EAGER, OURS
 from bench.engine import find_bench
-from bench.measure import Timing
-from bench.record import load
+from bench.measure import Clock, Timing
+from bench.record import Report, load
 from gpt.cli import run_command
-from gpt.config import GPTConfig
+from gpt.config import GPTConfig, TrainConfig
 from gpt.data.dataset import IGNORED
+from gpt.device import find_gpu
 from gpt.model import GPT
+from gpt.step_time import predict
 from kernels import dispatch
+from tests.bench.reports import MACHINE
 
 ROOT = Path(__file__).parents[2]
 TINY = GPTConfig(vocab_size=50, block_size=16, n_layer=1, n_head=2, n_embd=16)
@@ -289,6 +293,37 @@ def test_the_baseline_has_the_same_loss() -> None:
     targets[0, :5] = IGNORED
     model = GPT(TINY)
     torch.testing.assert_close(bench.train._whole_logits(model, idx, targets), model(idx, targets))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "predicted"),
+    [
+        ("NVIDIA H200", torch.bfloat16, True),
+        ("NVIDIA H200", torch.float32, False),
+        ("NVIDIA H20", torch.bfloat16, False),
+    ],
+)
+def test_a_prediction_is_called_one(
+    device: str, dtype: torch.dtype, predicted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prediction that reads as a measurement or is for another GPU; a baseline padded silently."""
+    report = Report("bench.train", replace(MACHINE, device=device))
+    clock = Clock(torch.device("cpu"))
+    clock.on_gpu = True
+    monkeypatch.setattr(bench.train, "_enter", lambda build, clock: bench.train.Entrant(problem="not built"))
+    monkeypatch.setattr(bench.train, "_peak", lambda clock, report, dtype: 1e15)
+    monkeypatch.setattr(bench.train, "autocast_dtype", lambda name, device: dtype)
+    config = GPTConfig()
+    train = TrainConfig(batch_size=64)
+    list(bench.train.run(config, train, clock, report, seconds=0.1, quick=True))
+
+    assert "vocabulary: fused-gpt 50,257, plain PyTorch padded to 50,304" in report.notes
+    times = predict(config, find_gpu("H200"), 64)
+    expected = (
+        f"fused-gpt, predicted and not measured: {1e3 * times.gpu_seconds:.1f} ms of the GPU and "
+        f"{1e3 * times.host_seconds:.1f} ms of the host for a step (gpt.info shows the components)"
+    )
+    assert [note for note in report.notes if "predicted" in note] == [expected] * predicted
 
 
 @pytest.mark.usefixtures("small")

@@ -122,6 +122,7 @@ def test_targets_name_existing_ops_and_contestants() -> None:
         "liger-kernel",
         "whole logits",
         "whole logits, compiled",
+        "whole logits, padded, compiled",
         *PINNED,
     }
     for target in targets.load():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gpt import GPTConfig, InputError, TrainConfig
-from gpt.device import autocast_dtype, check_memory, peak_flops, pick_device
+from gpt.device import GPU, GPUS, autocast_dtype, check_memory, find_gpu, peak_flops, pick_device
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,21 @@ from gpt.device import autocast_dtype, check_memory, peak_flops, pick_device
 def test_peak_flops_belongs_to_the_gpu(name: str, peak: float | None) -> None:
     """An MFU against the peak of another GPU with a similar name."""
     assert peak_flops(name) == peak
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+def test_a_gpu_has_its_own_row(gpu: GPU) -> None:
+    """A row of the table that a shorter name before it hides, or a name that must be typed exactly."""
+    assert peak_flops(f"NVIDIA {gpu.name}") == gpu.flops
+    for name in (gpu.name, gpu.name.lower(), gpu.name.replace(" ", "-"), gpu.name.replace(" ", "")):
+        assert find_gpu(name) is gpu
+
+
+def test_an_unknown_gpu_is_refused() -> None:
+    """A prediction for another GPU whose name is similar; a message without the known names."""
+    for name in ("H20", "NVIDIA H200", ""):
+        with pytest.raises(InputError, match=f"^--gpu is '{name}', expected one of H100 PCIe, .*, RTX 3090$"):
+            find_gpu(name)
 
 
 def test_pick_device_prefers_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
