@@ -130,9 +130,7 @@ def flash_attn_decode() -> Callable[..., Any]:
 def peers(spec: OpSpec, compiled: bool) -> list[Contestant]:
     if spec.name == "decode_attention":
         return [optional("flash-attn", lambda: only(flash_attn_decode(), DECODE_ARGUMENTS))]
-    contestants = [
-        Contestant(name, _causal(spec, sdpa), _pin(backend)) for name, backend in PINNED.items()
-    ]
+    contestants = [Contestant(name, _causal(spec, sdpa), _pin(backend)) for name, backend in PINNED.items()]
     if compiled:
         contestants.append(optional("FlexAttention", lambda: _causal(spec, flex_attention())))
     else:
