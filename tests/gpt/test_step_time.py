@@ -32,14 +32,14 @@ def test_matmuls_have_the_flops_of_the_ops() -> None:
         ops, by_name = dict(cases(config, 4, config.block_size, torch.float32)), parts(config, 4)
         flops = {
             op: sum(kernels.work(op, ops[op], torch.bfloat16, way).flops for way in ("forward", "backward"))
-            for op in ("gelu_ffn", "linear_cross_entropy", "causal_attention")
+            for op in ("gelu_ffn", "linear_cross_entropy", "causal_attention_qkv")
         }
         ffn = by_name["up matmuls"].flops + by_name["down matmuls"].flops
         assert ffn == config.n_layer * flops["gelu_ffn"]
         padded = -(-config.vocab_size // 64) * 64
         assert by_name["head matmuls"].flops * config.vocab_size == flops["linear_cross_entropy"] * padded
         attention = by_name["attention forward"].flops + by_name["attention backward"].flops
-        assert attention == config.n_layer * flops["causal_attention"]
+        assert attention == config.n_layer * flops["causal_attention_qkv"]
 
 
 def test_matmuls_are_those_of_the_model() -> None:
@@ -151,7 +151,7 @@ def test_host_work_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
             with torch.autocast("cpu", torch.bfloat16):
                 loss = model(idx, idx)
             loss.backward()
-        counts[n_layer] = len(launches), len(dispatches.names)
+        counts[n_layer] = len(launches), len(dispatches.launching())
     launches_per_layer, dispatches_per_layer = (counts[3][i] - counts[2][i] for i in (0, 1))
     assert launches_per_layer == st.LAUNCHES_PER_LAYER
     assert dispatches_per_layer == st.DISPATCHES_PER_LAYER
