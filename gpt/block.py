@@ -1,6 +1,7 @@
 """A block of the GPT: attention and a feed-forward network, each added to the residual stream.
 
-Shapes: B sequences, T tokens, C = n_embd, H heads of D = head_size.
+Shapes: B sequences, T tokens, N = B T rows, C = n_embd, H heads of D = head_size. Activations are rows
+(N, C), which a linear layer takes as they are; it would view any other shape as rows, and its output back.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ SITES = 3  # dropout masks of a block: one in attention and one for each of the 
 class Pass(NamedTuple):
     """The arguments of one forward pass that all blocks share."""
 
+    shape: torch.Size  # (B, T)
     key_start: Tensor | None  # int32 (B,) or (B, T)
     dropout_p: float
     seeds: Sequence[Seed]  # one for each dropout mask of the model
@@ -66,15 +68,13 @@ class Attention(nn.Module):
         self.proj = Linear(self.width, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor, run: Pass) -> Tensor:
-        B, T, _ = x.shape
-        rows = x.flatten(0, 1)  # (BT, C): a linear layer views any other shape so, and its output back
-        qkv = self.qkv(rows).view(B, T, 3, self.n_head, self.head_size)  # (BT, 3HD) -> (B, T, 3, H, D)
+        qkv = self.qkv(x).view(*run.shape, 3, self.n_head, self.head_size)  # (N, 3HD) -> (B, T, 3, H, D)
         if run.cache is None:
             seed = run.seeds[SITES * self.layer]
             y = kernels.causal_attention_qkv(qkv, key_start=run.key_start, dropout_p=run.dropout_p, seed=seed)
         else:
             y = run.cache.attend(self.layer, qkv)
-        return self.proj(y.reshape(B * T, self.width)).view(x.shape)  # (B, T, H, D) -> (BT, HD) -> (B, T, C)
+        return self.proj(y.reshape(len(x), self.width))  # (B, T, H, D) -> (N, HD) -> (N, C)
 
 
 class FeedForward(nn.Module):
@@ -117,8 +117,8 @@ class Block(nn.Module):
         """(branch, x) after this block, from (branch, x) before it.
 
         Args:
-            branch: (B, T, C), to be added to x; None if there is nothing to add.
-            x: (B, T, C), the residual stream.
+            branch: (N, C), to be added to x; None if there is nothing to add.
+            x: (N, C), the residual stream.
             run: The arguments of the forward pass.
         """
         p, (_, seed_1, seed_2) = run.dropout_p, run.seeds[SITES * self.layer : SITES * (self.layer + 1)]

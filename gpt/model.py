@@ -178,16 +178,20 @@ class GPT(nn.Module):
     ) -> Tensor:
         """The input (B, T, C) of the head, for token ids (B, T) at positions (T,) or (B, T)."""
         seeds = _site_seeds(self.dropout_seed if dropout_p else None, SITES * self.config.n_layer + 2)
-        run = Pass(key_start, dropout_p, seeds, cache)
+        run = Pass(idx.shape, key_start, dropout_p, seeds, cache)
 
-        x = _dropout(self.wte(idx) + self.wpe(position), dropout_p, seeds[-2])  # (B, T, C)
-        branch = None  # (B, T, C), what the previous block has left to add to x
+        x = _dropout(self.wte(idx) + self.wpe(position), dropout_p, seeds[-2]).flatten(
+            0, 1
+        )  # (N, C), N = B T
+        branch = None  # (N, C), what the previous block has left to add to x
         for block in self.blocks:
             branch, x = block(branch, x, run)
 
         if self.ln_f is None:
-            return x if branch is None else x + _dropout(branch, dropout_p, seeds[-1])
-        return self.ln_f(x) if branch is None else self.ln_f.add(branch, x, dropout_p, seeds[-1])[0]
+            x = x if branch is None else x + _dropout(branch, dropout_p, seeds[-1])
+        else:
+            x = self.ln_f(x) if branch is None else self.ln_f.add(branch, x, dropout_p, seeds[-1])[0]
+        return x.view(*idx.shape, self.config.n_embd)  # (B, T, C)
 
     def head(self, x: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., C)."""
