@@ -37,7 +37,7 @@ class Result:
     kernel: str
     label: str
     architecture: int
-    tile: tuple[int, ...]  # rows, columns, warps, pipeline stages
+    tile: tuple[int | None, ...]  # rows, columns, warps, pipeline stages, registers
     programs: int
     reference: float  # the interpreter's largest error against plain PyTorch, over the package's bound
     passes: int = 0  # modules that passes receive

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from bench.candidates import FORMS
 from kernels.registry import SPECS
 from kernels.tuning import GELU_REGISTERS, SHARED_MEMORY, norm_registers
 
@@ -59,3 +60,15 @@ def test_persistent_programs_run_at_once(tmp_path: Path) -> None:
 def test_every_kernel_fits(family: str, architecture: int, tmp_path: Path) -> None:
     """A tile that does not compile, or that exceeds an architecture's shared memory."""
     assert report(tmp_path, "--op", family, "--arch", str(architecture))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", FORMS)
+def test_every_listed_form_compiles(architecture: int) -> None:
+    """A form of attention that `bench.tune` would reject, and so never compare."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.tune", "--compile_only", str(architecture)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    listed = sum(len(tiles) for kernels in FORMS[architecture].values() for tiles in kernels.values())
+    assert len(done.stdout.splitlines()) == listed + 1
