@@ -1,9 +1,10 @@
 """`python -m bench.tune`: searches tiles for the installed GPU, and reports where the reference is faster.
 
 Every function of kernels/tuning.py that returns tiles is a knob. For each bench case that calls it, the
-search starts at its present tile and changes one block size, warp count or stage count at a time, as long as
-that makes the op faster. Every candidate is checked by `kernels.tolerance` first; one that does not compile,
-does not fit or is wrong is rejected. The results are rows of text to copy into kernels/tuning.py.
+search starts at its present tile. It compares the forms that bench/candidates.py lists, one kernel after the
+other. Then it changes one block size, warp count or stage count at a time, as long as that makes the op
+faster. Every candidate is checked by `kernels.tolerance` first; one that does not compile, does not fit or is
+wrong is rejected. The results are rows of text to copy into kernels/tuning.py.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import targets
+from bench import candidates, targets
+from bench.aot import HEADER, line
 from bench.cases import Race, plan
 from bench.command import check_names, parse_budget, start_report
+from bench.compiling import architecture_of
 from bench.contestants import EAGER, OURS, Contestant, shared
 from bench.engine import Inputs, Runner, find_bench, lane
 from bench.machine import bench_device
@@ -94,12 +97,15 @@ class Options:
     quick: bool = option(False, "the most important case of each op")
     device: str | None = option(None, "cuda (default: a GPU if there is one)")
     out: str = option("out/tune", "the folder that gets rows.txt and rows.json")
+    compile_only: tuple[str, ...] = option((), "only compile the listed forms, for 80, 86 or 90")
 
 
 def main(argv: Sequence[str]) -> int:
     _, values = OptionParser("python -m bench.tune", __doc__ or "", options=Options()).parse_tables(argv)
     options = Options(**values["options"])
     check_names("--op", options.op, SPECS)
+    if options.compile_only:
+        return _compile([architecture_of(text, tuple(candidates.FORMS)) for text in options.compile_only])
     deadline = time.monotonic() + (parse_budget(options.budget) or 0.0)
     clock = Clock(bench_device(options.device))
     if not clock.on_gpu:
@@ -130,6 +136,14 @@ def main(argv: Sequence[str]) -> int:
             print(finding, flush=True)
             _write(Path(options.out), findings)
     return 0
+
+
+def _compile(architectures: Sequence[int]) -> int:
+    """Prints the ahead-of-time report of the listed forms."""
+    print(HEADER)
+    rows = [row for architecture in architectures for row in candidates.compiled(architecture)]
+    print("\n".join(map(line, rows)))
+    return 1 if any(row.problem for row in rows) else 0
 
 
 def search(runner: Runner, race: Race, deadline: float) -> Iterator[Finding]:
@@ -166,13 +180,18 @@ def _climb(
     start: Any,
     deadline: float,
 ) -> Finding:
-    """Moves from `start` to the fastest neighbour until none is faster by GAIN or the time is up."""
+    """Compares the listed forms, then moves to the fastest neighbour until none is faster by GAIN.
+
+    It ends early when the time is up.
+    """
     spec, direction = race.spec, "both" if race.spec.gradients else "forward"
     tried = {start: with_answer(contestants[OURS], query, start)}
     best, rejected, seconds_before = start, 0, math.inf
+    forms = candidates.forms(query.function, query.arguments, dict(query.keywords))
     while True:
         correct = {best: tried[best]}
-        for candidate in [answer for answer in neighbours(best) if answer not in tried]:
+        moves = [best._replace(**change) for change in forms.pop(0)] if forms else neighbours(best)
+        for candidate in [answer for answer in moves if answer not in tried]:
             tried[candidate] = with_answer(contestants[OURS], query, candidate)
             if time.monotonic() > deadline:
                 continue
@@ -192,7 +211,7 @@ def _climb(
             seconds_before = min(seconds_before, here)
         winner = min(correct, key=lambda key: times[repr(key)])
         faster = times[repr(winner)] <= here * (1 - GAIN)
-        if winner == best or not faster or time.monotonic() > deadline:
+        if (not faster and not forms) or time.monotonic() > deadline:
             after = winner if faster else best
             return Finding(
                 op=spec.name,
@@ -208,7 +227,7 @@ def _climb(
                 rejected=rejected,
                 slower=_slower(race, runner),
             )
-        best = winner
+        best = winner if faster else best
 
 
 def queries(runner: Runner, race: Race, ours: Contestant, inputs: Inputs, oracle: Oracle) -> dict[Query, Any]:
@@ -294,9 +313,12 @@ def neighbours(answer: Any) -> list[Any]:
         for f in (_halve, _double)
     ]
     moves += [answer._replace(num_stages=answer.num_stages + step) for step in (-1, 1)]
-    return [
-        tile for tile in moves if all(a <= b <= c for a, b, c in zip(SMALLEST, tile, LIMITS, strict=True))
-    ]
+    return [tile for tile in moves if _allowed(tile)]
+
+
+def _allowed(tile: Tile) -> bool:
+    sizes = zip(SMALLEST[:4], tile[:4], LIMITS[:4], strict=True)
+    return all(smallest <= size <= limit for smallest, size, limit in sizes)
 
 
 def _halve(size: int) -> int:
@@ -310,7 +332,7 @@ def _double(size: int) -> int:
 def _show(answer: Any) -> str:
     """An answer as Python source for kernels/tuning.py."""
     if isinstance(answer, Tile):
-        return f"Tile({', '.join(map(str, answer))})"
+        return f"Tile({', '.join(str(value) for value in answer if value is not None)})"
     if answer is None:
         return "None"
     return f"{type(answer).__name__}({', '.join(f'{n}={_show(v)}' for n, v in answer._asdict().items())})"

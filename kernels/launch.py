@@ -28,7 +28,8 @@ def cdiv(a: int, b: int) -> int:
 def options(tile: Tile) -> dict[str, Any]:
     """The compiler options of a launch with this tile."""
     # Triton is about to change its default for fused multiply-adds, so the option is explicit.
-    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
+    chosen = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
+    return chosen if tile.maxnreg is None else chosen | {"maxnreg": tile.maxnreg}
 
 
 class Launch(NamedTuple):

@@ -1,8 +1,9 @@
 """The tuning table: the tile of each kernel, and where the reference is faster than the kernel.
 
 A tile is looked up by architecture, op, shape class and dtype. A row that no GPU has measured yet holds a
-tile that compiles ahead of time without spilling (`python -m bench.aot`). An architecture without rows takes
-tiles that fit the smallest shared memory of the supported GPUs (99 KB).
+tile chosen from the ahead-of-time report (`python -m bench.aot`): its loops prefetch and hardly spill, and as
+many programs as possible fit on a multiprocessor. An architecture without rows takes tiles that fit the
+smallest shared memory of the supported GPUs (99 KB).
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ REGISTERS = 65536  # per multiprocessor, on every architecture
 
 
 class Tile(NamedTuple):
-    """Block sizes, warps and pipeline stages of a kernel."""
+    """Block sizes, warps, pipeline stages and register limit of a kernel."""
 
     block_m: int  # rows per tile: queries in attention
     block_n: int  # columns per tile: keys in attention
     num_warps: int = 4  # per program
-    num_stages: int = 2  # of the software pipeline
+    num_stages: int = 2  # of the software pipeline; a loop prefetches from 3 on
+    maxnreg: int | None = None  # the most registers per thread; None leaves them to the compiler
 
 
 @functools.cache
@@ -82,19 +84,19 @@ _SHARED_ROWS = {80: 80, 86: 86, 89: 86, 90: 90, 100: 100, 120: 86}
 # Architecture -> largest head dimension -> tiles, for 16-bit inputs.
 _ATTENTION = {
     80: {
-        64: AttentionTiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 3)),
-        128: AttentionTiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2)),
+        64: AttentionTiles(Tile(128, 32, 4, 3), Tile(64, 64, 4, 3), Tile(32, 64, 4, 3)),
+        128: AttentionTiles(Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(32, 64, 4, 3)),
         256: AttentionTiles(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 4, 1)),
     },
     86: {
-        64: AttentionTiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 3)),
-        128: AttentionTiles(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2)),
+        64: AttentionTiles(Tile(128, 32, 4, 3), Tile(64, 64, 4, 3), Tile(32, 64, 4, 3)),
+        128: AttentionTiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 3), Tile(32, 64, 8, 3)),
         256: AttentionTiles(Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 32, 4, 1)),
     },
     90: {
-        64: AttentionTiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
-        128: AttentionTiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 3)),
-        256: AttentionTiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 32, 4, 1)),
+        64: AttentionTiles(Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 3)),
+        128: AttentionTiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
+        256: AttentionTiles(Tile(128, 32, 8, 3), Tile(64, 32, 8, 3), Tile(32, 32, 4, 3)),
     },
     100: {
         64: AttentionTiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
@@ -105,14 +107,14 @@ _ATTENTION = {
 _ATTENTION_INTERPRETED = AttentionTiles(Tile(32, 16), Tile(32, 16), Tile(16, 32), Tile(16, 16))
 # On every architecture: smaller tiles, since the dropout mask takes registers.
 _ATTENTION_DROPOUT = {
-    64: AttentionTiles(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(32, 128, 8, 2)),
-    128: AttentionTiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 64, 8, 2)),
+    64: AttentionTiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 3), Tile(32, 64, 4, 3)),
+    128: AttentionTiles(Tile(128, 32, 8, 3), Tile(64, 32, 8, 3), Tile(32, 64, 4, 3)),
     256: AttentionTiles(Tile(64, 32, 8, 2), Tile(32, 32, 4, 1), Tile(16, 32, 4, 1)),
 }
 # dK and dV where query heads share key heads.
-_ATTENTION_GROUPED = {64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 32, 4, 1)}
+_ATTENTION_GROUPED = {64: Tile(32, 64, 4, 3), 128: Tile(32, 64, 8, 3), 256: Tile(16, 32, 4, 1)}
 # Tiles of the atomic form that fit every architecture: compiled ahead of time, and taken by no row yet.
-ATTENTION_ATOMIC = {64: Tile(32, 128, 8, 2), 128: Tile(32, 64, 8, 2)}
+ATTENTION_ATOMIC = {64: Tile(32, 128, 8, 3), 128: Tile(32, 64, 8, 3)}
 _ATTENTION_FLOAT32 = {
     32: AttentionTiles(Tile(64, 32), Tile(32, 32), Tile(32, 32)),
     64: AttentionTiles(Tile(32, 32), Tile(32, 32), Tile(32, 32)),

@@ -37,7 +37,7 @@ class Result:
     kernel: str
     label: str
     architecture: int
-    tile: tuple[int, ...]  # rows, columns, warps, pipeline stages
+    tile: tuple[int, ...]  # rows, columns, warps, pipeline stages; registers, where they are limited
     programs: int
     reference: float  # the interpreter's largest error against plain PyTorch, over the package's bound
     passes: int = 0  # modules that passes receive
@@ -61,7 +61,7 @@ def unexamined(recorded: Recorded, architecture: int) -> Result:
         kernel=recorded.kernel,
         label=recorded.label,
         architecture=architecture,
-        tile=tuple(recorded.tile),
+        tile=tuple(value for value in recorded.tile if value is not None),
         programs=math.prod(recorded.grid),
         reference=recorded.reference,
     )

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import bench.tune
+from bench.candidates import FORMS, forms
 from bench.cases import Race
 from bench.contestants import OURS, Contestant
 from bench.engine import Admission, Bench, Runner
@@ -45,7 +46,7 @@ def asked(contestant: Contestant) -> Tile:
 
 
 def cost(tile: Tile) -> float:
-    return 1e-3 * (1 + sum(abs(math.log2(a / b)) for a, b in zip(tile, BEST, strict=True)))
+    return 1e-3 * (1 + sum(abs(math.log2(a / b)) for a, b in zip(tile[:4], BEST[:4], strict=True)))
 
 
 @pytest.fixture
@@ -90,6 +91,31 @@ def test_the_best_tile_is_found(landscape: dict[str, Any]) -> None:
     assert finding.seconds_after == pytest.approx(1e-3)
     assert finding.seconds_before == pytest.approx(cost(Tile(32, 16, 4, 1)))
     assert "REFERENCE" not in str(finding)
+
+
+def test_the_best_listed_forms_are_combined(
+    landscape: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A form that is never tried, or the best form of one kernel lost when the next kernel's are compared."""
+    listed = [[{"block_m": 64}, {"block_m": 128}], [{"block_n": 16}], [{"num_warps": 2}, {"num_warps": 8}]]
+    monkeypatch.setattr(bench.tune.candidates, "forms", lambda *_: list(listed))
+    monkeypatch.setattr(bench.tune, "neighbours", lambda _: [])
+    assert climb().after == "Tile(128, 16, 8, 1)"
+
+
+@pytest.mark.parametrize("architecture", FORMS)
+def test_the_present_tiles_are_listed(architecture: int) -> None:
+    """A list that the present tiles are not compared with, or that another head dimension or dtype gets."""
+    for d, kernels in FORMS[architecture].items():
+        tiles = tuning.attention_tiles(architecture, 2, d, dropout=False, grouped=False)
+        assert all(getattr(tiles, kernel) in forms for kernel, forms in kernels.items())
+        changes = forms("attention_tiles", (architecture, 2, d), {"dropout": False, "grouped": False})
+        assert [[*change.items()] for group in changes for change in group] == [
+            [(kernel, tile)] for kernel, tiles in kernels.items() for tile in tiles
+        ]
+        assert not forms("attention_tiles", (architecture, 4, d), {"dropout": False, "grouped": False})
+        assert not forms("attention_tiles", (architecture, 2, d), {"dropout": True, "grouped": False})
+    assert not forms("norm_tile", (768,), {})
 
 
 def test_a_wrong_tile_is_never_taken(landscape: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from bench.candidates import FORMS
 from kernels.registry import SPECS
 from kernels.tuning import SHARED_MEMORY, gelu_registers, norm_registers
 
@@ -76,3 +77,15 @@ for build in builds("gelu_ffn", 90):
 def test_every_kernel_fits(family: str, architecture: int, tmp_path: Path) -> None:
     """A tile that does not compile, or that exceeds an architecture's shared memory."""
     assert report(tmp_path, "--op", family, "--arch", str(architecture))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", FORMS)
+def test_every_listed_form_compiles(architecture: int) -> None:
+    """A form of attention that `bench.tune` would reject, and so never compare."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.tune", "--compile_only", str(architecture)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    listed = sum(len(tiles) for kernels in FORMS[architecture].values() for tiles in kernels.values())
+    assert len(done.stdout.splitlines()) == listed + 1
