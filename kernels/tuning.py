@@ -183,6 +183,16 @@ def norm_tile(c: int) -> Tile:
     return Tile(rows, width, num_warps=min(16, max(4, next_power_of_2(columns // 1024))), num_stages=1)
 
 
+def norm_backward_tile(architecture: int, c: int, *, dropout: bool) -> Tile:
+    """The tile of LayerNorm's backward: with three stages, a program copies its next rows in the meantime.
+
+    With two stages it would wait for each copy right after the start. With dropout the loop is twice as long,
+    and the third stage would take registers from other programs.
+    """
+    prefetches = architecture in (0, 90, 100) and c <= 4096 and not dropout  # limited by shared memory
+    return norm_tile(c)._replace(num_stages=3 if prefetches else 1)
+
+
 def norm_registers(c: int) -> int:
     """The most registers that a thread of LayerNorm's backward takes, by the ahead-of-time report, sm_90."""
     tile = norm_tile(c)

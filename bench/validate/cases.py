@@ -199,6 +199,7 @@ def _norm(c: int, *, residual: bool = False, dropout: bool = False) -> Callable[
                 dresidual=dresidual,
                 dropout_p=p,
                 programs=PROGRAMS,
+                tile=tuning.norm_backward_tile(architecture, c, dropout=dropout),
                 **partials,
             ),
             layer_norm_backward_sum(**partials, dweight=dweight, dbias=dbias),

@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels.device_functions import load_columns
 from kernels.launch import Launch, cdiv, dropout_arguments
 from kernels.norm.forward import keep_tile, tile_arguments
-from kernels.tuning import Tile, norm_tile
+from kernels.tuning import Tile
 
 
 @triton.jit
@@ -38,17 +38,23 @@ def _layer_norm_bwd_kernel(
     BLOCK_M: tl.constexpr,  # rows per block
     BLOCK_C: tl.constexpr,  # columns per tile
     TILES: tl.constexpr,  # tiles per row, cdiv(C, BLOCK_C)
+    STAGES: tl.constexpr,  # 1: a block is loaded when it is needed; 3: during the block before
 ):
     """A program takes every num_programs-th block of BLOCK_M whole rows."""
     pid = tl.program_id(0)
     offs_c = tl.arange(0, BLOCK_C)
 
-    dweight, dbias = (), ()  # TILES tiles (BLOCK_M, BLOCK_C): this program's sums over its blocks of rows
-    for _ in tl.static_range(TILES):
+    # TILES tiles (BLOCK_M, BLOCK_C): this program's sums over its blocks of rows, and the weight of each row.
+    dweight, dbias, weights = (), (), ()
+    for i in tl.static_range(TILES):
         dweight += (tl.zeros([BLOCK_M, BLOCK_C], tl.float32),)
         dbias += (tl.zeros([BLOCK_M, BLOCK_C], tl.float32),)
+        if STAGES > 1:  # a pipelined loop would copy it to shared memory for each block
+            cols = i * BLOCK_C + offs_c
+            mask = tl.broadcast_to((cols < C)[None, :], [BLOCK_M, BLOCK_C])
+            weights += (load_columns(weight_ptr, tl.arange(0, BLOCK_M), cols, mask),)
 
-    for block in tl.range(pid, tl.cdiv(N, BLOCK_M), tl.num_programs(0)):
+    for block in tl.range(pid, tl.cdiv(N, BLOCK_M), tl.num_programs(0), num_stages=STAGES):
         offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
         mask_m = offs_m < N
         mean = tl.load(stats_ptr + offs_m, mask=mask_m, other=0.0)
@@ -65,7 +71,10 @@ def _layer_norm_bwd_kernel(
             dy_ptrs = dy_ptr + offs_m[:, None] * stride_dyn + cols[None, :]
             h = tl.load(h_ptrs, mask=mask, other=0.0).to(tl.float32)  # (BLOCK_M, BLOCK_C)
             dy = tl.load(dy_ptrs, mask=mask, other=0.0).to(tl.float32)  # (BLOCK_M, BLOCK_C)
-            weight = load_columns(weight_ptr, offs_m, cols, mask)
+            if STAGES == 1:
+                weight = load_columns(weight_ptr, offs_m, cols, mask)
+            else:
+                weight = weights[i]
             z = (h - mean[:, None]) * rstd[:, None]
             wdy = dy * weight
             total += wdy
@@ -148,6 +157,7 @@ def layer_norm_backward(
     partial_dbias: Tensor | None,
     dropout_p: float,
     programs: int,
+    tile: Tile,
 ) -> Launch:
     """The launch that fills dx, dresidual and the partial sums of dweight and dbias, each unless it is None.
 
@@ -171,9 +181,10 @@ def layer_norm_backward(
         "stride_hn": h.stride(0),
         "N": n,
         **dropout_arguments(seed, dropout_p),
-        **tile_arguments(c),
+        **tile_arguments(c, tile),
+        "STAGES": tile.num_stages,
     }
-    return Launch(_layer_norm_bwd_kernel, (programs,), arguments, norm_tile(c))
+    return Launch(_layer_norm_bwd_kernel, (programs,), arguments, tile)
 
 
 def layer_norm_backward_sum(

@@ -11,18 +11,19 @@ from kernels.norm.backward import layer_norm_backward, layer_norm_backward_sum
 from kernels.norm.dropout_kernel import dropout_forward
 from kernels.norm.forward import layer_norm_forward
 from kernels.spec import FLOAT_DTYPES, SHORT_DTYPE, Build
+from kernels.tuning import norm_backward_tile
 
 _ROWS, _PROGRAMS = 4096, 512
 
 
-def layer_norm_builds() -> Iterator[Build]:
+def layer_norm_builds(architecture: int) -> Iterator[Build]:
     """Forward, backward and its second kernel, from rows of one tile to rows of 16,384 columns."""
     for dtype in FLOAT_DTYPES:
         for c in (64, 384, 768, 1024, 1600, 4096, 16384):
             gated = dtype == torch.bfloat16 and c in (768, 1600, 4096)
             label = f"{SHORT_DTYPE[dtype]}-C{c}"
             x = _empty(dtype, _ROWS, c)
-            yield from _forward_and_backward(x, None, x, 0.0, label, gated)
+            yield from _forward_and_backward(x, None, x, 0.0, label, gated, architecture)
 
             weight, partial = _empty(torch.float32, c), _empty(torch.float32, _PROGRAMS, c)
             yield layer_norm_backward_sum(
@@ -30,7 +31,7 @@ def layer_norm_builds() -> Iterator[Build]:
             ).build(label)
 
 
-def add_layer_norm_builds() -> Iterator[Build]:
+def add_layer_norm_builds(architecture: int) -> Iterator[Build]:
     """Forward and backward, with and without dropout, the residual in x's dtype and in float32."""
     pairs = (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.float32)
     for dtype, residual_dtype in pairs:
@@ -41,13 +42,18 @@ def add_layer_norm_builds() -> Iterator[Build]:
                 x, residual = _empty(dtype, _ROWS, c), _empty(residual_dtype, _ROWS, c)
                 # Without dropout dx equals dresidual, and is computed only where the dtypes differ.
                 dx = x if dropout_p or dtype != residual_dtype else None
-                yield from _forward_and_backward(
-                    x, residual, dx, dropout_p, label + ("-dropout" if dropout_p else ""), gated
-                )
+                label += "-dropout" if dropout_p else ""
+                yield from _forward_and_backward(x, residual, dx, dropout_p, label, gated, architecture)
 
 
 def _forward_and_backward(
-    x: Tensor, residual: Tensor | None, dx: Tensor | None, dropout_p: float, label: str, gated: bool
+    x: Tensor,
+    residual: Tensor | None,
+    dx: Tensor | None,
+    dropout_p: float,
+    label: str,
+    gated: bool,
+    architecture: int,
 ) -> Iterator[Build]:
     """The two builds of one dtype and width; `residual` and `dx` as backward takes them."""
     n, c = x.shape
@@ -79,6 +85,7 @@ def _forward_and_backward(
         partial_dbias=partial,
         dropout_p=dropout_p,
         programs=_PROGRAMS,
+        tile=norm_backward_tile(architecture, c, dropout=dropout_p > 0),
     ).build(label, gated=gated)
 
 

@@ -53,6 +53,6 @@ def dropout_forward(*, x: Tensor, seed: Tensor, y: Tensor, dropout_p: float) -> 
         "stride_xn": x.stride(0),
         "N": n,
         **dropout_arguments(seed, dropout_p),
-        **tile_arguments(c),
+        **tile_arguments(c, tile),
     }
     return Launch(_dropout_kernel, (cdiv(n, tile.block_m),), arguments, tile)

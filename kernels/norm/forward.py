@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.device_functions import dropout_keep, dropout_keep_quads, load_columns
 from kernels.launch import Launch, cdiv, dropout_arguments
-from kernels.tuning import norm_tile
+from kernels.tuning import Tile, norm_tile
 
 
 @triton.jit
@@ -126,12 +126,11 @@ def layer_norm_forward(
         "N": n,
         "eps": eps,
         **dropout_arguments(seed, dropout_p),
-        **tile_arguments(c),
+        **tile_arguments(c, tile),
     }
     return Launch(_layer_norm_fwd_kernel, (cdiv(n, tile.block_m),), arguments, tile)
 
 
-def tile_arguments(c: int) -> dict[str, Any]:
-    """The kernel arguments that follow from the number of columns."""
-    tile = norm_tile(c)
+def tile_arguments(c: int, tile: Tile) -> dict[str, Any]:
+    """The kernel arguments that follow from the number of columns and the tile."""
     return {"C": c, "BLOCK_M": tile.block_m, "BLOCK_C": tile.block_n, "TILES": cdiv(c, tile.block_n)}

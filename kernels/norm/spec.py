@@ -85,13 +85,13 @@ _PARAMETERS: dict[str, Argument] = {
 def _builds(architecture: int) -> Iterator[Build]:
     from kernels.norm.builds import layer_norm_builds
 
-    return layer_norm_builds()
+    return layer_norm_builds(architecture)
 
 
 def _add_builds(architecture: int) -> Iterator[Build]:
     from kernels.norm.builds import add_layer_norm_builds
 
-    return add_layer_norm_builds()
+    return add_layer_norm_builds(architecture)
 
 
 def _dropout_builds(architecture: int) -> Iterator[Build]:

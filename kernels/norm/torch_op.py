@@ -16,7 +16,7 @@ from kernels.norm.dropout_kernel import dropout_forward
 from kernels.norm.forward import layer_norm_forward
 from kernels.philox import dropout_seed
 from kernels.torch_library import refuse, register
-from kernels.tuning import norm_programs
+from kernels.tuning import architecture, norm_backward_tile, norm_programs
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
@@ -182,6 +182,7 @@ def _backward(
         partial_dbias=partial_dbias,
         dropout_p=dropout_p,
         programs=programs,
+        tile=norm_backward_tile(architecture(h.device), h.shape[-1], dropout=seed is not None),
     )
     with torch.cuda.device_of(h):
         launch.run()

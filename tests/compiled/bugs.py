@@ -103,7 +103,7 @@ BUGS: dict[str, tuple[Bug, str]] = {
         Bug(
             "norm",
             (
-                "forward",
+                "device_functions",
                 "cols[None, :], mask=mask, other=0.0).to(tl.float32)\n\n",
                 "cols[None, :]).to(tl.float32)\n\n",
             ),

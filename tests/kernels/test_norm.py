@@ -224,6 +224,7 @@ def test_outputs_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
         partial_dweight=partial,
         partial_dbias=None,
         programs=1,
+        tile=norm_tile(c),
     ).run()
 
     leaf = x[first * rows :].float().requires_grad_()
