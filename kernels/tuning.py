@@ -240,7 +240,7 @@ LOSS_CHUNK = 2**28 + 2**24  # logits held at once on a GPU: 544 MiB in 16 bits
 def loss_chunk_rows(device: torch.device, n: int, c: int, width: int) -> int:
     """Rows of a chunk of logits (n, width), whose weight has `c` columns."""
     if device.type != "cuda":
-        return max(16, 2**25 // width // 16 * 16)
+        return max(16, 2**24 // width // 16 * 16)
     return loss_wave_rows(_multiprocessors(device), n, c, width)
 
 

@@ -378,9 +378,9 @@ _SAMPLES: dict[str, dict[str, Callable[..., Sample]]] = {
     "linear_cross_entropy": {
         "V65": _loss(65),
         "V65-options": _loss(65, options=True),
-        "V5000-loss": _loss(5000, gradient=False),
-        "V5000": _loss(5000),
-        "V5000-options": _loss(5000, options=True),
+        "V33000-loss": _loss(33000, gradient=False),
+        "V33000": _loss(33000),
+        "V33000-options": _loss(33000, options=True),
         "scale": _scale,
     },
 }
