@@ -299,10 +299,10 @@ def _add_dkdv(
     if MASKED:
         first = begin + (Tk - Tq)  # the position of the first query
         columns = tl.arange(0, BLOCK_M)
-        start = columns
+        visible = is_visible(columns[None, :], (offs_n - first)[:, None], columns[None, :], False)
         if HAS_START:
-            start = load_start(start_ptr, offs_m, stride_st, Tq, Tk) - first  # (BLOCK_M,)
-        visible = is_visible(columns[None, :], (offs_n - first)[:, None], start[None, :], HAS_START)
+            start = tl.load(start_ptr + offs_m.to(tl.int64) * stride_st, mask=offs_m < Tq, other=0)
+            visible = visible & (offs_n[:, None] >= start[None, :])  # in range without being clamped
         st = tl.where(visible, st, float("-inf"))
     pt = tl.exp2(st)
 

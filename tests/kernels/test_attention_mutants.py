@@ -67,7 +67,14 @@ MUTANTS: dict[str, Mutation] = {
     # masks
     "the diagonal is hidden": ("forward", "keys <= positions", "keys < positions"),
     "the first key is hidden": ("forward", "visible & (keys >= start)", "visible & (keys > start)"),
+    "the first key is hidden for dK": ("backward", "offs_n[:, None] >= start", "offs_n[:, None] > start"),
     "key_start is ignored": ("forward", "visible = visible & (keys >= start)", "visible = visible"),
+    "key_start is ignored for dK": ("backward", "visible & (offs_n[:, None] >= start[None, :])", "visible"),
+    "key_start is read past the end for dK": (
+        "backward",
+        "* stride_st, mask=offs_m < Tq, other=0)",
+        "* stride_st)",
+    ),
     "the store writes rows past the end": ("forward", "ty), mask=(rows < T)[:, None] & ", "ty), mask="),
     "the store writes columns past the end": (
         "forward",
@@ -80,7 +87,6 @@ MUTANTS: dict[str, Mutation] = {
     "dK counts positions from the first query": ("backward", "first = begin + (Tk - Tq)", "first = begin"),
     "key_start counts from the first key": ("forward", "(start - begin)[:, None]", "start[:, None]"),
     "key_start counts from the first key for dQ": ("backward", "(start - begin)[:, None]", "start[:, None]"),
-    "key_start counts from the first key for dK": ("backward", "Tq, Tk) - first", "Tq, Tk)"),
     "lse2 is written past the end": ("forward", "Tq + offs_m, lse2, mask=offs_m < Tq)", "Tq + offs_m, lse2)"),
     "lse2 is read past the end": (
         "backward",
