@@ -47,7 +47,13 @@ def gelu_ffn_builds(architecture: int) -> Iterator[Build]:
             a=h,
             tanh=True,
             tile=tile if dtype.itemsize == 2 else Tile(64, 64, 4, 2),
-        ).build(f"{SHORT_DTYPE[dtype]}-C{c}-I{f}", gated=dtype == torch.bfloat16)
+        ).build(
+            f"{SHORT_DTYPE[dtype]}-C{c}-I{f}",
+            gated=dtype == torch.bfloat16,
+            exceptions={
+                "serial": "triton 3.6.0 waits for each HGMMA of the tile for sm_90, which no row has"
+            },
+        )
 
 
 def _empty(dtype: torch.dtype, *shape: int) -> torch.Tensor:
