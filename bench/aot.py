@@ -1,10 +1,10 @@
 """`python -m bench.aot`: compiles every kernel ahead of time; no GPU is needed.
 
 For each tile, dtype and architecture that the ops declare, it reports registers, stack, spills, shared memory
-and its limit, and counts the matrix instructions (HMMA, HGMMA, UTCHMMA) and TMA transfers in the machine
-code. The exit code is 1 if a gate is broken: a kernel does not compile, or needs more shared memory than the
-architecture has. A build that its op gates must also not spill, and must use HGMMA on sm_90 if it multiplies
-matrices.
+and its limit, the programs that a multiprocessor holds, matrix instructions (HMMA, HGMMA, UTCHMMA) and TMA
+transfers, and the instructions of each loop. The exit code is 1 if a gate is broken: a kernel does not
+compile, or needs more shared memory than the architecture has. A build that its op gates must also pass the
+other gates of `bench.gates`, and be no worse than the figures recorded for the installed version of Triton.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench import ratchet
 from bench.compiling import architecture_of, in_processes, ops_of
-from bench.gates import Compiled, broken_gate, from_json, programs, to_json
+from bench.gates import Compiled, judge, programs, to_json
 from bench.machine_code import read
 from bench.record import write_json
 from gpt.cli import OptionParser, option, run_command
 from gpt.errors import InputError
-from gpt.files import read_json
 from kernels import launch
 from kernels.registry import SPECS
 from kernels.spec import Build
@@ -46,6 +46,10 @@ class Key(NamedTuple):
     architecture: int
     place: int
 
+    @property
+    def build(self) -> Build:
+        return builds(self.op, self.architecture)[self.place]
+
 
 @dataclass(frozen=True)
 class Options:
@@ -56,6 +60,7 @@ class Options:
     match: str = option("", "only builds whose kernel name and label contain this text")
     gated: bool = option(False, "only the builds that an op gates")
     loops: bool = option(False, "print what each loop executes in an iteration")
+    record: bool = option(False, "record the figures of the gated builds for the installed version of Triton")
     json: str | None = option(None, "write the report to this file")
     diff: str | None = option(None, "say what changed since the report in this file")
 
@@ -108,10 +113,10 @@ def examine(op: str, build: Build, architecture: int) -> Compiled:
         shared=max(code.shared, compiled.metadata.shared),
         instructions=sum(code.counts.values()),
         loops=code.loops,
+        matmuls="tt.dot" in compiled.asm["ttir"],
         **counts,
     )
-    row = replace(row, programs=programs(row))
-    return replace(row, problem=broken_gate(row, "tt.dot" in compiled.asm["ttir"]))
+    return judge(replace(row, programs=programs(row)), build.exceptions)
 
 
 def builds(op: str, architecture: int) -> list[Build]:
@@ -134,12 +139,11 @@ def keys(
 
 
 def examine_key(key: Key) -> Compiled:
-    return examine(key.op, builds(key.op, key.architecture)[key.place], key.architecture)
+    return examine(key.op, key.build, key.architecture)
 
 
 def _crashed(key: Key) -> Compiled:
-    build = builds(key.op, key.architecture)[key.place]
-    return replace(_without_figures(key.op, build, key.architecture), problem="the compiler crashed")
+    return replace(_without_figures(key.op, key.build, key.architecture), problem="the compiler crashed")
 
 
 HEADER = (
@@ -162,9 +166,12 @@ def line(row: Compiled) -> str:
         f"{row.stages:>6} {row.registers:>5} {row.stack:>5} {row.spills:>6} {shared:>11} {row.programs:>8} "
         f"{matmuls:>12} {row.tma:>4} {loops:>15}"
     )
-    return (
-        f"{text}  {'gated' if row.gated else ''}{'  BROKEN: ' + row.problem if row.problem else ''}".rstrip()
-    )
+    notes = {
+        "gated": row.gated,
+        f"BROKEN: {row.problem}": row.problem,
+        f"allowed: {row.allowed}": row.allowed,
+    }
+    return "  ".join([text, *(note for note, given in notes.items() if given)])
 
 
 def loop_lines(row: Compiled) -> list[str]:
@@ -194,7 +201,7 @@ def differences(old: Sequence[Compiled], new: Sequence[Compiled]) -> list[str]:
 
 
 def _figures(row: Compiled) -> dict[str, Any]:
-    content = to_json(row)
+    content = {k: v for k, v in to_json(row).items() if k not in ("matmuls", "problem", "allowed")}
     return content | {f"loop {name}": values for name, values in content.pop("loops").items()}
 
 
@@ -203,28 +210,50 @@ def main(argv: Sequence[str]) -> int:
     _, values = parser.parse_tables(argv)
     options = Options(**values["options"])
     architectures, ops = [architecture_of(text, ARCHITECTURES) for text in options.arch], ops_of(options.op)
-    _check_triton()
+    version = _check_triton()
 
-    old = None if options.diff is None else load(options.diff)
+    old = None if options.diff is None else ratchet.load(Path(options.diff), "--diff")
     for op in ops:
         if SPECS[op].builds is None:
             print(f"{op}: has no kernel of its own to compile")
     chosen = keys(ops, architectures, gated=options.gated, match=options.match)
+    path = ratchet.table(version)
+    recorded = {row.id: row for row in ratchet.load(path, "the table")} if path.exists() else {}
 
     rows: list[Compiled] = []
     print(HEADER)
     for row in in_processes(examine_key, chosen, _crashed):
+        if row.gated and not options.record:
+            problems = [row.problem, ratchet.worse(row, recorded)]
+            row = replace(row, problem="; ".join(filter(None, problems)))
         rows.append(row)
         print("\n".join([line(row), *(loop_lines(row) if options.loops else ())]), flush=True)
     broken = [row for row in rows if row.problem]
     print(f"{len(rows)} builds, {len(broken)} broken")
+    if unknown := sum(row.gated and row.id not in recorded for row in rows):
+        print(f"{unknown} gated builds have no figures recorded for triton {version}: growth is not checked")
 
     if options.json is not None:
-        write_json(options.json, {"triton": _triton_version(), "builds": [to_json(row) for row in rows]})
+        write_json(options.json, {"triton": version, "builds": [to_json(row) for row in rows]})
+    if options.record:
+        ratchet.save(path, version, _recorded(rows, recorded))
     if old is not None:
         changes = differences([row for row in old if _selected(row, ops, architectures, options)], rows)
         print("\n".join(changes) if changes else f"the same as {options.diff}")
     return 1 if broken else 0
+
+
+def _recorded(rows: Sequence[Compiled], old: Mapping[str, Compiled]) -> list[Compiled]:
+    """The figures to record: for each gated build those of this run, if it compiles, else the old ones."""
+    known = {**old, **{row.id: row for row in rows if row.loops}}
+    declared = [
+        _without_figures(op, build, architecture).id
+        for op in SPECS
+        for architecture in ARCHITECTURES
+        for build in builds(op, architecture)
+        if build.gated
+    ]
+    return [known[name] for name in declared if name in known]
 
 
 def _selected(row: Compiled, ops: Sequence[str], architectures: Sequence[int], options: Options) -> bool:
@@ -233,24 +262,18 @@ def _selected(row: Compiled, ops: Sequence[str], architectures: Sequence[int], o
     return chosen and options.match in f"{row.kernel} {row.label}"
 
 
-def load(path: str) -> list[Compiled]:
-    """Reads the rows of a saved report.
+def _check_triton() -> str:
+    """The version of the installed Triton.
 
     Raises:
-        InputError: The file is unreadable, or is not a report of bench.aot.
+        InputError: Triton is missing, or is set to interpret kernels.
     """
-    content = read_json(Path(path), "--diff")
-    try:
-        return [from_json(row) for row in content["builds"]]
-    except (TypeError, KeyError, ValueError) as error:
-        raise InputError(f"{path} is not a report of bench.aot: {error}") from error
-
-
-def _check_triton() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise InputError("TRITON_INTERPRET is 1, expected it unset: interpreted kernels cannot be compiled")
-    if _triton_version() is None:
+    version = _triton_version()
+    if version is None:
         raise InputError("triton is not installed, expected it for compiling kernels")
+    return version
 
 
 def _triton_version() -> str | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 from bench.machine_code import Loop
@@ -29,7 +30,7 @@ MULTIPROCESSORS = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """The resources of a build's machine code; `problem` is the gate that it breaks."""
+    """The resources of a build's machine code; the gates that it breaks, those that it may break."""
 
     op: str
     kernel: str
@@ -45,11 +46,13 @@ class Compiled:
     hmma: int = 0
     hgmma: int = 0
     utchmma: int = 0
+    matmuls: bool = False  # whether the kernel's source multiplies matrices
     tma: int = 0
     spills: int = 0
     instructions: int = 0
     loops: tuple[Loop, ...] = ()  # the whole code of a kernel without loops
     problem: str = ""
+    allowed: str = ""
 
     @property
     def id(self) -> str:
@@ -59,23 +62,34 @@ class Compiled:
 LOOP_COLUMNS = tuple(field.name for field in fields(Loop))
 
 
-def to_json(row: Compiled) -> dict[str, Any]:
-    """A row as JSON: each column of its loops is a list with a value for each loop."""
-    columns: dict[str, Any] = {name: [getattr(loop, name) for loop in row.loops] for name in LOOP_COLUMNS}
+def to_json(row: Compiled, *, short: bool = False) -> dict[str, Any]:
+    """A row as JSON: each column of its loops is a list with a value for each loop.
+
+    short: leaves out the figures that are 0, and the gates.
+    """
+    content = {field.name: getattr(row, field.name) for field in fields(row)}
+    columns: dict[str, list[Any]] = {n: [getattr(loop, n) for loop in row.loops] for n in LOOP_COLUMNS}
     columns["copy_waits"] = [list(waits) for waits in columns["copy_waits"]]
-    return {name: value for name, value in asdict(row).items() if name != "loops"} | {"loops": columns}
+    if short:
+        del content["problem"], content["allowed"]
+        content = {name: value for name, value in content.items() if value}
+        columns = {name: values for name, values in columns.items() if any(values)}
+    return content | {"loops": columns}
 
 
-def from_json(content: dict[str, Any]) -> Compiled:
+def from_json(content: Mapping[str, Any]) -> Compiled:
     """Reverses `to_json`.
 
     Raises:
         TypeError, KeyError, ValueError: The content is not a row.
     """
     columns = dict(content["loops"])
-    columns["copy_waits"] = [tuple(waits) for waits in columns["copy_waits"]]
-    loops = tuple(Loop(*values) for values in zip(*(columns[n] for n in LOOP_COLUMNS), strict=True))
-    return Compiled(**{**content, "loops": loops})
+    if "copy_waits" in columns:
+        columns["copy_waits"] = [tuple(waits) for waits in columns["copy_waits"]]
+    loops = [
+        Loop(**dict(zip(columns, values, strict=True))) for values in zip(*columns.values(), strict=True)
+    ]
+    return Compiled(**{**content, "loops": tuple(loops)})
 
 
 def programs(row: Compiled) -> int:
@@ -88,13 +102,76 @@ def programs(row: Compiled) -> int:
     return min(limits.programs, warps // row.warps, limits.shared * 1024 // (row.shared + reserved))
 
 
-def broken_gate(row: Compiled, has_matmuls: bool) -> str:
-    """The gate that a compiled build breaks, or ""."""
+def _memory(row: Compiled) -> str:
     limit = SHARED_MEMORY[row.architecture] * 1024
-    if row.shared > limit:
-        return f"shared memory {row.shared / 1024:.0f} KB, the limit is {limit // 1024} KB"
-    if row.gated and row.spills:
-        return f"{row.spills} spill instructions"
-    if row.gated and row.architecture == 90 and has_matmuls and not row.hgmma:
-        return "no HGMMA"
-    return ""
+    too_much = row.shared > limit
+    return f"shared memory {row.shared / 1024:.0f} KB, the limit is {limit // 1024} KB" if too_much else ""
+
+
+def _hgmma(row: Compiled) -> str:
+    return "no HGMMA" if row.architecture == 90 and row.matmuls and not row.hgmma else ""
+
+
+def _copies(loop: Loop, row: Compiled) -> str:
+    if not loop.matmuls:
+        return ""
+    if not loop.copy_waits:
+        return "copies nothing ahead"
+    return "waits for every copy (cp.async.wait_group 0)" if 0 in loop.copy_waits else ""
+
+
+def _serial(loop: Loop, row: Compiled) -> str:
+    serial = row.hgmma and loop.matmuls > 1 and loop.matmul_waits >= loop.matmuls
+    return f"waits {loop.matmul_waits} times for {loop.matmuls} HGMMA" if serial else ""
+
+
+def _spills(loop: Loop, row: Compiled) -> str:
+    return f"moves {loop.spill_bytes} bytes of spills" if loop.spill_bytes > SPILL_BYTES else ""
+
+
+def _barriers(loop: Loop, row: Compiled) -> str:
+    if row.warps < 8 or not row.hgmma or not loop.matmuls:
+        return ""
+    if not loop.barriers:
+        return "has no barrier"
+    return f"copies {loop.unordered} times after a wait for HGMMA without a barrier" if loop.unordered else ""
+
+
+def _masked(row: Compiled) -> str:
+    lengths = [loop.instructions / loop.matmuls for loop in row.loops if loop.matmuls]
+    ratio = max(lengths) / min(lengths) if lengths else 1.0
+    return f"the masked loop has {ratio:.2f} times the instructions" if ratio > MASKED_RATIO else ""
+
+
+def _of_loops(gate: Callable[[Loop, Compiled], str]) -> Callable[[Compiled], str]:
+    """The gate of a build that each of its loops must pass."""
+
+    def broken(row: Compiled) -> str:
+        texts = [(n, gate(loop, row)) for n, loop in enumerate(row.loops, 1)]
+        return ", ".join(f"loop {n} {text}" for n, text in texts if text)
+
+    return broken
+
+
+SPILL_BYTES = 16  # per thread, in an iteration of a loop, or in the whole code of a kernel without loops
+MASKED_RATIO = 1.3
+
+# What `kernels.spec.Build.exceptions` names -> what a build breaks, or "".
+GATES: dict[str, Callable[[Compiled], str]] = {
+    "memory": _memory,
+    "hgmma": _hgmma,
+    "copies": _of_loops(_copies),
+    "serial": _of_loops(_serial),
+    "spills": _of_loops(_spills),
+    "barriers": _of_loops(_barriers),
+    "masked": _masked,
+}
+
+
+def judge(row: Compiled, exceptions: Mapping[str, str]) -> Compiled:
+    """The row with the gates that it breaks, and the exceptions that it needs, each with its reason."""
+    broken = {name: text for name in (GATES if row.gated else ("memory",)) if (text := GATES[name](row))}
+    problems = [text for name, text in broken.items() if name not in exceptions]
+    problems += [f"no gate is called {name!r}" for name in exceptions if name not in GATES]
+    allowed = [f"{text} ({exceptions[name]})" for name, text in broken.items() if name in exceptions]
+    return replace(row, problem="; ".join(problems), allowed="; ".join(allowed))

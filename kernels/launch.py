@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +52,7 @@ class Launch(NamedTuple):
         if self.grid[0] > 0:
             self.kernel[self.grid](**self.arguments, **options(self.tile))
 
-    def build(self, label: str, *, gated: bool = False) -> Build:
+    def build(self, label: str, *, gated: bool = False, exceptions: Mapping[str, str] | None = None) -> Build:
         """What Triton would compile for this launch. The tensors may be on the meta device."""
         constexpr = {p.name for p in self.kernel.params if p.is_constexpr}
         signature: dict[str, str] = {}
@@ -79,6 +80,7 @@ class Launch(NamedTuple):
             label=label,
             gated=gated,
             divisible=frozenset(divisible),
+            exceptions=exceptions or {},
         )
 
 

@@ -90,8 +90,9 @@ class Build:
         constants: ``tl.constexpr`` argument -> value.
         tile: The number of warps and stages.
         label: The build's name in the report, e.g. ``bf16-D64``.
-        gated: Whether the report fails if the build spills registers or, on sm_90, uses no warp-group MMA.
+        gated: Whether the report fails if the build breaks a gate of `bench.gates`.
         divisible: Arguments that are multiples of 16 (aligned pointers and strides).
+        exceptions: Gate that the build may break -> the reason.
     """
 
     kernel: Any
@@ -101,6 +102,7 @@ class Build:
     label: str
     gated: bool = False
     divisible: frozenset[str] = frozenset()
+    exceptions: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

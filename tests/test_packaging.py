@@ -104,6 +104,7 @@ case "$*" in
     "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/pip"; cp "$0" "$3/bin/python" ;;
     list) echo "torch 1.2.3" ;;
     *pytest*) exit "${{PYTEST_STATUS:-0}}" ;;
+    *bench.aot*) exit "${{GATES_STATUS:-0}}" ;;
 esac
 """
 
@@ -129,11 +130,12 @@ BOTH = ("python3.11", "python3.13")
 
 
 def commands(name: str, python: str) -> str:
+    gates = "python -m bench.aot --gated\n" if name == "oldest" else ""
     return (
         f"{python} -m venv .venv-{name}\n"
         f"pip install -q -c constraints-{name}.txt -e .[test]\n"
         f"pip list\n"
-        f"python -m pytest -n 2 --dist worksteal\n"
+        f"python -m pytest -n 2 --dist worksteal\n{gates}"
     )
 
 
@@ -168,10 +170,15 @@ def test_versions_refuses_before_it_installs(
     assert run_ci("versions", *arguments, pythons=pythons) == (2, "", f".ci/versions: {message}\n")
 
 
-def test_versions_fails_with_the_tests(run_ci: Callable[..., tuple[int, str, str]]) -> None:
-    """A failing suite that ends in exit status 0."""
-    status, log, _ = run_ci("versions", pythons=BOTH, PYTEST_STATUS="1")
-    assert (status, log) == (1, commands("oldest", "python3.11"))
+@pytest.mark.parametrize("failing", ["PYTEST_STATUS", "GATES_STATUS"])
+def test_versions_fails_with_a_check(failing: str, run_ci: Callable[..., tuple[int, str, str]]) -> None:
+    """A failing suite or a broken gate that ends in exit status 0."""
+    status, log, _ = run_ci("versions", pythons=BOTH, **{failing: "1"})
+    expected = commands("oldest", "python3.11")
+    assert (status, log) == (
+        1,
+        expected if failing == "GATES_STATUS" else expected.partition("python -m bench")[0],
+    )
 
 
 def test_compiled_takes_the_first_python_that_works(run_ci: Callable[..., tuple[int, str, str]]) -> None:

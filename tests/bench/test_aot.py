@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import aot
+from bench import aot, ratchet
 from bench.aot import differences, keys, line, loop_lines
 from bench.compiling import in_processes
-from bench.gates import Compiled, broken_gate, from_json, programs, to_json
+from bench.gates import Compiled, from_json, to_json
 from bench.machine_code import Loop
 from gpt.cli import run_command
 from kernels.registry import SPECS
@@ -52,7 +52,8 @@ def dot(m, n, stages, dtype="bf16"):
     return Build(toys.toy_dot_kernel, kinds, blocks, Tile(m, n, 4, stages), "toy", True, frozenset(signature))
 broken = Build(toys.toy_broken_kernel, {"x_ptr": "*fp32"}, {"BLOCK": 64}, Tile(64, 64), "toy")
 small, large, single = dot(64, 64, 3), dot(256, 256, 4), dot(32, 32, 1, "fp32")
-pairs = [(small, 90), (small, 80), (large, 90), (single, 90), (broken, 90)]
+pairs = [(small, 90), (small, 80), (dot(64, 64, 2), 90), (dot(64, 64, 1), 90)]
+pairs += [(large, 90), (single, 90), (broken, 90)]
 print(json.dumps([to_json(examine("toy", *pair)) for pair in pairs]))
 """
 
@@ -70,7 +71,9 @@ def test_machine_code_is_read() -> None:
         [sys.executable, "-c", PROGRAM], cwd=ROOT, env=triton_environment(), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    hopper, ampere, large, plain, broken = (from_json(row) for row in json.loads(done.stdout))
+    hopper, ampere, double, synchronous, large, plain, broken = (
+        from_json(row) for row in json.loads(done.stdout)
+    )
     assert hopper.hgmma > 0
     assert hopper.hmma == 0
     assert 0 < hopper.registers <= 255
@@ -88,27 +91,24 @@ def test_machine_code_is_read() -> None:
         assert loop.barriers == 2
     assert large.spills > 0
     assert large.stack > 0
-    assert large.problem == "shared memory 256 KB, the limit is 227 KB"
+    assert double.problem == "loop 1 waits for every copy (cp.async.wait_group 0)"
+    assert synchronous.problem == "loop 1 copies nothing ahead"
+    memory, serial, spills = large.problem.split("; ")
+    assert memory == "shared memory 256 KB, the limit is 227 KB"
+    assert serial == "loop 1 waits 16 times for 16 HGMMA"
+    assert spills == f"loop 1 moves {large.loops[0].spill_bytes} bytes of spills"
     assert plain.problem == "no HGMMA"
     assert broken.problem.startswith("does not compile: ")
     assert "\n" not in broken.problem
 
 
-def test_gates() -> None:
-    """A gate for gated builds that also fails others; HGMMA required from a kernel without a matmul."""
-    assert broken_gate(GOOD, True) == ""
-    assert broken_gate(replace(GOOD, spills=3), True) == "3 spill instructions"
-    assert broken_gate(replace(GOOD, spills=3, gated=False), True) == ""
-    assert broken_gate(replace(GOOD, hgmma=0), True) == "no HGMMA"
-    assert broken_gate(replace(GOOD, hgmma=0), False) == ""
-    assert broken_gate(replace(GOOD, hgmma=0, hmma=5, architecture=80), True) == ""
-    for gated in (True, False):
-        assert "limit is 99 KB" in broken_gate(
-            replace(GOOD, shared=100 * 1024, architecture=86, gated=gated), True
-        )
-    assert broken_gate(replace(GOOD, shared=99 * 1024, architecture=86), True) == ""
+def test_a_row_is_printed() -> None:
+    """A count, a loop, a broken gate or an exception that the report leaves out."""
     assert "64/227 KB" in line(GOOD)
-    assert line(replace(GOOD, problem="no HGMMA")).endswith("BROKEN: no HGMMA")
+    assert " 100+120 " in line(GOOD)
+    assert line(replace(GOOD, problem="no HGMMA")).endswith("gated  BROKEN: no HGMMA")
+    assert line(replace(GOOD, problem="x", allowed="y (z)")).endswith("gated  BROKEN: x  allowed: y (z)")
+    assert loop_lines(GOOD)[1] == "    loop 2: instructions 120, matmuls 8, copy_waits 2 1"
 
 
 def test_differences_between_reports_are_listed() -> None:
@@ -127,31 +127,10 @@ def test_differences_between_reports_are_listed() -> None:
     assert differences([GOOD], [GOOD]) == []
 
 
-def test_programs_of_a_multiprocessor() -> None:
-    """A limit of a multiprocessor that is not counted: registers, warps, shared memory or programs."""
-    small = replace(GOOD, registers=32, shared=0)
-    assert programs(GOOD) == 3  # 228 KB of shared memory, each takes 65
-    assert programs(replace(small, registers=128)) == 4
-    assert programs(replace(small, registers=129)) == 3  # 136 are allocated
-    assert programs(replace(small, registers=168)) == 3
-    assert programs(replace(small, registers=255)) == 2
-    assert programs(replace(small, registers=255, warps=8)) == 1
-    assert programs(small) == 16
-    assert programs(replace(small, architecture=86)) == 12
-    assert programs(replace(small, warps=1)) == 32
-    assert programs(replace(small, shared=48 * 1024, architecture=80)) == 3
-
-
-def test_the_counts_of_loops_are_printed() -> None:
-    """A count of a loop that --loops leaves out, or a loop that the row does not show."""
-    assert loop_lines(GOOD)[1] == "    loop 2: instructions 120, matmuls 8, copy_waits 2 1"
-    assert " 100+120 " in line(GOOD)
-    assert from_json(json.loads(json.dumps(to_json(GOOD)))) == GOOD
-
-
 @pytest.fixture
-def declared(monkeypatch: pytest.MonkeyPatch) -> None:
+def declared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaces the builds of layer_norm by two: one gated and broken, one fine. Nothing is compiled."""
+    monkeypatch.setattr(ratchet, "TABLES", tmp_path)
 
     class Kernel:
         def __init__(self, name: str) -> None:
@@ -164,10 +143,14 @@ def declared(monkeypatch: pytest.MonkeyPatch) -> None:
         ]
 
     def examine(function: object, chosen: list[aot.Key], crashed: object) -> list[Compiled]:
-        wrong = {0: "no HGMMA", 1: ""}
         return [
-            replace(GOOD, op=k.op, kernel="_ab"[k.place], architecture=k.architecture, problem=wrong[k.place])
-            for k in chosen
+            replace(
+                aot._without_figures(key.op, key.build, key.architecture),
+                programs=2,
+                loops=(Loop(100),),
+                problem="no HGMMA" if key.place == 0 else "",
+            )
+            for key in chosen
         ]
 
     monkeypatch.setitem(SPECS, "layer_norm", replace(SPECS["layer_norm"], builds=builds))
@@ -189,8 +172,37 @@ def test_a_broken_gate_fails_the_command(tmp_path: Path, capsys: pytest.CaptureF
     assert command("--op", "layer_norm", "--match", "_b", "--arch", "90") == 0
     assert command("--op", "layer_norm", "--arch", "90", "86", "--gated", "--diff", path) == 1
     assert f"the same as {path}" in capsys.readouterr().out
-    assert [to_json(row) for row in aot.load(path)] == json.loads(Path(path).read_text("utf-8"))["builds"]
+    assert [to_json(row) for row in ratchet.load(Path(path), "--diff")] == json.loads(
+        Path(path).read_text("utf-8")
+    )["builds"]
     assert [key.place for key in keys(["layer_norm"], [90])] == [0, 1]
+
+
+@pytest.mark.usefixtures("declared")
+def test_figures_are_recorded_and_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Figures that --record loses, worse figures that pass, or a missing table that is not mentioned."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setattr(aot, "SPECS", {"layer_norm": SPECS["layer_norm"]})
+    monkeypatch.setattr(aot, "_triton_version", lambda: "1.2.3+local")
+    path = tmp_path / "1.2.3.json"
+
+    assert command("--op", "layer_norm", "--arch", "90", "86", "--record") == 1
+    assert "2 gated builds have no figures recorded for triton 1.2.3+local: " in capsys.readouterr().out
+    rows = ratchet.load(path, "the table")
+    assert [(row.architecture, row.label, row.programs) for row in rows] == [(86, "x", 2), (90, "x", 2)]
+
+    better = [replace(row, loops=(Loop(60),)) for row in rows]
+    ratchet.save(path, "1.2.3", better)
+    assert command("--op", "layer_norm", "--arch", "90", "--gated") == 1
+    worse = "no HGMMA; recorded figures: instructions of loop 1 60 -> 100"
+    assert f"BROKEN: {worse}\n1 builds, 1 broken\n" in capsys.readouterr().out
+    assert command("--op", "layer_norm", "--arch", "90", "--gated", "--diff", str(path)) == 1
+    assert "sm_90: loop instructions [60] -> [100]\n" in capsys.readouterr().out
+
+    assert command("--op", "layer_norm", "--arch", "90", "--record") == 1
+    assert [row.loops[0].instructions for row in ratchet.load(path, "the table")] == [60, 100]
 
 
 def test_bad_flags_are_refused(
