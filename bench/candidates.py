@@ -1,7 +1,7 @@
 """The forms of attention's kernels that `bench.tune` compares before any other, for 16-bit inputs.
 
-Each form compiles ahead of time on Triton 3.6.0 and 3.7.1 (`python -m bench.tune --compile_only 90`). They
-trade programs on a multiprocessor against the traffic that larger tiles save. Only a GPU can decide.
+They trade programs on a multiprocessor against the traffic that larger tiles save: only a GPU can decide.
+`python -m bench.tune --compile_only 90` compiles them without one.
 """
 
 from __future__ import annotations
