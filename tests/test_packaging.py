@@ -181,6 +181,12 @@ def test_versions_fails_with_a_check(failing: str, run_ci: Callable[..., tuple[i
     )
 
 
+def test_tables_of_the_gated_versions() -> None:
+    """Gates that CI runs without recorded figures, or figures of a version whose gates CI does not run."""
+    tables = {path.stem for path in (ROOT / "bench" / "results" / "aot").glob("*.json")}
+    assert tables == {pinned_versions(f"constraints{part}.txt")["triton"] for part in ("", "-oldest")}
+
+
 def test_compiled_takes_the_first_python_that_works(run_ci: Callable[..., tuple[int, str, str]]) -> None:
     """A run with a Python that ttsem does not support, or one that leaves out an architecture."""
     status, log, _ = run_ci("compiled", pythons=("python3.11", "python3.13"))
