@@ -170,40 +170,41 @@ NORM_COLUMNS = 32768  # the longest row that LayerNorm's kernels hold in registe
 
 
 @functools.cache
-def norm_tile(c: int) -> Tile:
+def norm_tile(c: int, itemsize: int = 2) -> Tile:
     """The tile of LayerNorm at `c` columns: a whole row is cdiv(c, block_n) <= 8 tiles of one program.
 
-    The width is the one with the fewest masked columns. Among equals it is 256, where one warp holds a row of
-    a tile with 16-byte accesses, else the widest. A thread holds at most 32 elements of a row.
+    The width is the one with the fewest masked columns. Among equals it is 512 bytes, where one warp holds a
+    row of a tile with 16-byte accesses, else the widest. A thread holds at most 32 elements of a row.
+
+    itemsize: bytes of the widest element that is read or written. Only the width depends on it.
     """
     widths = [width for width in (2**i for i in range(4, 16)) if -(-c // width) <= 8]
-    width = min(widths, key=lambda w: (-(-c // w) * w, w != 256, -w))
+    width = min(widths, key=lambda w: (-(-c // w) * w, w * itemsize != 512, -w))
     columns = -(-c // width) * width
     rows = min(32, next_power_of_2(max(1, 4096 // columns) + 1) // 2)
     return Tile(rows, width, num_warps=min(16, max(4, next_power_of_2(columns // 1024))), num_stages=1)
 
 
-def norm_backward_tile(architecture: int, c: int, *, dropout: bool) -> Tile:
+def norm_backward_tile(architecture: int, c: int, itemsize: int, *, dropout: bool) -> Tile:
     """The tile of LayerNorm's backward: with three stages, a program copies its next rows in the meantime.
 
     With two stages it would wait for each copy right after the start. With dropout the loop is twice as long,
     and the third stage would take registers from other programs.
     """
     prefetches = architecture in (0, 90, 100) and c <= 4096 and not dropout  # limited by shared memory
-    return norm_tile(c)._replace(num_stages=3 if prefetches else 1)
+    return norm_tile(c, itemsize)._replace(num_stages=3 if prefetches else 1)
 
 
-def norm_registers(c: int) -> int:
+def norm_registers(c: int, tile: Tile) -> int:
     """The most registers that a thread of LayerNorm's backward takes, by the ahead-of-time report, sm_90."""
-    tile = norm_tile(c)
     elements = tile.block_m * -(-c // tile.block_n) * tile.block_n // (32 * tile.num_warps)
     return 168 if elements <= 24 else 240
 
 
-def norm_programs(device: torch.device, n: int, c: int) -> int:
+def norm_programs(device: torch.device, n: int, c: int, tile: Tile) -> int:
     """How many programs share the rows of LayerNorm's backward."""
-    tile = norm_tile(c)
-    return min(-(-n // tile.block_m), _concurrent_programs(device, tile.num_warps, norm_registers(c)))
+    concurrent = _concurrent_programs(device, tile.num_warps, norm_registers(c, tile))
+    return min(-(-n // tile.block_m), concurrent)
 
 
 def _concurrent_programs(device: torch.device, num_warps: int, registers: int) -> int:

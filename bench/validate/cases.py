@@ -171,6 +171,7 @@ def _norm(c: int, *, residual: bool = False, dropout: bool = False) -> Callable[
         old, dnew = (inputs.normal(n, c, dtype=torch.float32) if residual else None for _ in range(2))
         y, dx, dweight, dbias = (torch.empty_like(z) for z in (x, x, weight, bias))
         new, dresidual = (torch.empty_like(old) if old is not None else None for _ in range(2))
+        h = x if new is None else new
         seed, p, stats = torch.tensor(7) if dropout else None, dropout * DROPOUT_P, torch.empty(2, n)
         partials: dict[str, Any] = {
             f"partial_{name}": torch.empty(PROGRAMS, c) for name in ("dweight", "dbias")
@@ -191,7 +192,7 @@ def _norm(c: int, *, residual: bool = False, dropout: bool = False) -> Callable[
             layer_norm_backward(
                 dy=dy,
                 dnew_residual=dnew,
-                h=x if new is None else new,
+                h=h,
                 weight=weight,
                 seed=seed,
                 stats=stats,
@@ -199,7 +200,7 @@ def _norm(c: int, *, residual: bool = False, dropout: bool = False) -> Callable[
                 dresidual=dresidual,
                 dropout_p=p,
                 programs=PROGRAMS,
-                tile=tuning.norm_backward_tile(architecture, c, dropout=dropout),
+                tile=tuning.norm_backward_tile(architecture, c, h.element_size(), dropout=dropout),
                 **partials,
             ),
             layer_norm_backward_sum(**partials, dweight=dweight, dbias=dbias),

@@ -37,7 +37,7 @@ def add_layer_norm_builds(architecture: int) -> Iterator[Build]:
     for dtype, residual_dtype in pairs:
         for c in (384, 768, 1600, 4096):
             for dropout_p in (0.0, 0.1):
-                gated = residual_dtype == torch.bfloat16 and c == 768
+                gated = dtype == torch.bfloat16 and c == 768
                 label = f"{SHORT_DTYPE[dtype]}+{SHORT_DTYPE[residual_dtype]}-C{c}"
                 x, residual = _empty(dtype, _ROWS, c), _empty(residual_dtype, _ROWS, c)
                 # Without dropout dx equals dresidual, and is computed only where the dtypes differ.
@@ -60,6 +60,7 @@ def _forward_and_backward(
     weight, stats = _empty(torch.float32, c), _empty(torch.float32, 2, n)
     partial = _empty(torch.float32, _PROGRAMS, c)
     seed = _empty(torch.int64) if dropout_p else None
+    h = x if residual is None else residual
     yield layer_norm_forward(
         x=x,
         residual=residual,
@@ -75,7 +76,7 @@ def _forward_and_backward(
     yield layer_norm_backward(
         dy=x,
         dnew_residual=residual,
-        h=x if residual is None else residual,
+        h=h,
         weight=weight,
         seed=seed,
         stats=stats,
@@ -85,7 +86,7 @@ def _forward_and_backward(
         partial_dbias=partial,
         dropout_p=dropout_p,
         programs=_PROGRAMS,
-        tile=norm_backward_tile(architecture, c, dropout=dropout_p > 0),
+        tile=norm_backward_tile(architecture, c, h.element_size(), dropout=dropout_p > 0),
     ).build(label, gated=gated)
 
 

@@ -46,7 +46,7 @@ def dropout_forward(*, x: Tensor, seed: Tensor, y: Tensor, dropout_p: float) -> 
     x: (N, C) with a contiguous last dimension. seed: 0-d int64. The gradient is the same function of dy.
     """
     n, c = x.shape
-    tile = norm_tile(c)
+    tile = norm_tile(c, x.element_size())
     arguments = {
         "x_ptr": x,
         "y_ptr": y,

@@ -112,7 +112,7 @@ def layer_norm_forward(
     None without dropout. y, new_residual: (N, C), contiguous. stats: (2, N) float32.
     """
     n, c = x.shape
-    tile = norm_tile(c)
+    tile = norm_tile(c, max(t.element_size() for t in (x, residual) if t is not None))
     arguments = {
         "x_ptr": x,
         "residual_ptr": residual,

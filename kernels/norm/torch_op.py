@@ -163,9 +163,11 @@ def _backward(
     dx, dresidual, dweight, dbias = (
         output if need else None for output, need in zip(outputs, needed, strict=True)
     )
-    programs = norm_programs(h.device, stats.shape[1], h.shape[-1])
+    c = h.shape[-1]
+    tile = norm_backward_tile(architecture(h.device), c, h.element_size(), dropout=seed is not None)
+    programs = norm_programs(h.device, stats.shape[1], c, tile)
     partial_dweight, partial_dbias = (
-        None if gradient is None else h.new_empty((programs, h.shape[-1]), dtype=torch.float32)
+        None if gradient is None else h.new_empty((programs, c), dtype=torch.float32)
         for gradient in (dweight, dbias)
     )
 
@@ -182,7 +184,7 @@ def _backward(
         partial_dbias=partial_dbias,
         dropout_p=dropout_p,
         programs=programs,
-        tile=norm_backward_tile(architecture(h.device), h.shape[-1], dropout=seed is not None),
+        tile=tile,
     )
     with torch.cuda.device_of(h):
         launch.run()

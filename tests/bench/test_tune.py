@@ -180,7 +180,12 @@ def test_the_queries_of_an_op_are_recorded() -> None:
     )
     inputs = NORM.make_inputs(RACE.case, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0))
     asked_queries = queries(runner(), RACE, ours, inputs, Oracle(NORM, inputs, torch.float32))
-    assert asked_queries == {Query("norm_tile", (17,)): tuning.norm_tile(17)}
+    assert asked_queries == {
+        Query("norm_tile", (17, 4)): tuning.norm_tile(17, 4),
+        Query("norm_backward_tile", (0, 17, 4), (("dropout", False),)): tuning.norm_backward_tile(
+            0, 17, 4, dropout=False
+        ),
+    }
 
 
 def test_without_a_gpu_there_is_nothing_to_tune(capsys: pytest.CaptureFixture[str]) -> None:

@@ -267,14 +267,20 @@ def test_limits_are_explained() -> None:
             assert kernels.explain("layer_norm", *call).backend == "reference"
 
 
-def test_tiles_mask_few_columns() -> None:
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_tiles_mask_few_columns(itemsize: int) -> None:
     """A tile that masks a quarter of the lanes at C = 768, or whose sizes are not powers of two."""
     for c in (64, 128, 192, 256, 384, 512, 640, 768, 1024, 1280, 2048, 3072, 4096, 5120, 8192, 16384):
-        tile = norm_tile(c)
-        assert c % tile.block_n == 0
+        assert c % norm_tile(c, itemsize).block_n == 0
     for c in range(1, NORM_COLUMNS + 1, 37):
-        rows, width, warps, _ = norm_tile(c)
+        rows, width, warps = norm_tile(c, itemsize)[:3]
+        assert (rows, warps) == (norm_tile(c).block_m, norm_tile(c).num_warps)
         assert all(value & (value - 1) == 0 for value in (rows, width, warps))
         assert -(-c // width) <= 8
         assert -(-c // width) * width < max(16, 1.25 * c + 16)
         assert rows * -(-c // width) * width <= 64 * 32 * warps
+
+
+def test_a_warp_holds_a_row_of_a_tile() -> None:
+    """Float32 tiles of 256 columns: two warps share a row, and each sum over it needs barriers."""
+    assert norm_tile(768, 2).block_n * 2 == norm_tile(768, 4).block_n * 4 == 32 * 16

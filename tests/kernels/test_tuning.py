@@ -52,10 +52,11 @@ def test_persistent_programs_fill_a_gpu_exactly(columns: int, monkeypatch: pytes
     )
     device, rows = torch.device("cuda"), 10**6
 
-    registers = 32 * tuning.norm_tile(columns).num_warps * tuning.norm_registers(columns)  # of one program
-    programs = tuning.norm_programs(device, rows, columns)
+    tile = tuning.norm_tile(columns)
+    registers = 32 * tile.num_warps * tuning.norm_registers(columns, tile)  # of one program
+    programs = tuning.norm_programs(device, rows, columns, tile)
     assert programs == 132 or programs * registers <= 132 * tuning.REGISTERS < (programs + 132) * registers
-    assert tuning.norm_programs(device, 3, columns) <= 3
+    assert tuning.norm_programs(device, 3, columns, tile) <= 3
 
     tile = tuning.gelu_tile(columns)
     for tanh in (True, False):
