@@ -18,7 +18,9 @@ from torch import Tensor
 from gpt.config import TrainConfig
 from gpt.data.dataset import IGNORED, Batch
 from gpt.device import autocast, autocast_dtype
+from gpt.kv_cache import captures
 from gpt.model import GPT
+from gpt.training.capture import TOKENS, StepGraph
 from gpt.training.distributed import ALONE, Ranks
 from gpt.training.loss_scale import LossScale
 from gpt.training.optim import load_state_tensors, make_optimizers, state_tensors, update
@@ -80,7 +82,7 @@ class TrainStep:
     """Trains `model` by one step per call.
 
     Every target of a step has the same weight in the gradient, however the targets are spread over
-    micro-batches and ranks.
+    micro-batches and ranks. Steps of one process with up to capture.TOKENS tokens run as a CUDA graph.
 
     Args:
         model: The model, on its device, with float32 parameters.
@@ -112,6 +114,9 @@ class TrainStep:
         rate_dtype = torch.float64 if self.device.type == "cpu" else torch.float32
         self._rate = torch.zeros((), dtype=rate_dtype, device=self.device)
         self._failed = torch.zeros((), dtype=torch.bool, device=self.device)
+        self._graph = None
+        if captures(self.device) and ranks.size == 1 and forward is None and not config.no_capture:
+            self._graph = StepGraph(self._run, self.device)
 
     def __call__(self, batches: Sequence[Batch], rate: float, stop: Collection[object] = ()) -> StepResult:
         """Takes one step and reads its result: see `enqueue` and `PendingStep.result`."""
@@ -132,7 +137,10 @@ class TrainStep:
         self._zero_gradients()
         self._rate.fill_(rate)
         batches = [self._to_device(batch) for batch in batches]
-        values = self._run(batches, stop)
+        if self._graph is not None and self._is_captured(batches):
+            values = self._graph(batches, (self._model.training, self._model.use_triton))
+        else:
+            values = self._run(batches, stop)
         return PendingStep(self, values, self._with_gradients, stop=self._ranks.size == 1 and bool(stop))
 
     def recover(self) -> None:
@@ -166,10 +174,17 @@ class TrainStep:
             InputError: The state belongs to other parameters or other optimizers.
         """
         load_state_tensors(self.optimizers, self.names, tensors, source)
+        if self._graph is not None:
+            self._graph.reset()
 
     def _zero_gradients(self) -> None:
         for p in self.names:
             p.grad = None
+
+    def _is_captured(self, batches: Sequence[Batch]) -> bool:
+        """Whether a graph may run this step: not with a dropout seed, which the caller may set each time."""
+        tokens = sum(batch.inputs.numel() for batch in batches)
+        return tokens <= TOKENS and self._model.dropout_seed is None and captures(self.device)
 
     def _run(self, batches: Sequence[Batch], stop: Collection[object] = ()) -> Tensor:
         """Takes one step on the device.
