@@ -224,7 +224,7 @@ def _step(
     step = TrainStep(model, train, loss)
     if use_triton is not False:
         _compare(model, step, batch)
-    return lambda: step([batch], train.learning_rate)
+    return lambda: step.enqueue([batch], train.learning_rate)
 
 
 def _whole_logits(

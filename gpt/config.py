@@ -187,6 +187,7 @@ class TrainConfig:
     )
     seed: int = option(1337, "of initialisation, batches and dropout", low=0, high=2**63 - 1)
     compile: bool = option(False, "run the model through torch.compile")
+    no_capture: bool = option(False, "run small steps on a GPU without a CUDA graph")
     device: str | None = option(None, "cpu, cuda, cuda:1, … (default: a GPU if there is one)")
 
     def __post_init__(self) -> None:

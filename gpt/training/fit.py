@@ -14,7 +14,7 @@ from gpt.data.dataset import IGNORED, Batch
 from gpt.device import pick_device
 from gpt.errors import InputError
 from gpt.model import GPT, Callback
-from gpt.training.step import TrainStep
+from gpt.training.step import PendingStep, TrainStep
 
 
 class EarlyStopping:
@@ -66,9 +66,7 @@ def fit(
     model.train_loss, model.validation_loss = [], []
     for epoch in range(1, num_epoch + 1):
         model.train()
-        model.train_loss.append(
-            _mean((step([batch], learning_rate).loss, batch) for batch in _batches(train_loader))
-        )
+        model.train_loss.append(_mean(_train(step, learning_rate, _batches(train_loader))))
         if valid_loader is not None:
             model.eval()
             with torch.no_grad():
@@ -79,6 +77,18 @@ def fit(
         if any(stops):
             break
     model.eval()
+
+
+def _train(step: TrainStep, rate: float, batches: Iterable[Batch]) -> Iterator[tuple[float, Batch]]:
+    """Trains on each batch, and yields its loss after the next step is queued."""
+    queued: tuple[PendingStep, Batch] | None = None
+    for batch in batches:
+        pending = step.enqueue([batch], rate)
+        if queued is not None:
+            yield queued[0].result().loss, queued[1]
+        queued = pending, batch
+    if queued is not None:
+        yield queued[0].result().loss, queued[1]
 
 
 def _batches(loader: Iterable[Sequence[Any]]) -> Iterator[Batch]:

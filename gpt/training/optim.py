@@ -34,6 +34,11 @@ class Muon(torch.optim.Optimizer):
     Source: Jordan et al., https://kellerjordan.github.io/posts/muon.
     """
 
+    # As in torch's fused optimizers: `step` divides the gradients by grad_scale, and changes neither the
+    # parameters nor their momentum where found_inf is 1. Both are on the device: `step` does not synchronise.
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -43,10 +48,8 @@ class Muon(torch.optim.Optimizer):
         steps: int = 5,
         parts: int = 1,
     ) -> None:
-        super().__init__(
-            params,
-            {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "steps": steps, "parts": parts},
-        )
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(params, defaults | {"steps": steps, "parts": parts, "capturable": True})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -67,18 +70,30 @@ class Muon(torch.optim.Optimizer):
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """Updates parameters of one shape."""
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        velocities = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in parameters]
-        torch._foreach_mul_(velocities, group["momentum"])
-        torch._foreach_add_(velocities, gradients)
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        velocities = [self.state[p]["momentum_buffer"] for p in parameters]
+        grads = [p.grad for p in parameters if p.grad is not None]
+        if self.grad_scale is not None:
+            torch._foreach_div_(grads, self.grad_scale)
 
-        stacked = torch.stack(torch._foreach_add(gradients, velocities, alpha=group["momentum"]))
+        gradients, momentum, rate = torch.stack(grads), group["momentum"], group["lr"]
+        if self.found_inf is not None:  # a skipped step has gradients 0, momentum 1 and rate 0
+            skip = self.found_inf == 1
+            gradients, rate = gradients.masked_fill_(skip, 0), rate.masked_fill(skip, 0)
+            momentum = self.found_inf.new_full((), momentum).masked_fill(skip, 1)
+        torch._foreach_mul_(velocities, momentum)
+        torch._foreach_add_(velocities, list(gradients.unbind()))
+
+        stacked = torch.add(gradients, torch.stack(velocities), alpha=group["momentum"])
         matrices = stacked.view(-1, stacked.shape[1] // group["parts"], stacked.shape[2])  # (K, m, n)
         updates = orthogonalize(matrices, group["steps"]).view_as(stacked)
 
         scale = 0.2 * max(matrices.shape[1:]) ** 0.5
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(parameters, list(updates.unbind()), alpha=-group["lr"] * scale)
+        torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
+        factor = torch.as_tensor(rate * scale, dtype=updates.dtype, device=updates.device)
+        torch._foreach_addcmul_(parameters, list(updates.unbind()), [factor] * len(updates), value=-1)
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -124,6 +139,7 @@ def make_optimizers(names: Mapping[nn.Parameter, str], config: TrainConfig) -> l
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
             fused=all(p.device.type in ("cpu", "cuda") for p in rest),
+            capturable=all(p.device.type == "cuda" for p in rest),
         )
     ]
 
@@ -133,6 +149,30 @@ def make_optimizers(names: Mapping[nn.Parameter, str], config: TrainConfig) -> l
         groups = [{"params": stacked, "parts": 3}, {"params": single}]
         optimizers.append(Muon(groups, lr=config.learning_rate, weight_decay=config.weight_decay))
     return optimizers
+
+
+@torch.no_grad()
+def update(
+    optimizers: Sequence[torch.optim.Optimizer], rate: Tensor, divisor: Tensor | None, skip: Tensor
+) -> None:
+    """Divides the gradients by `divisor` and takes a step of each optimizer, where `skip` is false.
+
+    Where `skip` is true, parameters, moments and step counts stay as they are. The arguments are on the
+    device, and the host does not synchronise with a CUDA GPU.
+    """
+    found_inf = skip.float()
+    for optimizer in optimizers:
+        fused = optimizer.defaults.get("fused", True)
+        for group in optimizer.param_groups:
+            group["lr"] = rate if fused else rate.item()
+        if fused:
+            optimizer.grad_scale, optimizer.found_inf = divisor, found_inf  # type: ignore[attr-defined]
+            optimizer.step()
+        elif not skip:  # other devices have no fused kernel that could skip
+            gradients = [p.grad for p in _parameters(optimizer) if p.grad is not None]
+            if divisor is not None:
+                torch._foreach_div_(gradients, divisor)
+            optimizer.step()
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

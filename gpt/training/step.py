@@ -1,4 +1,8 @@
-"""One training step: gradients over micro-batches, clipping, and the optimizers' update."""
+"""One training step: gradients over micro-batches, clipping, and the optimizers' update.
+
+The host queues a step without synchronising. Whether its loss and gradients are finite is known on the device
+first, which then leaves everything as it is; the host reads the result later.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from gpt.config import TrainConfig
 from gpt.data.dataset import IGNORED, Batch
 from gpt.device import autocast, autocast_dtype
+from gpt.kv_cache import captures
+from gpt.model import GPT
+from gpt.training.capture import TOKENS, StepGraph
 from gpt.training.distributed import ALONE, Ranks
-from gpt.training.optim import load_state_tensors, make_optimizers, state_tensors
+from gpt.training.loss_scale import LossScale
+from gpt.training.optim import load_state_tensors, make_optimizers, state_tensors, update
 
 
 class NonFiniteError(RuntimeError):
@@ -26,19 +34,55 @@ class StepResult(NamedTuple):
     """The result of one step.
 
     `loss` is the mean over the step's targets, before the update; `gradient_norm` is the norm before
-    clipping; `stop` is True when any rank asked to stop.
+    clipping; `stop` is True when any rank asked to stop; `gradient_norms` are the norms before clipping of
+    the gradients of each block ("blocks.0") and of each other module.
     """
 
     loss: float
     gradient_norm: float
-    stop: bool = False
+    stop: bool
+    gradient_norms: Mapping[str, float]
+
+
+class PendingStep:
+    """A queued step, whose result the host has not read."""
+
+    def __init__(self, step: TrainStep, values: Tensor, names: Sequence[str], *, stop: bool) -> None:
+        on_gpu = values.device.type == "cuda"
+        self._step, self._names, self._stop = step, names, stop
+        self._values = torch.empty(values.shape, pin_memory=on_gpu)
+        self._values.copy_(values, non_blocking=on_gpu)
+        self._copied = torch.cuda.current_stream(values.device).record_event() if on_gpu else None
+
+    def result(self) -> StepResult:
+        """Synchronises with the end of the step.
+
+        Raises:
+            NonFiniteError: The loss or the gradient norm is not finite. The step, and those queued after it,
+                have changed nothing. In float16 an overflowing gradient is not an error while the scaler can
+                lower its scale: the update is skipped.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()
+        loss, norm, failed, stop, *norms = self._values.tolist()
+        if failed:
+            self._step.recover()
+            name, value = ("gradient norm", norm) if math.isfinite(loss) else ("loss", loss)
+            raise NonFiniteError(f"the {name} is {value}")
+
+        layers: dict[str, list[float]] = {}
+        for name, value in zip(self._names, norms, strict=True):
+            parts = name.split(".")
+            layers.setdefault(".".join(parts[: 2 if parts[0] == "blocks" else 1]), []).append(value)
+        gradient_norms = {layer: math.hypot(*values) for layer, values in layers.items()}
+        return StepResult(loss, norm, self._stop or bool(stop), gradient_norms)
 
 
 class TrainStep:
     """Trains `model` by one step per call.
 
     Every target of a step has the same weight in the gradient, however the targets are spread over
-    micro-batches and ranks.
+    micro-batches and ranks. Steps of one process with up to capture.TOKENS tokens run as a CUDA graph.
 
     Args:
         model: The model, on its device, with float32 parameters.
@@ -52,134 +96,150 @@ class TrainStep:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: GPT,
         config: TrainConfig,
-        forward: Callable[..., torch.Tensor] | None = None,
+        forward: Callable[..., Tensor] | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
         self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         self.device = next(iter(self.names)).device
         self.dtype = autocast_dtype(config.dtype, self.device)
         self.optimizers = make_optimizers(self.names, config)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.scaler = LossScale(self.device, enabled=self.dtype == torch.float16)
         self._model, self._forward = model, model if forward is None else forward
         self._ranks = ranks
-        self._clip = config.grad_clip or math.inf
-        self._norm = 0.0
+        self._clip = config.grad_clip
+
+        # The fused kernel of a GPU reads a float32 rate.
+        rate_dtype = torch.float64 if self.device.type == "cpu" else torch.float32
+        self._rate = torch.zeros((), dtype=rate_dtype, device=self.device)
+        self._failed = torch.zeros((), dtype=torch.bool, device=self.device)
+        self._graph = None
+        if captures(self.device) and ranks.size == 1 and forward is None and not config.no_capture:
+            self._graph = StepGraph(self._run, self.device)
 
     def __call__(self, batches: Sequence[Batch], rate: float, stop: Collection[object] = ()) -> StepResult:
-        """Takes one step.
+        """Takes one step and reads its result: see `enqueue` and `PendingStep.result`."""
+        return self.enqueue(batches, rate, stop).result()
+
+    def enqueue(self, batches: Sequence[Batch], rate: float, stop: Collection[object] = ()) -> PendingStep:
+        """Queues one step, without synchronising with the device.
+
+        If its loss or gradient is not finite, the device leaves parameters, optimizers and loss scale as they
+        are, in this step and in all that are queued until `PendingStep.result` raises the error.
 
         Args:
             batches: This rank's micro-batches.
             rate: The learning rate of all parameters.
             stop: Not empty if this rank asks all ranks to stop after this step. A signal handler may fill it
                 until the backward pass has ended.
-
-        Raises:
-            NonFiniteError: The loss or the gradient norm is not finite. In float16 an overflowing gradient is
-                not an error while the scaler can lower its scale: the update is skipped.
         """
         self._zero_gradients()
-        loss, count = self._accumulate(batches)
+        self._rate.fill_(rate)
+        batches = [self._to_device(batch) for batch in batches]
+        if self._graph is not None and self._is_captured(batches):
+            values = self._graph(batches, (self._model.training, self._model.use_triton))
+        else:
+            values = self._run(batches, stop)
+        return PendingStep(self, values, self._with_gradients, stop=self._ranks.size == 1 and bool(stop))
 
-        stopping: torch.Tensor | bool = bool(stop)
-        if self._ranks.size > 1:
-            loss, stopping = self._combine(loss, count, bool(stop))
-
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(self.names, self._clip)
-        result = StepResult(*torch.stack((loss, norm)).tolist(), stop=bool(stopping))
-
-        overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
-        if not math.isfinite(result.loss) or not (math.isfinite(result.gradient_norm) or overflow):
-            self._zero_gradients()
-            name, value = (
-                ("gradient norm", result.gradient_norm)
-                if math.isfinite(result.loss)
-                else ("loss", result.loss)
-            )
-            raise NonFiniteError(f"the {name} is {value}")
-
-        if math.isfinite(result.gradient_norm):
-            for optimizer in self.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                self.scaler.step(optimizer)
-        self.scaler.update()
-        self._norm = result.gradient_norm
-        return result
-
-    def gradient_norms(self) -> dict[str, float]:
-        """The last step's gradient norms before clipping: one per block ("blocks.0") and per other module."""
-        layers: dict[str, list[torch.Tensor]] = {}
-        for p, name in self.names.items():
-            if p.grad is not None:
-                parts = name.split(".")
-                layers.setdefault(".".join(parts[: 2 if parts[0] == "blocks" else 1]), []).append(p.grad)
-        norms = torch.stack([nn.utils.get_total_norm(gradients) for gradients in layers.values()]).tolist()
-        clipped = max(1.0, self._norm / self._clip)
-        return {layer: norm * clipped for layer, norm in zip(layers, norms, strict=True)}
+    def recover(self) -> None:
+        """Lets steps change the parameters again after a step that was not finite."""
+        self._zero_gradients()
+        self._failed.zero_()
 
     def precision(self) -> AbstractContextManager[object]:
         """The autocast context of a forward pass."""
         return autocast(self.dtype, self.device)
 
-    def loss(self, batch: Batch, forward: Callable[..., torch.Tensor] | None = None) -> torch.Tensor:
+    def loss(self, batch: Batch, forward: Callable[..., Tensor] | None = None) -> Tensor:
         """The mean loss over a batch's targets.
 
         The default is the uncompiled model, because a compiled one is compiled again for each new shape.
         """
-        inputs, targets, document_start = (None if t is None else self._to_device(t) for t in batch)
+        inputs, targets, document_start = self._to_device(batch)
         with self.precision():
             return (self._model if forward is None else forward)(
                 inputs, targets, document_start=document_start
             )
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """The optimizers' state, keyed by parameter and entry: "wte.weight/exp_avg"."""
         return state_tensors(self.optimizers, self.names)
 
-    def load_tensors(self, tensors: Mapping[str, torch.Tensor], source: Path) -> None:
+    def load_tensors(self, tensors: Mapping[str, Tensor], source: Path) -> None:
         """Restores what `tensors` returned.
 
         Raises:
             InputError: The state belongs to other parameters or other optimizers.
         """
         load_state_tensors(self.optimizers, self.names, tensors, source)
+        if self._graph is not None:
+            self._graph.reset()
 
     def _zero_gradients(self) -> None:
         for p in self.names:
             p.grad = None
 
-    def _accumulate(self, batches: Sequence[Batch]) -> tuple[torch.Tensor, int]:
-        """Runs forward and backward; returns the mean loss over the batches' targets and their number."""
-        counts = [int((batch.targets != IGNORED).sum()) for batch in batches]
-        total = torch.zeros((), device=self.device)
-        for batch, count in zip(batches, counts, strict=True):
-            loss = self.loss(batch, self._forward) * (count / max(1, sum(counts)))
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
-        return total, sum(counts)
+    def _is_captured(self, batches: Sequence[Batch]) -> bool:
+        """Whether a graph may run this step: not with a dropout seed, which the caller may set each time."""
+        tokens = sum(batch.inputs.numel() for batch in batches)
+        return tokens <= TOKENS and self._model.dropout_seed is None and captures(self.device)
 
-    def _combine(self, loss: torch.Tensor, count: int, stop: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Averages the loss and the gradients over the targets of all ranks, with one sum over the ranks.
+    def _run(self, batches: Sequence[Batch], stop: Collection[object] = ()) -> Tensor:
+        """Takes one step on the device.
+
+        Returns:
+            Loss, gradient norm, whether this or an earlier step failed, the number of ranks that ask to stop,
+            and the norm of each parameter's gradient, in one float32 tensor.
+        """
+        loss, stopping = self._accumulate(batches, stop)
+        self._with_gradients = [name for p, name in self.names.items() if p.grad is not None]
+        with torch.no_grad():
+            norms = torch.stack(torch._foreach_norm([p.grad for p in self.names if p.grad is not None]))
+            divisor = self.scaler.value if self.scaler.enabled else None
+            norms = norms if divisor is None else norms / divisor
+            norm = torch.linalg.vector_norm(norms)
+            if self._clip:
+                excess = (norm / self._clip).clamp(min=1)
+                divisor = excess if divisor is None else divisor * excess
+
+            wrong_loss, overflow = (~torch.stack((loss, norm)).isfinite()).unbind()
+            self._failed |= wrong_loss | (overflow & (self.scaler.value <= 1))
+            update(self.optimizers, self._rate, divisor, skip=overflow | self._failed)
+            self.scaler.update(overflow, self._failed)
+            return torch.cat((torch.stack((loss, norm, self._failed.float(), stopping)), norms))
+
+    def _accumulate(self, batches: Sequence[Batch], stop: Collection[object]) -> tuple[Tensor, Tensor]:
+        """Runs forward and backward passes, with gradients as the mean over the targets of all ranks.
 
         Returns the mean loss and the number of ranks that ask to stop.
         """
-        gradients = [p.grad for p in self.names if p.grad is not None]
-        torch._foreach_mul_(gradients, float(count))
-        sums = torch.cat(
-            ((loss * count)[None], torch.tensor((count, stop), dtype=loss.dtype, device=self.device))
-        )
-        self._ranks.sum_([*gradients, sums])
+        counts = torch.stack([(batch.targets != IGNORED).sum() for batch in batches])
+        count = counts.sum()
+        weights = counts / count.clamp(min=1)
+        loss = torch.zeros((), device=self.device)
+        for batch, weight in zip(batches, weights.unbind(), strict=True):
+            part = self.loss(batch, self._forward) * weight
+            self.scaler.scale(part).backward()
+            loss += part.detach()
+        if self._ranks.size == 1:
+            return loss, torch.zeros_like(loss)
 
+        gradients = [p.grad for p in self.names if p.grad is not None]
+        torch._foreach_mul_(gradients, count.float())
+        stopping = torch.full_like(loss, bool(stop))
+        sums = torch.stack((loss * count, count.float(), stopping))
+        self._ranks.sum_([*gradients, sums])
         total, targets, stopping = sums.unbind()
         torch._foreach_div_(gradients, targets.clamp_(min=1))
         return total / targets, stopping
 
-    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.device.type == "cuda" and tensor.device.type == "cpu":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
+    def _to_device(self, batch: Batch) -> Batch:
+        def move(t: Tensor) -> Tensor:
+            if self.device.type == "cuda" and t.device.type == "cpu":
+                return t.pin_memory().to(self.device, non_blocking=True)  # does not synchronise
+            return t.to(self.device)
+
+        inputs, targets, document_start = batch
+        return Batch(move(inputs), move(targets), None if document_start is None else move(document_start))

@@ -10,12 +10,13 @@ import sys
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,7 +31,7 @@ from gpt.training import rng
 from gpt.training.distributed import ALONE, Ranks
 from gpt.training.optim import learning_rate
 from gpt.training.run_folder import Progress, RunFolder
-from gpt.training.step import NonFiniteError, TrainStep
+from gpt.training.step import NonFiniteError, PendingStep, TrainStep
 
 SAMPLE_TOKENS = 500
 
@@ -49,6 +50,12 @@ class TrainResult:
     sample: str | None = None
     checkpoint: Path | None = None
     signal: int | None = None
+
+
+class _QueuedStep(NamedTuple):
+    step: PendingStep
+    rate: float
+    tokens: int  # of all ranks
 
 
 class Trainer:
@@ -89,6 +96,7 @@ class Trainer:
         self._progress = Progress()
         self._logged = Progress()  # as of the last record of the log
         self._saved: Path | None = None
+        self._queue: deque[_QueuedStep] = deque()  # steps whose results have not been read
 
         with ranks.agreement():
             ranks.check(config)
@@ -102,6 +110,7 @@ class Trainer:
             self.model = model.to(pick_device(config.device))
             self._step = TrainStep(model, config, torch.compile(model) if config.compile else None, ranks)
             on_gpu = self.device.type == "cuda"
+            self._ahead = 1 if on_gpu else 0  # steps that may be queued; a CPU computes while it queues
             self._peak = peak_flops(torch.cuda.get_device_name(self.device) if on_gpu else "cpu")
             if ranks.size > 1:
                 rng.seed(config.seed, self.step, ranks.rank)
@@ -136,7 +145,8 @@ class Trainer:
     def run(self) -> TrainResult:
         """Trains until max_steps, until patience runs out, or until Ctrl-C or SIGTERM.
 
-        A signal lets the current step finish; the run then saves a checkpoint and returns.
+        On a GPU, a step's result is read after the next step is queued, so that the GPU always has work. A
+        signal lets the queued steps finish; the run then saves a checkpoint and returns.
 
         Raises:
             NonFiniteError: A loss or gradient is not finite. The step changed nothing, and its batches are
@@ -161,7 +171,16 @@ class Trainer:
         )
         with _stop_signals() as received, progress_bar as bar:
             while not done and not stop:
-                record, stop = self._take_step(received)
+                self._queue_step(received)
+                ahead = 0 if self._needs_result(received) else self._ahead
+                while len(self._queue) > (0 if stop else ahead):
+                    record, stopped = self._finish_step()
+                    stop |= stopped
+                    bar.set_postfix_str(_bar_text(record), refresh=False)
+                    bar.update()
+                if self._queue:
+                    continue
+
                 done = self.step >= self.config.max_steps
                 if self._due(self.config.eval_interval):
                     record |= self._estimates()
@@ -171,10 +190,8 @@ class Trainer:
                     losses = self._final_losses()
                     record |= {"final": True, **losses}
 
-                bar.set_postfix_str(_bar_text(record), refresh=False)
-                bar.update()
                 if self.step == 1 or self._due(self.config.log_interval) or "validation_loss" in record:
-                    self._write_log(record | {"gradient_norms": self._step.gradient_norms()})
+                    self._write_log(record)
                 if done or stop or self._due(self.config.checkpoint_interval or self.config.eval_interval):
                     self._save()
 
@@ -194,16 +211,32 @@ class Trainer:
         stream: Stream = "estimate" if split == "train" else "validation"
         return self._mean_loss(self._batch(stream, i) for i in range(self.config.eval_batches))
 
-    def _take_step(self, received: Sequence[int]) -> tuple[dict[str, Any], bool]:
-        """Takes one step; returns its log record, and whether any rank has received a signal."""
-        rate = learning_rate(self.step, self.config)
+    def _queue_step(self, received: Sequence[int]) -> None:
+        """Queues the step after those that are queued."""
         started = time.perf_counter()
-        batches = [
-            self._batch("train", self.step, i) for i in self.ranks.share(range(self.config.grad_accum))
-        ]
+        step = self.step + len(self._queue)
+        batches = [self._batch("train", step, i) for i in self.ranks.share(range(self.config.grad_accum))]
+        tokens = self.ranks.size * sum(batch.inputs.numel() for batch in batches)
+        rate = learning_rate(step, self.config)
+        self._queue.append(_QueuedStep(self._step.enqueue(batches, rate, received), rate, tokens))
+        self._progress.seconds += time.perf_counter() - started
+
+    def _needs_result(self, received: Sequence[int]) -> bool:
+        """Whether something follows the newest step that needs its result, or the state after it."""
+        config, step = self.config, self.step + len(self._queue)
+        if step == 1 or step >= config.max_steps or (received and self.ranks.size == 1):
+            return True
+        intervals = config.log_interval, config.eval_interval, config.checkpoint_interval or 0
+        return any(interval and step % interval == 0 for interval in intervals)
+
+    def _finish_step(self) -> tuple[dict[str, Any], bool]:
+        """Reads the result of the oldest queued step; returns its log record, and whether to stop."""
+        started = time.perf_counter()
+        queued = self._queue.popleft()
         try:
-            loss, norm, stop = self._step(batches, rate, received)
+            result = queued.step.result()
         except NonFiniteError as error:
+            self._queue.clear()
             kept = self.ranks.on_first(self._keep_batches)
             raise NonFiniteError(
                 f"step {self.step + 1}: {error}; stopped before it changed anything{kept}"
@@ -211,7 +244,7 @@ class Trainer:
 
         progress = self._progress
         progress.step += 1
-        progress.tokens += self.ranks.size * sum(batch.inputs.numel() for batch in batches)
+        progress.tokens += queued.tokens
         progress.seconds += time.perf_counter() - started
         speed = (progress.tokens - self._logged.tokens) / (progress.seconds - self._logged.seconds)
         mfu = None
@@ -221,13 +254,14 @@ class Trainer:
             "step": progress.step,
             "seconds": progress.seconds,
             "tokens": progress.tokens,
-            "train_loss": loss,
-            "learning_rate": rate,
-            "gradient_norm": norm,
+            "train_loss": result.loss,
+            "learning_rate": queued.rate,
+            "gradient_norm": result.gradient_norm,
             "tokens_per_second": speed,
             "mfu": mfu,
+            "gradient_norms": result.gradient_norms,
         }
-        return record, stop
+        return record, result.stop
 
     def _batch(self, stream: Stream, step: int, micro_step: int = 0) -> Batch:
         config = self.config

@@ -1,6 +1,6 @@
 """CUDA graphs simulated on a CPU.
 
-A capture leaves memory unchanged, and a replay runs the same operations on the same memory.
+A capture leaves memory and random state unchanged, and a replay runs the same operations on the same memory.
 """
 
 from __future__ import annotations
@@ -24,17 +24,16 @@ class Recording(TorchDispatchMode):
         self._operations: list[tuple[Any, Any, Any, Any]] = []
         self._before: dict[int, tuple[Tensor, Tensor]] = {}  # tensors that are written, and their old values
         self._own: dict[int, Tensor] = {}  # memory of the graph, kept alive as in its pool
+        self._random = torch.get_rng_state()
         self.replays = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         for argument, value in zip(function._schema.arguments, args, strict=False):
-            if (
-                argument.alias_info is not None
-                and argument.alias_info.is_write
-                and _memory(value) not in self._own
-            ):
-                self._before.setdefault(_memory(value), (value, value.clone()))
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                for t in tree_leaves(value):  # a tensor or a list of them
+                    if _memory(t) not in self._own and _memory(t) not in self._before:
+                        self._before[_memory(t)] = t, t.clone()
         given = {_memory(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         result = function(*args, **kwargs)
         self._own |= {
@@ -43,16 +42,29 @@ class Recording(TorchDispatchMode):
         self._operations.append((function, args, kwargs, result))
         return result
 
+    @torch.no_grad()
     def undo(self) -> None:
+        torch.set_rng_state(self._random)
         for tensor, values in self._before.values():
             tensor.copy_(values)
 
+    @torch.no_grad()
     def replay(self) -> None:
         self.replays += 1
         for function, args, kwargs, result in self._operations:
             for kept, new in zip(tree_leaves(result), tree_leaves(function(*args, **kwargs)), strict=True):
                 if isinstance(kept, Tensor) and _memory(kept) != _memory(new):
                     kept.copy_(new)
+
+
+class Stream:
+    """Replaces torch.cuda.Stream."""
+
+    def __init__(self, device: object = None) -> None:
+        pass
+
+    def wait_stream(self, stream: Stream) -> None:
+        pass
 
 
 def _memory(tensor: Tensor) -> int:
@@ -69,12 +81,16 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
 
     @contextmanager
     def capture(graph: Recording, stream: object, capture_error_mode: str) -> Iterator[None]:
-        with graph:
-            yield
-        graph.undo()
+        try:
+            with graph:
+                yield
+        finally:
+            graph.undo()
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", create)
     monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     return made

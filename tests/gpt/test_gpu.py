@@ -19,7 +19,7 @@ from gpt import GPT, GPTConfig, TokenData, TrainConfig, Trainer
 from gpt.data.dataset import Batch
 from gpt.files import read_json
 from gpt.preflight import preflight
-from gpt.training.step import TrainStep
+from gpt.training.step import PendingStep, StepResult, TrainStep
 from gpt.weights.checkpoint import read_tensors
 from kernels.registry import SPECS
 from kernels.tolerance import compare
@@ -216,6 +216,58 @@ def test_training_stays_within_the_noise_of_seeds() -> None:
     triton, reference, other = curve(True, 0, data), curve(False, 0, data), curve(False, 1, data)
     assert reference[-1] < 0.6 * reference[0]
     assert gap(triton, reference) <= gap(other, reference)
+
+
+def queue_steps(step: TrainStep, data: list[Batch]) -> list[PendingStep]:
+    """Queues one step of two micro-batches for each pair in `data`, with a falling rate."""
+    return [step.enqueue(data[i : i + 2], rate=1e-3 / (i + 1)) for i in range(0, len(data), 2)]
+
+
+@pytest.mark.driver("CUDA graphs")
+@pytest.mark.parametrize("use_triton", [True, False])
+@pytest.mark.parametrize(("optimizer", "dtype"), [("adamw", "bfloat16"), ("muon", "float16")])
+def test_captured_training_equals_eager(
+    use_triton: bool, optimizer: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph that replays a stale rate, batch, weight or dropout mask, or that cannot be captured."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    data = batches(12, batch=4, length=128)
+
+    def train(no_capture: bool) -> tuple[list[StepResult], list[torch.Tensor]]:
+        torch.manual_seed(0)
+        model = GPT(
+            "gpt2", vocab_size=VOCABULARY, n_layer=2, dropout=0.1, use_triton=use_triton, device=DEVICE
+        )
+        config = TrainConfig(optimizer=optimizer, dtype=dtype, no_capture=no_capture)
+        step = TrainStep(model, config)
+        results = [pending.result() for pending in queue_steps(step, data)]
+        assert (step._graph is None or step._graph._graph is None) == no_capture
+        return results, [p.detach() for p in model.parameters()]
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        captured, eager = train(False), train(True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert captured[0] == eager[0]
+    assert all(map(torch.equal, captured[1], eager[1]))
+
+
+@pytest.mark.driver("torch's check for synchronisations needs a CUDA context")
+@pytest.mark.parametrize("no_capture", [False, True])
+@pytest.mark.parametrize(("optimizer", "dtype"), [("adamw", "bfloat16"), ("muon", "float16")])
+def test_training_does_not_synchronise(no_capture: bool, optimizer: str, dtype: str) -> None:
+    """A host that synchronises for a loss, a norm or a scale before it queues the next step."""
+    model = GPT("gpt2", vocab_size=VOCABULARY, n_layer=2, use_triton=True, device=DEVICE)
+    step = TrainStep(model, TrainConfig(optimizer=optimizer, dtype=dtype, no_capture=no_capture))
+    data = batches(16, batch=4, length=128)
+    queue_steps(step, data[:6])  # compiles, and captures the graph
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pending = queue_steps(step, data[6:])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(p.result().loss > 0 for p in pending)
 
 
 @pytest.mark.driver("a time")

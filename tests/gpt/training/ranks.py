@@ -129,6 +129,30 @@ def non_finite(ranks: Ranks, out: Path) -> Any:
     return str(error.value), all(map(torch.equal, before, trainer.model.parameters()))
 
 
+def late(ranks: Ranks, out: Path) -> Any:
+    """A NaN on rank 1 in the third step, read one step late: the message, and whether anything changes."""
+    data = TokenData.from_text(TEXT)
+    config = replace(MUON, log_interval=100, eval_interval=100, checkpoint_interval=100)
+    trainer = Trainer(make_model(data), data, config, out=out / "late", ranks=ranks)
+    trainer._ahead = 1
+    factor, before = torch.ones(()), []
+    draw, model = data.batch, trainer.model
+
+    def batch(stream: Any, *args: Any, **kwargs: Any) -> Any:
+        if stream == "train":
+            if kwargs["step"] == 2 and not before:
+                before.extend(t.clone() for t in (*model.parameters(), *trainer._step.tensors().values()))
+            factor.fill_(math.nan if ranks.rank and kwargs["step"] == 2 else 1)
+        return draw(stream, *args, **kwargs)
+
+    data.batch = batch  # type: ignore[method-assign]
+    trainer._step._forward = lambda *args, **kwargs: model(*args, **kwargs) * factor
+    with pytest.raises(NonFiniteError) as error:
+        trainer.run()
+    after = (*model.parameters(), *trainer._step.tensors().values())
+    return str(error.value), trainer.step, all(map(torch.equal, before, after))
+
+
 def overflow(ranks: Ranks, out: Path) -> Any:
     """A float16 gradient that overflows on rank 1 alone: the scale, and whether the parameters stay."""
     with pytest.MonkeyPatch.context() as patch:
@@ -150,6 +174,7 @@ SCENARIOS: tuple[Callable[[Ranks, Path], Any], ...] = (
     failures,
     failing_trainer,
     non_finite,
+    late,
     overflow,
 )
 

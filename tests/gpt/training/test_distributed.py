@@ -207,6 +207,14 @@ def test_a_non_finite_loss_of_one_rank_stops_all(pair: Pair) -> None:
     assert pair("overflow") == [(0.5, True)] * 2
 
 
+def test_a_late_non_finite_loss_stops_all(pair: Pair) -> None:
+    """A rank that names another step, or that updates in the step after the failed one."""
+    (message, *first), (also, *second) = pair("late")
+    assert message == also
+    assert message.startswith("step 3: the loss is nan; stopped before it changed anything")
+    assert first == second == [2, True]
+
+
 def test_bad_input_is_reported_once(pair: Pair) -> None:
     """One error line per process, a wrong exit code, or a folder created before the check."""
     assert pair.codes == [2, 2]
