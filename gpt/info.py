@@ -15,6 +15,7 @@ from gpt.device import find_gpu
 from gpt.errors import InputError
 from gpt.files import read_json
 from gpt.step_time import DISPATCH_SECONDS, GAP_SECONDS, LAUNCH_SECONDS, Prediction, predict
+from gpt.training.capture import TOKENS
 from gpt.weights import checkpoint
 
 MIB = 2**20
@@ -71,7 +72,10 @@ def _predict(config: GPTConfig, flags: dict[str, Any]) -> Prediction | None:
             raise InputError(f"--gpu is not given, expected a GPU with --{next(iter(flags))}")
         return None
     train = TrainConfig(batch_size=options.batch_size, grad_accum=options.grad_accum)
-    prediction = predict(config, find_gpu(options.gpu), train.batch_size, train.grad_accum)
+    tokens = train.grad_accum * train.batch_size * config.block_size
+    prediction = predict(
+        config, find_gpu(options.gpu), train.batch_size, train.grad_accum, captured=tokens <= TOKENS
+    )
     if options.json is not None:
         try:
             kernels.files.write_json(Path(options.json), prediction.to_dict(), indent=1)
@@ -141,9 +145,8 @@ def prediction_report(prediction: Prediction) -> str:
         "",
         f"predicted: {_speed(prediction, prediction.seconds)}",
     ]
-    if host > prediction.gpu_seconds:
-        captured = _speed(prediction, prediction.gpu_seconds)
-        lines.append(f"predicted with the step in a CUDA graph, without the host's work: {captured}")
+    if prediction.captured and host > prediction.gpu_seconds:
+        lines.append(f"predicted with --no_capture, without a CUDA graph: {_speed(prediction, host)}")
     return "\n".join([*lines, "", *_assumptions(prediction)])
 
 

@@ -2,7 +2,7 @@
 
 The step is `gpt.training.step.TrainStep` in bfloat16 with the fused kernels and AdamW. A component takes
 max(FLOPs / matmul rate, bytes / copy rate) / efficiency. The step takes the sum of the components, or the
-host's time to issue them where that is longer.
+host's time to issue them where that is longer and the step is not captured as a CUDA graph.
 
 Shapes: N tokens of a micro-batch, C = n_embd, H heads of D = head_size, I = inner_size, V = vocab_size, P
 parameters.
@@ -70,6 +70,7 @@ class Prediction:
     batch_size: int
     grad_accum: int
     components: tuple[Component, ...]
+    captured: bool = False  # the step runs as a CUDA graph, which the host launches at once
 
     @property
     def matmul_rate(self) -> float:
@@ -109,18 +110,18 @@ class Prediction:
 
     @property
     def gpu_seconds(self) -> float:
-        """The GPU's time, which is the step's where a CUDA graph replaces the work of the host."""
+        """The GPU's time."""
         return sum(map(self.seconds_of, self.components)) + self.gap_seconds
 
     @property
     def host_seconds(self) -> float:
-        """The host's time to issue a step."""
+        """The host's time to issue a step without a CUDA graph."""
         return LAUNCH_SECONDS * self.launches + DISPATCH_SECONDS * self.dispatches
 
     @property
     def seconds(self) -> float:
-        """The time of a step without a CUDA graph."""
-        return max(self.gpu_seconds, self.host_seconds)
+        """The time of a step."""
+        return self.gpu_seconds if self.captured else max(self.gpu_seconds, self.host_seconds)
 
     @property
     def tokens(self) -> int:
@@ -148,6 +149,7 @@ class Prediction:
             "gpu": self.gpu._asdict(),
             "batch_size": self.batch_size,
             "grad_accum": self.grad_accum,
+            "captured": self.captured,
             "matmul_flops_per_second": self.matmul_rate,
             "copy_bytes_per_second": self.copy_rate,
             **{name: getattr(self, name) for name in figures},
@@ -160,7 +162,9 @@ class Prediction:
         }
 
 
-def predict(config: GPTConfig, gpu: GPU, batch_size: int, grad_accum: int = 1) -> Prediction:
+def predict(
+    config: GPTConfig, gpu: GPU, batch_size: int, grad_accum: int = 1, *, captured: bool = False
+) -> Prediction:
     """Predicts a step of `grad_accum` micro-batches of `batch_size` sequences of block_size tokens."""
     parts = [part.times(grad_accum) for part in _micro_batch(config, batch_size)]
     return Prediction(
@@ -169,6 +173,7 @@ def predict(config: GPTConfig, gpu: GPU, batch_size: int, grad_accum: int = 1) -
         batch_size=batch_size,
         grad_accum=grad_accum,
         components=(*parts, *_update(config, grad_accum)),
+        captured=captured,
     )
 
 
@@ -222,8 +227,8 @@ def _update(config: GPTConfig, grad_accum: int) -> Iterator[Component]:
     if grad_accum > 1:
         moved = 3 * FP32 * total * (grad_accum - 1)
         yield Component("accumulation", 0, moved, 0.85, "a pass over memory")
-    # The norm reads the gradients; the factor reads and writes them.
-    yield Component("clipping", 0, 3 * FP32 * total, 0.85, "passes over memory")
+    # The norm reads the gradients; AdamW, which divides them, writes them back.
+    yield Component("clipping", 0, 2 * FP32 * total, 0.85, "passes over memory")
     # Parameter, gradient and two averages in; parameter and two averages out.
     yield Component("AdamW", 0, 7 * FP32 * total, 0.9, "torch's fused kernel")
 

@@ -47,7 +47,7 @@ def test_the_command_predicts_a_step(tmp_path: Path, capsys: pytest.CaptureFixtu
         "278 Triton launches",
     ):
         assert part in printed
-    assert "CUDA graph" not in printed
+    assert "--no_capture" not in printed
 
     written = json.loads(path.read_text("utf-8"))
     assert written == json.loads(json.dumps(prediction.to_dict()))
@@ -60,7 +60,7 @@ def test_the_command_predicts_a_step(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert re.search(rf"^{part['name']} .* {end}$", printed, re.M)
 
     assert info.main(["gpt2", "--gpu", "h200", "--batch_size", "1"]) == 0
-    assert "predicted with the step in a CUDA graph, without the host's work: " in capsys.readouterr().out
+    assert "predicted with --no_capture, without a CUDA graph: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,7 @@ def test_a_component_takes_its_slower_resource() -> None:
     assert prediction.seconds_of(memory) == pytest.approx(1e-3 / 0.8)
     assert prediction.gpu_seconds == pytest.approx(3.25e-3 + prediction.gap_seconds)
     assert prediction.seconds == prediction.host_seconds  # 3 ms of work, but hundreds of operations to issue
+    assert replace(prediction, captured=True).seconds == prediction.gpu_seconds
     seconds = 2.0
     assert prediction.mfu(seconds) == GPT2.flops_per_token() * 64 * 1024 / seconds / 989e12
 
