@@ -15,10 +15,7 @@ from kernels.spec import FLOAT_DTYPES, SHORT_DTYPE, Build
 
 _HEAD_DIMENSIONS = (16, 32, 64, 96, 128, 256)
 _GATED_HEAD_DIMENSIONS = (64, 128)
-_EXCEPTIONS = {
-    "copies": "a tile with two stages prefetches nothing; three stages are not in the table yet",
-    "masked": "the masked loop compares the indices of every element",
-}
+_WITH_START = {"masked": "key_start is a second comparison for each element"}
 _VARIANTS: tuple[dict[str, Any], ...] = ({}, {"key_start": True}, {"dropout_p": 0.1}, {"hkv": 2})
 
 
@@ -44,6 +41,7 @@ def _causal(
     options = {"start": key_start, "dropout": dropout_p > 0, "grouped": hkv < h}
     label = "-".join([SHORT_DTYPE[dtype], f"D{d}", *(name for name, used in options.items() if used)])
     gated = dtype != torch.float32 and d in _GATED_HEAD_DIMENSIONS and architecture in (80, 90)
+    exceptions = _WITH_START if key_start else {}
     tiles = tuning.attention_tiles(architecture, dtype.itemsize, d, dropout=dropout_p > 0, grouped=hkv < h)
 
     meta: dict[str, Any] = {"device": "meta", "dtype": dtype}
@@ -60,11 +58,11 @@ def _causal(
         "scale": 0.125,
         "dropout_p": dropout_p,
     }
-    yield attention_forward(**arguments, tile=tiles.forward).build(label, gated=gated, exceptions=_EXCEPTIONS)
+    yield attention_forward(**arguments, tile=tiles.forward).build(label, gated=gated, exceptions=exceptions)
 
     arguments |= {"grad": grad, "dq": dq, "dk": dk, "dv": dv}
     for launch in attention_backward(**arguments, tiles=tiles._replace(atomic=None)):
-        yield launch.build(label, gated=gated, exceptions=_EXCEPTIONS)
+        yield launch.build(label, gated=gated, exceptions=exceptions)
     if d in _GATED_HEAD_DIMENSIONS and dtype != torch.float32:
         atomic = tiles._replace(atomic=tiles.atomic or tuning.ATTENTION_ATOMIC[d])
         for launch in attention_backward(**arguments, tiles=atomic):
