@@ -10,10 +10,12 @@ import pytest
 import torch
 
 import kernels
-from gpt import GPT, GPTConfig
+from gpt import GPT, GPTConfig, TrainConfig
 from gpt import step_time as st
+from gpt.data.dataset import Batch
 from gpt.device import GPUS, find_gpu
 from gpt.preflight import cases
+from gpt.training.step import TrainStep
 from kernels.registry import SPECS
 from tests.gpt.test_host_work import Dispatches
 
@@ -158,6 +160,21 @@ def test_host_work_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dispatches_per_layer == st.DISPATCHES_PER_LAYER
     assert counts[2][0] - 2 * launches_per_layer == st.LAUNCHES_OUTSIDE
     assert counts[2][1] - 2 * dispatches_per_layer == st.DISPATCHES_OUTSIDE
+
+
+def test_the_work_of_the_update_is_counted() -> None:
+    """Operations around the forward and backward passes of a step that the prediction leaves out."""
+    model = GPT(vocab_size=64, block_size=16, n_layer=2, n_head=2, n_embd=32, use_triton=False)
+    idx = torch.randint(64, (2, 16))
+    step = TrainStep(model, TrainConfig(dtype="float32", device="cpu"))
+    step([Batch(idx, idx, None)], 1e-3)  # creates AdamW's state
+    with Dispatches() as whole:
+        step.enqueue([Batch(idx, idx, None)], 1e-3)
+    model.zero_grad()
+    with Dispatches() as passes:
+        model(idx, idx).backward()
+    bookkeeping = sum("profiler" in name for name in whole.names)
+    assert len(whole.launching()) - len(passes.launching()) - bookkeeping == st.DISPATCHES_OF_UPDATE
 
 
 def test_work_is_the_specification() -> None:
