@@ -180,9 +180,8 @@ class GPT(nn.Module):
         seeds = _site_seeds(self.dropout_seed if dropout_p else None, SITES * self.config.n_layer + 2)
         run = Pass(idx.shape, key_start, dropout_p, seeds, cache)
 
-        x = _dropout(self.wte(idx) + self.wpe(position), dropout_p, seeds[-2]).flatten(
-            0, 1
-        )  # (N, C), N = B T
+        x = self.wte(idx) + self.wpe(position)  # (B, T, C)
+        x = _dropout(x, dropout_p, seeds[-2]).flatten(0, 1)  # (N, C), N = B T
         branch = None  # (N, C), what the previous block has left to add to x
         for block in self.blocks:
             branch, x = block(branch, x, run)
