@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 
-from bench import table, targets
+from bench import ratchet, table, targets
 from bench.contestants import OURS
 from bench.machine import ROOT
 from bench.plot import ratios, results_in, speed_svg
@@ -26,6 +26,7 @@ from gpt.files import read_json
 
 RESULTS = ROOT / "bench" / "results"
 VALIDATED = RESULTS / "validate"
+NOT_TIMES = {VALIDATED, ratchet.TABLES}
 PICTURE = RESULTS / "speed.svg"
 FILES = (ROOT / "README.md", ROOT / "bench" / "README.md")
 BLOCK = re.compile(r"<!-- bench:(?P<name>[\w-]+) -->\n.*?<!-- /bench:(?P=name) -->", re.DOTALL)
@@ -75,7 +76,7 @@ def results() -> dict[Path, Report]:
     If two reports timed the same op at the same case, the later one counts, because contestants are only
     compared within one run.
     """
-    folders = sorted({path.parent for path in RESULTS.glob("*/*.json")} - {VALIDATED})
+    folders = sorted({path.parent for path in RESULTS.glob("*/*.json")} - NOT_TIMES)
     reports = {at: [load(path) for path in sorted(at.glob("*.json"))] for at in folders}
     return {
         at: reduce(_merge, sorted(parts, key=lambda report: report.machine.date))

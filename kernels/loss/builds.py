@@ -14,7 +14,7 @@ _ROWS = 4096
 
 
 def linear_cross_entropy_builds() -> Iterator[Build]:
-    """Losses alone, with gradients, with smoothing, and with every option, for a small and GPT-2's vocabulary."""
+    """Losses alone, with gradients, with smoothing, and with every option, at two vocabularies."""
     for dtype in FLOAT_DTYPES:
         for v in (65, 50257):
             gated = dtype == torch.bfloat16 and v == 50257
