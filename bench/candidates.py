@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from bench.aot import Compiled, examine
+from bench.aot import examine
+from bench.gates import Compiled
 from kernels import tuning
 from kernels.registry import SPECS
 from kernels.tuning import Tile
