@@ -21,22 +21,9 @@ from gpt.cli import run_command
 from kernels.registry import SPECS
 from kernels.spec import Build
 from kernels.tuning import Tile
+from tests.bench.test_gates import GOOD
 
 ROOT = Path(__file__).parents[2]
-GOOD = Compiled(
-    op="op",
-    kernel="_kernel",
-    label="bf16-D64",
-    architecture=90,
-    warps=4,
-    stages=3,
-    gated=True,
-    registers=128,
-    shared=64 * 1024,
-    programs=3,
-    hgmma=16,
-    loops=(Loop(100, matmuls=8, copy_waits=(2, 1)), Loop(120, matmuls=8, copy_waits=(2, 1))),
-)
 # Runs in its own process, because the kernels are interpreted in this one.
 PROGRAM = """
 import json, sys
@@ -108,7 +95,9 @@ def test_a_row_is_printed() -> None:
     assert " 100+120 " in line(GOOD)
     assert line(replace(GOOD, problem="no HGMMA")).endswith("gated  BROKEN: no HGMMA")
     assert line(replace(GOOD, problem="x", allowed="y (z)")).endswith("gated  BROKEN: x  allowed: y (z)")
-    assert loop_lines(GOOD)[1] == "    loop 2: instructions 120, matmuls 8, copy_waits 2 1"
+    assert loop_lines(GOOD)[0] == (
+        "    loop 1: instructions 100, matmuls 8, matmul_waits 1, barriers 2, copy_waits 2 1"
+    )
 
 
 def test_differences_between_reports_are_listed() -> None:
@@ -120,7 +109,7 @@ def test_differences_between_reports_are_listed() -> None:
     )
     assert lines == [
         f"{GOOD.id}: registers 128 -> 255, spills 0 -> 2, loop instructions [100, 120] -> [100, 140], "
-        "loop copy_waits [[2, 1], [2, 1]] -> [[2, 1], [0]]",
+        "loop copy_waits [[2, 1], [1]] -> [[2, 1], [0]]",
         f"{replace(GOOD, label='bf16-D128').id}: new",
         f"{other.id}: gone",
     ]
