@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
-from gpt.errors import InputError, unknown
+from gpt.errors import InputError, ReportedError, unknown
 
 Values = dict[str, dict[str, Any]]
 USE_TRITON: dict[str, bool | str] = {"auto": "auto", "true": True, "false": False}
@@ -140,9 +140,9 @@ class OptionParser(argparse.ArgumentParser):
 
 
 def run_command(name: str, command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: 2 after an InputError, 130 after Ctrl-C.
+    """Runs a command and returns its exit code: that of a ReportedError, 130 after Ctrl-C.
 
-    InputErrors and warnings are printed on stderr, one line each.
+    Errors and warnings are printed on stderr, one line each.
     """
 
     def print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -153,9 +153,9 @@ def run_command(name: str, command: Callable[[Sequence[str]], int], argv: Sequen
         warnings.showwarning = print_warning
         try:
             return command(sys.argv[1:] if argv is None else argv)
-        except InputError as error:
+        except ReportedError as error:
             print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
+            return error.exit_code
         except KeyboardInterrupt:
             return 130
         except BrokenPipeError:  # the reader of our output has exited, as in `| head`

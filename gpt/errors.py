@@ -1,19 +1,68 @@
-"""The exception for wrong input from the user, and the form of its message."""
+"""The errors that commands report in one line: wrong input, values that are not finite, a failing machine."""
 
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable
+from typing import ClassVar
+
+# Errors of a file system that the user can correct by naming another path or changing permissions.
+_USERS_FAULT = {
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EINVAL,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ENOTEMPTY,
+    errno.ENXIO,
+    errno.EPERM,
+    errno.EROFS,
+}
 
 
-class InputError(ValueError):
+class ReportedError(Exception):
+    """An error that a command prints in one line, without a traceback, before it ends with `exit_code`."""
+
+    exit_code: ClassVar[int]
+
+
+class InputError(ReportedError, ValueError):
     """Input from the user is wrong. The message is one line: "where: name is value, expected …"."""
+
+    exit_code = 2
+
+
+class NonFiniteError(ReportedError, ArithmeticError):
+    """A loss, a gradient, a weight or the state of an optimizer is infinite or NaN. The message names it."""
+
+    exit_code = 4
+
+
+class MachineError(ReportedError, RuntimeError):
+    """The machine cannot go on: its disk is full, a file system fails, memory is exhausted."""
+
+    exit_code = 5
 
 
 def unknown(where: str, name: object, valid: Iterable[str]) -> InputError:
     """The error for a name that is not in `valid`; it suggests the most similar valid name."""
     nearest = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0)[0]
     return InputError(f"{where}: {name!r} is unknown, the nearest valid one is {nearest!r}")
+
+
+def cannot_write(where: str, path: str | os.PathLike[str], error: OSError) -> InputError | MachineError:
+    """The error for a path that could not be written.
+
+    It is an InputError where the path or its permissions are wrong, and a MachineError where the disk is full
+    or fails.
+    """
+    kind = InputError if error.errno in _USERS_FAULT else MachineError
+    return kind(f"{where}: cannot write {os.fspath(path)}: {error.strerror or error}")
 
 
 def first_line(error: BaseException) -> str:

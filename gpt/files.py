@@ -1,22 +1,98 @@
-"""Files from outside: JSON that may be damaged, and downloads with a known hash and a time limit."""
+"""Files from outside: paths that the user types, files that may be damaged, downloads with a known hash."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import json
+import os
 import queue
+import stat
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
-import kernels.files
 from gpt.errors import InputError
 from kernels.files import replacing
 
 PATIENCE = 4.0  # seconds to wait for the first answer of a network
+JSON_LIMIT = 1 << 28  # bytes of the largest JSON file that is read; a tokenizer.json may have megabytes
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFSOCK: "a socket",
+}
 Answer = TypeVar("Answer")
+
+
+def user_path(text: str | os.PathLike[str], where: str) -> Path:
+    """The path that a user typed, with `~` expanded. It may be missing.
+
+    Args:
+        text: What the user typed.
+        where: What takes the path, as in "--data"; the error message begins with it.
+
+    Raises:
+        InputError: No file can have this path: it is empty, holds a NUL or a name that is too long, or begins
+            with the home folder of a user that does not exist.
+    """
+    shown = os.fspath(text)
+    try:
+        path = Path(text).expanduser()
+        if not shown:
+            raise InputError(f"{where}: the path is empty, expected a file or a folder")
+        os.lstat(path)
+    except RuntimeError as error:
+        raise InputError(f"{where}: {shown!r} has no home folder, expected a path without ~") from error
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{where}: {shown!r} is not a path ({error})") from error
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise InputError(f"{where}: {shown[:80]!r} is not a path ({error.strerror})") from error
+    return path
+
+
+def open_regular(path: Path, where: str) -> IO[bytes]:
+    """Opens a regular file, or a link to one, for reading. It never waits, as opening a FIFO would.
+
+    Raises:
+        InputError: The file is missing, cannot be read, or is a folder, a FIFO, a device or a socket.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except OSError as error:
+        raise InputError(f"{where}: cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{where}: {str(path)!r} is not a path ({error})") from error
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(handle)
+        kind = KINDS.get(stat.S_IFMT(mode), "not a file")
+        raise InputError(f"{where}: {path} is {kind}, expected a regular file")
+    return os.fdopen(handle, "rb")
+
+
+def read_regular(path: Path, where: str, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes.
+
+    Raises:
+        InputError: The file cannot be opened (see `open_regular`) or read, or is larger.
+    """
+    with open_regular(path, where) as file:
+        try:
+            content = file.read(limit + 1)
+        except OSError as error:
+            raise InputError(f"{where}: cannot read {path}: {error.strerror}") from error
+    if len(content) > limit:
+        raise InputError(f"{where}: {path} has more than {limit:,} bytes, the most that is read")
+    return content
 
 
 def read_json(path: Path, where: str = "checkpoint") -> dict[str, Any]:
@@ -29,12 +105,14 @@ def read_json(path: Path, where: str = "checkpoint") -> dict[str, Any]:
     Raises:
         InputError: The file cannot be read, or does not hold a JSON object.
     """
+    content = read_regular(path, where, JSON_LIMIT)
     try:
-        return kernels.files.read_json(path)
-    except OSError as error:
-        raise InputError(f"{where}: cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{where}: {error}") from error
+        value = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: {path} is not a JSON file ({error})") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: {path} holds a {type(value).__name__}, expected a JSON object")
+    return value
 
 
 def within(seconds: float, ask: Callable[[], Answer]) -> Answer:

@@ -30,7 +30,6 @@ from gpt.model import GPT
 from gpt.training import distributed
 from gpt.training.distributed import Ranks
 from gpt.training.run_folder import PLOT
-from gpt.training.step import NonFiniteError
 from gpt.training.trainer import Trainer, TrainResult
 from gpt.weights import checkpoint
 from gpt.weights.pretrained import load_pretrained, load_pretrained_tokenizer
@@ -112,12 +111,7 @@ def _run(argv: Sequence[str], ranks: Ranks) -> int:
     if not _preflight(trainer, strict=run.strict):
         return 3
 
-    try:
-        result = trainer.run()
-    except NonFiniteError as error:
-        print(f"gpt.train: {error}", file=sys.stderr)
-        return 4
-
+    result = trainer.run()
     if result.signal is not None:
         launch = f"-m torch.distributed.run --nproc_per_node {ranks.local_size} " if ranks.size > 1 else ""
         resume = f"{_python()} {launch}-m gpt.train --out {shlex.quote(str(out))} --resume"

@@ -18,16 +18,13 @@ from torch import Tensor
 from gpt.config import TrainConfig
 from gpt.data.dataset import IGNORED, Batch
 from gpt.device import autocast, autocast_dtype
+from gpt.errors import NonFiniteError
 from gpt.kv_cache import captures
 from gpt.model import GPT
 from gpt.training.capture import TOKENS, StepGraph
 from gpt.training.distributed import ALONE, Ranks
 from gpt.training.loss_scale import LossScale
 from gpt.training.optim import load_state_tensors, make_optimizers, state_tensors, update
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient is infinite or NaN; neither the parameters nor the optimizers have changed."""
 
 
 class StepResult(NamedTuple):

@@ -25,13 +25,13 @@ from gpt.config import TrainConfig
 from gpt.data.dataset import IGNORED, Batch, Split, Stream, TokenData
 from gpt.data.tokenizers import first_ids
 from gpt.device import peak_flops, pick_device
-from gpt.errors import InputError
+from gpt.errors import InputError, NonFiniteError
 from gpt.model import GPT
 from gpt.training import rng
 from gpt.training.distributed import ALONE, Ranks
 from gpt.training.optim import learning_rate
 from gpt.training.run_folder import Progress, RunFolder
-from gpt.training.step import NonFiniteError, PendingStep, TrainStep
+from gpt.training.step import PendingStep, TrainStep
 
 SAMPLE_TOKENS = 500
 

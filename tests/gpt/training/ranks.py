@@ -20,9 +20,10 @@ import torch
 
 from gpt import GPT, InputError, Trainer, train
 from gpt.data.dataset import TokenData
+from gpt.errors import NonFiniteError
 from gpt.training import distributed
 from gpt.training.distributed import ALONE, Ranks
-from gpt.training.step import NonFiniteError, TrainStep
+from gpt.training.step import TrainStep
 from gpt.weights import checkpoint
 from tests.gpt.text import TEXT
 from tests.gpt.training.small_runs import CONFIG, disk_full, make_batches, make_model, stop_at

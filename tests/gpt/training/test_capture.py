@@ -13,9 +13,10 @@ import torch
 
 from gpt import GPT, TrainConfig
 from gpt.data.dataset import Batch, TokenData
+from gpt.errors import NonFiniteError
 from gpt.training.distributed import Ranks
 from gpt.training.optim import learning_rate
-from gpt.training.step import NonFiniteError, StepResult, TrainStep
+from gpt.training.step import StepResult, TrainStep
 from tests.gpt.graphs import Recording, fake
 from tests.gpt.training.small_runs import CONFIG, make_batches, make_model
 

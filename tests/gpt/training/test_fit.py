@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from gpt import GPT, InputError
+from gpt.errors import NonFiniteError
 from gpt.training.fit import EarlyStopping
-from gpt.training.step import NonFiniteError
 
 
 @pytest.fixture(autouse=True)

@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpt import TrainConfig, Trainer
 from gpt.data.dataset import Batch, TokenData
+from gpt.errors import NonFiniteError
 from gpt.files import read_json
 from gpt.training.loss_scale import LossScale
-from gpt.training.step import NonFiniteError, TrainStep
+from gpt.training.step import TrainStep
 from gpt.weights import checkpoint
 from tests.gpt.text import TEXT
 from tests.gpt.training.small_runs import CONFIG, make_batches, make_model, read_log, stop_at, without_times

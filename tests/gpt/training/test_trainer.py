@@ -15,9 +15,9 @@ import torch.nn.functional as F
 
 from gpt import GPT, GPTConfig, InputError, Trainer
 from gpt.data.dataset import Batch, TokenData
+from gpt.errors import NonFiniteError
 from gpt.files import read_json
 from gpt.training.optim import learning_rate
-from gpt.training.step import NonFiniteError
 from gpt.weights import checkpoint
 from tests.gpt.text import TEXT
 from tests.gpt.training.small_runs import CONFIG, make_model, read_log, run, stop_at, without_times
