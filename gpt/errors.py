@@ -63,10 +63,19 @@ def cannot_write(where: str, path: str | os.PathLike[str], error: OSError) -> In
     It is an InputError where the path or its permissions are wrong, and a MachineError where the disk is full
     or fails.
     """
+    return _kind(error)(f"{where}: cannot write {os.fspath(path)}: {error.strerror or error}")
+
+
+def system_error(error: OSError) -> InputError | MachineError:
+    """The error for an OSError that nothing else explains, such as one of stdout on a full disk."""
+    where = "output" if error.filename is None else repr(error.filename)
+    return _kind(error)(f"{where}: {error.strerror or first_line(error)}")
+
+
+def _kind(error: OSError) -> type[InputError] | type[MachineError]:
     named = re.search(r"\(os error (\d+)\)", str(error))  # libraries in Rust state it in their text alone
     number = int(named[1]) if error.errno is None and named else error.errno
-    kind = InputError if number in _USERS_FAULT else MachineError
-    return kind(f"{where}: cannot write {os.fspath(path)}: {error.strerror or error}")
+    return InputError if number in _USERS_FAULT else MachineError
 
 
 def first_line(error: BaseException) -> str:
