@@ -80,7 +80,7 @@ class Start:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return run_command("gpt.train", _train, argv)
+    return run_command("gpt.train", _train, argv, lower="--batch_size or --block_size")
 
 
 def _train(argv: Sequence[str]) -> int:

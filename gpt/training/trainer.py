@@ -385,7 +385,7 @@ def _stop_signals() -> Iterator[list[int]]:
 
     def note(number: int, _: object) -> None:
         if received:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         received.append(number)
 
     if threading.current_thread() is not threading.main_thread():

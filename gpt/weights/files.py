@@ -87,6 +87,19 @@ def weights_file(path: Path) -> Path:
     )
 
 
+def weights_size(path: Path) -> int:
+    """The bytes on disk of the weights in the file or folder `path`.
+
+    Raises:
+        InputError: As `weights_file`.
+    """
+    file = weights_file(path)
+    if file.name.endswith(".index.json"):
+        suffix = Path(file.name.removesuffix(".index.json")).suffix
+        return sum(shard.stat().st_size for shard in file.parent.glob(f"*{suffix}"))
+    return file.stat().st_size
+
+
 def read_weights(path: Path) -> Weights:
     """The tensors in the file `path`, or in the shards that it lists; memory-mapped if the format allows it.
 
