@@ -18,7 +18,9 @@ import torch
 
 from gpt.errors import InputError, first_line
 from gpt.files import PATIENCE, read_json, within
-from gpt.weights.checkpoint import CONFIG, FOLDER, MODEL, OPTIMIZER, STATE, SUMS, read_tensors
+from gpt.weights.checkpoint import CONFIG, FOLDER, MODEL, OPTIMIZER, STATE
+from gpt.weights.hashes import SUMS
+from gpt.weights.tensors import read_tensors
 
 WEIGHTS = (MODEL, f"{MODEL}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json", "ckpt.pt")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
