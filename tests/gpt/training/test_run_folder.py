@@ -91,7 +91,7 @@ def test_an_unsuitable_folder_is_refused(
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="file is not a folder"):
         Trainer(make_model(data), data, CONFIG, out=tmp_path / "file")
-    with pytest.raises(InputError, match=r"cannot write to .*below: Not a directory"):
+    with pytest.raises(InputError, match=r"cannot write .*below: Not a directory"):
         Trainer(make_model(data), data, CONFIG, out=tmp_path / "file" / "below").run()
     run(data, tmp_path / "run", replace(CONFIG, max_steps=1))
     lines = read_log(tmp_path / "run")
