@@ -136,7 +136,7 @@ def _settings(argv: Sequence[str]) -> tuple[RunConfig, Start]:
     )
     _, flags = parser.parse_tables(argv)
     run = RunConfig(**flags.pop("run"))
-    file = parser.read_file(run.config, TABLES) if run.config else {table: {} for table in TABLES}
+    file = {table: {} for table in TABLES} if run.config is None else parser.read_file(run.config, TABLES)
     given = {table: {**file[table], **flags[table]} for table in TABLES}
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
