@@ -142,7 +142,7 @@ def _flags(argv: Sequence[str]) -> tuple[RunConfig, Values]:
     )
     _, flags = parser.parse_tables(argv)
     run = RunConfig(**flags.pop("run"))
-    file = parser.read_file(run.config, TABLES) if run.config else {table: {} for table in TABLES}
+    file = {table: {} for table in TABLES} if run.config is None else parser.read_file(run.config, TABLES)
     return run, {table: {**file[table], **flags[table]} for table in TABLES}
 
 
