@@ -24,7 +24,7 @@ from gpt.data.token_files import (
     open_bin,
 )
 from gpt.data.tokenizers import FILE_NAME, BPETokenizer, CharTokenizer, Tokenizer, fingerprint, load_tokenizer
-from gpt.errors import InputError
+from gpt.errors import InputError, cannot_write
 from gpt.files import user_path
 from kernels.files import replacing
 
@@ -285,7 +285,7 @@ def save_bin(data: TokenData, directory: str | os.PathLike[str]) -> None:
                 np.asarray(data.tokens(split), "<u2").tofile(file)
         data.tokenizer.save(folder)
     except OSError as error:
-        raise InputError(f"save_bin: cannot write {folder}: {error.strerror or error}") from error
+        raise cannot_write("save_bin", folder, error) from error
 
 
 def _read_ids(parts: Sequence[Ids], tokenizer: Tokenizer) -> str:
