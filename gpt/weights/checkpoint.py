@@ -23,7 +23,7 @@ import torch
 from gpt.config import GPTConfig
 from gpt.data.tokenizers import FILE_NAME as TOKENIZER
 from gpt.data.tokenizers import Tokenizer, load_tokenizer
-from gpt.errors import InputError
+from gpt.errors import InputError, cannot_write
 from gpt.files import read_json
 from gpt.model import GPT
 from kernels.files import write_json
@@ -276,7 +276,7 @@ def commit(target: Path, write: Callable[[Path], None]) -> None:
         unfinished.rename(target)
         _flush(target.parent)
     except OSError as error:
-        raise InputError(f"checkpoint: cannot write {target}: {error.strerror or error}") from error
+        raise cannot_write("checkpoint", target, error) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
