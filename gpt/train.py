@@ -6,6 +6,7 @@ Without arguments it trains on Python's own sources, for a few minutes.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import shlex
 import shutil
@@ -116,7 +117,17 @@ def _run(argv: Sequence[str], ranks: Ranks) -> int:
         device = pick_device(start.train.device)
         ranks.check(start.train)
         data = TokenData.load(start.data, start.tokenizer)
+        weights = "none" if ranks.size == 1 or start.weights is None else _hash(start.weights)
 
+    # What the trainer cannot see; it compares the rest.
+    ranks.check_equal(
+        {
+            "strict": run.strict,
+            "deterministic": run.deterministic,
+            "pack_documents": start.data.pack_documents,
+            "the hash of the weights of init": weights,
+        }
+    )
     with ranks.agreement():
         vocab_size = data.tokenizer.vocab_size if start.weights is None else start.model.vocab_size
         config = override(start.model, {"vocab_size": vocab_size})
@@ -235,6 +246,14 @@ def _from_run(folder: Path, given: Values) -> Start:
         dataclasses.replace(data, **given["data"]),
         tokenizer,
     )
+
+
+def _hash(model: GPT) -> str:
+    """The SHA-256 of a model's parameters."""
+    hashed = hashlib.sha256()
+    for p in model.parameters():
+        hashed.update(p.detach().numpy().tobytes())
+    return hashed.hexdigest()
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ for the CPU.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
@@ -90,6 +90,16 @@ class Ranks:
             value = function() if self.rank == 0 else None
         return self.gather(value)[0]  # type: ignore[return-value]
 
+    def check_equal(self, values: Mapping[str, object]) -> None:
+        """Raises InputError on every rank if a value differs from rank 0's. The message names the first."""
+        first, *others = self.gather(values)
+        for rank, theirs in enumerate(others, start=1):
+            for name in first:
+                if (value := theirs.get(name)) != first[name]:
+                    raise _shared(
+                        InputError(f"rank {rank}: {name} is {value!r}, expected {first[name]!r} as on rank 0")
+                    )
+
     @contextmanager
     def agreement(self) -> Iterator[None]:
         """Raises a ReportedError of one rank on every rank at the end of the block, as `shared`.
@@ -106,9 +116,7 @@ class Ranks:
             failure = type(error), str(error)
         if failures := [failure for failure in self.gather(failure) if failure is not None]:
             kind, message = failures[0]
-            error = kind(message)
-            error.shared = True
-            raise error
+            raise _shared(kind(message))
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
@@ -137,6 +145,11 @@ class Ranks:
 
 
 ALONE = Ranks()
+
+
+def _shared(error: ReportedError) -> ReportedError:
+    error.shared = True
+    return error
 
 
 @contextmanager

@@ -112,6 +112,8 @@ class Trainer:
                     f"{needed}"
                 )
             self.model = model.to(pick_device(config.device))
+        ranks.check_equal(self._shared_settings(resume))
+        with ranks.agreement():
             self._step = TrainStep(model, config, torch.compile(model) if config.compile else None, ranks)
             on_gpu = self.device.type == "cuda"
             self._ahead = 1 if on_gpu else 0  # steps that may be queued; a CPU computes while it queues
@@ -120,7 +122,21 @@ class Trainer:
                 rng.seed(config.seed, self.step, ranks.rank)
             if self._folder is not None:
                 self._enter(self._folder, resume=resume)
+        ranks.check_equal({"step": self.step, "dtype": self.precision})
         ranks.broadcast_(self.model.parameters())
+
+    def _shared_settings(self, resume: bool | str) -> dict[str, object]:
+        """What must be the same on all ranks, by the names that an error shows."""
+        return {
+            "the version of fused-gpt": kernels.__version__,
+            "the version of torch": torch.__version__,
+            "resume": resume,
+            **self.model.config.to_dict(),
+            **self.config.to_dict(),
+            "device": next(self.model.parameters()).device.type,
+            "use_triton": self.model.use_triton,
+            "the hash of text and tokenizer": self.data.identity,
+        }
 
     def _enter(self, folder: RunFolder, *, resume: bool | str) -> None:
         """Checks and locks the folder, and continues from one of its checkpoints with `resume`."""
