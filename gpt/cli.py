@@ -129,12 +129,9 @@ class OptionParser(argparse.ArgumentParser):
         raw = read_regular(user_path(path, "--config"), "--config", CONFIG_LIMIT)
         try:
             text = raw.decode("utf-8")
-            if any(
-                line.count(".") > MOST_DOTS for line in text.splitlines()
-            ):  # tomllib takes (dots of a key)²
-                raise InputError(
-                    f"{where}: a line has more than {MOST_DOTS} dots, expected a key and a value"
-                )
+            most_dots = max((line.count(".") for line in text.splitlines()), default=0)
+            if most_dots > MOST_DOTS:  # the time of tomllib is the square of the parts of a key
+                raise InputError(f"{where}: a line has {most_dots} dots, expected at most {MOST_DOTS}")
             content = tomllib.loads(text)
         except InputError:
             raise
