@@ -321,7 +321,7 @@ def _add_flag(
     group: argparse._ArgumentGroup, field: dataclasses.Field[Any], expected: Any, default: Any
 ) -> None:
     kind: dict[str, Any] = {}
-    if bool in (get_args(expected) or (expected,)):
+    if expected is bool or "true" in get_args(expected):
         kind = {"nargs": "?", "const": "true"}
     elif get_origin(expected) is tuple:
         kind, expected = {"nargs": "+"}, get_args(expected)[0]

@@ -60,6 +60,23 @@ class _QueuedStep(NamedTuple):
     tokens: int  # of all ranks
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """Micro-batches that are drawn again at each iteration, so that only one is in memory."""
+
+    draw: Callable[[int], Batch]
+    numbers: Sequence[int]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.draw, self.numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __contains__(self, _: object) -> bool:
+        return False
+
+
 class Trainer:
     """Trains `model` on `data`. The constructor checks everything; only `run` writes.
 
@@ -272,8 +289,9 @@ class Trainer:
         """Queues the step after those that are queued."""
         started = time.perf_counter()
         step = self.step + len(self._queue)
-        batches = [self._batch("train", step, i) for i in self.ranks.share(range(self.config.grad_accum))]
-        tokens = self.ranks.size * sum(batch.inputs.numel() for batch in batches)
+        numbers = list(self.ranks.share(range(self.config.grad_accum)))
+        batches = _Drawn(partial(self._batch, "train", step), numbers)
+        tokens = self.config.grad_accum * self.config.batch_size * self.block_size
         rate = learning_rate(step, self.config)
         self._queue.append(_QueuedStep(self._step.enqueue(batches, rate, received), rate, tokens))
         self._progress.seconds += time.perf_counter() - started

@@ -22,6 +22,7 @@ from gpt.data.dataset import TokenData
 from gpt.errors import MachineError, NonFiniteError
 from gpt.files import read_json
 from gpt.training.distributed import Ranks, join
+from gpt.training.run_folder import LOCK
 from gpt.weights import checkpoint
 from tests.gpt.text import TEXT
 from tests.gpt.training.ranks import MUON, PLAIN, steps, without_noise
@@ -323,3 +324,33 @@ def test_torchrun_stops_and_saves(tmp_path: Path) -> None:
     )
     assert checkpoint.find_checkpoint(tmp_path / "run").name == f"step-{step}"
     assert "SIGKILL" not in shown
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
+def test_restarted_ranks_go_on(tmp_path: Path) -> None:
+    """A killed rank after which torchrun's restart finds the folder locked, or begins the run again."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    out = tmp_path / "run"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = ["--max-restarts", "1", "-m", "gpt.train", *TINY, "--data", str(tmp_path / "text.txt")]
+    flags = ["--out", str(out), "--resume", "auto", "--grad_accum", "2", "--eval_interval", "20"]
+    with subprocess.Popen(
+        [*launch, *command, *flags, "--max_steps", "200"],
+        cwd=ROOT,
+        env=os.environ | ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        list(itertools.takewhile(lambda line: not line.startswith("step 40:"), process.stdout))
+        os.kill(int((out / LOCK).read_text().split()[1]), signal.SIGKILL)
+        printed, shown = process.communicate(timeout=120)
+    assert process.returncode == 0, shown
+    evaluated = [int(step) for step in re.findall(r"^step (\d+):", printed, re.MULTILINE)]
+    assert evaluated[-1] == 200
+    assert printed.count("model: ") == 1
+    steps = [record["step"] for record in read_log(out)]
+    assert steps == sorted(set(steps))
+    assert read_log(out)[-1]["final"]
