@@ -24,6 +24,7 @@ from gpt.files import read_json
 from gpt.training.distributed import Ranks, join
 from gpt.training.run_folder import LOCK
 from gpt.weights import checkpoint
+from gpt.weights.tensors import read_tensors
 from tests.gpt.text import TEXT
 from tests.gpt.training.ranks import MUON, PLAIN, steps, without_noise
 from tests.gpt.training.small_runs import make_model, read_log
@@ -156,7 +157,7 @@ def test_a_resumed_run_is_equal_bit_by_bit(pair: Pair) -> None:
         assert replace(resumed, checkpoint=None) == replace(straight, checkpoint=None)
     last = [pair.folder / name / "checkpoints/step-8" for name in ("straight", "stopped")]
     for name in ("model.safetensors", "optimizer.safetensors"):
-        straight, stopped = (checkpoint.read_tensors(folder / name) for folder in last)
+        straight, stopped = (read_tensors(folder / name) for folder in last)
         assert all(torch.equal(straight[key], stopped[key]) for key in straight)
     states = [read_json(folder / "state.json")["rng"] for folder in last]
     assert states[0] == states[1]
@@ -177,7 +178,7 @@ def test_another_number_of_processes_can_resume(pair: Pair, tmp_path: Path) -> N
         del trainer  # which holds the lock of the folder
     assert torch.equal(*draws)
     assert step == 8
-    saved = checkpoint.read_tensors(source / "model.safetensors")
+    saved = read_tensors(source / "model.safetensors")
     assert all(torch.equal(p, saved[name]) for name, p in parameters.items())
 
 
@@ -228,7 +229,7 @@ def test_a_non_finite_loss_of_one_rank_stops_all(pair: Pair) -> None:
     )
     assert same
     assert also_same
-    kept = checkpoint.read_tensors(pair.folder / "inf/non-finite-step-1.safetensors")
+    kept = read_tensors(pair.folder / "inf/non-finite-step-1.safetensors")
     assert {key.split("/")[0] for key in kept} == {"0", "1", "2", "3"}
     assert pair("overflow") == [(0.5, True)] * 2
 
