@@ -7,10 +7,11 @@ first, which then leaves everything as it is; the host reads the result later.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +26,27 @@ from gpt.training.capture import TOKENS, StepGraph
 from gpt.training.distributed import ALONE, Ranks
 from gpt.training.loss_scale import LossScale
 from gpt.training.optim import load_state_tensors, make_optimizers, state_tensors, update
+
+
+class Batches(Protocol):
+    """Micro-batches that can be iterated more than once."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class DrawnBatches:
+    """The micro-batches draw(number), drawn again at each iteration, so that only one is in memory."""
+
+    draw: Callable[[int], Batch]
+    numbers: Sequence[int]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.draw, self.numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
 
 
 class StepResult(NamedTuple):
@@ -115,11 +137,11 @@ class TrainStep:
         if captures(self.device) and ranks.size == 1 and forward is None and not config.no_capture:
             self._graph = StepGraph(self._run, self.device)
 
-    def __call__(self, batches: Collection[Batch], rate: float, stop: Collection[object] = ()) -> StepResult:
+    def __call__(self, batches: Batches, rate: float, stop: Collection[object] = ()) -> StepResult:
         """Takes one step and reads its result: see `enqueue` and `PendingStep.result`."""
         return self.enqueue(batches, rate, stop).result()
 
-    def enqueue(self, batches: Collection[Batch], rate: float, stop: Collection[object] = ()) -> PendingStep:
+    def enqueue(self, batches: Batches, rate: float, stop: Collection[object] = ()) -> PendingStep:
         """Queues one step, without synchronising with the device.
 
         If its loss or gradient is not finite, the device leaves parameters, optimizers and loss scale as they
@@ -194,7 +216,7 @@ class TrainStep:
             drawn.append(self._to_device(batch))
         return drawn
 
-    def _run(self, batches: Collection[Batch], stop: Collection[object] = ()) -> Tensor:
+    def _run(self, batches: Batches, stop: Collection[object] = ()) -> Tensor:
         """Takes one step on the device.
 
         Returns:
@@ -218,7 +240,7 @@ class TrainStep:
             self.scaler.update(overflow, self._failed)
             return torch.cat((torch.stack((loss, norm, self._failed.float(), stopping)), norms))
 
-    def _accumulate(self, batches: Collection[Batch], stop: Collection[object]) -> tuple[Tensor, Tensor]:
+    def _accumulate(self, batches: Batches, stop: Collection[object]) -> tuple[Tensor, Tensor]:
         """Runs forward and backward passes, with gradients as the mean over the targets of all ranks.
 
         Returns the mean loss and the number of ranks that ask to stop.

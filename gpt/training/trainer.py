@@ -32,7 +32,7 @@ from gpt.training.optim import learning_rate
 from gpt.training.run_folder import RunFolder
 from gpt.training.run_state import Progress
 from gpt.training.signals import Stopped, StopSignals, stop_signals
-from gpt.training.step import PendingStep, TrainStep
+from gpt.training.step import DrawnBatches, PendingStep, TrainStep
 from gpt.weights.tensors import check_finite
 
 SAMPLE_TOKENS = 500
@@ -58,23 +58,6 @@ class _QueuedStep(NamedTuple):
     step: PendingStep
     rate: float
     tokens: int  # of all ranks
-
-
-@dataclass(frozen=True)
-class _Drawn:
-    """Micro-batches that are drawn again at each iteration, so that only one is in memory."""
-
-    draw: Callable[[int], Batch]
-    numbers: Sequence[int]
-
-    def __iter__(self) -> Iterator[Batch]:
-        return map(self.draw, self.numbers)
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __contains__(self, _: object) -> bool:
-        return False
 
 
 class Trainer:
@@ -290,7 +273,7 @@ class Trainer:
         started = time.perf_counter()
         step = self.step + len(self._queue)
         numbers = list(self.ranks.share(range(self.config.grad_accum)))
-        batches = _Drawn(partial(self._batch, "train", step), numbers)
+        batches = DrawnBatches(partial(self._batch, "train", step), numbers)
         tokens = self.config.grad_accum * self.config.batch_size * self.block_size
         rate = learning_rate(step, self.config)
         self._queue.append(_QueuedStep(self._step.enqueue(batches, rate, received), rate, tokens))
