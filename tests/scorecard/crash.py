@@ -11,7 +11,7 @@ from tests.scorecard.row import Outcome, Row
 
 
 def attack(function: str, trials: int, seed: int, folder: Path) -> Outcome:
-    """Runs one of the functions below in the worker; where that is impossible, the note says why."""
+    """Runs a function of crash_rows.py in the worker; where that is impossible, the note says why."""
     if obstacle := shim.obstacle():
         return Outcome(note=obstacle)
     return run_row(f"tests.scorecard.crash_rows:{function}", trials, seed, folder)
@@ -26,11 +26,12 @@ FAILED = "one line or success; a reader has the old or the new state whole; the 
 
 ROWS: tuple[Row, ...] = (
     _row("kill-save", KILLED, 120, 12, 10_000),
-    _row("kill-train", KILLED, 120, 8, 10_000),
-    _row("kill-resume", KILLED, 100, 8, 10_000),
+    _row("kill-train", KILLED, 60, 4, 10_000),
+    _row("kill-resume", KILLED, 60, 6, 10_000),
     _row("kill-files", KILLED, 40, 8, 10_000),
     _row("fail-save", FAILED, 150, 12, 10_000),
-    _row("fail-train", FAILED, 120, 8, 10_000),
-    _row("fail-resume", FAILED, 100, 8, 10_000),
+    _row("fail-train", FAILED, 60, 4, 10_000),
+    _row("fail-resume", FAILED, 60, 6, 10_000),
     _row("fail-files", FAILED, 60, 8, 10_000),
+    _row("sync-before-rename", "a power cut after a rename cannot lose what the file has", 1, 1, 1),
 )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,7 @@ from kernels.files import write_json
 from tests.gpt.text import make_text
 from tests.scorecard import shim
 from tests.scorecard.crash_trials import Child, difference, snapshot
+from tests.scorecard.row import HANG
 
 TEXT = make_text(2000)
 FLAGS = (
@@ -51,7 +54,6 @@ class Operation:
         self.before = folder / "before"
         self.before.mkdir(parents=True)
         self.prepare()
-        self._after: dict[str, str] | None = None
 
     def prepare(self) -> None:
         """Fills `before`."""
@@ -79,20 +81,25 @@ class Operation:
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(self.before, place)
 
+    @functools.cached_property
+    def undisturbed(self) -> tuple[dict[str, str], float]:
+        """The snapshot after a process that is not attacked, and the seconds that it took."""
+        place = self.folder / "place"
+        self.copy(place)
+        started = time.perf_counter()
+        ended = Child(lambda: self.act(place) or self.go_on(place), self.folder / "undisturbed").wait(60)
+        assert ended.code == 0, ended.errors
+        return snapshot(place), time.perf_counter() - started
+
     @property
     def after(self) -> dict[str, str]:
-        """The snapshot of an undisturbed operation, from a process that is not attacked."""
-        if self._after is None:
-            place = self.folder / "place"
-            self.copy(place)
+        """The snapshot after a process that is not attacked."""
+        return self.undisturbed[0]
 
-            def undisturbed() -> int | None:
-                return self.act(place) or self.go_on(place)
-
-            ended = Child(undisturbed, self.folder / "undisturbed").wait(60)
-            assert ended.code == 0, ended.errors
-            self._after = snapshot(place)
-        return self._after
+    @property
+    def limit(self) -> float:
+        """Seconds after which a trial hangs; more than HANG where a busy machine is slow."""
+        return max(HANG, 5 * self.undisturbed[1])
 
 
 def make_model(seed: int) -> tuple[GPT, CharTokenizer]:

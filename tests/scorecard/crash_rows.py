@@ -59,7 +59,7 @@ def _row(list_attacks: Callable[[Sequence[Call]], Iterator[Attack]], *operations
         ]
         outcome = Outcome()
         for operation, attack in shim.spread(attacks, trials, seed):
-            with outcome.trial(f"{operation.name}: {attack}"):
+            with outcome.trial(f"{operation.name}: {attack}", operation.limit):
                 _try(operation, attack)
         return outcome
 
@@ -77,12 +77,13 @@ def _try(operation: Operation, attack: Attack) -> None:
         shim.disarm()
         return code
 
-    ended = Child(attacked, log).wait()
+    ended = Child(attacked, log).wait(operation.limit)
     if attack.mode.startswith("kill"):
         assert ended.code in (0, 137), f"exit code {ended.code}, expected a kill: {ended.errors[-300:]}"
     else:
         ended.check_reported(operation.command)
-        if attack.mode != "fail-from" and attack.call.kind not in ("unlink", "rmdir"):
+        cleaning = attack.call.kind in ("unlink", "rmdir") or ".unfinished" in attack.call.path
+        if attack.mode != "fail-from" and not (cleaning and ended.code == 0):
             strays = [str(path.relative_to(place)) for path in place.rglob(".*") if "lock" not in path.name]
             assert not strays, f"it left {strays[0]}"
 
@@ -90,7 +91,7 @@ def _try(operation: Operation, attack: Attack) -> None:
         operation.read(place, ended.code == 0)
         operation.settle(place)
 
-    judge(reads_and_goes_on, log)
+    judge(reads_and_goes_on, log, operation.limit)
 
 
 kill_save = _row(kills, SaveOwn, SaveHuggingFace, SaveCheckpoint)
@@ -101,6 +102,30 @@ fail_save = _row(faults, SaveOwn, SaveHuggingFace, SaveCheckpoint)
 fail_train = _row(faults, Train)
 fail_resume = _row(faults, Resume, Finish)
 fail_files = _row(faults, Cache, SaveTokenizer, WriteJson)
+
+
+def sync_before_rename(trials: int, seed: int, folder: Path) -> Outcome:
+    """Checks before each rename that what was written is on the disk; each rename is a trial.
+
+    Renames in a folder that has its final name only later are left out: that rename is the one that counts.
+    """
+    os.environ["FUSED_GPT_CACHE"] = str(folder / "cache")
+    outcome = Outcome()
+    for make in (SaveOwn, SaveHuggingFace, SaveCheckpoint, Train, Cache, SaveTokenizer):
+        operation = make(folder / make.__name__)
+        unsynced: dict[int, str] = {}
+        for call in list_calls(operation, operation.folder / "place", operation.act):
+            if call.kind in ("write", "truncate") and not call.path.endswith(APPENDED):
+                unsynced[call.inode] = call.path
+            elif call.kind == "sync":
+                unsynced.pop(call.inode, None)
+            elif call.kind == "rename" and ".unfinished" not in call.path:
+                with outcome.trial(f"{operation.name}: {call}"):
+                    assert not unsynced, f"{', '.join(unsynced.values())} is not synced"
+    return outcome
+
+
+APPENDED = ("/log.jsonl", ".lock")  # files that change under their own names
 
 
 def every_call(trials: int, seed: int, folder: Path) -> Outcome:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,27 +13,33 @@ from typing import Any
 from gpt import cli, train
 from gpt.data import tokenizers
 from gpt.training import run_folder, trainer
-from gpt.weights import checkpoint, huggingface
+from gpt.weights import checkpoint, commit, huggingface
+from gpt.weights.hashes import write_sums
 
 
 def delete_before_renaming() -> None:
     """A folder is removed before the new one has its name."""
 
-    def commit(target: Path, write: Callable[[Path], None]) -> None:
+    def careless(target: Path, write: Callable[[Path], None]) -> None:
         unfinished = target.with_name(f".unfinished-{target.name}")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         write(unfinished)
-        (unfinished / checkpoint.SUMS).write_bytes(checkpoint._sums(unfinished))
+        write_sums(unfinished)
         shutil.rmtree(target, ignore_errors=True)
         unfinished.rename(target)
 
-    checkpoint.commit = huggingface.commit = commit
+    checkpoint.commit = huggingface.commit = careless
 
 
-def keep_unfinished_saves() -> None:
-    """The next start does not remove what a killed save left."""
-    checkpoint.clean = lambda out, step: None
+def keep_leftovers() -> None:
+    """What a killed save left has a name that no other process looks for."""
+    commit._hidden = lambda prefix, target: target.with_name(f"{prefix}{target.name}-{os.getpid()}")
+
+
+def forget_to_sync() -> None:
+    """What is renamed may not be on the disk yet."""
+    os.fsync = lambda handle: None
 
 
 def write_in_place() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gpt import eval, info, sample
+from gpt.training.run_folder import LOG
 from gpt.weights import checkpoint
 from tests.scorecard.crash_operations import TINY, Cache, SaveCheckpoint, SaveHuggingFace, SaveOwn, Train
 from tests.scorecard.crash_trials import Child, Ended, difference, judge, snapshot
@@ -55,9 +56,8 @@ class SavingOften(Train):
 class _Chain:
     """A run that is stopped again and again, until it ends; then it is compared, and another one begins."""
 
-    def __init__(self, folder: Path, steps: int = SavingOften.steps) -> None:
+    def __init__(self, folder: Path) -> None:
         self.run = SavingOften(folder / "run")
-        self.run.steps = steps
         self.place, self.log = folder / "place", folder / "log"
         assert self.run.after
         self.run.copy(self.place)
@@ -75,11 +75,11 @@ class _Chain:
             self.run.check_whole(self.place)
             self.run.copy(self.place)
         else:
-            judge(lambda: self.run.read(self.place, False), self.log)
+            judge(lambda: self.run.read(self.place, False), self.log, self.run.limit)
 
     def finish(self) -> None:
         """Goes on to the end."""
-        judge(lambda: self.run.check_goes_on(self.place), self.log)
+        judge(lambda: self.run.check_goes_on(self.place), self.log, self.run.limit)
 
 
 def random_kills(trials: int, seed: int, folder: Path) -> Outcome:
@@ -87,14 +87,14 @@ def random_kills(trials: int, seed: int, folder: Path) -> Outcome:
     chain, rng, outcome = _Chain(folder), random.Random(seed), Outcome()
     for i in range(trials):
         delay = rng.uniform(0, chain.duration)
-        with outcome.trial(f"kill {i + 1}, after {delay:.3f} s"):
+        with outcome.trial(f"kill {i + 1}, after {delay:.3f} s", chain.run.limit):
             child = chain.start()
             if not child.ended(delay):
                 child.send(signal.SIGKILL)
-            ended = child.wait()
+            ended = child.wait(chain.run.limit)
             assert ended.code in (0, 137), f"exit code {ended.code}: {ended.errors[-300:]}"
             chain.ended(ended)
-    with outcome.trial("the run after the last kill"):
+    with outcome.trial("the run after the last kill", chain.run.limit):
         chain.finish()
     return outcome
 
@@ -111,7 +111,7 @@ def random_kills_saving(trials: int, seed: int, folder: Path) -> Outcome:
             child = Child(lambda saver=saver, place=place: _save_for_ever(saver, place), log)
             ready = place / "saving"
             while not ready.exists():
-                time.sleep(0.002)
+                assert not child.ended(0.002), "the process ended before it saved"
             child.ended(delay)
             child.send(signal.SIGKILL)
             ended = child.wait()
@@ -150,15 +150,15 @@ def signals(trials: int, seed: int, folder: Path) -> Outcome:
         numbers = list(STOPS)[i % len(STOPS)]
         delay, pause = rng.uniform(0, chain.duration), rng.choice((0.0, rng.uniform(0, 0.1)))
         names = " and ".join(signal.Signals(number).name for number in numbers)
-        with outcome.trial(f"{names} after {delay:.3f} s, {pause:.3f} s apart"):
+        with outcome.trial(f"{names} after {delay:.3f} s, {pause:.3f} s apart", chain.run.limit):
             child = chain.start()
             for number, wait in zip(numbers, (delay, pause), strict=False):
                 if not child.ended(wait):
                     child.send(number)
-            ended = child.wait()
+            ended = child.wait(chain.run.limit)
             _check_stopped(ended, numbers)
             chain.ended(ended)
-    with outcome.trial("the run after the last signal"):
+    with outcome.trial("the run after the last signal", chain.run.limit):
         chain.finish()
     return outcome
 
@@ -192,44 +192,45 @@ def _two(trials: int, seed: int, folder: Path, *, resume: bool) -> Outcome:
     if resume:
         child = Child(lambda: run.start(stopped), folder / "log")
         while not (stopped / "run" / "checkpoints" / "step-3").exists():
-            time.sleep(0.001)
+            assert not child.ended(0.001), "the run ended before it was stopped"
         child.send(signal.SIGTERM)
         assert child.wait().code == 143
         newest = checkpoint.step_of(checkpoint.find_checkpoint(stopped / "run"))
     for i in range(trials):
         kind, delay = ("suspended in progress", "together", "suspended early")[i % 3], rng.uniform(0, 0.1)
-        with outcome.trial(f"{kind}, {delay:.3f} s apart"):
+        with outcome.trial(f"{kind}, {delay:.3f} s apart", 3 * run.limit):
             run.before = stopped
             run.copy(place)
             act = (lambda: run.train(place, "--resume")) if resume else (lambda: run.start(place))
             first = Child(act, folder / "first")
-            while kind == "suspended in progress" and not _has_saved(place, newest):
+            while kind == "suspended in progress" and not _has_begun(place, newest):
                 assert not first.ended(0.001), "the first process ended too early"
             first.ended(delay)
             if kind != "together":
                 first.send(signal.SIGSTOP)
             second = Child(act, folder / "second")
             if kind != "together":
-                second.wait()
+                second.wait(run.limit)
                 first.send(signal.SIGCONT)
-            ended = {first.pid: first.wait(), second.pid: second.wait()}
+            ended = {child.pid: child.wait(run.limit) for child in (first, second)}
             _check_one_won(ended, in_turn=kind != "suspended in progress")
             run.check_whole(place)
     return outcome
 
 
-def _has_saved(place: Path, step: int) -> bool:
-    """Whether the run in `place` has a checkpoint of a later step."""
+def _has_begun(place: Path, step: int) -> bool:
+    """Whether the run in `place` has begun its log, or has a checkpoint of a step after `step`."""
+    if not step:
+        return (place / "run" / LOG).exists()
     return any(checkpoint.step_of(path) > step for path in checkpoint.list_checkpoints(place / "run"))
 
 
 def _check_one_won(ended: dict[int, Ended], *, in_turn: bool) -> None:
-    """Raises AssertionError unless one process succeeds, and the other one names it.
+    """Raises AssertionError unless one process succeeds, and the other one names it, or its checkpoints.
 
     Args:
         ended: By process id.
-        in_turn: One may have begun to write after the other one ended: it resumes what is whole, or is told
-            that the folder holds a run.
+        in_turn: One may have begun to write after the other one ended. It then resumes what is whole.
     """
     for end in ended.values():
         end.check_reported("gpt.train")
@@ -239,15 +240,16 @@ def _check_one_won(ended: dict[int, Ended], *, in_turn: bool) -> None:
     assert codes == [0, 2], f"exit codes {codes}, expected 0 and 2"
     (winner,) = (pid for pid, end in ended.items() if end.code == 0)
     (message,) = (end.errors.strip() for end in ended.values() if end.code == 2)
-    if in_turn and "holds the checkpoints of a run" in message:
-        return
-    assert str(winner) in message, f"the loser does not name process {winner}: {message[-300:]}"
+    named = str(winner) in message or "holds the checkpoints of a run" in message
+    assert named, f"the loser does not name process {winner}: {message[-300:]}"
 
 
 def reader_beside_trainer(trials: int, seed: int, folder: Path) -> Outcome:
     """Samples, evaluates and describes a run, at random times while it trains and prunes."""
-    chain, rng, outcome = _Chain(folder, steps=300), random.Random(seed), Outcome()
-    text, out = str(chain.run.text), str(chain.place / "run")
+    run, rng, outcome = SavingOften(folder / "run"), random.Random(seed), Outcome()
+    run.steps = 400
+    place, log = folder / "place", folder / "log"
+    text, out = str(run.text), str(place / "run")
     commands: list[tuple[str, Callable[[], int]]] = [
         (
             "gpt.sample",
@@ -259,10 +261,10 @@ def reader_beside_trainer(trials: int, seed: int, folder: Path) -> Outcome:
     trainer: Child | None = None
     for i in range(trials):
         if trainer is None or trainer.ended(0):
-            chain.run.copy(chain.place)
-            trainer = chain.start()
-            while not checkpoint.list_checkpoints(chain.place / "run"):
-                time.sleep(0.01)
+            run.copy(place)
+            trainer = Child(lambda: run.start(place), log)
+            while not checkpoint.list_checkpoints(place / "run"):
+                assert not trainer.ended(0.01), "the trainer ended before its first checkpoint"
         name, command = commands[i % len(commands)]
         trainer.ended(rng.uniform(0, 0.05))
         with outcome.trial(f"{name}, reader {i + 1}"):

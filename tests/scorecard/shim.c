@@ -30,7 +30,8 @@ static int mode = OFF, error_number, trace = -1;
 static long target, count;
 static unsigned kinds; /* the kinds that FAIL_FROM attacks, as a bit mask */
 
-/* Starts to count and to attack. `trace_fd` gets a line "kind path" for each call; -1 writes none. */
+/* Starts to count and to attack. `trace_fd` gets a line "kind inode path" for each call, with inode 0 where the
+ * call has no file descriptor; -1 writes none. */
 void shim_arm(const char *folder, int new_mode, long n, int new_errno, unsigned mask, int trace_fd) {
     snprintf(watched, sizeof watched, "%s", folder);
     error_number = new_errno, target = n, kinds = mask, trace = trace_fd, count = 0;
@@ -48,14 +49,17 @@ static void die(void) {
     for (;;) pause();
 }
 
-static enum action enter(enum kind kind, const char *path) {
+static enum action enter(enum kind kind, const char *path, int fd) {
     size_t length = strlen(watched);
     if (mode == OFF || strncmp(path, watched, length) || (path[length] && path[length] != '/')) return PASS;
 
     long n = __atomic_add_fetch(&count, 1, __ATOMIC_SEQ_CST);
     if (trace >= 0) {
-        char line[PATH_MAX + 32];
-        int size = snprintf(line, sizeof line, "%s %s\n", NAMES[kind], path + length);
+        char line[PATH_MAX + 64];
+        struct stat status = {0};
+        if (fd >= 0) fstat(fd, &status);
+        unsigned long inode = status.st_ino;
+        int size = snprintf(line, sizeof line, "%s %lu %s\n", NAMES[kind], inode, path + length);
         syscall(SYS_write, trace, line, size);
     }
     int hit = n == target;
@@ -72,7 +76,7 @@ static enum action enter(enum kind kind, const char *path) {
 static enum action enter_at(enum kind kind, int folder, const char *name) {
     char path[2 * PATH_MAX], base[PATH_MAX], link[64];
     if (mode == OFF || !name) return PASS;
-    if (name[0] == '/') return enter(kind, name);
+    if (name[0] == '/') return enter(kind, name, -1);
     ssize_t size = -1;
     if (folder == AT_FDCWD) {
         if (getcwd(base, sizeof base)) size = strlen(base);
@@ -82,7 +86,7 @@ static enum action enter_at(enum kind kind, int folder, const char *name) {
     }
     if (size < 0) return PASS;
     snprintf(path, sizeof path, "%.*s/%s", (int)size, base, name);
-    return enter(kind, path);
+    return enter(kind, path, -1);
 }
 
 static enum action enter_fd(enum kind kind, int fd) {
@@ -94,7 +98,7 @@ static enum action enter_fd(enum kind kind, int fd) {
     errno = saved;
     if (size < 0) return PASS;
     path[size] = 0;
-    return enter(kind, path);
+    return enter(kind, path, fd);
 }
 
 #define REAL(name)                                           \

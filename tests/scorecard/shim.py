@@ -32,10 +32,18 @@ NEEDS_SPACE = ("open", "write", "sync", "mkdir", "truncate")  # what a full disk
 
 @dataclass(frozen=True)
 class Call:
-    """One counted call: its number, from 1, its kind, and its path in the watched folder."""
+    """One counted call.
+
+    Attributes:
+        number: Its number, from 1.
+        kind: One of KINDS.
+        inode: Of its file descriptor; 0 if it has none.
+        path: In the watched folder.
+    """
 
     number: int
     kind: str
+    inode: int
     path: str
 
     def __str__(self) -> str:
@@ -81,8 +89,8 @@ def disarm() -> None:
 
 def read_trace(path: Path) -> list[Call]:
     """The calls that `arm` listed in the file `path`."""
-    lines = path.read_text("utf-8").splitlines()
-    return [Call(i, *line.split(" ", 1)) for i, line in enumerate(lines, start=1)]
+    fields = [line.split(" ", 2) for line in path.read_text("utf-8").splitlines()]
+    return [Call(i, kind, int(inode), name) for i, (kind, inode, name) in enumerate(fields, start=1)]
 
 
 def build(folder: Path) -> Path | None:
