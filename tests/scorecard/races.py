@@ -22,24 +22,13 @@ def _row(name: str, promise: str, trials: int, small: int, long: int) -> Row:
 
 
 ROWS: tuple[Row, ...] = (
-    _row(
-        "random-kills", "a killed run, resumed to its end, equals an undisturbed one bit for bit", 60, 3, 400
-    ),
-    _row(
-        "random-kills-saving",
-        "a reader has one of the states whole; the next save leaves no stray",
-        45,
-        3,
-        300,
-    ),
-    _row(
-        "signals", "the right exit code, no traceback; the resumed run equals an undisturbed one", 56, 4, 280
-    ),
-    _row("two-trainers", "one trains as if alone; the other ends with 2 and names its process", 10, 2, 50),
-    _row("two-resumes", "one resumes as if alone; the other ends with 2 and names its process", 10, 2, 50),
-    _row(
-        "reader-beside-trainer", "sampling, evaluating and describing a run in progress succeed", 30, 3, 150
-    ),
+    _row("random-kills", "a killed run, resumed, ends as an undisturbed one, bit for bit", 60, 3, 400),
+    _row("random-kills-saving", "a reader has a whole state; the next save leaves no stray", 45, 3, 300),
+    _row("signals", "the right exit code, no traceback; resumed, the run ends as undisturbed", 56, 4, 280),
+    _row("ctrl-c-at-start", "130 and at most one line while a command imports", 4, 1, 30),
+    _row("two-trainers", "one trains as if alone; the other ends with 2 and says why", 9, 2, 45),
+    _row("two-resumes", "one resumes as if alone; the other ends with 2 and names its process", 9, 2, 45),
+    _row("reader-beside-trainer", "gpt.sample, eval and info of a run in progress end with 0", 30, 3, 150),
     _row("two-cache-builders", "both get the tokens of the text; the cache is whole", 20, 2, 100),
     _row("exporter-beside-reader", "a reader has the old or the new model whole", 40, 4, 200),
 )

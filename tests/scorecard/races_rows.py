@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ from gpt.training.run_folder import LOG
 from gpt.weights import checkpoint
 from tests.scorecard.crash_operations import TINY, Cache, SaveCheckpoint, SaveHuggingFace, SaveOwn, Train
 from tests.scorecard.crash_trials import Child, Ended, difference, judge, snapshot
-from tests.scorecard.row import Outcome
+from tests.scorecard.row import HANG, Outcome
 
 STOPS = {  # how a shell shows the end by these signals, of which the second may come too late
     (signal.SIGINT,): (130,),
@@ -171,6 +173,33 @@ def _check_stopped(ended: Ended, numbers: tuple[int, ...]) -> None:
     assert "Traceback" not in ended.errors, f"a traceback: {ended.errors.strip().splitlines()[-1]}"
     lines = [line for line in ended.errors.splitlines() if line.startswith("gpt.train:")]
     assert len(lines) <= 1, f"{len(lines)} lines: {lines}"
+
+
+def ctrl_c_at_start(trials: int, seed: int, folder: Path) -> Outcome:
+    """Interrupts `python -m gpt.info` at random times from the first library of torch on."""
+    rng, outcome = random.Random(seed), Outcome()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else the command inherits that it is ignored
+    started = time.perf_counter()
+    assert _start_info().wait() == 0
+    duration = time.perf_counter() - started
+    for _ in range(trials):
+        delay = rng.uniform(0, duration)
+        with outcome.trial(f"SIGINT {delay:.3f} s after the start", 5 * duration + HANG):
+            command = _start_info()
+            while command.poll() is None and "libtorch" not in Path(f"/proc/{command.pid}/maps").read_text():
+                time.sleep(0.01)
+            time.sleep(delay)
+            command.send_signal(signal.SIGINT)
+            errors = command.communicate()[1]
+            stopped = (0, 130, -signal.SIGINT)  # a shell shows the last one as 130 too
+            assert command.returncode in stopped, f"exit code {command.returncode}: {errors[-300:]}"
+            assert len(errors.splitlines()) <= 1, f"it printed {errors[-300:]}"
+    return outcome
+
+
+def _start_info() -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "gpt.info", "char-cpu"]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def two_trainers(trials: int, seed: int, folder: Path) -> Outcome:
