@@ -16,9 +16,9 @@ from tests.scorecard.row import Outcome, Row
 
 ROWS = scorecard.list_rows()
 BROKEN = [  # the row, the function that breaks the code, trials, and what a failure must say
-    ("crash_rows:kill_save", "delete_before_renaming", 20, "/model"),
+    ("crash_rows:kill_save", "delete_before_renaming", 24, "/model"),
     ("crash_rows:kill_save", "keep_leftovers", 6, "has a stray"),
-    ("crash_rows:kill_files", "write_in_place", 20, "not a tokenizer.json"),
+    ("crash_rows:kill_files", "write_in_place", 30, "tokenizer.save"),
     ("crash_rows:sync_before_rename", "forget_to_sync", 1, "is not synced"),
     ("crash_rows:fail_save", "ignore_failed_writes", 15, ""),
     ("crash_rows:fail_train", "report_with_a_traceback", 4, "0 lines, expected one"),
