@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -66,10 +65,11 @@ class RunConfig:
     out: str | None = option(
         None, "folder for checkpoints, log, plot and sample (default: runs/1, or the next number)"
     )
-    resume: bool | Literal["auto"] = option(
-        False,
+    resume: str = option(
+        "false",
         "go on from the newest valid checkpoint in --out, with its settings where no flag changes them; auto "
         "does so if there is a checkpoint, and else starts the run",
+        choices=("true", "false", "auto"),
     )
     resume_from: str | None = option(
         None,
@@ -177,7 +177,7 @@ def _flags(argv: Sequence[str]) -> tuple[RunConfig, Values]:
 
 def _resume(run: RunConfig, folder: RunFolder) -> bool | str:
     """Whether to go on from a checkpoint, or the name of the checkpoint."""
-    if not run.resume and not run.resume_from:
+    if run.resume == "false" and not run.resume_from:
         return False
     if run.out is None:
         raise InputError("--resume: --out is not given, expected the folder of the run to go on with")
