@@ -68,8 +68,10 @@ def random_of(row: str, seed: int, trial: int) -> random.Random:
     return random.Random(f"{row} {seed} {trial}")
 
 
-def run_trials(trials: int, attack: Attack, *, limit: float = HANG, spare: int = SPARE) -> Outcome:
-    """Makes the attacks 0 to `trials` - 1 and counts those that fail.
+def run_trials(
+    trials: int, attack: Attack, *, limit: float = HANG, spare: int = SPARE, alone: bool = False
+) -> Outcome:
+    """Makes the attacks 0 to `trials` - 1 and counts those that fail; with `alone`, each in its own child.
 
     A trial fails if `attack` raises, takes more than `limit` seconds, ends its process, starts a program, or
     takes more memory than twice its file and `spare` bytes.
@@ -77,7 +79,8 @@ def run_trials(trials: int, attack: Attack, *, limit: float = HANG, spare: int =
     outcome = Outcome()
     first = 0
     while first < trials:
-        first = _run_child(first, trials, attack, limit, spare, outcome)
+        last = first + 1 if alone else trials
+        first = _run_child(first, last, attack, limit, spare, outcome)
     return outcome
 
 

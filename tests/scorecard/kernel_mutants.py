@@ -1,0 +1,343 @@
+"""The row that mutates kernels and references systematically: the checks must kill nine of ten mutants.
+
+A mutant differs from the source in one operator, constant, argument or mask. Kernels are planted as copies
+(`tests.planting`), references are replaced in place; each mutant runs in a forked child.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from types import FunctionType
+from typing import Any
+
+import pytest
+import torch
+
+import kernels
+from kernels.registry import SPECS
+from kernels.spec import Case
+from kernels.verify import check
+from tests.planting import FILES, SHARED, planted
+from tests.scorecard.equivalents import EQUIVALENT
+from tests.scorecard.row import Outcome, Row
+from tests.scorecard.trials import Say, run_trials
+
+FOLDER = Path(kernels.__file__).parent
+CPU = torch.device("cpu")
+KILLED = 0.9  # the share of mutants, equivalent ones aside, that must be killed
+LIMIT = 60.0  # seconds after which a mutant counts as killed: it does not end
+SURVIVES = "survives"
+# Which family's checks run on a mutant of a file that several families share.
+REFERENCES = {f"{family}/reference.py": family for family in FILES} | {"philox.py": "norm"}
+DEVICE_FUNCTIONS = {"gelu": "ffn", "decay": "ffn", "keep": "norm", "columns": "norm"}
+
+OPERATORS: dict[type[ast.AST], tuple[str, ...]] = {
+    ast.Add: ("-",),
+    ast.Sub: ("+",),
+    ast.Mult: ("/",),
+    ast.Div: ("*",),
+    ast.FloorDiv: ("*",),
+    ast.Mod: ("//",),
+    ast.BitAnd: ("|",),
+    ast.BitOr: ("&",),
+    ast.RShift: ("<<",),
+    ast.Lt: ("<=",),
+    ast.LtE: ("<",),
+    ast.Gt: (">=",),
+    ast.GtE: (">",),
+    ast.Eq: ("!=",),
+    ast.NotEq: ("==",),
+}
+FUNCTIONS = {
+    "minimum": "maximum",
+    "maximum": "minimum",
+    "min": "max",
+    "max": "min",
+    "sum": "max",
+    "exp2": "exp",
+    "log2": "log",
+    "rsqrt": "sqrt",
+    "zeros": "ones",
+    "exp": "exp2",
+    "sqrt": "exp",
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of one file.
+
+    Attributes:
+        file: Below `kernels`.
+        family: The op family with the checks.
+        line: Its number in the file.
+        change: The line before, and what replaces what in it.
+        source: The whole file with the change.
+    """
+
+    file: str
+    family: str
+    line: int
+    change: str
+    source: str
+
+    @property
+    def key(self) -> str:
+        """A name that stays when lines above it come or go."""
+        return f"{self.file}: {self.change}"
+
+
+def mutants() -> list[Mutant]:
+    """Every mutant, in the order of the files."""
+    files = {f"{family}/{name}.py": family for family, names in FILES.items() for name in names}
+    files |= {f"{SHARED}.py": "", **REFERENCES}
+    return [mutant for file, family in files.items() for mutant in _mutants_of(file, family)]
+
+
+def _mutants_of(file: str, family: str) -> Iterator[Mutant]:
+    source = (FOLDER / file).read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    for function in ast.walk(tree):
+        if not isinstance(function, ast.FunctionDef) or function.name.startswith("__"):
+            continue
+        checked = family or next((f for part, f in DEVICE_FUNCTIONS.items() if part in function.name), "")
+        if not checked:
+            continue
+        for statement in function.body:
+            if isinstance(statement, (ast.FunctionDef, ast.ClassDef)):
+                continue
+            for node in ast.walk(statement):
+                for old, new in _changes(node, source):
+                    yield _mutant(file, checked, source, old, new)
+
+
+def _mutant(file: str, family: str, source: str, old: ast.AST, new: str) -> Mutant:
+    lines = source.splitlines(keepends=True)
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line.encode()))
+    content = source.encode()
+    begin = starts[old.lineno - 1] + old.col_offset  # type: ignore[attr-defined]
+    end = starts[old.end_lineno - 1] + old.end_col_offset  # type: ignore[attr-defined]
+    text = content[begin:end].decode()
+    changed = (content[:begin] + new.encode() + content[end:]).decode()
+    shown = f"{lines[old.lineno - 1].strip()} | {' '.join(text.split())} -> {' '.join(new.split())}"  # type: ignore[attr-defined]
+    return Mutant(file, family, old.lineno, shown, changed)  # type: ignore[attr-defined]
+
+
+def _changes(node: ast.AST, source: str) -> Iterator[tuple[ast.AST, str]]:
+    """Each replacement of a node by another text."""
+
+    def text(part: ast.AST) -> str:
+        return ast.get_source_segment(source, part) or ""
+
+    if isinstance(node, ast.BinOp):
+        left, right = text(node.left), text(node.right)
+        for operator in OPERATORS.get(type(node.op), ()):
+            yield node, f"(({left}) {operator} ({right}))"
+        if isinstance(node.op, (ast.BitAnd, ast.Mult, ast.Add)):
+            yield node, f"({left})"
+        if isinstance(node.op, ast.BitAnd):
+            yield node, f"({right})"
+    elif isinstance(node, ast.Compare) and len(node.ops) == 1:
+        for operator in OPERATORS.get(type(node.ops[0]), ()):
+            yield node, f"(({text(node.left)}) {operator} ({text(node.comparators[0])}))"
+    elif isinstance(node, ast.Call):
+        yield from _changed_call(node, text)
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.Invert, ast.Not)):
+        yield node, f"({text(node.operand)})"
+    elif isinstance(node, (ast.If, ast.IfExp)):
+        yield node.test, f"(not ({text(node.test)}))"
+    elif isinstance(node, ast.AugAssign):
+        yield node, f"{text(node.target)} = {text(node.value)}"
+    elif isinstance(node, ast.Constant) and not isinstance(node.value, (str, bool, bytes)):
+        if isinstance(node.value, int):
+            yield node, str(1 if node.value == 0 else node.value - 1)
+            yield node, str(node.value + 1 if node.value else -1)
+        elif isinstance(node.value, float):
+            yield node, repr(node.value * 1.25 if node.value else 1.0)
+
+
+def _changed_call(node: ast.Call, text: Callable[[ast.AST], str]) -> Iterator[tuple[ast.AST, str]]:
+    """Another function, two arguments swapped, or a mask dropped."""
+    function = node.func
+    if (
+        isinstance(function, ast.Attribute)
+        and function.attr in FUNCTIONS
+        and isinstance(function.value, ast.Name)
+    ):
+        whole = text(node)
+        yield node, f"{function.value.id}.{FUNCTIONS[function.attr]}{whole[len(text(function)) :]}"
+    positional = [argument for argument in node.args if not isinstance(argument, ast.Starred)]
+    if len(positional) == len(node.args) and len(positional) >= 2:
+        first, second = positional[-2:] if text(function) == "tl.where" else positional[:2]
+        if text(first) != text(second):
+            arguments = [text(a) for a in node.args]
+            i, j = node.args.index(first), node.args.index(second)
+            arguments[i], arguments[j] = arguments[j], arguments[i]
+            keywords = [text(keyword) for keyword in node.keywords]
+            yield node, f"{text(function)}({', '.join([*arguments, *keywords])})"
+    for dropped in node.keywords:
+        if dropped.arg == "mask":
+            kept = [text(k) for k in node.keywords if k.arg not in ("mask", "other")]
+            yield node, f"{text(function)}({', '.join([*map(text, node.args), *kept])})"
+
+
+def kill(mutant: Mutant, place: Path) -> str:
+    """What kills a mutant: the first check that fails, or an exception; "" if it survives.
+
+    It changes this process: call it in a child.
+    """
+    os.environ["TMPDIR"] = tempfile.tempdir = str(place)
+    if mutant.file in REFERENCES:
+        return _kill_reference(mutant)
+    name = Path(mutant.file).stem
+    original = (FOLDER / mutant.file).read_text(encoding="utf-8")
+    try:
+        with planted(mutant.family, (name, original, mutant.source)) as launchers:
+            for checked in kernel_checks(mutant.family, name):
+                checked(launchers)
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+    return ""
+
+
+def _kill_reference(mutant: Mutant) -> str:
+    module = importlib.import_module(f"kernels.{mutant.file.removesuffix('.py').replace('/', '.')}")
+    try:
+        _replace(module, mutant.source)
+        for checked in reference_checks(mutant.family):
+            checked(None)
+    except Exception as error:
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+    return ""
+
+
+def _replace(module: Any, source: str) -> None:
+    """Makes a module's functions and classes those of another source, for all that import them."""
+    changed: dict[str, Any] = {"__name__": module.__name__}
+    exec(compile(source, module.__file__, "exec"), changed)
+    for name, value in list(vars(module).items()):
+        if isinstance(value, FunctionType) and value.__module__ == module.__name__:
+            value.__code__ = changed[name].__code__
+        elif isinstance(value, type) and value.__module__ == module.__name__:
+            setattr(module, name, changed[name])
+
+
+Check = Callable[[Any], None]
+
+
+def _agrees(op: str, case: Case, dtype: torch.dtype = torch.float32) -> Check:
+    def run(launchers: Any) -> None:
+        verdicts = check(SPECS[op], case, dtype, CPU)
+        failures = [str(verdict) for verdict in verdicts if not verdict.ok]
+        assert not failures, failures
+
+    return run
+
+
+def _guarded(family: str) -> Check:
+    """The family's small cases with a guard page after every tensor."""
+
+    def run(launchers: Any) -> None:
+        from tests.kernels.test_families import inputs_of, triton
+        from tests.memory import guard_allocations, guarded
+
+        with pytest.MonkeyPatch.context() as patch:
+            guard_allocations(patch)
+            for spec in (spec for spec in SPECS.values() if spec.family == family):
+                for case in spec.tagged("small"):
+                    if max(case.sizes.values()) <= 130:
+                        triton(spec, inputs_of(spec, case), spec.gradients, guarded, guarded)
+
+    return run
+
+
+def kernel_checks(family: str, name: str) -> list[Check]:
+    """The checks of a family's kernels, the fast ones first."""
+    specs = [spec for spec in SPECS.values() if spec.family == family]
+    if family == "attention":
+        from tests.kernels.attention_suite import CHECKS as SUITE
+
+        if name == "decode":
+            return [SUITE["decoding"], SUITE["guard pages"]]
+        suite = [value for key, value in SUITE.items() if key not in ("far rows", "decoding", "guard pages")]
+        cases = [(s.name, c) for s in specs[:2] for c in _up_to(s, 24, "edge")]
+        return [*suite, *(_agrees(op, case) for op, case in cases), SUITE["guard pages"]]
+
+    from tests.compiled.mutations import CHECKS
+
+    cases = [(s.name, c) for s in specs for c in _up_to(s, 130, "small", "edge")]
+    wide = CHECKS[family] if family != "norm" else ()
+    half = [_agrees(op, case, torch.bfloat16) for op, case in cases[:3]]
+    return [*(_agrees(op, case) for op, case in cases), *half, *wide, _guarded(family)]
+
+
+def _up_to(spec: Any, size: int, *tags: str) -> list[Case]:
+    """The cases of no larger size, small ones first."""
+    cases = [case for case in spec.tagged(*tags) if max(case.sizes.values()) <= size]
+    return sorted(cases, key=lambda case: math.prod(case.sizes.values()))
+
+
+def reference_checks(family: str) -> list[Check]:
+    """The checks of a family's references: the kernels, and formulas in float64."""
+    from tests.scorecard import formulas
+
+    specs = [spec for spec in SPECS.values() if spec.family == family]
+    size = 40 if family == "attention" else 130
+    cases = [(s.name, c) for s in specs for c in _up_to(s, size, "small")]
+    return [*formulas.CHECKS[family], *(_agrees(op, case) for op, case in cases)]
+
+
+def run(trials: int, seed: int, folder: Path) -> Outcome:
+    """Runs a sample of the mutants."""
+    from tests.interpreter import patch_interpreter
+
+    folder.mkdir(parents=True, exist_ok=True)
+    patch_interpreter()
+    everything = mutants()
+    counted = [mutant for mutant in everything if mutant.key not in EQUIVALENT]
+    chosen = Random(seed).sample(counted, min(trials, len(counted)))
+    _warm()
+    torch.set_num_threads(1)
+
+    def attack(number: int, say: Say) -> None:
+        mutant = chosen[number]
+        say(f"{mutant.file}:{mutant.line} {mutant.change}")
+        assert kill(mutant, folder), SURVIVES
+
+    outcome = run_trials(len(chosen), attack, limit=LIMIT, alone=True)
+    survivors = [f.removesuffix(f": {SURVIVES}") for f in outcome.failures if f.endswith(f": {SURVIVES}")]
+    share = 1 - len(survivors) / max(1, len(chosen))
+    outcome.worst = f"{share:.1%} of {len(chosen)} killed"
+    outcome.note = f"{len(everything) - len(counted)} equivalent ones are not run"
+    outcome.note += "".join(f"; survives: {survivor}" for survivor in survivors)
+    outcome.failures = survivors if share < KILLED else []
+    return outcome
+
+
+def _warm() -> None:
+    """Imports and runs once what each child would import again."""
+    for family in FILES:
+        spec = next(spec for spec in SPECS.values() if spec.family == family)
+        _agrees(spec.name, spec.tagged("small")[0])(None)
+
+
+ROWS: tuple[Row, ...] = (
+    Row(
+        "kernel-mutants",
+        "the checks kill at least 90% of the mutants of kernels and references",
+        run,
+        trials=60,
+        small=6,
+        long=1500,
+    ),
+)
