@@ -8,8 +8,8 @@ import math
 import os
 import resource
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -23,14 +23,14 @@ from gpt import GPT, GPTConfig, TokenData, Trainer, eval, sample, train
 from gpt.data.dataset import DataConfig
 from gpt.data.tokenizers import CharTokenizer
 from gpt.errors import NonFiniteError
-from gpt.training import run_folder, trainer
+from gpt.training import trainer
 from gpt.weights import checkpoint
 from gpt.weights.huggingface import save_huggingface
 from gpt.weights.pretrained import load_pretrained
 from tests.gpt.text import TEXT
 from tests.gpt.training import small_runs
 from tests.scorecard.row import Outcome, Row
-from tests.scorecard.trials import Refused, Say, answer, random_of, run_trials, same, variables
+from tests.scorecard.trials import Refused, Say, answer, quick_ends, random_of, run_trials, same, variables
 
 SIZE = 200 << 20  # bytes of a large file
 LARGE = GPTConfig(vocab_size=SIZE // 4096, block_size=8, n_layer=1, n_head=1, n_embd=1024)
@@ -266,24 +266,6 @@ class Planting(TokenData):
         return super().batch(stream, *args, **kwargs)
 
 
-@contextmanager
-def _quick_ends() -> Iterator[pytest.MonkeyPatch]:
-    """A run's end without a plot and with a short sample."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_folder, "plot_log", lambda *_: None)
-        patch.setattr(trainer, "SAMPLE_TOKENS", 1)
-        patch.setattr("tqdm.tqdm.__init__", partial_disabled())
-        yield patch
-
-
-def partial_disabled() -> Callable[..., None]:
-    """tqdm's constructor with the bar disabled."""
-    from tqdm import tqdm
-
-    plain = tqdm.__init__
-    return lambda self, *args, **kwargs: plain(self, *args, **{**kwargs, "disable": True})
-
-
 def _trainer(out: Path, optimizer: str, *, resume: bool = False, data: TokenData | None = None) -> Trainer:
     from dataclasses import replace
 
@@ -321,7 +303,7 @@ def _plant(place: str, value: float, run: Trainer, rng: Random, patch: pytest.Mo
 def _training(trials: int, seed: int, folder: Path) -> Outcome:
     clean = {}
     for optimizer in ("adamw", "muon"):
-        with _quick_ends(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        with quick_ends(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             run = _trainer(folder / optimizer, optimizer)
             run.run()
         clean[optimizer] = _weights(run)
@@ -334,7 +316,7 @@ def _training(trials: int, seed: int, folder: Path) -> Outcome:
         out = folder / f"run-{number}"
         data = TokenData.from_text(TEXT)
         data.__class__ = Planting
-        with _quick_ends() as patch:
+        with quick_ends() as patch:
             run = _trainer(out, optimizer, data=data)
             data.at, data.plant = at, partial(_plant, place, value, run, rng, patch)  # type: ignore[attr-defined]
             message = ""
@@ -349,7 +331,7 @@ def _training(trials: int, seed: int, folder: Path) -> Outcome:
                 for name, tensor in checkpoint.read_tensors(path / file).items():
                     assert bool(torch.isfinite(tensor).all()), f"{path.name}/{file} has {name} not finite"
         if checkpoint.list_checkpoints(out):
-            with _quick_ends():
+            with quick_ends():
                 again = _trainer(out, optimizer, resume=True)
                 again.run()
             assert same(_weights(again), clean[optimizer]), (
@@ -361,7 +343,7 @@ def _training(trials: int, seed: int, folder: Path) -> Outcome:
 
 
 def _files(trials: int, seed: int, folder: Path) -> Outcome:
-    with _quick_ends(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+    with quick_ends(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         _trainer(folder / "clean", "adamw").run()
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
 

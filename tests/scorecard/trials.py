@@ -17,9 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 import torch
 
 from gpt.errors import ReportedError
+from gpt.training import run_folder, trainer
 from tests.scorecard.row import HANG, Outcome
 
 SPARE = 256 << 20  # bytes that a trial may take besides twice its file
@@ -69,9 +71,17 @@ def random_of(row: str, seed: int, trial: int) -> random.Random:
 
 
 def run_trials(
-    trials: int, attack: Attack, *, limit: float = HANG, spare: int = SPARE, alone: bool = False
+    trials: int,
+    attack: Attack,
+    *,
+    limit: float = HANG,
+    spare: int = SPARE,
+    alone: bool = False,
+    forks: bool = False,
 ) -> Outcome:
-    """Makes the attacks 0 to `trials` - 1 and counts those that fail; with `alone`, each in its own child.
+    """Makes the attacks 0 to `trials` - 1 and counts those that fail.
+
+    alone: each attack has its own child. forks: an attack may start processes.
 
     A trial fails if `attack` raises, takes more than `limit` seconds, ends its process, starts a program, or
     takes more memory than twice its file and `spare` bytes.
@@ -80,11 +90,13 @@ def run_trials(
     first = 0
     while first < trials:
         last = first + 1 if alone else trials
-        first = _run_child(first, last, attack, limit, spare, outcome)
+        first = _run_child(first, last, attack, limit, spare, outcome, forks)
     return outcome
 
 
-def _run_child(first: int, trials: int, attack: Attack, limit: float, spare: int, outcome: Outcome) -> int:
+def _run_child(
+    first: int, trials: int, attack: Attack, limit: float, spare: int, outcome: Outcome, forks: bool
+) -> int:
     """Makes attacks from `first` on in one child; returns the first that is left."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -96,7 +108,7 @@ def _run_child(first: int, trials: int, attack: Attack, limit: float, spare: int
         status = 1
         try:
             os.close(reader)
-            _serve(writer, first, trials, attack, spare)
+            _serve(writer, first, trials, attack, spare, forks)
             status = 0
         finally:
             os._exit(status)
@@ -139,7 +151,7 @@ def _run_child(first: int, trials: int, attack: Attack, limit: float, spare: int
     return current + 1
 
 
-def _serve(writer: int, first: int, trials: int, attack: Attack, spare: int) -> None:
+def _serve(writer: int, first: int, trials: int, attack: Attack, spare: int, forks: bool) -> None:
     """The child: makes the attacks and writes a line when each begins and ends."""
     faulthandler.disable()
     warnings.simplefilter("ignore")
@@ -147,7 +159,8 @@ def _serve(writer: int, first: int, trials: int, attack: Attack, spare: int) -> 
     quiet()
     _limit_address_space(SPACE)
     calls: list[str] = []
-    sys.addaudithook(lambda event, _: calls.append(event) if event in CODE else None)
+    if not forks:
+        sys.addaudithook(lambda event, _: calls.append(event) if event in CODE else None)
     baseline = _peak()
 
     def say(name: str) -> None:
@@ -225,3 +238,16 @@ def variables(**values: str) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def quick_ends() -> Iterator[pytest.MonkeyPatch]:
+    """While open, a training run draws no progress bar and no plot, and its sample has one token."""
+    from tqdm import tqdm
+
+    plain = tqdm.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_folder, "plot_log", lambda *_: None)
+        patch.setattr(trainer, "SAMPLE_TOKENS", 1)
+        patch.setattr(tqdm, "__init__", lambda self, *a, **k: plain(self, *a, **{**k, "disable": True}))
+        yield patch
