@@ -1,5 +1,12 @@
 """A GPT whose fused kernels can be swapped for plain PyTorch at run time, with tokenizers and a trainer."""
 
+import sys
+
+from gpt.interrupts import exit_on_interrupt
+
+if sys.argv[:1] == ["-m"] and any(name.removeprefix("-m").startswith("gpt.") for name in sys.orig_argv):
+    exit_on_interrupt()  # `python -m gpt.…` imports this package first, and torch takes seconds
+
 import kernels
 
 if not hasattr(kernels, "causal_attention"):

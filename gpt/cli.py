@@ -5,20 +5,29 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import io
 import os
 import re
+import signal
 import sys
 import tomllib
 import types
 import typing
 import warnings
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path
+from contextlib import suppress
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
-from gpt.errors import InputError, ReportedError, unknown
+from gpt.errors import InputError, MachineError, ReportedError, system_error, unknown
+from gpt.files import read_regular, user_path
+from gpt.interrupts import INTERRUPTED, keyboard_interrupts
+from gpt.memory import exhausted
 
 Values = dict[str, dict[str, Any]]
+CONFIG_LIMIT = 1 << 16  # bytes of a --config file
+MOST_DOTS = 200  # in one of its lines
+LARGEST_INTEGER = 2**63
+LONGEST_LINE = 2000  # characters of a message
 USE_TRITON: dict[str, bool | str] = {"auto": "auto", "true": True, "false": False}
 
 
@@ -115,52 +124,116 @@ class OptionParser(argparse.ArgumentParser):
             InputError: The file cannot be read, is not a TOML file, or has an unknown table or key or a value
                 of the wrong type.
         """
+        where = f"--config: {path}"
+        raw = read_regular(user_path(path, "--config"), "--config", CONFIG_LIMIT)
         try:
-            content = tomllib.loads(Path(path).read_text("utf-8"))
-        except OSError as error:
-            raise InputError(f"--config: cannot read {path}: {error.strerror}") from error
-        except ValueError as error:
-            raise InputError(f"--config: {path} is not a TOML file: {error}") from error
+            text = raw.decode("utf-8")
+            if any(
+                line.count(".") > MOST_DOTS for line in text.splitlines()
+            ):  # tomllib takes (dots of a key)²
+                raise InputError(
+                    f"{where}: a line has more than {MOST_DOTS} dots, expected a key and a value"
+                )
+            content = tomllib.loads(text)
+        except InputError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where} is not a TOML file: {error}") from error
         values: Values = {table: {} for table in tables}
         for table, entries in content.items():
             if table not in values:
-                raise unknown(f"--config: {path}: table", table, tables)
+                raise unknown(f"{where}: table", table, tables)
             if not isinstance(entries, dict):
-                raise InputError(f"--config: {path}: {table} is {entries!r}, expected a table [{table}]")
+                raise InputError(f"{where}: {table} is {_shown(entries)}, expected a table [{table}]")
             for name, value in entries.items():
                 if name not in self._types[table]:
-                    raise unknown(f"--config: {path}: [{table}] key", name, self._types[table])
-                values[table][name] = convert(
-                    f"--config: {path}: [{table}] {name}", self._types[table][name], value
-                )
+                    raise unknown(f"{where}: [{table}] key", name, self._types[table])
+                values[table][name] = convert(f"{where}: [{table}] {name}", self._types[table][name], value)
         return values
 
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
 
 
-def run_command(name: str, command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit code: that of a ReportedError, 130 after Ctrl-C.
+def run_command(
+    name: str, command: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None, *, lower: str = ""
+) -> int:
+    """Runs a command and returns its exit code; see "Exit codes" in gpt/README.md.
 
     Errors and warnings are printed on stderr, one line each.
+
+    Args:
+        name: Begins each line.
+        command: Takes the arguments and returns an exit code.
+        argv: The arguments; None takes the process's.
+        lower: The flags that lower the memory that the command takes, as in "--batch_size".
     """
 
+    def report(message: object) -> None:
+        with suppress(OSError):  # stderr is closed or full
+            print(f"{name}: {one_line(str(message))}", file=sys.stderr)
+
     def print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-        print(f"{name}: warning: {' '.join(str(message).split())}", file=sys.stderr)
+        report(f"warning: {message}")
+
+    if sys.stderr is None:  # closed; print(file=None) would write to stdout
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stdout is None:
+        report("stdout is closed, expected a terminal, a file or a pipe")
+        return MachineError.exit_code
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may have bytes that are not text
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = print_warning
         try:
-            return command(sys.argv[1:] if argv is None else argv)
-        except ReportedError as error:
-            print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-            return error.exit_code
+            with keyboard_interrupts():
+                code = _call(command, sys.argv[1:] if argv is None else argv)
+                sys.stdout.flush()
+                return code
         except KeyboardInterrupt:
-            return 130
+            report(INTERRUPTED)
+            return 128 + signal.SIGINT
         except BrokenPipeError:  # the reader of our output has exited, as in `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
+        except ReportedError as error:
+            report(error)
+            return error.exit_code
+        except (MemoryError, OSError, RuntimeError) as error:
+            reported = exhausted(error, lower) or (
+                system_error(error) if isinstance(error, OSError) else None
+            )
+            if reported is None:
+                raise
+            report(reported)
+            return reported.exit_code
+        finally:
+            _empty_output()
+
+
+def one_line(text: str) -> str:
+    """`text` as one line of at most LONGEST_LINE characters, with what cannot be printed escaped."""
+    words = " ".join(text.split())
+    words = words if len(words) <= LONGEST_LINE else f"{words[:LONGEST_LINE]} ..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+
+
+def _call(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """The exit code of `command`. --help of argparse, and a second SIGTERM, raise it as SystemExit."""
+    try:
+        return command(argv)
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+def _empty_output() -> None:
+    """Flushes stdout; if that fails, drops what it holds, so that the interpreter does not try again."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError), open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())
 
 
 def field_types(cls: type) -> dict[str, Any]:
@@ -190,7 +263,7 @@ def convert(where: str, expected: Any, value: Any) -> Any:
             return _parse(option, value)
         except ValueError:
             continue
-    raise InputError(f"{where} is {value!r}, expected {describe(expected)}")
+    raise InputError(f"{where} is {_shown(value)}, expected {describe(expected)}")
 
 
 def describe(expected: Any) -> str:
@@ -213,6 +286,14 @@ def show(value: Any) -> str:
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
+def _shown(value: Any) -> str:
+    """A flag's text or a TOML value in a message; Python cannot print deep nesting and very long integers."""
+    try:
+        return repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} that is too long to print"
+
+
 def _is_union(expected: Any) -> bool:
     return get_origin(expected) in (Union, types.UnionType)
 
@@ -226,10 +307,15 @@ def _parse(expected: Any, value: Any) -> Any:
         return value
     if expected is types.NoneType and text and value.lower() == "none":
         return None
-    if expected is bool and str(value).lower() in ("true", "false"):
+    if expected is bool and isinstance(value, (bool, str)) and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
     if expected in (int, float) and not isinstance(value, bool) and isinstance(value, (str, int, expected)):
-        return expected(value)
+        try:
+            number = expected(value)
+        except OverflowError as error:  # float(10**400)
+            raise ValueError from error
+        if expected is float or abs(number) < LARGEST_INTEGER:
+            return number
     raise ValueError
 
 

@@ -137,16 +137,17 @@ class GPTConfig:
         attention = 12 * self.n_layer * self.n_head * self.head_size * self.block_size
         return 6 * (counts["total"] - looked_up) + attention
 
-    def training_bytes(self, batch_size: int) -> int:
-        """16 bytes per parameter, and 4 n_layer (6 C + 4 n_head D + 2 I) bytes per token of a micro-batch.
+    def training_bytes(self, batch_size: int, value: int = 4) -> int:
+        """16 bytes per parameter, and n_layer (6 C + 4 n_head D + 2 I) values per token of a micro-batch.
 
         A parameter has a float32 weight, gradient and the two averages of AdamW. For a token, a block saves
-        float32 values for its backward pass: inputs and outputs of the norms and additions, q, k, v and the
-        output of attention, and the feed-forward's values before and after its activation.
+        values for its backward pass: inputs and outputs of the norms and additions, q, k, v and the output of
+        attention, and the feed-forward's before and after its activation. A value has `value` bytes: 4 in
+        float32, and 2 in half precision.
         """
         width = 6 * self.n_embd + 4 * self.n_head * self.head_size + 2 * self.inner_size
         tokens = batch_size * self.block_size
-        return 16 * self.parameter_counts()["total"] + 4 * self.n_layer * width * tokens
+        return 16 * self.parameter_counts()["total"] + value * self.n_layer * width * tokens
 
 
 @dataclass(frozen=True)

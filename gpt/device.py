@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from gpt.config import GPTConfig, TrainConfig
 from gpt.errors import InputError, first_line
+from gpt.memory import ROOT, Free, free_memory, show_bytes
 
 
 class GPU(NamedTuple):
@@ -56,10 +57,12 @@ def pick_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError, ImportError) as error:
         raise InputError(
             f"device is {name!r}, expected a device of this machine ({first_line(error)})"
         ) from error
+    if device.type == "meta":
+        raise InputError("device is 'meta', expected a device that computes, such as cpu or cuda")
     return device
 
 
@@ -120,21 +123,32 @@ def _letters(name: str) -> str:
     return re.sub(r"[\s_-]", "", name).casefold()
 
 
-def check_memory(config: GPTConfig, train: TrainConfig, device: torch.device) -> None:
-    """Raises InputError where training needs more memory than `device` has in total."""
-    needed = config.training_bytes(train.batch_size)
-    total = _total_memory(device)
-    if total is not None and needed > total:
-        raise InputError(
-            f"model: training {config.parameter_counts()['total']:,} parameters with batch_size "
-            f"{train.batch_size} takes about {needed / 2**30:,.0f} GiB, expected at most the "
-            f"{total / 2**30:,.0f} GiB of {device}"
-        )
+def check_memory(config: GPTConfig, train: TrainConfig, device: torch.device, *, root: Path = ROOT) -> None:
+    """Raises InputError where training needs more memory than is free on `device`."""
+    value = autocast_dtype(train.dtype, device).itemsize
+    _check_free(
+        f"model: training {config.parameter_counts()['total']:,} parameters with batch_size "
+        f"{train.batch_size}",
+        config.training_bytes(train.batch_size, value),
+        device,
+        root,
+    )
 
 
-def _total_memory(device: torch.device) -> int | None:
+def check_weights(where: str, size: int, device: torch.device, *, root: Path = ROOT) -> None:
+    """Raises InputError where weights of `size` bytes need more memory than is free on `device`."""
+    _check_free(f"{where}: loading the weights", size, device, root)
+
+
+def _check_free(what: str, needed: int, device: torch.device, root: Path) -> None:
+    free = _free_memory(device, root)
+    if free is not None and needed > free.bytes:
+        most = f"{show_bytes(free.bytes)} {free.where}"
+        raise InputError(f"{what} takes about {show_bytes(needed)}, expected at most the {most}")
+
+
+def _free_memory(device: torch.device, root: Path) -> Free | None:
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if device.type == "cpu" and hasattr(os, "sysconf"):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return None
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return Free(torch.cuda.mem_get_info(device)[0] + cached, f"free on {device}")
+    return free_memory(root) if device.type == "cpu" else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import re
 from collections.abc import Iterable
 from typing import ClassVar
 
@@ -12,6 +13,7 @@ from typing import ClassVar
 _USERS_FAULT = {
     errno.EACCES,
     errno.EEXIST,
+    errno.EILSEQ,
     errno.EINVAL,
     errno.EISDIR,
     errno.ELOOP,
@@ -51,7 +53,7 @@ class MachineError(ReportedError, RuntimeError):
 
 def unknown(where: str, name: object, valid: Iterable[str]) -> InputError:
     """The error for a name that is not in `valid`; it suggests the most similar valid name."""
-    nearest = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0)[0]
+    nearest = difflib.get_close_matches(str(name)[:100], list(valid), n=1, cutoff=0)[0]
     return InputError(f"{where}: {name!r} is unknown, the nearest valid one is {nearest!r}")
 
 
@@ -61,8 +63,19 @@ def cannot_write(where: str, path: str | os.PathLike[str], error: OSError) -> In
     It is an InputError where the path or its permissions are wrong, and a MachineError where the disk is full
     or fails.
     """
-    kind = InputError if error.errno in _USERS_FAULT else MachineError
-    return kind(f"{where}: cannot write {os.fspath(path)}: {error.strerror or error}")
+    return _kind(error)(f"{where}: cannot write {os.fspath(path)}: {error.strerror or error}")
+
+
+def system_error(error: OSError) -> InputError | MachineError:
+    """The error for an OSError that nothing else explains, such as one of stdout on a full disk."""
+    where = "output" if error.filename is None else repr(error.filename)
+    return _kind(error)(f"{where}: {error.strerror or first_line(error)}")
+
+
+def _kind(error: OSError) -> type[InputError] | type[MachineError]:
+    named = re.search(r"\(os error (\d+)\)", str(error))  # libraries in Rust state it in their text alone
+    number = int(named[1]) if error.errno is None and named else error.errno
+    return InputError if number in _USERS_FAULT else MachineError
 
 
 def first_line(error: BaseException) -> str:

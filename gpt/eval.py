@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from gpt.cli import USE_TRITON, OptionParser, device_option, option, run_command, use_triton_option
 from gpt.data.dataset import DataConfig, TokenData
-from gpt.device import autocast_dtype, pick_device
+from gpt.device import autocast_dtype, check_weights, pick_device
 from gpt.errors import InputError
 from gpt.training.evaluation import evaluate
+from gpt.weights.checkpoint import find_checkpoint
+from gpt.weights.files import is_own, locate, weights_size
 from gpt.weights.pretrained import load_pretrained, load_pretrained_tokenizer
 
 
@@ -31,7 +33,7 @@ class EvalConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return run_command("gpt.eval", _eval, argv)
+    return run_command("gpt.eval", _eval, argv, lower="--batch_size")
 
 
 def _eval(argv: Sequence[str]) -> int:
@@ -47,9 +49,12 @@ def _eval(argv: Sequence[str]) -> int:
 
     device = pick_device(config.device)
     dtype = autocast_dtype(config.dtype, device)
-    tokenizer = load_pretrained_tokenizer(config.checkpoint)
+    source = locate(config.checkpoint)
+    source = find_checkpoint(source) if is_own(source) else source
+    check_weights("--checkpoint", weights_size(source), device)
+    tokenizer = load_pretrained_tokenizer(source)
     ids = TokenData.load(DataConfig(data=config.data), tokenizer).all_tokens()
-    model = load_pretrained(config.checkpoint, device=device, use_triton=USE_TRITON[config.use_triton]).eval()
+    model = load_pretrained(source, device=device, use_triton=USE_TRITON[config.use_triton]).eval()
 
     evaluation = evaluate(
         model, ids, tokenizer, stride=config.stride, batch_size=config.batch_size, dtype=dtype

@@ -20,6 +20,9 @@ from kernels.files import replacing
 
 PATIENCE = 4.0  # seconds to wait for the first answer of a network
 JSON_LIMIT = 1 << 28  # bytes of the largest JSON file that is read; a tokenizer.json may have megabytes
+CHUNK = 1 << 20  # bytes of one read
+# O_NONBLOCK: a FIFO does not wait for its writer. Windows has O_BINARY, and neither of the other two.
+OPEN_FLAGS = sum(getattr(os, flag, 0) for flag in ("O_RDONLY", "O_NONBLOCK", "O_NOCTTY", "O_BINARY"))
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",
@@ -42,16 +45,14 @@ def user_path(text: str | os.PathLike[str], where: str) -> Path:
             with the home folder of a user that does not exist.
     """
     shown = os.fspath(text)
+    if not shown:
+        raise InputError(f"{where}: the path is empty, expected a file or a folder")
     try:
-        path = Path(text).expanduser()
-        if not shown:
-            raise InputError(f"{where}: the path is empty, expected a file or a folder")
+        path = Path(shown).expanduser()
         os.lstat(path)
     except RuntimeError as error:
         raise InputError(f"{where}: {shown!r} has no home folder, expected a path without ~") from error
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
+    except ValueError as error:  # a NUL, or a surrogate that stands for no byte
         raise InputError(f"{where}: {shown!r} is not a path ({error})") from error
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
@@ -66,8 +67,10 @@ def open_regular(path: Path, where: str) -> IO[bytes]:
         InputError: The file is missing, cannot be read, or is a folder, a FIFO, a device or a socket.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        handle = os.open(path, OPEN_FLAGS)
     except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise InputError(f"{where}: {path} is a socket or a device, expected a regular file") from error
         raise InputError(f"{where}: cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise InputError(f"{where}: {str(path)!r} is not a path ({error})") from error
@@ -86,13 +89,26 @@ def read_regular(path: Path, where: str, limit: int) -> bytes:
         InputError: The file cannot be opened (see `open_regular`) or read, or is larger.
     """
     with open_regular(path, where) as file:
-        try:
-            content = file.read(limit + 1)
-        except OSError as error:
-            raise InputError(f"{where}: cannot read {path}: {error.strerror}") from error
-    if len(content) > limit:
-        raise InputError(f"{where}: {path} has more than {limit:,} bytes, the most that is read")
-    return content
+        return read_limited(file, f"{where}: {path}", limit)
+
+
+def read_limited(file: IO[bytes], where: str, limit: int) -> bytes:
+    """The rest of `file`, which has at most `limit` bytes. Memory grows with what it has, not with `limit`.
+
+    Raises:
+        InputError: It cannot be read, or has more.
+    """
+    chunks = []
+    left = limit + 1
+    try:
+        while left > 0 and (chunk := file.read(min(left, CHUNK))):
+            chunks.append(chunk)
+            left -= len(chunk)
+    except OSError as error:
+        raise InputError(f"{where} cannot be read: {error.strerror or error}") from error
+    if left <= 0:
+        raise InputError(f"{where} has more than {limit:,} bytes, the most that is read")
+    return b"".join(chunks)
 
 
 def read_json(path: Path, where: str = "checkpoint") -> dict[str, Any]:

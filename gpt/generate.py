@@ -18,6 +18,10 @@ from gpt.inputs import check_ids, padding, positions
 from gpt.kv_cache import Decoder, Stops
 from gpt.model import GPT
 
+FIRST_TOKENS = 1024  # new tokens for which there is space at first
+SMALLEST, LARGEST = 1e-30, 1e30  # temperature and penalty: float32 logits stay finite
+SCALES = f"[{SMALLEST}, {LARGEST}]"
+
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Where `seen` (B, V) is True: logits / penalty if positive, logits · penalty if negative."""
@@ -72,8 +76,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         penalty, vocab_size = self.repetition_penalty, self.vocab_size
-        if not _is_number(penalty) or penalty <= 0:
-            raise InputError(f"generate: repetition_penalty is {penalty!r}, expected a number > 0")
+        if not _is_in(penalty, SMALLEST, LARGEST):
+            raise InputError(f"generate: repetition_penalty is {penalty!r}, expected a number in {SCALES}")
         if vocab_size is not None and (not _is_int(vocab_size) or vocab_size <= 0):
             raise InputError(f"generate: vocab_size is {vocab_size!r}, expected an integer > 0 or None")
         if self.do_sample:
@@ -115,19 +119,17 @@ def generate(model: GPT, idx: Tensor, max_new_tokens: int, settings: Settings) -
     key_start = None if settings.attention_mask is None else padding(settings.attention_mask, idx)
 
     B, T = idx.shape
-    ids = torch.cat([idx, idx.new_zeros(B, max_new_tokens)], 1)  # (B, T + max_new_tokens)
+    tokens = _Tokens(idx, max_new_tokens)
     seen = _seen(idx, key_start, model.config.vocab_size) if settings.repetition_penalty != 1 else None
     synchronise = idx.device.type != "cuda" or settings.on_token is not None
     stop = Stops(settings.stop_ids, B, idx.device, synchronise=synchronise) if settings.stop_ids else None
-    states = _hidden_states(model, ids, T, key_start, settings.use_cache)
+    states = _hidden_states(model, tokens, T + max_new_tokens, key_start, settings.use_cache)
 
-    length = T
     with model.backend():
-        while length < T + max_new_tokens:
+        while tokens.length < T + max_new_tokens:
             new = settings.next_token(model.head(next(states)), seen)  # (B, C) -> (B, V) -> (B,)
-            token = new if stop is None else torch.where(stop.stopped, ids[:, length - 1], new)
-            ids[:, length] = token
-            length += 1
+            token = new if stop is None else torch.where(stop.stopped, tokens.last, new)
+            tokens.append(token)
 
             if seen is not None:
                 seen.scatter_(1, token[:, None], True)
@@ -137,32 +139,59 @@ def generate(model: GPT, idx: Tensor, max_new_tokens: int, settings: Settings) -
                 stop.update(token)
                 if stop.all():
                     break
-    return ids[:, :length] if stop is None else ids[:, : T + stop.steps()]
+    return tokens.window(0, tokens.length if stop is None else T + stop.steps())
+
+
+class _Tokens:
+    """Token ids (B, length) in a buffer that doubles when it is full: memory follows what is generated.
+
+    Args:
+        idx: The prompt (B, T); it is copied.
+        new: The most tokens that will be appended.
+    """
+
+    def __init__(self, idx: Tensor, new: int) -> None:
+        self.length = idx.shape[1]
+        self._buffer = torch.cat([idx, idx.new_zeros(len(idx), min(new, FIRST_TOKENS))], 1)
+
+    @property
+    def last(self) -> Tensor:
+        """The newest token of each row, (B,)."""
+        return self._buffer[:, self.length - 1]
+
+    def window(self, begin: int, end: int) -> Tensor:
+        """The ids (B, end - begin) from `begin` up to `end`, which is at most `length`."""
+        return self._buffer[:, begin:end]
+
+    def append(self, token: Tensor) -> None:
+        """Adds one token (B,) to each row."""
+        if self.length == self._buffer.shape[1]:
+            self._buffer = torch.cat([self._buffer, torch.zeros_like(self._buffer)], 1)
+        self._buffer[:, self.length] = token
+        self.length += 1
 
 
 def _hidden_states(
-    model: GPT, ids: Tensor, length: int, key_start: Tensor | None, use_cache: bool
+    model: GPT, tokens: _Tokens, end: int, key_start: Tensor | None, use_cache: bool
 ) -> Iterator[Tensor]:
-    """Yields the last token's hidden state (B, C): for ids[:, :length], then for each token after them.
+    """Yields the last token's hidden state (B, C): for the prompt, then for each token after it, up to `end`.
 
-    The caller writes the next token into `ids` before it asks for the next state. The cache is used while the
-    tokens fit into block_size. After that, and without a cache, each step recomputes the last block_size
-    tokens.
+    The caller appends the next token before it asks for the next state. The cache is used while the tokens
+    fit into block_size. After that, and without a cache, each step recomputes the last block_size tokens.
     """
-    block, end = model.config.block_size, ids.shape[1]
-    if use_cache and length <= block:
-        decoder = Decoder(model.hidden, ids[:, :length], min(block, end), key_start)
+    block = model.config.block_size
+    if use_cache and tokens.length <= block:
+        size = min(block, end)
+        decoder = Decoder(model.hidden, tokens.window(0, tokens.length), size, key_start)
         yield decoder.start()
-        while length < min(block, end):
-            yield decoder.step(ids[:, length])
-            length += 1
-        length += 1
+        while tokens.length <= size:
+            yield decoder.step(tokens.last)
 
-    for stop in range(length, end + 1):
-        begin = max(0, stop - block)
+    while True:
+        begin = max(0, tokens.length - block)
         start = None if key_start is None else (key_start - begin).clamp(min=0)
-        window = ids[:, begin:stop]
-        yield model.hidden(window, positions(window.shape[1], start, ids.device), start)[:, -1]
+        window = tokens.window(begin, tokens.length)
+        yield model.hidden(window, positions(window.shape[1], start, window.device), start)[:, -1]
 
 
 def _seen(idx: Tensor, key_start: Tensor | None, vocab_size: int) -> Tensor:
@@ -187,15 +216,16 @@ def _check_fit(model: GPT, max_new_tokens: int, settings: Settings) -> None:
 
 
 def _check_sampling(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None) -> None:
-    if not _is_number(temperature) or temperature <= 0:
+    if not _is_in(temperature, SMALLEST, LARGEST):
         raise InputError(
-            f"generate: temperature is {temperature!r}, expected a number > 0 (do_sample=False is greedy)"
+            f"generate: temperature is {temperature!r}, expected a number in {SCALES} "
+            "(do_sample=False is greedy)"
         )
     if top_k is not None and (not _is_int(top_k) or top_k <= 0):
         raise InputError(f"generate: top_k is {top_k!r}, expected an integer > 0 or None")
-    if top_p is not None and (not _is_number(top_p) or not 0 < top_p <= 1):
+    if top_p is not None and (not _is_in(top_p, 0, 1) or top_p == 0):
         raise InputError(f"generate: top_p is {top_p!r}, expected a number in (0, 1] or None")
-    if min_p is not None and (not _is_number(min_p) or not 0 <= min_p <= 1):
+    if min_p is not None and not _is_in(min_p, 0, 1):
         raise InputError(f"generate: min_p is {min_p!r}, expected a number in [0, 1] or None")
 
 
@@ -203,5 +233,6 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _is_in(value: object, low: float, high: float) -> bool:
+    """Whether `value` is a number from `low` to `high`; NaN is not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high

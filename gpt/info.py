@@ -5,15 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import kernels.files
 from gpt.cli import OptionParser, option, run_command
 from gpt.config import GPTConfig, TrainConfig, override
 from gpt.device import find_gpu
-from gpt.errors import InputError
-from gpt.files import read_json
+from gpt.errors import InputError, cannot_write
+from gpt.files import read_json, user_path
 from gpt.step_time import DISPATCH_SECONDS, GAP_SECONDS, LAUNCH_SECONDS, Prediction, predict
 from gpt.training.capture import TOKENS
 from gpt.weights import checkpoint
@@ -54,8 +53,11 @@ def _info(argv: Sequence[str]) -> int:
 
 
 def _config(target: str) -> GPTConfig:
-    if Path(target).is_dir():
-        return GPTConfig.from_dict(read_json(checkpoint.find_checkpoint(target) / checkpoint.CONFIG))
+    path = user_path(target, "PRESET|DIR")
+    if path.is_dir():
+        return GPTConfig.from_dict(read_json(checkpoint.find_checkpoint(path) / checkpoint.CONFIG))
+    if path.is_absolute() or len(path.parts) > 1:
+        raise InputError(f"PRESET|DIR: {target} is not a folder, expected a run, a checkpoint or a preset")
     return GPTConfig.preset(target)
 
 
@@ -77,10 +79,13 @@ def _predict(config: GPTConfig, flags: dict[str, Any]) -> Prediction | None:
         config, find_gpu(options.gpu), train.batch_size, train.grad_accum, captured=tokens <= TOKENS
     )
     if options.json is not None:
+        path = user_path(options.json, "--json")
         try:
-            kernels.files.write_json(Path(options.json), prediction.to_dict(), indent=1)
+            if path.exists() and not path.is_file():
+                raise InputError(f"--json: {path} is not a file, expected one to replace or a new one")
+            kernels.files.write_json(path, prediction.to_dict(), indent=1)
         except OSError as error:
-            raise InputError(f"--json: cannot write {options.json}: {error.strerror or error}") from error
+            raise cannot_write("--json", path, error) from error
     return prediction
 
 

@@ -5,20 +5,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from gpt.cli import USE_TRITON, OptionParser, device_option, option, run_command, use_triton_option
-from gpt.data.corpus import read_text
 from gpt.data.text_stream import Stopped, TextStream
 from gpt.data.tokenizers import Tokenizer, first_ids
-from gpt.device import pick_device
+from gpt.device import check_weights, pick_device
 from gpt.errors import InputError
+from gpt.files import read_limited, read_regular, user_path
 from gpt.model import GPT
 from gpt.weights.checkpoint import find_checkpoint
-from gpt.weights.files import is_own, locate
+from gpt.weights.files import is_own, locate, weights_size
 from gpt.weights.pretrained import load_pretrained, load_pretrained_tokenizer
+
+PROMPT_LIMIT = 1 << 24  # bytes
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class SampleConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return run_command("gpt.sample", _sample, argv)
+    return run_command("gpt.sample", _sample, argv, lower="--max_new_tokens")
 
 
 def _sample(argv: Sequence[str]) -> int:
@@ -62,6 +63,7 @@ def _sample(argv: Sequence[str]) -> int:
     device = pick_device(config.device)
     source = locate(config.checkpoint)
     source = find_checkpoint(source) if is_own(source) else source
+    check_weights("--checkpoint", weights_size(source), device)
     tokenizer = load_pretrained_tokenizer(source)
     ids = tokenizer.encode(prompt) if prompt else first_ids(tokenizer)
     model = load_pretrained(source, device=device, use_triton=USE_TRITON[config.use_triton]).eval()
@@ -82,6 +84,8 @@ def _check(config: SampleConfig) -> None:
         raise InputError(f"--seed is {config.seed}, expected 0 to {2**63 - 1}")
     if "" in config.stop:
         raise InputError("--stop is '', expected texts that are not empty")
+    for text in config.stop:
+        _check_text(text, "--stop")
 
 
 def _prompt(config: SampleConfig) -> str:
@@ -89,11 +93,29 @@ def _prompt(config: SampleConfig) -> str:
     if config.prompt is not None and config.prompt_file is not None:
         raise InputError("--prompt and --prompt_file are both given, expected one of them")
     if config.prompt == "-":
-        try:
-            return sys.stdin.buffer.read().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"--prompt: stdin is not UTF-8 at byte {error.start}") from error
-    return read_text(Path(config.prompt_file)) if config.prompt_file is not None else config.prompt or ""
+        if sys.stdin is None:
+            raise InputError("--prompt: stdin is closed, expected text")
+        return _decode(read_limited(sys.stdin.buffer, "--prompt: stdin", PROMPT_LIMIT), "--prompt: stdin")
+    if config.prompt_file is not None:
+        path = user_path(config.prompt_file, "--prompt_file")
+        return _decode(read_regular(path, "--prompt_file", PROMPT_LIMIT), f"--prompt_file: {path}")
+    _check_text(config.prompt or "", "--prompt")
+    return config.prompt or ""
+
+
+def _decode(content: bytes, where: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where} is not UTF-8 at byte {error.start}") from error
+
+
+def _check_text(text: str, flag: str) -> None:
+    """Refuses an argument with bytes that are not UTF-8; Python passes them as surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{flag} is not UTF-8 at character {error.start}") from error
 
 
 def _continue(

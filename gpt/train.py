@@ -29,7 +29,7 @@ from gpt.files import read_json
 from gpt.model import GPT
 from gpt.training import distributed
 from gpt.training.distributed import Ranks
-from gpt.training.run_folder import PLOT
+from gpt.training.run_folder import PLOT, RunFolder
 from gpt.training.trainer import Trainer, TrainResult
 from gpt.weights import checkpoint
 from gpt.weights.pretrained import load_pretrained, load_pretrained_tokenizer
@@ -80,7 +80,7 @@ class Start:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
-    return run_command("gpt.train", _train, argv)
+    return run_command("gpt.train", _train, argv, lower="--batch_size or --block_size")
 
 
 def _train(argv: Sequence[str]) -> int:
@@ -90,7 +90,11 @@ def _train(argv: Sequence[str]) -> int:
 
 def _run(argv: Sequence[str], ranks: Ranks) -> int:
     with ranks.agreement(), ranks.in_turn():
-        run, start = _settings(argv)
+        run, given = _flags(argv)
+        folder = RunFolder(Path(run.out) if run.out else None)
+        if run.resume and ranks.rank == 0 and checkpoint.list_checkpoints(folder.path):
+            folder.lock()  # before a checkpoint is read, which another run may remove
+        start = _start(run, given)
         device = pick_device(start.train.device)
         ranks.check(start.train)
         data = TokenData.load(start.data, start.tokenizer)
@@ -104,13 +108,15 @@ def _run(argv: Sequence[str], ranks: Ranks) -> int:
         if start.weights is not None:
             _copy_weights(start.weights, model)
 
-    out = Path(run.out) if run.out else _next_folder(Path("runs"))
     options = {"data": dataclasses.asdict(start.data)}
-    trainer = Trainer(model, data, start.train, out=out, resume=run.resume, options=options, ranks=ranks)
-    _introduce(trainer, start.data, out)
+    trainer = Trainer(model, data, start.train, out=folder, resume=run.resume, options=options, ranks=ranks)
+    _introduce(trainer, start.data)
     if not _preflight(trainer, strict=run.strict):
         return 3
 
+    trainer.claim()
+    out = folder.path
+    print(f"out: {out}", flush=True)
     result = trainer.run()
     if result.signal is not None:
         launch = f"-m torch.distributed.run --nproc_per_node {ranks.local_size} " if ranks.size > 1 else ""
@@ -121,8 +127,8 @@ def _run(argv: Sequence[str], ranks: Ranks) -> int:
     return 0
 
 
-def _settings(argv: Sequence[str]) -> tuple[RunConfig, Start]:
-    """The settings that flags, --config, an earlier model and the preset give, in this precedence."""
+def _flags(argv: Sequence[str]) -> tuple[RunConfig, Values]:
+    """The flags of the run, and the values that flags and --config give, in this precedence, by table."""
     preset = "char-gpu" if torch.cuda.is_available() else "char-cpu"
     parser = OptionParser(
         "python -m gpt.train",
@@ -137,13 +143,17 @@ def _settings(argv: Sequence[str]) -> tuple[RunConfig, Start]:
     _, flags = parser.parse_tables(argv)
     run = RunConfig(**flags.pop("run"))
     file = parser.read_file(run.config, TABLES) if run.config else {table: {} for table in TABLES}
-    given = {table: {**file[table], **flags[table]} for table in TABLES}
+    return run, {table: {**file[table], **flags[table]} for table in TABLES}
+
+
+def _start(run: RunConfig, given: Values) -> Start:
+    """The settings that flags and --config, an earlier model and the preset give, in this precedence."""
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if run.resume:
-        return run, _from_run(run, given)
-    return run, _from_weights(run, given) if run.init else _from_preset(run, given)
+        return _from_run(run, given)
+    return _from_weights(run, given) if run.init else _from_preset(run, given)
 
 
 def _from_preset(run: RunConfig, given: Values) -> Start:
@@ -201,13 +211,7 @@ def _copy_weights(source: GPT, target: GPT) -> None:
         p.copy_(parameters[name][: len(p)])  # a shorter context uses the first positions
 
 
-def _next_folder(parent: Path) -> Path:
-    """`parent`/N, where N is one more than the largest N in `parent`."""
-    taken = [int(path.name) for path in parent.glob("*") if path.name.isdecimal()]
-    return parent / str(max(taken, default=0) + 1)
-
-
-def _introduce(trainer: Trainer, data: DataConfig, out: Path) -> None:
+def _introduce(trainer: Trainer, data: DataConfig) -> None:
     config, tokens = trainer.model.config, trainer.data
     processes = f", {trainer.ranks.size} processes" if trainer.ranks.size > 1 else ""
     print(
@@ -215,8 +219,7 @@ def _introduce(trainer: Trainer, data: DataConfig, out: Path) -> None:
         f"{config.n_head} heads, {config.n_embd} wide, context {config.block_size}; "
         f"{trainer.precision} on {trainer.device}{processes}\n"
         f"data: {' '.join(data.data)}, {len(tokens.tokens('train')):,} tokens to train on and "
-        f"{len(tokens.tokens('validation')):,} to validate, of {tokens.tokenizer.vocab_size:,} kinds\n"
-        f"out: {out}",
+        f"{len(tokens.tokens('validation')):,} to validate, of {tokens.tokenizer.vocab_size:,} kinds",
         flush=True,
     )
 

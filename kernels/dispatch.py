@@ -2,8 +2,9 @@
 
 A backend is "triton", "reference" or "auto". Precedence, highest first: ``use_backend(op=...)``,
 ``use_backend("...")``, the model's ``use_triton``, the environment variable ``FUSED_GPT_BACKEND``, then
-``"auto"``. The state is a plain module global and the environment is read once, at import, so that
-``torch.compile(fullgraph=True)`` can trace every choice.
+``"auto"``. Settings hold in the thread that made them. A new thread starts without any. The environment is
+read once, at import. ``torch.compile(fullgraph=True)`` traces every choice, and recompiles where a choice
+changes.
 
 Under ``TRITON_INTERPRET=1`` the kernels run in Triton's interpreter, on CPU tensors too. The interpreter
 computes bfloat16 wrongly, so bfloat16 takes the reference there, unless `trust_interpreted_bfloat16` is True:
@@ -15,6 +16,7 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import os
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,9 +63,26 @@ _WITHOUT_AUTOCAST = tuple(  # torch.compile of torch 2.11 cannot trace `is_autoc
 
 _ops: dict[str, Op] = {}
 _preparations: dict[str, Callable[..., Any]] = {}  # op -> its argument checks and choice
-_overrides: dict[str, str] = {}  # op, family, or "all" -> backend
-_distrusted: dict[str, str] = {}  # op -> why its kernel must not run in this process
-_model = "auto"
+_distrusted: dict[str, str] = {}  # op -> why its kernel must not run in this process, in any thread
+
+
+class _Thread(threading.local):
+    """The contexts that a thread is in, and their settings merged: op, family, "all" or "model" -> backend.
+
+    torch.compile guards attributes of a `threading.local` that `__init__` sets, but not class attributes. It
+    cannot trace context variables before torch 2.15, nor thread ids.
+    """
+
+    def __init__(self) -> None:
+        self.contexts: tuple[_Context, ...] = ()
+        self.settings: dict[str, str] = {}
+
+    def replace(self, contexts: tuple[_Context, ...]) -> None:
+        self.contexts = contexts
+        self.settings = {key: value for context in contexts for key, value in context._settings.items()}
+
+
+_thread = _Thread()
 
 
 @dataclass(frozen=True)
@@ -116,13 +135,15 @@ class Op:
 
     def _wanted(self) -> tuple[str, str, bool]:
         """The backend asked for, the setting that asks, and whether a call that cannot take it raises."""
+        settings = _thread.settings
         for key in (self.name, self.family):
-            if key in _overrides:
-                return _overrides[key], f"use_backend({key}={_overrides[key]!r})", True
-        if "all" in _overrides:
-            return _overrides["all"], f"use_backend({_overrides['all']!r})", True
-        if _model != "auto":
-            return _model, f"use_triton={_model == USE_TRITON[True]}", False
+            if key in settings:
+                return settings[key], f"use_backend({key}={settings[key]!r})", True
+        if "all" in settings:
+            return settings["all"], f"use_backend({settings['all']!r})", True
+        model = settings.get("model", "auto")
+        if model != "auto":
+            return model, f"use_triton={model == USE_TRITON[True]}", False
         if environment not in BACKENDS:
             raise RuntimeError(f"FUSED_GPT_BACKEND is {environment!r}, expected one of {', '.join(BACKENDS)}")
         return environment, f"FUSED_GPT_BACKEND={environment}", True
@@ -164,8 +185,28 @@ def capability_of(device: torch.device) -> tuple[int, int]:
     return properties.major, properties.minor
 
 
-class use_backend:
-    """Context manager: inside, all ops or the named ones take `backend`.
+class _Context:
+    """Applies its settings in the current thread from `__enter__` to `__exit__`.
+
+    One object may be entered again before it is exited, also by other threads.
+    """
+
+    _settings: dict[str, str]
+
+    def __enter__(self) -> None:
+        _thread.replace((*_thread.contexts, self))
+
+    def __exit__(self, *exc: object) -> None:
+        contexts = _thread.contexts
+        # Not always the innermost context: generators and asyncio tasks can end in another order.
+        for i in reversed(range(len(contexts))):
+            if contexts[i] is self:
+                return _thread.replace(contexts[:i] + contexts[i + 1 :])
+        raise RuntimeError(f"{type(self).__name__}: exited in a thread that has not entered it")
+
+
+class use_backend(_Context):
+    """Context manager: inside, in this thread, all ops or the named ones take `backend`.
 
     Args:
         backend: "triton", "reference" or "auto" for all ops; None leaves the other ops unchanged.
@@ -174,7 +215,8 @@ class use_backend:
 
     Raises:
         ValueError: Unknown backend, op or family.
-        RuntimeError: Raised by an op called inside with "triton" if its kernel cannot run.
+        RuntimeError: Raised by an op called inside with "triton" if its kernel cannot run; or by the end of a
+            block that another thread entered.
     """
 
     def __init__(self, backend: str | None = None, /, **per_op: str) -> None:
@@ -189,18 +231,9 @@ class use_backend:
             if value not in BACKENDS:
                 raise ValueError(f"use_backend: {key} is {value!r}, expected one of {', '.join(BACKENDS)}")
 
-    def __enter__(self) -> None:
-        global _overrides
-        self._previous = _overrides
-        _overrides = {**_overrides, **self._settings}
 
-    def __exit__(self, *exc: object) -> None:
-        global _overrides
-        _overrides = self._previous
-
-
-class model_backend:
-    """Context manager: a model's ops take the backend that the model prefers.
+class model_backend(_Context):
+    """Context manager: inside, in this thread, a model's ops take the backend that the model prefers.
 
     It is weaker than `use_backend` and stronger than the environment. An op whose kernel cannot run falls
     back to its reference; see `warn_if_unavailable`.
@@ -217,15 +250,7 @@ class model_backend:
         self.backend = USE_TRITON.get(backend, str(backend)) if isinstance(backend, (bool, str)) else ""
         if self.backend not in BACKENDS:
             raise ValueError(f"model_backend: backend is {backend!r}, expected one of {', '.join(BACKENDS)}")
-
-    def __enter__(self) -> None:
-        global _model
-        self._previous = _model
-        _model = self.backend
-
-    def __exit__(self, *exc: object) -> None:
-        global _model
-        _model = self._previous
+        self._settings = {"model": self.backend}
 
 
 def warn_if_unavailable(device: torch.device, dtype: torch.dtype) -> None:

@@ -134,8 +134,8 @@ def preflight(
         if name not in SPECS:
             raise ValueError(f"preflight: {name!r} is not an op, expected one of {', '.join(sorted(SPECS))}")
     start = time.perf_counter()
-    path = _cache_path(cases, device, dtype, prefer)
-    if use_cache and (rows := _read_cache(path, cases)) is not None:
+    file = _cache_file(cases, device, dtype, prefer)
+    if use_cache and (rows := _read_cache(file, cases)) is not None:
         return Report(rows, _name(dtype), _device_name(device), 0.0, cached=True)
     isolate = device.type == "cuda" if isolate is None else isolate
     if isolate:
@@ -144,7 +144,7 @@ def preflight(
         rows = tuple(_examine(SPECS[name], case, device, dtype, prefer) for name, case in cases)
     report = Report(rows, _name(dtype), _device_name(device), time.perf_counter() - start)
     if use_cache and report.ok:
-        _write_cache(path, report.rows)
+        _write_cache(file, report.rows)
     return report
 
 
@@ -258,16 +258,17 @@ def _sources() -> str:
     return digest.hexdigest()
 
 
-def _cache_path(
+def _cache_file(
     cases: Sequence[tuple[str, Case]], device: torch.device, dtype: torch.dtype, prefer: str
-) -> Path:
+) -> str:
+    """Where the verdicts of a preflight are cached, below the cache folder."""
     driver = torch.version.cuda, _driver() if device.type == "cuda" else None
     versions = torch.__version__, dispatch.triton_version, dispatch.interpreting, driver
     choice = prefer, dispatch.environment
     key = repr(
         (_device_name(device), versions, choice, _sources(), _name(dtype), [(n, c.id) for n, c in cases])
     )
-    return cache_folder() / "preflight" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    return f"preflight/{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 
 @cache
@@ -277,17 +278,17 @@ def _driver() -> str:
     return path.read_text(encoding="utf-8").splitlines()[0] if path.exists() else "unknown"
 
 
-def _read_cache(path: Path, cases: Sequence[tuple[str, Case]]) -> tuple[Row, ...] | None:
-    """The rows stored in `path`; None if the file is missing, damaged or holds other cases."""
+def _read_cache(file: str, cases: Sequence[tuple[str, Case]]) -> tuple[Row, ...] | None:
+    """The rows stored in `file`; None if the file is missing, damaged or holds other cases."""
     try:
-        rows = tuple(Row(**row) for row in read_json(path)["rows"])
+        rows = tuple(Row(**row) for row in read_json(cache_folder() / file)["rows"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return rows if [(row.op, row.case) for row in rows] == [(name, case.id) for name, case in cases] else None
 
 
-def _write_cache(path: Path, rows: Sequence[Row]) -> None:
+def _write_cache(file: str, rows: Sequence[Row]) -> None:
     try:
-        write_json(path, {"rows": [asdict(row) for row in rows]})
+        write_json(cache_folder() / file, {"rows": [asdict(row) for row in rows]})
     except OSError:
         return  # without a cache, the next run repeats the checks

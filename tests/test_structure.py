@@ -24,7 +24,8 @@ GPT_LAYERS = (  # top first: a file imports from its own layer and from those be
     {"model"},
     {"block", "kv_cache", "inputs", "preflight", "step_time", "data"},
     {"config", "names", "device", "files", "cli"},
-    {"errors"},
+    {"memory"},
+    {"errors", "interrupts"},
 )
 IMPORTING_METHODS = {"GPT.fit", "GPT.generate", "GPT.save_pretrained", "GPT.from_pretrained"}
 

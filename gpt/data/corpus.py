@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import glob
 import hashlib
+import os
+import stat
 import sysconfig
+import warnings
+from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from gpt.errors import InputError
-from gpt.files import verified_file
+from gpt.files import KINDS, open_regular, user_path, verified_file
 from kernels.files import cache_folder
 
 STDLIB, SHAKESPEARE = "stdlib", "shakespeare"
@@ -25,6 +30,17 @@ class Document(NamedTuple):
 
     name: str
     read: Callable[[], str]
+
+    def expecting(self, sha256: bytes) -> Document:
+        """This document, whose `read` also raises InputError if the text does not have this hash."""
+
+        def read() -> str:
+            text = self.read()
+            if hashlib.sha256(text.encode("utf-8")).digest() != sha256:
+                raise InputError(f"data: {self.name} changed while it was read, expected a finished file")
+            return text
+
+        return Document(self.name, read)
 
 
 def open_corpus(sources: Iterable[str]) -> list[Document]:
@@ -56,10 +72,11 @@ def read_text(path: Path) -> str:
         InputError: The file cannot be read, is empty, or is not UTF-8 text. The message names the path and
             the first wrong byte.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"data: cannot read {path}: {error.strerror}") from error
+    with open_regular(path, "data") as file:
+        try:
+            content = file.read()
+        except OSError as error:
+            raise InputError(f"data: cannot read {path}: {error.strerror}") from error
     if not content:
         raise InputError(f"data: {path} is empty, expected UTF-8 text")
     if (offset := content.find(b"\0")) >= 0:
@@ -73,31 +90,102 @@ def read_text(path: Path) -> str:
 
 
 def _files(source: str) -> list[Path]:
-    """The files of a path or glob, sorted. Hidden files and folders in a folder are left out."""
-    path = Path(source).expanduser()
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        below = (
-            file
-            for file in path.rglob("*")
-            if not any(p.startswith(".") for p in file.relative_to(path).parts)
-        )
-    elif glob.has_magic(source):
-        below = (Path(match) for match in glob.glob(str(path), recursive=True))
-    else:
+    """The files of a path or glob, sorted.
+
+    Of a folder, these are all files below it, except hidden ones. A link to a folder is followed, unless that
+    folder has been entered already.
+    """
+    path = user_path(source, "data")
+    mode = _mode(path)
+    if mode is None and not glob.has_magic(source):
         raise InputError(
             f"data: {source} does not exist, expected {STDLIB}, {SHAKESPEARE}, a file, a folder or a glob"
         )
-    files = sorted(file for file in below if file.is_file())
+    if mode is not None and not stat.S_ISDIR(mode):
+        return [path]
+
+    entries = _matches(path) if mode is None else [e for folder in _folders([path]) for e in _visible(folder)]
+    files, others = [], []
+    for entry in sorted(set(entries)):
+        mode = _mode(entry) or 0
+        if stat.S_ISREG(mode):
+            files.append(entry)
+        elif not stat.S_ISDIR(mode):
+            others.append(f"{entry} is {KINDS.get(stat.S_IFMT(mode), 'missing')}")
+    if others:
+        warnings.warn(
+            f"data: {len(others)} files of {source} cannot be text and are left out; {others[0]}",
+            stacklevel=2,
+        )
     if not files:
         raise InputError(f"data: {source} holds no files, expected at least one with UTF-8 text")
     return files
 
 
-def _shakespeare() -> str:
-    place = cache_folder() / "tinyshakespeare.txt"
+def _matches(pattern: Path) -> Iterable[Path]:
+    """The files and folders that match a glob; `**` is the folders below, each of them once."""
+    places: Iterable[Path] = [Path(pattern.anchor)]
+    parts = pattern.relative_to(pattern.anchor).parts
+    for part in (*parts, "*") if parts[-1] == "**" else parts:
+        folders = [place for place in places if stat.S_ISDIR(_mode(place) or 0)]
+        if part == "**":
+            places = _folders(folders)
+        elif glob.has_magic(part):
+            hidden = part.startswith(".")
+            entries = (entry for folder in folders for entry in _visible(folder, hidden=hidden))
+            places = [entry for entry in entries if fnmatch.fnmatch(entry.name, part)]
+        else:
+            places = [folder / part for folder in folders if os.path.lexists(folder / part)]
+    return places
+
+
+def _folders(roots: Iterable[Path]) -> list[Path]:
+    """`roots` and the folders below, each of them once. Names that pass through a link come last."""
+    folders: dict[tuple[int, int], Path] = {}
+    links = deque(roots)
+    while links:
+        below = [links.popleft()]
+        while below:
+            folder = below.pop()
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in folders:
+                continue
+            folders[status.st_dev, status.st_ino] = folder
+            for entry in _visible(folder):
+                if stat.S_ISDIR(_mode(entry) or 0):
+                    (links if entry.is_symlink() else below).append(entry)
+    return list(folders.values())
+
+
+def _visible(folder: Path, *, hidden: bool = False) -> list[Path]:
+    """The entries of a folder, sorted, without hidden ones, or hidden ones alone."""
     try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise InputError(f"data: cannot read {folder}: {error.strerror}") from error
+    return [folder / name for name in sorted(names) if name.startswith(".") == hidden]
+
+
+def _mode(path: Path) -> int | None:
+    """The kind of file that `path` is, links followed; None if nothing has this name.
+
+    Raises:
+        InputError: It cannot be told, or the path is a link to nothing.
+    """
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        if not path.is_symlink():
+            return None
+        raise InputError(f"data: {path} is a link to {os.readlink(path)}, which does not exist") from None
+    except OSError as error:
+        raise InputError(f"data: cannot read {path}: {error.strerror}") from error
+
+
+def _shakespeare() -> str:
+    place: str | Path = "tinyshakespeare.txt in the cache"
+    try:
+        place = cache_folder() / "tinyshakespeare.txt"
         return verified_file([place], SHAKESPEARE_URL, SHAKESPEARE_SHA256).decode("utf-8")
     except OSError as error:
         raise InputError(

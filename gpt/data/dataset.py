@@ -17,15 +17,16 @@ from gpt.data.token_files import (
     BIN_NAMES,
     CHUNK,
     bin_files,
-    bin_identity,
     cached_tokens,
+    check_id,
     document_begins,
     ids_dtype,
-    map_bin,
+    open_bin,
 )
 from gpt.data.tokenizers import FILE_NAME, BPETokenizer, CharTokenizer, Tokenizer, fingerprint, load_tokenizer
 from gpt.errors import InputError
-from kernels.files import cache_folder, replacing
+from gpt.files import user_path
+from kernels.files import replacing
 
 if TYPE_CHECKING:
     from gpt.data.token_files import Ids, Positions
@@ -72,10 +73,9 @@ class Batch(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """A split: its tokens, the vocabulary size, and the sorted begins of packed documents, if any."""
+    """A split: its tokens, and the sorted begins of packed documents, if any."""
 
     tokens: Ids
-    vocab_size: int
     documents: Positions | None
 
 
@@ -89,7 +89,10 @@ class TokenData:
         documents: The sorted positions at which documents begin, counted through `tokens` and then
             `validation`. Documents are then kept separate: see `DataConfig.pack_documents`.
         identity: A hash of the corpus and the tokenizer, which a resumed run compares. None computes it from
-            the tokens.
+            the tokens, and checks their ids; with an identity, the caller has checked them.
+
+    Raises:
+        InputError: An id is not in the tokenizer's vocabulary.
     """
 
     def __init__(
@@ -105,15 +108,10 @@ class TokenData:
         cut = len(tokens) * 9 // 10 if validation is None else len(tokens)
         validation = tokens[cut:] if validation is None else validation
         later = None if documents is None else documents[documents >= cut] - cut
-        content = (
-            [fingerprint(tokenizer).encode(), tokens[:cut].tobytes(), validation.tobytes()]
-            if identity is None
-            else []
-        )
-        self.identity = identity or hashlib.sha256(b"".join(content)).hexdigest()
+        self.identity = identity or _read_ids([tokens[:cut], validation], tokenizer)
         self._parts = {
-            "train": _Part(tokens[:cut], tokenizer.vocab_size, documents),
-            "validation": _Part(validation, tokenizer.vocab_size, later),
+            "train": _Part(tokens[:cut], documents),
+            "validation": _Part(validation, later),
         }
 
     @classmethod
@@ -139,17 +137,21 @@ class TokenData:
         """
         if files := bin_files(config.data):
             return cls._load_bins(files, config, tokenizer)
-        documents = open_corpus(config.data)
+        documents, text_bytes = [], 0
         hashed = hashlib.sha256()
         characters: set[str] = set()
-        for document in documents:
+        for document in open_corpus(config.data):
             text = document.read()
-            hashed.update(hashlib.sha256(text.encode("utf-8")).digest())
+            content = text.encode("utf-8")
+            digest = hashlib.sha256(content).digest()
+            documents.append(document.expecting(digest))
+            hashed.update(digest)
+            text_bytes += len(content)
             if tokenizer is None and config.tokenizer in ("char", None):
                 characters.update(text)
         tokenizer = tokenizer or _tokenizer(config, characters, documents)
         identity = hashlib.sha256(f"{hashed.hexdigest()} {fingerprint(tokenizer)}".encode()).hexdigest()
-        tokens, begins = cached_tokens(documents, tokenizer, cache_folder() / "tokens" / identity[:32])
+        tokens, begins = cached_tokens(documents, tokenizer, identity, text_bytes)
         return cls(tokens, tokenizer, documents=begins if config.pack_documents else None, identity=identity)
 
     @classmethod
@@ -157,20 +159,22 @@ class TokenData:
         import numpy as np
 
         tokenizer = tokenizer or _bin_tokenizer(files[0], config)
-        parts = [map_bin(path) for path in files]
+        parts, contents = zip(*map(open_bin, files), strict=True)
+        for file, content in zip(files, contents, strict=True):
+            check_id(content.largest, content.position, tokenizer.vocab_size, str(file))
         documents = None
         if config.pack_documents:
             offsets = [0, *(len(part) for part in parts)]
             documents = np.concatenate(
                 [document_begins(p, tokenizer) + o for p, o in zip(parts, offsets, strict=False)]
             )
-        identity = hashlib.sha256(f"{bin_identity(files)} {fingerprint(tokenizer)}".encode()).hexdigest()
+        hashes = " ".join([*(content.sha256 for content in contents), fingerprint(tokenizer)])
         return cls(
             parts[0],
             tokenizer,
             validation=parts[1] if parts[1:] else None,
             documents=documents,
-            identity=identity,
+            identity=hashlib.sha256(hashes.encode()).hexdigest(),
         )
 
     def tokens(self, split: Split) -> Ids:
@@ -251,7 +255,7 @@ class TokenData:
         """Pairs of adjacent tokens, in chunks, without the pairs that span two packed documents."""
         import numpy as np
 
-        tokens, _, documents = self._parts[split]
+        tokens, documents = self._parts[split]
         for i in range(0, len(tokens) - 1, CHUNK):
             chunk = tokens[i : i + CHUNK + 1]
             first, second = chunk[:-1], chunk[1:]
@@ -284,6 +288,18 @@ def save_bin(data: TokenData, directory: str | os.PathLike[str]) -> None:
         raise InputError(f"save_bin: cannot write {folder}: {error.strerror or error}") from error
 
 
+def _read_ids(parts: Sequence[Ids], tokenizer: Tokenizer) -> str:
+    """A hash of `parts` and the tokenizer; InputError if an id is not in the vocabulary."""
+    hashed = hashlib.sha256(fingerprint(tokenizer).encode())
+    for part in parts:
+        for i in range(0, len(part), CHUNK):
+            ids = part[i : i + CHUNK]
+            hashed.update(ids.tobytes())
+            for position in (int(ids.argmin()), int(ids.argmax())):
+                check_id(int(ids[position]), i + position, tokenizer.vocab_size, "an array of tokens")
+    return hashed.hexdigest()
+
+
 def _windows(part: _Part, starts: Positions, block_size: int) -> Batch:
     """The windows [start, start + block_size) of a split.
 
@@ -291,13 +307,9 @@ def _windows(part: _Part, starts: Positions, block_size: int) -> Batch:
     """
     import numpy as np
 
-    tokens, vocab_size, documents = part
+    tokens, documents = part
     positions = starts[:, None] + np.arange(block_size + 1)
     rows = tokens[np.minimum(positions, len(tokens) - 1)].astype(np.int64)
-    if (largest := int(rows.max())) >= vocab_size:
-        raise InputError(
-            f"data: the tokens have id {largest}, expected 0 to {vocab_size - 1} (the tokenizer's)"
-        )
     missing = positions[:, 1:] >= len(tokens)
     begins = None
     if documents is not None:
@@ -332,6 +344,7 @@ def _tokenizer(config: DataConfig, characters: set[str], documents: Sequence[Doc
         return BPETokenizer.gpt2()
     if config.tokenizer == "bpe":
         return BPETokenizer.train((document.read() for document in documents), config.bpe_vocab_size)
-    if not Path(config.tokenizer).exists():
+    path = user_path(config.tokenizer, "tokenizer")
+    if not os.path.lexists(path):
         raise InputError(f"tokenizer: {config.tokenizer} does not exist, expected char, gpt2, bpe or a path")
-    return load_tokenizer(config.tokenizer)
+    return load_tokenizer(path)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import re
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
+from gpt.data.cache import open_cached, write_cached
 from gpt.data.corpus import Document
 from gpt.data.tokenizers import END_OF_TEXT, Tokenizer
 from gpt.errors import InputError
-from kernels.files import replacing
+from gpt.files import open_regular, user_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
 
 BIN_NAMES = {"train": "train.bin", "validation": "val.bin"}  # nanoGPT's names of the splits
 CHUNK = 1 << 20  # characters tokenized, or tokens looked through, at a time
+SETTLED_NS = 2_000_000_000  # a file changed since then may change again without another time of change
 
 
 def ids_dtype(tokenizer: Tokenizer) -> np.dtype[np.unsignedinteger[Any]]:
@@ -31,40 +36,43 @@ def ids_dtype(tokenizer: Tokenizer) -> np.dtype[np.unsignedinteger[Any]]:
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
 
 
-def cached_tokens(documents: Sequence[Document], tokenizer: Tokenizer, stem: Path) -> tuple[Ids, Positions]:
+def cached_tokens(
+    documents: Sequence[Document], tokenizer: Tokenizer, identity: str, text_bytes: int
+) -> tuple[Ids, Positions]:
     """The tokens of all documents, and the position at which each begins; read from the cache if it has them.
+
+    The cached file has the ids of all documents, then the end of each document as int64. Its hash is checked
+    each time, and a damaged file is replaced. If the cache cannot be written, the tokens stay in memory.
 
     Args:
         documents: The texts.
         tokenizer: Encodes them.
-        stem: The path in the cache, without a suffix.
+        identity: A hash of the texts and the tokenizer, which names the file.
+        text_bytes: The length of all texts in UTF-8.
     """
     import numpy as np
 
-    dtype = ids_dtype(tokenizer)
-    tokens_file, ends_file = stem.with_suffix(".tokens"), stem.with_suffix(".npy")
+    name, dtype = f"tokens/{identity[:32]}.tokens", ids_dtype(tokenizer)
+    limit = 16 * (text_bytes + len(documents))  # of a file; allows four ids for each byte of text
 
-    def read() -> tuple[Ids, Positions]:
-        ends: Positions = np.load(ends_file, allow_pickle=False)
-        if tokens_file.stat().st_size != ends[-1] * dtype.itemsize:
-            raise OSError(f"{tokens_file} is truncated")
-        return np.asarray(np.memmap(tokens_file, dtype, mode="r")), ends[:-1]
+    def blocks() -> Iterator[bytes]:
+        ends: list[int] = []
+        for ids in _tokenize(documents, tokenizer, ends):
+            yield np.asarray(ids, dtype).tobytes()
+        yield np.asarray(ends, np.int64).tobytes()
 
-    try:
-        return read()
-    except (OSError, ValueError, EOFError):  # not in the cache, or damaged: tokenize
-        ends = [0]
-    try:
-        with replacing(tokens_file) as file:
-            for ids in _tokenize(documents, tokenizer, ends):
-                file.write(np.asarray(ids, dtype).tobytes())
-        with replacing(ends_file) as file:
-            np.save(file, np.asarray(ends, np.int64))
-        return read()
-    except OSError:  # the cache is full or read-only: keep the tokens in memory
-        ends = [0]
-        chunks = [np.asarray(ids, dtype) for ids in _tokenize(documents, tokenizer, ends)]
-        return np.concatenate(chunks), np.asarray(ends[:-1], np.int64)
+    cached = open_cached(name, limit)
+    if cached is None and write_cached(name, blocks()):
+        cached = open_cached(name, limit)
+    if cached is None:
+        content = np.frombuffer(b"".join(blocks()), np.uint8)
+    else:
+        content = np.asarray(np.memmap(cached.file, np.uint8, mode="r", shape=(cached.length,)))
+        cached.file.close()
+
+    cut = len(content) - 8 * len(documents)
+    ends = np.frombuffer(content[cut:].tobytes(), np.int64)
+    return content[:cut].view(dtype), np.concatenate([np.zeros(1, np.int64), ends[:-1]])
 
 
 def _tokenize(documents: Sequence[Document], tokenizer: Tokenizer, ends: list[int]) -> Iterator[list[int]]:
@@ -104,10 +112,10 @@ def bin_files(sources: Sequence[str]) -> list[Path]:
     Raises:
         InputError: A folder has train.bin but no val.bin, or .bin files are mixed with other sources.
     """
-    paths = [Path(source).expanduser() for source in sources]
+    paths = [user_path(source, "data") for source in sources]
     train, validation = BIN_NAMES.values()
-    if len(paths) == 1 and (paths[0] / train).is_file():
-        if not (paths[0] / validation).is_file():
+    if len(paths) == 1 and os.path.lexists(paths[0] / train):
+        if not os.path.lexists(paths[0] / validation):
             raise InputError(f"data: {paths[0]} holds {train} without {validation}, expected both")
         return [paths[0] / train, paths[0] / validation]
     if any(path.suffix == ".bin" for path in paths) and len(paths) > 1:
@@ -118,33 +126,83 @@ def bin_files(sources: Sequence[str]) -> list[Path]:
     return [path for path in paths if path.suffix == ".bin"]
 
 
-def map_bin(path: Path) -> Ids:
-    """The ids in a file of raw little-endian uint16, memory-mapped.
+class Content(NamedTuple):
+    """What reading all of a .bin file shows: the SHA-256, and the largest id with its first position."""
+
+    sha256: str
+    largest: int
+    position: int
+
+
+def open_bin(path: Path) -> tuple[Ids, Content]:
+    """Maps a file of raw little-endian uint16 ids; reads all of it, unless an earlier start has done so.
+
+    The result is cached under the file's device, inode, size and times of change, whatever its path. The
+    kernel sets the last of these times, so a changed file is read again even if its modification time was put
+    back. What this misses: damage by the disk, a change through a memory map that the file system has not
+    recorded yet, and a change while the run goes on.
 
     Raises:
-        InputError: The file is missing, empty, or has an odd number of bytes.
+        InputError: The file is missing, not a regular file, empty, has an odd number of bytes, or changes
+            while it is read.
     """
     import numpy as np
 
-    try:
-        size = path.stat().st_size
-        if not size or size % 2:
-            raise InputError(f"data: {path} has {size} bytes, expected uint16 ids, two bytes each")
-        return np.asarray(np.memmap(path, "<u2", mode="r"))
-    except OSError as error:
-        raise InputError(f"data: cannot read {path}: {error.strerror}") from error
+    with open_regular(path, "data") as file:
+        status = os.fstat(file.fileno())
+        if not status.st_size or status.st_size % 2:
+            raise InputError(f"data: {path} has {status.st_size} bytes, expected uint16 ids, two bytes each")
+        ids = np.asarray(np.memmap(file, "<u2", mode="r"))
+        key = _unread_identity(status)
+        name = f"bins/{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.json"
+        if (cached := open_cached(name, limit=1 << 12)) is not None:
+            with cached.file:
+                return ids, Content(**json.loads(cached.file.read(cached.length)))
+
+        file.seek(0)
+        settled = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > SETTLED_NS
+        content = _read_bin(file, path, status.st_size)
+        if _unread_identity(os.fstat(file.fileno())) != key:
+            raise InputError(f"data: {path} changed while it was read, expected a finished file")
+    if settled:
+        write_cached(name, [json.dumps(content._asdict()).encode()])
+    return ids, content
 
 
-def bin_identity(files: Sequence[Path]) -> str:
-    """A hash of each file's size, beginning and end, which identifies a corpus without reading all of it."""
-    hashed = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            hashed.update(f"{size} ".encode() + file.read(CHUNK))
-            file.seek(max(0, size - CHUNK))
-            hashed.update(file.read())
-    return hashed.hexdigest()
+def _unread_identity(status: os.stat_result) -> tuple[int, ...]:
+    """What tells a file and its content from others without reading it."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _read_bin(file: IO[bytes], path: Path, size: int) -> Content:
+    """Reads all of a .bin file, with a progress bar after a second."""
+    import numpy as np
+    from tqdm import tqdm
+
+    hashed, largest, position, count = hashlib.sha256(), -1, -1, 0
+    with tqdm(
+        desc=f"reading {path.name}", total=size, unit="B", unit_scale=True, leave=False, delay=1
+    ) as bar:
+        try:
+            while len(block := file.read(2 * CHUNK)) > 1:
+                hashed.update(block)
+                ids = np.frombuffer(block, "<u2", len(block) // 2)
+                if (highest := int(ids.max())) > largest:
+                    largest, position = highest, count + int(ids.argmax())
+                count += len(ids)
+                bar.update(len(block))
+        except OSError as error:
+            raise InputError(f"data: cannot read {path}: {error.strerror}") from error
+    return Content(hashed.hexdigest(), largest, position)
+
+
+def check_id(i: int, position: int, vocab_size: int, source: str) -> None:
+    """Raises InputError if id `i`, at `position` of `source`, is not in the vocabulary."""
+    if not 0 <= i < vocab_size:
+        raise InputError(
+            f"data: {source} has id {i} at position {position}, expected 0 to {vocab_size - 1} (the "
+            f"tokenizer's vocab_size is {vocab_size})"
+        )
 
 
 def document_begins(ids: Ids, tokenizer: Tokenizer) -> Positions:

@@ -1,23 +1,30 @@
-"""The files of a run: log.jsonl, checkpoints, loss.png, sample.txt, and the batches of a step that failed."""
+"""The files of a run: log.jsonl, checkpoints, loss.png, sample.txt, and the batches of a step that failed.
+
+One process at a time writes them: it holds a lock on a file of the folder. The kernel frees the lock when the
+process ends, however it ends. Readers need no lock.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import shutil
+import socket
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from gpt.data.dataset import Batch, TokenData
 from gpt.data.tokenizers import Tokenizer
-from gpt.errors import InputError
-from gpt.files import read_json
+from gpt.errors import InputError, cannot_write
+from gpt.files import read_json, read_regular
 from gpt.model import GPT
 from gpt.training import rng
 from gpt.training.plot import plot_log
@@ -25,7 +32,14 @@ from gpt.training.step import TrainStep
 from gpt.weights import checkpoint
 from kernels.files import replacing
 
-LOG, PLOT, SAMPLE = "log.jsonl", "loss.png", "sample.txt"
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+LOG, PLOT, SAMPLE, LOCK = "log.jsonl", "loss.png", "sample.txt", ".lock"
+RUNS = Path("runs")
+
+# Errors of a file system that has no locks.
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @dataclass
@@ -72,11 +86,84 @@ class RunFolder:
     """The folder of one run. The methods that write are for rank 0 alone.
 
     Args:
-        path: The folder. `prepare` creates it.
+        path: The folder, which `claim` creates. None is the first free number in `runs`, when it is created.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path | None = None) -> None:
+        self._numbered = path is None
+        self.path = _next_folder(RUNS) if path is None else path
+        self._lock: FileLock | None = None
+
+    def lock(self) -> None:
+        """Takes the lock of the folder, unless this object holds it already.
+
+        Raises:
+            InputError: Another process or another object holds it, or its file cannot be written.
+        """
+        from filelock import FileLock, Timeout
+
+        if self._lock is not None:
+            return
+        lock = FileLock(
+            self.path / LOCK, timeout=0, thread_local=False, fallback_to_soft=False, on_acquired=_sign
+        )
+        try:
+            lock.acquire()
+        except Timeout:
+            raise InputError(
+                f"out: {self.path} is in use by {self._holder()}, expected a folder that no other run "
+                "writes to"
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise cannot_write("out", self.path / LOCK, error) from error
+            warnings.warn(f"out: {self.path} cannot be locked ({error.strerror})", stacklevel=2)
+        self._lock = lock
+
+    def _holder(self) -> str:
+        """Which process holds the lock, as it wrote into the file of the lock."""
+        try:
+            text = read_regular(self.path / LOCK, "out", 1000).decode("utf-8", "replace")
+        except InputError:
+            text = ""
+        return " ".join(text.split()) or "another process"
+
+    def release(self) -> None:
+        """Lets other processes write to the folder."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def claim(self, *, new: bool) -> Path:
+        """Creates the folder, locks it and returns its path.
+
+        Args:
+            new: The run has no checkpoint yet.
+
+        Raises:
+            InputError: Another process uses the folder or has used it, or it cannot be created.
+        """
+        try:
+            while self._numbered and self._lock is None:
+                try:
+                    self.path.mkdir(parents=True)
+                    break
+                except FileExistsError:  # another run took this number
+                    self.path = _next_folder(self.path.parent)
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write("out", self.path, error) from error
+        self.lock()
+        if new:
+            self._check_new()
+        return self.path
+
+    def _check_new(self) -> None:
+        if checkpoint.list_checkpoints(self.path):
+            raise InputError(
+                f"out: {self.path} holds the checkpoints of a run, expected --resume to continue it, or "
+                "another folder"
+            )
 
     def check(self, model: GPT, *, resume: bool) -> None:
         """Checks, without writing, that the folder can take a run of `model`.
@@ -86,11 +173,8 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"out: {self.path} is not a folder, expected one to write to")
-        if not resume and checkpoint.list_checkpoints(self.path):
-            raise InputError(
-                f"out: {self.path} holds the checkpoints of a run, expected --resume to continue it, or "
-                "another folder"
-            )
+        if not resume:
+            self._check_new()
 
         parent = next(path for path in (self.path, *self.path.absolute().parents) if path.is_dir())
         if not os.access(parent, os.W_OK):
@@ -105,7 +189,7 @@ class RunFolder:
             )
 
     def prepare(self, step: int, *, keep_final: bool) -> None:
-        """Creates the folder, and truncates the log to `step`, where the run starts or resumes.
+        """Truncates the log to `step`, where the run starts or resumes, and sets later checkpoints aside.
 
         Args:
             step: The step of the checkpoint that the run resumes from, or 0.
@@ -115,7 +199,6 @@ class RunFolder:
             InputError: The folder cannot be written.
         """
         with self._writing():
-            self.path.mkdir(parents=True, exist_ok=True)
             checkpoint.clean(self.path, step)
             log = self.path / LOG
             lines = log.read_text("utf-8").splitlines(keepends=True) if log.exists() else []
@@ -183,11 +266,23 @@ class RunFolder:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Turns an OSError into an InputError that names the folder."""
+        """Turns an OSError into the error that a command reports."""
         try:
             yield
         except OSError as error:
-            raise InputError(f"out: cannot write to {self.path}: {error.strerror or error}") from error
+            raise cannot_write("out", self.path, error) from error
+
+
+def _sign(handle: int) -> None:
+    """Writes which process this is into the file of the lock."""
+    os.ftruncate(handle, 0)
+    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+
+def _next_folder(parent: Path) -> Path:
+    """`parent`/N, where N is one more than the largest N in `parent`."""
+    taken = [int(path.name) for path in parent.glob("*") if path.name.isdecimal()]
+    return parent / str(max(taken, default=0) + 1)
 
 
 def _check_same_run(folder: Path, state: Mapping[str, Any], model: GPT, data: TokenData) -> None:

@@ -65,7 +65,8 @@ class Trainer:
         model: Moved to `config.device`.
         data: The tokens. A batch is a function of (config.seed, step).
         config: How long and how to train.
-        out: The run's folder, readable by all ranks; None writes nothing.
+        out: The run's folder, readable by all ranks; None writes nothing. Rank 0 locks it here if it exists,
+            else in `claim`, until `run` ends.
         resume: Continue from the newest valid checkpoint in `out`.
         options: Further entries of a checkpoint's state.json; ready for JSON.
         ranks: The processes that train together, from `gpt.training.distributed.join`. They share the
@@ -82,7 +83,7 @@ class Trainer:
         data: TokenData,
         config: TrainConfig | None = None,
         *,
-        out: str | os.PathLike[str] | None = None,
+        out: str | os.PathLike[str] | RunFolder | None = None,
         resume: bool = False,
         options: Mapping[str, Any] | None = None,
         ranks: Ranks = ALONE,
@@ -92,7 +93,7 @@ class Trainer:
         self.block_size = model.config.block_size
         self.options = dict(options or {})
         self.ranks = ranks
-        self._folder = None if out is None else RunFolder(Path(out))
+        self._folder = out if out is None or isinstance(out, RunFolder) else RunFolder(Path(out))
         self._progress = Progress()
         self._logged = Progress()  # as of the last record of the log
         self._saved: Path | None = None
@@ -115,10 +116,20 @@ class Trainer:
             if ranks.size > 1:
                 rng.seed(config.seed, self.step, ranks.rank)
             if self._folder is not None:
-                self._folder.check(model, resume=resume)
-                if resume:
-                    self._restore(self._folder)
+                self._enter(self._folder, resume=resume)
         ranks.broadcast_(self.model.parameters())
+
+    def _enter(self, folder: RunFolder, *, resume: bool) -> None:
+        """Checks and locks the folder, and continues from its newest valid checkpoint with `resume`."""
+        try:
+            folder.check(self.model, resume=resume)
+            if self.ranks.rank == 0 and folder.path.is_dir():
+                folder.lock()
+            if resume:
+                self._restore(folder)
+        except BaseException:
+            folder.release()
+            raise
 
     @property
     def step(self) -> int:
@@ -142,6 +153,17 @@ class Trainer:
         """
         return self.model.preflight(self.config.batch_size, self.block_size, self._step.dtype)
 
+    def claim(self) -> Path | None:
+        """Creates and locks the run's folder, unless that has happened, and returns its path.
+
+        Raises:
+            InputError: Another run uses the folder, or it cannot be written.
+        """
+        if self._folder is None:
+            return None
+        self._folder.path = self.ranks.on_first(partial(self._folder.claim, new=self._saved is None))
+        return self._folder.path
+
     def run(self) -> TrainResult:
         """Trains until max_steps, until patience runs out, or until Ctrl-C or SIGTERM.
 
@@ -151,8 +173,16 @@ class Trainer:
         Raises:
             NonFiniteError: A loss or gradient is not finite. The step changed nothing, and its batches are
                 saved in `out`.
-            InputError: The folder cannot be written.
+            InputError: Another run uses the folder, or it cannot be written.
         """
+        self.claim()
+        try:
+            return self._run()
+        finally:
+            if self._folder is not None:
+                self._folder.release()
+
+    def _run(self) -> TrainResult:
         from tqdm import tqdm
 
         done = self.step >= self.config.max_steps
@@ -385,7 +415,7 @@ def _stop_signals() -> Iterator[list[int]]:
 
     def note(number: int, _: object) -> None:
         if received:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         received.append(number)
 
     if threading.current_thread() is not threading.main_thread():

@@ -18,7 +18,9 @@ import torch
 
 from gpt.errors import InputError, first_line
 from gpt.files import PATIENCE, read_json, within
-from gpt.weights.checkpoint import CONFIG, FOLDER, MODEL, OPTIMIZER, STATE, SUMS, read_tensors
+from gpt.weights.checkpoint import CONFIG, FOLDER, MODEL, OPTIMIZER, STATE
+from gpt.weights.hashes import SUMS
+from gpt.weights.tensors import read_tensors
 
 WEIGHTS = (MODEL, f"{MODEL}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json", "ckpt.pt")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
@@ -85,6 +87,19 @@ def weights_file(path: Path) -> Path:
     raise InputError(
         f"from_pretrained: {path} holds {held}, expected one file of weights ({', '.join(WEIGHTS[::2])})"
     )
+
+
+def weights_size(path: Path) -> int:
+    """The bytes on disk of the weights in the file or folder `path`.
+
+    Raises:
+        InputError: As `weights_file`.
+    """
+    file = weights_file(path)
+    if file.name.endswith(".index.json"):
+        suffix = Path(file.name.removesuffix(".index.json")).suffix
+        return sum(shard.stat().st_size for shard in file.parent.glob(f"*{suffix}"))
+    return file.stat().st_size
 
 
 def read_weights(path: Path) -> Weights:

@@ -14,7 +14,9 @@ from gpt.data.tokenizers import END_OF_TEXT, FILE_NAME, BPETokenizer, CharTokeni
 from gpt.errors import InputError
 from gpt.model import GPT
 from gpt.names import HUGGING_FACE
-from gpt.weights.checkpoint import CONFIG, MODEL, check_replaceable, commit
+from gpt.weights.checkpoint import CONFIG, MODEL
+from gpt.weights.commit import commit, replaceable
+from gpt.weights.tensors import check_finite, write_tensors
 from kernels.files import write_json
 
 ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}
@@ -33,21 +35,23 @@ def save_huggingface(
     Raises:
         InputError: GPT-2 has no setting for an option of the model, the tokenizer has more ids than the
             model, or the folder holds other files or cannot be written.
+        MachineError: The disk is full, or fails.
+        NonFiniteError: A weight is infinite or NaN. Nothing is written.
     """
-    config, target = model.config, Path(directory)
+    config = model.config
     _check_exportable(config)
-    check_replaceable(target, "save_pretrained")
+    target = replaceable(directory, "save_pretrained")
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise InputError(
             f"save_pretrained: the tokenizer has {tokenizer.vocab_size} ids, expected at most "
             f"{config.vocab_size} (vocab_size)"
         )
 
-    def write(folder: Path) -> None:
-        from safetensors.torch import save_file
+    check_finite(dict(model.named_parameters()), "the model")
 
+    def write(folder: Path) -> None:
         # transformers 4 refuses a file without this metadata.
-        save_file(dict(_exported(model)), folder / MODEL, metadata={"format": "pt"})
+        write_tensors(folder / MODEL, dict(_exported(model)), metadata={"format": "pt"})
         end = tokenizer.special_tokens.get(END_OF_TEXT) if isinstance(tokenizer, BPETokenizer) else None
         write_json(folder / CONFIG, _model_config(model, end), indent=1, ensure_ascii=False)
         if tokenizer is not None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import pytest
 
 from gpt import InputError
-from gpt.cli import OptionParser, option, run_command
+from gpt.cli import OptionParser, option
 from gpt.config import GPTConfig, TrainConfig
 from gpt.data.dataset import DataConfig
 
@@ -170,24 +168,3 @@ def test_a_missing_toml_file_is_named(tmp_path: Path) -> None:
     """A traceback for a mistyped path."""
     with pytest.raises(InputError, match=r"nowhere\.toml.*No such file"):
         parser().read_file(str(tmp_path / "nowhere.toml"), ["fruit"])
-
-
-def test_run_command_prints_input_errors_only(capsys: pytest.CaptureFixture[str]) -> None:
-    """An InputError as a traceback or on several lines, or a bug that is shown as wrong input."""
-
-    def refuse(argv: Sequence[str]) -> int:
-        warnings.warn("slow\nhere", stacklevel=1)
-        raise InputError("a is 1,\nexpected 2")
-
-    def break_down(argv: Sequence[str]) -> int:
-        raise ValueError("ours")
-
-    def interrupt(argv: Sequence[str]) -> int:
-        raise KeyboardInterrupt
-
-    assert run_command("fruit", refuse, []) == 2
-    assert capsys.readouterr().err == "fruit: warning: slow here\nfruit: a is 1, expected 2\n"
-    assert run_command("fruit", interrupt, []) == 130
-    assert run_command("fruit", lambda argv: len(argv), ["x", "y"]) == 2
-    with pytest.raises(ValueError, match="ours"):
-        run_command("fruit", break_down, [])

@@ -79,5 +79,5 @@ def test_check_memory_refuses_a_model_that_cannot_fit() -> None:
     """A model that exhausts the machine's memory instead of being refused at once."""
     cpu = torch.device("cpu")
     check_memory(GPTConfig.preset("char-cpu"), TrainConfig(), cpu)
-    with pytest.raises(InputError, match=r"GiB, expected at most the [\d,]+ GiB of cpu"):
+    with pytest.raises(InputError, match=r"takes about 13\.9 TiB, expected at most the [\d.]+ .iB free"):
         check_memory(GPTConfig(n_embd=48 * 1024, n_layer=30), TrainConfig(), cpu)

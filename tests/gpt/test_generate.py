@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gpt import GPT, InputError
-from gpt.generate import keep_top_p, sample
+from gpt.generate import FIRST_TOKENS, keep_top_p, sample
 from gpt.kv_cache import KVCache
 from tests.gpt.graphs import fake
 from tests.gpt.models import CONFIGS, SMALL, padded, random_model, tokens
@@ -216,6 +216,30 @@ def test_on_token_gets_every_step() -> None:
     assert torch.equal(torch.stack(steps, 1), ids[:, 3:])
 
 
+def test_generation_allocates_as_it_grows() -> None:
+    """Memory for all of max_new_tokens before the first of them."""
+
+    def stop(token: torch.Tensor) -> None:
+        raise StopIteration
+
+    idx = torch.zeros(1, 3, dtype=torch.int64)
+    with pytest.raises(StopIteration):
+        random_model().generate(idx, 10**12, on_token=stop)
+
+
+def test_tokens_past_the_first_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that is lost, repeated or written into the prompt where the buffer grows."""
+    model = random_model()
+    idx = torch.arange(6).view(2, 3)
+    expected = model.generate(idx, 40, do_sample=False)
+    assert FIRST_TOKENS >= 40
+    for size in (0, 1, 7):
+        monkeypatch.setattr("gpt.generate.FIRST_TOKENS", size)
+        for cached in (True, False):
+            assert torch.equal(model.generate(idx, 40, do_sample=False, use_cache=cached), expected)
+    assert torch.equal(idx, torch.arange(6).view(2, 3))
+
+
 def test_generate_changes_no_state() -> None:
     """Dropout, a mode that is not restored, a prompt that is written to, or a gradient."""
     model = random_model(dropout=0.5)
@@ -285,11 +309,14 @@ IDX = torch.zeros(2, 4, dtype=torch.int64)
         ({"max_new_tokens": -1}, "max_new_tokens is -1, expected an integer >= 0"),
         ({"max_new_tokens": 2.0}, "max_new_tokens is 2.0"),
         ({"max_new_tokens": True}, "max_new_tokens is True"),
-        *[({"temperature": t}, "temperature is ") for t in (0, 0.0, -1, math.inf, math.nan, "1")],
+        *[
+            ({"temperature": t}, "temperature is ")
+            for t in (0, 0.0, -1, 1e-320, 1e308, 10**400, math.inf, math.nan, "1")
+        ],
         *[({"top_k": k}, "top_k is ") for k in (0, -3, 2.0, True)],
         *[({"top_p": p}, "top_p is ") for p in (0, -0.1, 1.1, math.nan)],
         *[({"min_p": p}, "min_p is ") for p in (-0.1, 1.1, math.nan)],
-        *[({"repetition_penalty": r}, "repetition_penalty is ") for r in (0, -1, math.inf)],
+        *[({"repetition_penalty": r}, "repetition_penalty is ") for r in (0, -1, 1e-320, 1e308, math.inf)],
         *[({"repetition_penalty": r, "do_sample": False}, "repetition_penalty is ") for r in (0, math.nan)],
         *[({"vocab_size": v}, "vocab_size is ") for v in (0, -1, 3.0, True)],
         ({"stop_tokens": [1, 37]}, "stop_tokens has 37, expected ids in [0, 37)"),

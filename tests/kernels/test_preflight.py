@@ -205,9 +205,17 @@ def test_a_damaged_cache_file_is_replaced(content: bytes, tmp_path: Path) -> Non
 
 
 def test_an_unwritable_cache_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A read-only home folder that makes preflight fail."""
+    """A read-only home folder, or a user without one, that makes preflight fail."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("FUSED_GPT_CACHE", str(tmp_path / "file"))
+    assert run_preflight([NORM], CPU, torch.float32).ok
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("XDG_CACHE_HOME", "FUSED_GPT_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
     assert run_preflight([NORM], CPU, torch.float32).ok
 
 

@@ -15,6 +15,7 @@ import torch
 from gpt import BPETokenizer, CharTokenizer, InputError
 from gpt.data.corpus import open_corpus
 from gpt.data.dataset import IGNORED, Batch, DataConfig, TokenData, save_bin
+from tests.gpt.data.loading import BINS, joined, load, write, write_bins
 from tests.gpt.models import random_model
 from tests.gpt.text import TEXT
 
@@ -24,20 +25,6 @@ BATCH = {"batch_size": 3, "block_size": 8, "seed": 5, "step": 7, "micro_step": 1
 @pytest.fixture
 def data() -> TokenData:
     return TokenData.from_text(TEXT)
-
-
-def write(folder: Path, **files: str) -> Path:
-    for name, text in files.items():
-        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
-    return folder
-
-
-def load(*sources: Any, **fields: Any) -> TokenData:
-    return TokenData.load(DataConfig(data=tuple(str(source) for source in sources), **fields))
-
-
-def joined(data: TokenData) -> str:
-    return data.tokenizer.decode([*data.tokens("train").tolist(), *data.tokens("validation").tolist()])
 
 
 def test_the_first_90_percent_are_for_training(data: TokenData) -> None:
@@ -170,51 +157,6 @@ def test_an_unknown_character_is_named_with_its_file(tmp_path: Path) -> None:
         load(path, tokenizer="nowhere")
 
 
-def test_tokens_are_cached_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cached tokens of another text or tokenizer, or text tokenized again at each start."""
-    calls: list[str] = []
-    encode = CharTokenizer.encode
-
-    def counting(self: CharTokenizer, text: str, **options: Any) -> list[int]:
-        calls.append(text)
-        return encode(self, text, **options)
-
-    monkeypatch.setattr(CharTokenizer, "encode", counting)
-    path = write(tmp_path, text=TEXT) / "text.txt"
-    first = load(path)
-    assert len(calls) == 1
-    (write(tmp_path, copy=TEXT) / "text.txt").unlink()
-    again = load(tmp_path / "copy.txt")
-    assert (len(calls), again.identity, joined(again)) == (1, first.identity, TEXT)
-    write(tmp_path, copy=TEXT[::-1])
-    changed = load(tmp_path / "copy.txt")
-    assert changed.identity != first.identity
-    assert joined(changed) == TEXT[::-1]
-
-
-@pytest.mark.parametrize("damage", ["truncated", "no ends", "garbage"])
-def test_a_damaged_cache_is_replaced(damage: str, tmp_path: Path, cache: Path) -> None:
-    """Training on tokens that a full disk truncated."""
-    path = write(tmp_path, text=TEXT) / "text.txt"
-    load(path)
-    tokens, ends = next(cache.rglob("*.tokens")), next(cache.rglob("*.npy"))
-    if damage == "truncated":
-        tokens.write_bytes(tokens.read_bytes()[:-10])
-    elif damage == "no ends":
-        ends.unlink()
-    else:
-        ends.write_bytes(b"")
-    assert joined(load(path)) == TEXT
-    assert tokens.stat().st_size == 2 * len(TEXT)
-
-
-def test_loading_works_without_a_writable_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A read-only home folder that makes training impossible."""
-    path = write(tmp_path, text=TEXT) / "text.txt"
-    monkeypatch.setenv("FUSED_GPT_CACHE", str(path / "below a file"))
-    assert joined(load(path)) == TEXT
-
-
 def test_ids_above_65535_are_kept(tmp_path: Path) -> None:
     """Ids above 65,535 that wrap around in 16 bits."""
     characters = "".join(map(chr, [*range(32, 0xD800), *range(0xE000, 0x13000)]))
@@ -322,19 +264,6 @@ def test_packed_bigrams_stay_within_documents(tmp_path: Path) -> None:
     assert packed.bigram_loss() != flat.bigram_loss()
 
 
-BINS = BPETokenizer({bytes([b]): b for b in range(256)}, {"<|endoftext|>": 256})
-
-
-def write_bins(folder: Path, tokenizer: bool = True, **texts: str) -> Path:
-    """Writes nanoGPT's files with one token per byte; | becomes the end-of-text token."""
-    for name, text in texts.items():
-        ids = [256 if c == "|" else ord(c) for c in text]
-        np.asarray(ids, "<u2").tofile(folder / f"{name}.bin")
-    if tokenizer:
-        BINS.save(folder)
-    return folder
-
-
 def test_bins_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """nanoGPT's data split again, read in another byte order, or without its tokenizer."""
     data = load(write_bins(tmp_path, train=TEXT[:200], val=TEXT[300:350]))
@@ -345,7 +274,8 @@ def test_bins_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(one.tokens("train")), len(one.tokens("validation"))] == [180, 20]
     assert data.identity != one.identity
     monkeypatch.setattr("gpt.data.token_files.CHUNK", 16)
-    for val in ("X" + TEXT[301:350], TEXT[300:349] + "X", TEXT[300:351]):
+    middle = TEXT[300:325] + "X" + TEXT[326:350]
+    for val in ("X" + TEXT[301:350], middle, TEXT[300:349] + "X", TEXT[300:351]):
         before = load(tmp_path).identity
         write_bins(tmp_path, val=val)
         assert load(tmp_path).identity != before
@@ -360,7 +290,7 @@ def test_packed_bins_have_their_starts(tmp_path: Path) -> None:
     assert [i for i, y in enumerate(targets[0].tolist()) if y == IGNORED] == [3, 6]
     inputs, targets, start = next(data.windows("validation", 1, 6))
     assert start[0].tolist() == [0, 0, 0, 3, 3, 3]
-    CharTokenizer("abc").save(tmp_path)
+    BPETokenizer(BINS.ranks, {"<|end|>": 256}).save(tmp_path)
     with pytest.raises(InputError, match="endoftext"):
         load(tmp_path, pack_documents=True)
 
@@ -376,12 +306,38 @@ def test_wrong_bins_are_refused(tmp_path: Path) -> None:
             load(tmp_path, tokenizer=name)
     with pytest.raises(InputError, match=r"\.bin files among other sources"):
         load(tmp_path / "train.bin", tmp_path / "val.bin")
-    CharTokenizer("abc").save(tmp_path)
-    with pytest.raises(InputError, match=r"have id 1\d\d, expected 0 to 2"):
-        load(tmp_path).batch("train", **BATCH)
-    (tmp_path / "val.bin").write_bytes(b"abc")
-    with pytest.raises(InputError, match=r"val\.bin has 3 bytes, expected uint16"):
+    BINS.save(tmp_path)
+    for content in (b"", b"abc"):
+        (tmp_path / "val.bin").write_bytes(content)
+        with pytest.raises(InputError, match=rf"val\.bin has {len(content)} bytes, expected uint16"):
+            load(tmp_path)
+    (tmp_path / "val.bin").unlink()
+    (tmp_path / "val.bin").symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=r"val\.bin is a character device, expected a regular file"):
         load(tmp_path)
+
+
+def test_ids_beyond_the_vocabulary_are_refused_at_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One wrong id that ends a run at the step that reads it, after days of training."""
+    monkeypatch.setattr("gpt.data.token_files.CHUNK", 16)
+    write_bins(tmp_path, train=TEXT[:200], val=TEXT[300:350])
+    ids = np.fromfile(tmp_path / "val.bin", "<u2")
+    ids[[41, 45]] = 300, 257
+    ids.tofile(tmp_path / "val.bin")
+    with pytest.raises(InputError, match=r"val\.bin has id 300 at position 41, expected 0 to 256 .*is 257"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_ids_of_arrays_are_checked(wrong: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An id of an array from Python that only the embedding notices, or no one."""
+    monkeypatch.setattr("gpt.data.dataset.CHUNK", 7)
+    tokens = np.zeros(100, np.int64)
+    tokens[95] = wrong
+    with pytest.raises(InputError, match=rf"has id {wrong} at position 95, expected 0 to 2"):
+        TokenData(np.zeros(50, np.int64), CharTokenizer("abc"), validation=tokens)
 
 
 @pytest.mark.parametrize(

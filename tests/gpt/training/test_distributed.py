@@ -129,6 +129,7 @@ def test_only_rank_0_writes(pair: Pair) -> None:
     assert (first[2], second[2]) == (4, 0)
     out = pair.folder / "curve"
     assert sorted(path.name for path in out.iterdir()) == [
+        ".lock",
         "checkpoints",
         "log.jsonl",
         "loss.png",

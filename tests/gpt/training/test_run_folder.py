@@ -13,9 +13,11 @@ import pytest
 
 from gpt import InputError, Trainer
 from gpt.data.dataset import TokenData
+from gpt.errors import MachineError
 from gpt.files import read_json
 from gpt.training.run_folder import RunFolder
 from gpt.weights import checkpoint
+from gpt.weights.hashes import write_sums
 from tests.gpt.text import TEXT
 from tests.gpt.training.small_runs import CONFIG, disk_full, make_model, read_log, run, without_times
 
@@ -39,7 +41,7 @@ def test_one_random_state_per_process_is_required(data: TokenData, tmp_path: Pat
     folder = tmp_path / "checkpoints/step-1"
     state = read_json(folder / checkpoint.STATE)
     (folder / checkpoint.STATE).write_text(json.dumps(state | {"rng": state["rng"][0]}))
-    (folder / checkpoint.SUMS).write_bytes(checkpoint._sums(folder))
+    write_sums(folder)
     with pytest.raises(InputError, match=r"state\.json has as rng a dict, expected a list"):
         Trainer(make_model(data), data, CONFIG, out=tmp_path, resume=True)
 
@@ -89,7 +91,7 @@ def test_an_unsuitable_folder_is_refused(
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="file is not a folder"):
         Trainer(make_model(data), data, CONFIG, out=tmp_path / "file")
-    with pytest.raises(InputError, match=r"cannot write to .*below: Not a directory"):
+    with pytest.raises(InputError, match=r"cannot write .*below: Not a directory"):
         Trainer(make_model(data), data, CONFIG, out=tmp_path / "file" / "below").run()
     run(data, tmp_path / "run", replace(CONFIG, max_steps=1))
     lines = read_log(tmp_path / "run")
@@ -111,11 +113,11 @@ def test_an_unwritable_folder_is_refused(data: TokenData, tmp_path: Path) -> Non
     tmp_path.chmod(0o700)
 
 
-def test_a_full_disk_is_an_input_error(
+def test_a_full_disk_is_a_machine_error(
     data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A traceback when the disk fills up during a run."""
     monkeypatch.setattr(checkpoint, "write_tensors", disk_full)
-    with pytest.raises(InputError, match=r"checkpoint: cannot write .*step-2: No space left on device"):
+    with pytest.raises(MachineError, match=r"checkpoint: cannot write .*step-2: No space left on device"):
         run(data, tmp_path)
     assert not list((tmp_path / "checkpoints").iterdir())

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from gpt import GPT, CharTokenizer, InputError
+from gpt.errors import MachineError
 from gpt.weights import checkpoint
 from gpt.weights.checkpoint import (
     find_checkpoint,
@@ -22,6 +23,7 @@ from gpt.weights.checkpoint import (
     save_checkpoint,
     save_model,
 )
+from gpt.weights.hashes import write_sums
 from tests.gpt.models import CONFIGS, SMALL, random_model, tokens
 
 ROOT = Path(__file__).parents[3]
@@ -45,7 +47,7 @@ def save(out: Path, step: int, model: GPT) -> Path:
 
 def rehash(folder: Path) -> None:
     """Rewrites SHA256SUMS for the current content of the folder."""
-    (folder / "SHA256SUMS").write_bytes(checkpoint._sums(folder))
+    write_sums(folder)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -223,7 +225,7 @@ def test_a_failed_save_leaves_nothing(saved: Path, model: GPT, monkeypatch: pyte
         lambda: save(run, 1, model),
         lambda: save_model(model, run / "m"),
     ):
-        with pytest.raises(InputError, match=r"cannot write .*: No space left on device"):
+        with pytest.raises(MachineError, match=r"cannot write .*: No space left on device"):
             target()
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-1"]
     assert not (run / "m").exists()
@@ -231,17 +233,18 @@ def test_a_failed_save_leaves_nothing(saved: Path, model: GPT, monkeypatch: pyte
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of file sizes are POSIX's")
-def test_a_disk_that_fills_during_a_write_is_an_input_error(tmp_path: Path) -> None:
+def test_a_disk_that_fills_during_a_write_is_a_machine_error(tmp_path: Path) -> None:
     """A traceback for the error of safetensors, which is not an OSError."""
     code = """
 import resource, sys
-from gpt import GPT, InputError
+from gpt import GPT
+from gpt.errors import MachineError
 from gpt.weights.checkpoint import save_model
 model = GPT(vocab_size=99, block_size=8, n_layer=1, n_head=1, n_embd=64)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 try:
     save_model(model, sys.argv[1])
-except InputError as error:
+except MachineError as error:
     print(error)
 """
     done = subprocess.run(
@@ -278,6 +281,9 @@ def test_checkpoints_use_no_pickle() -> None:
     """A format that can run code when it is loaded."""
     for name in (
         "weights/checkpoint",
+        "weights/commit",
+        "weights/hashes",
+        "weights/tensors",
         "data/dataset",
         "data/tokenizers",
         "training/optim",
@@ -353,13 +359,45 @@ def test_fifty_killed_saves_lose_nothing(tmp_path: Path) -> None:
     kill_saves(tmp_path, 50)
 
 
+def names(out: Path) -> list[str]:
+    return sorted(path.name for path in (out / "checkpoints").iterdir())
+
+
 def test_later_checkpoints_are_set_aside(model: GPT, tmp_path: Path) -> None:
-    """A damaged later checkpoint that stays the newest one after a resume."""
+    """A later checkpoint that stays the newest after a resume, that is lost, or that blocks the resume."""
+    for _ in range(2):
+        for step in (1, 2, 3):
+            save(tmp_path, step, model)
+        (tmp_path / "checkpoints/step-3/state.json").write_text("{}")
+        checkpoint.clean(tmp_path, 1)
+        assert find_checkpoint(tmp_path).name == "step-1"
+    aside = ["step-2.superseded", "step-2.superseded-2", "step-3.damaged", "step-3.damaged-2"]
+    assert names(tmp_path) == ["step-1", *aside]
+
+    for step in (2, 3, 4):
+        save(tmp_path, step, model)
+    assert names(tmp_path) == sorted([*aside, "step-2", "step-3", "step-4"])
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-2", "step-3", "step-4"]
+    load_model(tmp_path / "checkpoints/step-2.superseded")
+
+
+@pytest.mark.filterwarnings("ignore:.* is missing because a save was interrupted")
+def test_leftovers_of_kills_are_cleaned(model: GPT, tmp_path: Path) -> None:
+    """The only copy of a checkpoint missed by a reader, or leftovers of kills that stay in a run."""
     for step in (1, 2):
         save(tmp_path, step, model)
-    checkpoint.clean(tmp_path, 1)
-    assert find_checkpoint(tmp_path).name == "step-1"
-    assert (tmp_path / "checkpoints/step-2.damaged").is_dir()
+    folder = tmp_path / "checkpoints"
+    (folder / "step-2").rename(folder / ".replaced-step-2")
+    (folder / ".unfinished-step-3").mkdir()
+    (folder / ".unfinished-step-3/model.safetensors").touch()
+    (folder / ".step-3.lock").touch()
+    before = names(tmp_path)
+    assert find_checkpoint(tmp_path) == find_checkpoint(folder / "step-2") == folder / ".replaced-step-2"
+    assert list(map(checkpoint.step_of, checkpoint.list_checkpoints(tmp_path))) == [1, 2]
+    load_model(folder / "step-2")
+    assert names(tmp_path) == before
+    checkpoint.clean(tmp_path, 2)
+    assert names(tmp_path) == ["step-1", "step-2"]
 
 
 def test_hashes_are_sha256(saved: Path) -> None:
@@ -374,6 +412,6 @@ def test_a_huge_claim_allocates_nothing(tmp_path: Path) -> None:
     GPT(vocab_size=17, block_size=8, n_layer=1, n_head=1, n_embd=8).save_pretrained(tmp_path / "model")
     config = tmp_path / "model" / checkpoint.CONFIG
     config.write_text(json.dumps(json.loads(config.read_text()) | {"n_embd": 200_000}))
-    (tmp_path / "model" / checkpoint.SUMS).write_bytes(checkpoint._sums(tmp_path / "model"))
+    rehash(tmp_path / "model")
     with pytest.raises(InputError, match=r"attn.proj.bias has shape \(8,\), expected \(200000,\)"):
         checkpoint.load_model(tmp_path / "model")

@@ -256,7 +256,8 @@ def test_an_export_replaces_only_an_export(tmp_path: Path) -> None:
     """An export that replaces the user's other files, or that cannot be repeated."""
     (tmp_path / "notes.txt").write_text("mine", "utf-8")
     with pytest.raises(
-        InputError, match="holds other files, expected a new or empty folder, or one that a save wrote"
+        InputError,
+        match=r"holds other files \(notes.txt\), expected a new or empty folder",
     ):
         random_model().save_pretrained(tmp_path, format="huggingface")
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
