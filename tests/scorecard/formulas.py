@@ -241,6 +241,15 @@ def _loss_agrees(dtype: torch.dtype, smoothing: float, z: float, biased: bool, r
         torch.testing.assert_close(a.double(), e, rtol=tolerance, atol=tolerance)
 
 
+def _one_target(launchers: Any) -> None:
+    """The mean over one counted target, and over none."""
+    x, weight = _numbers(3, 5), _numbers(11, 5, seed=1)
+    for targets, rows in (([-100, 4, -100], [1]), ([-100, -100, -100], [])):
+        actual = reference.linear_cross_entropy(x, weight, torch.tensor(targets))
+        losses = [torch.logsumexp(x[i] @ weight.T, 0) - x[i] @ weight[targets[i]] for i in rows]
+        torch.testing.assert_close(actual, sum(losses, torch.zeros((), dtype=torch.float64)))
+
+
 def _backends_agree_on_a_frozen_input(launchers: Any) -> None:
     """Gradients of some inputs only, in several chunks."""
     x, weight, bias = (t.float() for t in (_numbers(7, 5), _numbers(11, 5, seed=1), _numbers(11, seed=2)))
@@ -260,5 +269,5 @@ CHECKS: dict[str, tuple[Check, ...]] = {
     "attention": (_attention, _attention_dropout, _decoding),
     "norm": (_norms, _dropout),
     "ffn": (_feed_forward,),
-    "loss": (_loss, _backends_agree_on_a_frozen_input),
+    "loss": (_loss, _one_target, _backends_agree_on_a_frozen_input),
 }

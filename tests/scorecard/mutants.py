@@ -24,7 +24,7 @@ from tests.gpt.training import small_runs
 from tests.gpt.weights.layouts import BookGPT, H, NanoGPT, randomise
 from tests.scorecard.mutators import damage
 from tests.scorecard.row import Outcome, Row
-from tests.scorecard.trials import Refused, Say, answer, random_of, run_trials, same, variables
+from tests.scorecard.trials import Refused, Say, answer, quick_ends, random_of, run_trials, same, variables
 
 PHRASE = "the cat sat on his old red mat\n"
 CONFIG = GPTConfig(vocab_size=300, block_size=8, n_layer=1, n_head=2, n_embd=8)
@@ -157,7 +157,8 @@ def _build_run(folder: Path, number: int) -> None:
     from dataclasses import replace
 
     config = replace(small_runs.CONFIG, max_steps=4, seed=number)
-    small_runs.run(_data(), folder, config)
+    with quick_ends():
+        small_runs.run(_data(), folder, config)
 
 
 def _load_run(folder: Path) -> dict[str, Any]:
