@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import functools
 import io
+import math
 import os
 import re
 import signal
@@ -314,7 +315,7 @@ def _parse(expected: Any, value: Any) -> Any:
             number = expected(value)
         except OverflowError as error:  # float(10**400)
             raise ValueError from error
-        if expected is float or abs(number) < LARGEST_INTEGER:
+        if math.isfinite(number) if expected is float else abs(number) < LARGEST_INTEGER:
             return number
     raise ValueError
 
@@ -323,7 +324,7 @@ def _add_flag(
     group: argparse._ArgumentGroup, field: dataclasses.Field[Any], expected: Any, default: Any
 ) -> None:
     kind: dict[str, Any] = {}
-    if expected is bool:
+    if bool in (get_args(expected) or (expected,)):
         kind = {"nargs": "?", "const": "true"}
     elif get_origin(expected) is tuple:
         kind, expected = {"nargs": "+"}, get_args(expected)[0]

@@ -17,6 +17,7 @@ from gpt.names import translate_fields
 
 LARGEST_SIZE = 2**31 - 1
 LARGEST_MODEL = 10**12  # parameters
+LARGEST_RATE = 1e15  # of a learning rate, a decay or a norm: a product of two stays finite in float32
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class GPTConfig:
     norm: str = option(
         "pre", "normalise before each branch (GPT-2), or after its addition (GPT-1)", choices=("pre", "post")
     )
-    eps: float = option(1e-5, "added to the variance in norms", above=0, below=1)
+    eps: float = option(1e-5, "added to the variance in norms", low=1e-30, below=1)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -292,7 +293,7 @@ def _check(config: GPTConfig | TrainConfig) -> None:
                 raise InputError(f"{wrong} an integer in [{low}, {high}]")
         if float in types:
             low, above = f.metadata.get("low", -math.inf), f.metadata.get("above", -math.inf)
-            below = f.metadata.get("below", math.inf)
+            below = f.metadata.get("below", LARGEST_RATE)
             if not (low <= value < below and above < value):
                 begin = f"[{low}" if "low" in f.metadata else f"({above}"
-                raise InputError(f"{wrong} a number in {begin}, {below})")
+                raise InputError(f"{wrong} a number in {begin}, {below:g})")

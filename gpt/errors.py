@@ -31,6 +31,7 @@ class ReportedError(Exception):
     """An error that a command prints in one line, without a traceback, before it ends with `exit_code`."""
 
     exit_code: ClassVar[int]
+    shared = False  # True where all processes of a run raise it together
 
 
 class InputError(ReportedError, ValueError):

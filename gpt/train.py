@@ -6,6 +6,7 @@ Without arguments it trains on Python's own sources, for a few minutes.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import shlex
 import shutil
@@ -14,11 +15,21 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 import kernels
-from gpt.cli import USE_TRITON, OptionParser, Values, option, run_command, use_triton_option
+from gpt.cli import (
+    USE_TRITON,
+    OptionParser,
+    Values,
+    convert,
+    field_types,
+    option,
+    run_command,
+    use_triton_option,
+)
 from gpt.config import GPTConfig, TrainConfig, override
 from gpt.data.corpus import STDLIB
 from gpt.data.dataset import DataConfig, TokenData
@@ -30,6 +41,7 @@ from gpt.model import GPT
 from gpt.training import distributed
 from gpt.training.distributed import Ranks
 from gpt.training.run_folder import PLOT, RunFolder
+from gpt.training.run_state import read_state
 from gpt.training.trainer import Trainer, TrainResult
 from gpt.weights import checkpoint
 from gpt.weights.pretrained import load_pretrained, load_pretrained_tokenizer
@@ -54,8 +66,14 @@ class RunConfig:
     out: str | None = option(
         None, "folder for checkpoints, log, plot and sample (default: runs/1, or the next number)"
     )
-    resume: bool = option(
-        False, "go on from the newest valid checkpoint in --out, with its settings where no flag changes them"
+    resume: bool | Literal["auto"] = option(
+        False,
+        "go on from the newest valid checkpoint in --out, with its settings where no flag changes them; auto "
+        "does so if there is a checkpoint, and else starts the run",
+    )
+    resume_from: str | None = option(
+        None,
+        "go on from this checkpoint in --out, as in step-100; later ones are set aside (implies --resume)",
     )
     init: str | None = option(
         None,
@@ -92,13 +110,24 @@ def _run(argv: Sequence[str], ranks: Ranks) -> int:
     with ranks.agreement(), ranks.in_turn():
         run, given = _flags(argv)
         folder = RunFolder(Path(run.out) if run.out else None)
-        if run.resume and ranks.rank == 0 and checkpoint.list_checkpoints(folder.path):
+        resume = _resume(run, folder)
+        if resume and ranks.rank == 0 and checkpoint.list_checkpoints(folder.path):
             folder.lock()  # before a checkpoint is read, which another run may remove
-        start = _start(run, given)
+        start = _start(run, given, folder.checkpoint(run.resume_from) if resume else None)
         device = pick_device(start.train.device)
         ranks.check(start.train)
         data = TokenData.load(start.data, start.tokenizer)
+        weights = "none" if ranks.size == 1 or start.weights is None else _hash(start.weights)
 
+    # What the trainer cannot see; it compares the rest.
+    ranks.check_equal(
+        {
+            "strict": run.strict,
+            "deterministic": run.deterministic,
+            "pack_documents": start.data.pack_documents,
+            "the hash of the weights of init": weights,
+        }
+    )
     with ranks.agreement():
         vocab_size = data.tokenizer.vocab_size if start.weights is None else start.model.vocab_size
         config = override(start.model, {"vocab_size": vocab_size})
@@ -109,7 +138,7 @@ def _run(argv: Sequence[str], ranks: Ranks) -> int:
             _copy_weights(start.weights, model)
 
     options = {"data": dataclasses.asdict(start.data)}
-    trainer = Trainer(model, data, start.train, out=folder, resume=run.resume, options=options, ranks=ranks)
+    trainer = Trainer(model, data, start.train, out=folder, resume=resume, options=options, ranks=ranks)
     _introduce(trainer, start.data)
     if not _preflight(trainer, strict=run.strict):
         return 3
@@ -142,17 +171,33 @@ def _flags(argv: Sequence[str]) -> tuple[RunConfig, Values]:
     )
     _, flags = parser.parse_tables(argv)
     run = RunConfig(**flags.pop("run"))
-    file = parser.read_file(run.config, TABLES) if run.config else {table: {} for table in TABLES}
+    file = {table: {} for table in TABLES} if run.config is None else parser.read_file(run.config, TABLES)
     return run, {table: {**file[table], **flags[table]} for table in TABLES}
 
 
-def _start(run: RunConfig, given: Values) -> Start:
-    """The settings that flags and --config, an earlier model and the preset give, in this precedence."""
+def _resume(run: RunConfig, folder: RunFolder) -> bool | str:
+    """Whether to go on from a checkpoint, or the name of the checkpoint."""
+    if not run.resume and not run.resume_from:
+        return False
+    if run.out is None:
+        raise InputError("--resume: --out is not given, expected the folder of the run to go on with")
+    if run.resume == "auto" and not run.resume_from:
+        return bool(checkpoint.list_checkpoints(folder.path))
+    return run.resume_from or True
+
+
+def _start(run: RunConfig, given: Values, saved: Path | None) -> Start:
+    """The settings that flags and --config, an earlier model and the preset give, in this precedence.
+
+    Args:
+        run, given: From `_flags`.
+        saved: The checkpoint of the run that goes on, if any.
+    """
     if run.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    if run.resume:
-        return _from_run(run, given)
+    if saved is not None:
+        return _from_run(saved, given)
     return _from_weights(run, given) if run.init else _from_preset(run, given)
 
 
@@ -183,25 +228,32 @@ def _from_weights(run: RunConfig, given: Values) -> Start:
     return Start(config, base.train, base.data, tokenizer, weights)
 
 
-def _from_run(run: RunConfig, given: Values) -> Start:
-    """Continues the run in --out, with the settings that it was started with."""
-    if run.out is None:
-        raise InputError("--resume: --out is not given, expected the folder of the run to go on with")
-    folder = checkpoint.find_checkpoint(run.out)
-    state = read_json(folder / checkpoint.STATE)
-    try:
-        data = DataConfig(**{**state["data"], "data": tuple(state["data"]["data"])})
-        train = TrainConfig(**state["train"])
-    except (KeyError, TypeError) as error:
-        raise InputError(f"--resume: {folder / checkpoint.STATE} is not of this version ({error})") from error
+def _from_run(folder: Path, given: Values) -> Start:
+    """Continues from a checkpoint of a run, with the settings that the run was started with."""
+    state = read_state(folder / checkpoint.STATE)
+    where, saved = f"resume: {folder / checkpoint.STATE}: data", state.content.get("data")
+    types = field_types(DataConfig)
+    if not isinstance(saved, dict) or saved.keys() != types.keys():
+        raise InputError(f"{where} has other entries than {', '.join(types)}, expected this version's")
+    if saved["tokenizer"] is None:
+        types.pop("tokenizer")  # its default is None
+    data = DataConfig(**{name: convert(f"{where}: {name}", types[name], saved[name]) for name in types})
     model = GPTConfig.from_dict(read_json(folder / checkpoint.CONFIG))
     tokenizer = None if "tokenizer" in given["data"] else checkpoint.load_checkpoint_tokenizer(folder)
     return Start(
         override(model, given["model"]),
-        override(train, given["train"]),
+        override(state.train, given["train"]),
         dataclasses.replace(data, **given["data"]),
         tokenizer,
     )
+
+
+def _hash(model: GPT) -> str:
+    """The SHA-256 of a model's parameters."""
+    hashed = hashlib.sha256()
+    for p in model.parameters():
+        hashed.update(p.detach().numpy().tobytes())
+    return hashed.hexdigest()
 
 
 @torch.no_grad()

@@ -65,6 +65,13 @@ def test_constraints_pin_every_requirement(file: str) -> None:
     assert names - pinned_versions(file).keys() == set()
 
 
+def test_the_build_has_exact_versions() -> None:
+    """A build with the newest setuptools of the day, because pip does not apply -c to the build."""
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["build-system"]
+    pinned = pinned_versions("constraints.txt")
+    assert build["requires"] == [f"setuptools=={pinned['setuptools']}"]
+
+
 def test_the_oldest_and_newest_versions_are_those_promised() -> None:
     """A promise of versions that `.ci/versions` does not run, or the other way round."""
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")

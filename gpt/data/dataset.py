@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -24,7 +24,7 @@ from gpt.data.token_files import (
     open_bin,
 )
 from gpt.data.tokenizers import FILE_NAME, BPETokenizer, CharTokenizer, Tokenizer, fingerprint, load_tokenizer
-from gpt.errors import InputError
+from gpt.errors import InputError, cannot_write
 from gpt.files import user_path
 from kernels.files import replacing
 
@@ -228,11 +228,14 @@ class TokenData:
         for i in range(0, len(starts), batch_size):
             yield _windows(part, starts[i : i + batch_size], block_size)
 
-    def bigram_loss(self) -> float:
+    def bigram_loss(self, check: Callable[[], None] = lambda: None) -> float:
         """The mean of -log((count(a, b) + 1) / (count(a) + V)) over the pairs (a, b) of the validation split.
 
         Counts are taken on the train split. Memory is proportional to the distinct pairs of the validation
         split plus V, not to V².
+
+        Args:
+            check: Called for each chunk of the train split; it may raise to end the computation.
         """
         import numpy as np
 
@@ -242,6 +245,7 @@ class TokenData:
         pair_counts = np.zeros(len(validation_pairs), np.int64)
         token_counts = np.zeros(vocab_size, np.int64)
         for a, b in self._pairs("train"):
+            check()
             token_counts += np.bincount(a, minlength=vocab_size)
             pair = a.astype(np.int64) * vocab_size + b
             index = np.minimum(np.searchsorted(validation_pairs, pair), len(validation_pairs) - 1)
@@ -285,7 +289,7 @@ def save_bin(data: TokenData, directory: str | os.PathLike[str]) -> None:
                 np.asarray(data.tokens(split), "<u2").tofile(file)
         data.tokenizer.save(folder)
     except OSError as error:
-        raise InputError(f"save_bin: cannot write {folder}: {error.strerror or error}") from error
+        raise cannot_write("save_bin", folder, error) from error
 
 
 def _read_ids(parts: Sequence[Ids], tokenizer: Tokenizer) -> str:

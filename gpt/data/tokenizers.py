@@ -7,22 +7,26 @@ saved in its format, and encoded by tiktoken.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from gpt.errors import InputError
-from gpt.files import verified_file
+from gpt.errors import InputError, cannot_write
+from gpt.files import read_regular, user_path, verified_file
 from kernels.files import cache_folder, write_json
 
 FILE_NAME = "tokenizer.json"
 END_OF_TEXT = "<|endoftext|>"
+SIZE_LIMIT = 1 << 26  # bytes of the largest tokenizer file that is read
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 GPT2_MERGES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
 GPT2_MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+Value = TypeVar("Value")
 
 
 class Tokenizer(Protocol):
@@ -47,7 +51,7 @@ class CharTokenizer:
         characters: Distinct characters; their ids follow the sorted order.
 
     Raises:
-        InputError: `characters` is empty or repeats a character.
+        InputError: `characters` is empty, repeats a character, or has a lone surrogate.
     """
 
     def __init__(self, characters: str) -> None:
@@ -58,6 +62,7 @@ class CharTokenizer:
                 f"CharTokenizer: characters has {len(characters)} characters, {len(self._ids)} of them "
                 "distinct, expected distinct ones, at least 1"
             )
+        _check_unicode(self.characters, "CharTokenizer: characters")
 
     @classmethod
     def train(cls, texts: str | Iterable[str]) -> CharTokenizer:
@@ -113,8 +118,12 @@ class BPETokenizer:
         special_tokens: The name of each token outside the merges -> its id. `encode` uses them only on
             request.
 
+    Attributes:
+        merges: The two parts of each token that is longer than a byte, in the order of merging.
+
     Raises:
-        InputError: The ids have gaps or repeats, or a single byte has no token.
+        InputError: The ids have gaps or repeats, a single byte has no token, a longer token is not the merge
+            of two earlier ones, or the name of a special token is empty or that of another token.
     """
 
     def __init__(self, ranks: dict[bytes, int], special_tokens: dict[str, int] | None = None) -> None:
@@ -122,12 +131,18 @@ class BPETokenizer:
 
         self.ranks = ranks
         self.special_tokens = special_tokens or {}
-        used = sorted([*ranks.values(), *self.special_tokens.values()])
-        if used != list(range(len(used))) or any(bytes([b]) not in ranks for b in range(256)):
-            raise InputError(
-                "BPETokenizer: expected distinct ids from 0 up, without gaps, and a token for each of the "
-                "256 bytes"
-            )
+        ids = [*ranks.values(), *self.special_tokens.values()]
+        if any(type(i) is not int for i in ids) or sorted(ids) != list(range(len(ids))):
+            raise InputError("BPETokenizer: expected distinct ids, integers from 0 up without gaps")
+        if b"" in ranks or any(bytes([b]) not in ranks for b in range(256)):
+            raise InputError("BPETokenizer: expected a token for each of the 256 bytes, none empty")
+        for name in self.special_tokens:
+            _check_unicode(name, "BPETokenizer: the name of a special token")
+            if not name or (all(c in _BYTES for c in name) and _from_printable(name) in ranks):
+                raise InputError(
+                    f"BPETokenizer: special token {name[:80]!a} is empty or also an ordinary one"
+                )
+        self.merges = _merges(ranks)
         self._encoding = tiktoken.Encoding(
             "bpe", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=self.special_tokens
         )
@@ -139,7 +154,7 @@ class BPETokenizer:
         Raises:
             InputError: The merges are in no cache, and the download fails, within a few seconds.
         """
-        return cls(*_ranks_from_merges(_gpt2_merges()))
+        return _from_merges(_gpt2_merges())
 
     @classmethod
     def train(cls, texts: str | Iterable[str], vocab_size: int = 4096) -> BPETokenizer:
@@ -170,7 +185,12 @@ class BPETokenizer:
         return len(self.ranks) + len(self.special_tokens)
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """The ids of `text`; with `special`, names of special tokens in the text become those tokens."""
+        """The ids of `text`; with `special`, names of special tokens in the text become those tokens.
+
+        Raises:
+            InputError: The text has a lone surrogate, which no bytes express.
+        """
+        _check_unicode(text, "BPETokenizer: the text")
         if special:
             return self._encoding.encode(text, allowed_special="all")
         return self._encoding.encode_ordinary(text)
@@ -198,21 +218,13 @@ class BPETokenizer:
             "model": {
                 "type": "BPE",
                 "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
-                "merges": [[_to_printable(part) for part in pair] for pair in self._merges()],
+                "merges": [[_to_printable(part) for part in pair] for pair in self.merges],
             },
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes `tokenizer.json`, readable by Hugging Face `tokenizers`, into the folder `path`."""
         _save(self, Path(path))
-
-    def _merges(self) -> list[list[bytes]]:
-        """The two parts of each longer token: its bytes, encoded with earlier tokens only."""
-        return [
-            _merge([bytes([b]) for b in token], self.ranks, below=rank)
-            for token, rank in sorted(self.ranks.items(), key=lambda item: item[1])
-            if len(token) > 1
-        ]
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
@@ -225,43 +237,82 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
         InputError: The file is missing or damaged, or holds another kind of tokenizer than characters or
             byte-level byte pairs.
     """
-    file = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
+    file = user_path(path, "tokenizer")
+    if os.path.isdir(file):
+        file /= FILE_NAME
+    content = read_regular(file, "tokenizer", SIZE_LIMIT)
     try:
-        text = file.read_text("utf-8")
-        if text.startswith("#version"):
-            return BPETokenizer(*_ranks_from_merges(text))
-        state = json.loads(text)
-        model = state["model"]
-        if model["type"] == "characters":
-            return CharTokenizer(model["vocab"])
-        pre_tokenizer = state.get("pre_tokenizer") or {}
-        if (
-            model["type"] != "BPE"
-            or pre_tokenizer.get("type") != "ByteLevel"
-            or pre_tokenizer.get("add_prefix_space")
-        ):
-            raise InputError(
-                f"tokenizer: {file} holds a {model['type']} tokenizer, expected characters, or BPE with "
-                "GPT-2's ByteLevel split"
-            )
-        special = {token["content"]: token["id"] for token in state.get("added_tokens", [])}
-        ranks = {_from_printable(token): i for token, i in model["vocab"].items() if token not in special}
-        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        merged = [ranks[_from_printable("".join(pair))] for pair in pairs]
-    except OSError as error:
-        raise InputError(f"tokenizer: cannot read {file}: {error.strerror}") from error
-    except InputError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        text = content.decode("utf-8")
+        return _from_merges(text) if text.startswith("#version") else _from_json(json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"tokenizer: {file} is not a tokenizer that can be used: {error}") from error
+
+
+def _from_json(state: Any) -> Tokenizer:
+    """The tokenizer of the content of a tokenizer.json; InputError if it is damaged or of another kind."""
+    model = _field(state, "model", dict)
+    kind = _field(model, "type", str)
+    if kind == "characters":
+        return CharTokenizer(_field(model, "vocab", str))
+    split = state.get("pre_tokenizer")
+    if kind != "BPE" or not isinstance(split, dict) or split.get("type") != "ByteLevel":
         raise InputError(
-            f"tokenizer: {file} is not a tokenizer.json ({type(error).__name__}: {error})"
-        ) from error
-    merged = list(dict.fromkeys(merged))
-    if merged != sorted(merged):
-        raise InputError(
-            f"tokenizer: {file} has ids in another order than its merges, expected the order of merging"
+            f"a {kind[:80]!a} tokenizer, expected characters, or BPE with GPT-2's ByteLevel split"
         )
-    return BPETokenizer(ranks, special)
+    if split.get("add_prefix_space"):
+        raise InputError("ByteLevel has add_prefix_space, expected GPT-2's split, which adds no space")
+
+    vocab, special = _field(model, "vocab", dict), dict[str, int]()
+    for token in _field(state, "added_tokens", list) if "added_tokens" in state else ():
+        name, i = _field(token, "content", str), _field(token, "id", int)
+        if special.get(name, i) != i or vocab.get(name, i) != i:
+            raise InputError(f"token {name[:80]!a} has several ids, expected one")
+        special[name] = i
+    ranks = {_from_printable(token): i for token, i in vocab.items() if token not in special}
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in _field(model, "merges", list)]
+    return _checked(BPETokenizer(ranks, special), pairs)
+
+
+def _from_merges(text: str) -> BPETokenizer:
+    """The tokenizer of GPT-2's merges file: a header, then one pair per line.
+
+    The single bytes come before the merges, printable bytes first.
+    """
+    pairs = [line.split(" ") for line in text.splitlines()[1:] if line]
+    merged = [_from_printable("".join(pair)) for pair in pairs]
+    ranks = {token: i for i, token in enumerate([*(bytes([b]) for b in _PRINTABLE), *merged])}
+    return _checked(BPETokenizer(ranks, {END_OF_TEXT: len(ranks)}), pairs)
+
+
+def _checked(tokenizer: BPETokenizer, pairs: Sequence[Any]) -> BPETokenizer:
+    """`tokenizer`, whose file has the merges `pairs`; InputError if it would merge otherwise."""
+    merges: dict[tuple[bytes, bytes], int] = {}
+    for pair in pairs:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            raise InputError("a merge is not a pair of tokens")
+        first, second = map(_from_printable, pair)
+        if first + second not in tokenizer.ranks:
+            raise InputError(f"a merge gives {''.join(pair)[:80]!a}, which is not in the vocabulary")
+        merges[first, second] = tokenizer.ranks[first + second]
+
+    order = list(dict.fromkeys(merges.values()))  # a token may come from several merges; the first counts
+    if order != sorted(order):
+        raise InputError("the ids have another order than the merges, expected the order of merging")
+    for pair in tokenizer.merges:
+        if pair not in merges:
+            parts = " and ".join(ascii(_to_printable(part)[:80]) for part in pair)
+            raise InputError(f"the merge of {parts} is missing, expected all that its tokens take")
+    return tokenizer
+
+
+def _field(container: Any, name: str, kind: type[Value]) -> Value:
+    """The entry `name` of a JSON object; InputError if it is missing or not of this type."""
+    if not isinstance(container, dict) or name not in container:
+        raise InputError(f"{name!r} is missing")
+    value = container[name]
+    if type(value) is not kind:
+        raise InputError(f"{name!r} is a {type(value).__name__}, expected a {kind.__name__}")
+    return value
 
 
 def first_ids(tokenizer: Tokenizer) -> list[int]:
@@ -282,7 +333,7 @@ def _save(tokenizer: Tokenizer, folder: Path) -> None:
     try:
         write_json(folder / FILE_NAME, tokenizer.to_json(), indent=1, ensure_ascii=False)
     except OSError as error:
-        raise InputError(f"tokenizer: cannot write {folder / FILE_NAME}: {error.strerror}") from error
+        raise cannot_write("tokenizer", folder / FILE_NAME, error) from error
 
 
 def _check_ids(ids: Sequence[int], vocab_size: int, name: str) -> None:
@@ -294,14 +345,77 @@ def _check_ids(ids: Sequence[int], vocab_size: int, name: str) -> None:
             )
 
 
-def _merge(parts: list[bytes], ranks: dict[bytes, int], below: int) -> list[bytes]:
-    """Merges neighbours, lowest rank first, into tokens whose rank is below `below`."""
-    while len(parts) > 1:
-        rank, i = min((ranks.get(parts[i] + parts[i + 1], below), i) for i in range(len(parts) - 1))
-        if rank >= below:
-            break
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts
+def _check_unicode(text: str, name: str) -> None:
+    """Raises InputError if `text` has a lone surrogate: JSON and command lines can have one, UTF-8 cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{name} has the lone surrogate U+{ord(text[error.start]):04X} at position {error.start}, "
+            "expected Unicode text"
+        ) from None
+
+
+def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The two parts of each longer token, in the order of merging: its bytes, encoded with earlier tokens.
+
+    Raises:
+        InputError: The parts of a token are more than two.
+    """
+    merges = []
+    ranks_of_pairs: dict[tuple[int, int], int] = {}
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        if len(token) > 1:
+            parts = _encode(token, ranks, ranks_of_pairs, below=rank)
+            if len(parts) != 2:
+                raise InputError(
+                    f"BPETokenizer: token {_to_printable(token)[:80]!a} has {len(parts)} parts that are "
+                    "earlier tokens, expected the merge of 2"
+                )
+            merges.append((parts[0], parts[1]))
+    return merges
+
+
+def _encode(
+    token: bytes, ranks: dict[bytes, int], ranks_of_pairs: dict[tuple[int, int], int], *, below: int
+) -> list[bytes]:
+    """The parts of `token` after merging neighbours, lowest rank first, into tokens of a rank below `below`.
+
+    The parts are a linked list, and the possible merges a heap, so the time is n log n in the length.
+
+    Args:
+        token: The bytes to merge.
+        ranks: The rank of each token.
+        ranks_of_pairs: The rank of the token that two tokens give, -1 if there is none; filled here, so that
+            a pair of long tokens is hashed once.
+        below: The limit of the ranks.
+    """
+    n = len(token)
+    part_ranks = [ranks[token[i : i + 1]] for i in range(n)]  # of the part that begins at i
+    ends = list(range(1, n + 1))  # of the part that begins at i; 0 if none does
+    previous = list(range(-1, n))  # the beginning of the part before the one that begins at i
+    heap: list[tuple[int, int, int, int]] = []
+
+    def consider(i: int) -> None:
+        """Puts the merge of the part at `i` and the next one on the heap."""
+        if (j := ends[i]) < n:
+            pair = part_ranks[i], part_ranks[j]
+            if (rank := ranks_of_pairs.get(pair)) is None:
+                rank = ranks_of_pairs[pair] = ranks.get(token[i : ends[j]], -1)
+            if 0 <= rank < below:
+                heapq.heappush(heap, (rank, i, j, ends[j]))
+
+    for i in range(n):
+        consider(i)
+    while heap:
+        rank, i, j, end = heapq.heappop(heap)
+        if (ends[i], ends[j]) != (j, end):
+            continue  # one of the parts has been merged with another neighbour
+        part_ranks[i], ends[i], ends[j], previous[end] = rank, end, 0, i
+        consider(i)
+        if i:
+            consider(previous[i])
+    return [token[i:end] for i, end in enumerate(ends) if end]
 
 
 def _printable_bytes() -> dict[int, str]:
@@ -320,17 +434,12 @@ def _to_printable(token: bytes) -> str:
 
 
 def _from_printable(token: str) -> bytes:
-    return bytes(_BYTES[character] for character in token)
-
-
-def _ranks_from_merges(text: str) -> tuple[dict[bytes, int], dict[str, int]]:
-    """The ranks and special tokens of GPT-2's merges file: a header, then one pair per line.
-
-    The single bytes come before the merges, printable bytes first.
-    """
-    merged = [_from_printable("".join(line.split(" "))) for line in text.splitlines()[1:] if line]
-    ranks = {token: i for i, token in enumerate([*(bytes([b]) for b in _PRINTABLE), *merged])}
-    return ranks, {END_OF_TEXT: len(ranks)}
+    try:
+        return bytes(_BYTES[character] for character in token)
+    except KeyError as error:
+        raise InputError(
+            f"token {token[:80]!a} has the character {error}, expected GPT-2's printable bytes"
+        ) from None
 
 
 def _gpt2_merges() -> str:
@@ -341,11 +450,13 @@ def _gpt2_merges() -> str:
     folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
     folder = folder or os.path.join(tempfile.gettempdir(), "data-gym-cache")
     theirs = Path(folder, hashlib.sha1(GPT2_MERGES.encode()).hexdigest())  # tiktoken's name for the file
-    ours = cache_folder() / "gpt2-vocab.bpe"
+    places = [theirs]
+    with suppress(OSError):  # no home folder
+        places.append(cache_folder() / "gpt2-vocab.bpe")
     try:
-        return verified_file([theirs, ours], GPT2_MERGES, GPT2_MERGES_SHA256).decode("utf-8")
+        return verified_file(places, GPT2_MERGES, GPT2_MERGES_SHA256).decode("utf-8")
     except OSError as error:
         raise InputError(
             f"gpt2 tokenizer: cannot download {GPT2_MERGES} ({error}), expected a network, that file as "
-            f"{ours}, or --tokenizer PATH of GPT-2's tokenizer.json, vocab.bpe or merges.txt"
+            f"{places[-1]}, or --tokenizer PATH of GPT-2's tokenizer.json, vocab.bpe or merges.txt"
         ) from error

@@ -7,7 +7,7 @@ for the CPU.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from gpt.config import TrainConfig
-from gpt.errors import InputError
+from gpt.errors import InputError, ReportedError
 
 T = TypeVar("T")
 
@@ -26,10 +26,6 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 # Long, because other ranks wait while rank 0 works alone. When a process exits, torchrun ends the others.
 TIMEOUT = timedelta(days=1)
 BUCKET = 1 << 24  # elements per all-reduce
-
-
-class SharedError(InputError):
-    """An InputError of one rank, raised by every rank."""
 
 
 @dataclass(frozen=True)
@@ -88,15 +84,25 @@ class Ranks:
         """Calls `function` on rank 0 alone; returns its result on every rank.
 
         Raises:
-            InputError: On every rank, if `function` raised it.
+            ReportedError: On every rank, if `function` raised it.
         """
         with self.agreement():
             value = function() if self.rank == 0 else None
         return self.gather(value)[0]  # type: ignore[return-value]
 
+    def check_equal(self, values: Mapping[str, object]) -> None:
+        """Raises InputError on every rank if a value differs from rank 0's. The message names the first."""
+        first, *others = self.gather(values)
+        for rank, theirs in enumerate(others, start=1):
+            for name in first:
+                if (value := theirs.get(name)) != first[name]:
+                    raise _shared(
+                        InputError(f"rank {rank}: {name} is {value!r}, expected {first[name]!r} as on rank 0")
+                    )
+
     @contextmanager
     def agreement(self) -> Iterator[None]:
-        """Raises an InputError of one rank on every rank at the end of the block.
+        """Raises a ReportedError of one rank on every rank at the end of the block, as `shared`.
 
         If several ranks fail, the error of the lowest counts. The block must not exchange values.
         """
@@ -106,10 +112,11 @@ class Ranks:
         failure = None
         try:
             yield
-        except InputError as error:
-            failure = str(error)
-        if failures := [message for message in self.gather(failure) if message is not None]:
-            raise SharedError(failures[0])
+        except ReportedError as error:
+            failure = type(error), str(error)
+        if failures := [failure for failure in self.gather(failure) if failure is not None]:
+            kind, message = failures[0]
+            raise _shared(kind(message))
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
@@ -140,12 +147,17 @@ class Ranks:
 ALONE = Ranks()
 
 
+def _shared(error: ReportedError) -> ReportedError:
+    error.shared = True
+    return error
+
+
 @contextmanager
 def join() -> Iterator[Ranks]:
     """Connects to the other processes of a `torchrun`, if there are any; "cuda" becomes GPU LOCAL_RANK.
 
-    Only rank 0 prints: the output of the others is dropped, and a SharedError ends them silently with exit
-    code 2. Any other exception ends its process, and torchrun then ends the rest.
+    Only rank 0 prints: the output of the others is dropped, and a shared ReportedError ends them silently
+    with its exit code. Any other exception ends its process, and torchrun then ends the rest.
 
     Raises:
         InputError: WORLD_SIZE is above 1, but other variables that torchrun sets are missing.
@@ -168,10 +180,11 @@ def join() -> Iterator[Ranks]:
     try:
         with _silence() if ranks.rank else nullcontext():
             yield ranks
-    except SharedError:
-        _leave(ranks)
-        if ranks.rank:
-            raise SystemExit(2) from None
+    except ReportedError as error:
+        if error.shared:
+            _leave(ranks)
+            if ranks.rank:
+                raise SystemExit(error.exit_code) from None
         raise
     _leave(ranks)
 

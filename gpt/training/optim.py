@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gpt.config import TrainConfig
 from gpt.device import multiplies_bfloat16
 from gpt.errors import InputError
+from gpt.weights.tensors import check_finite
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x, x³ and x⁵: steep at 0, close to 1 for larger x
 
@@ -210,27 +211,32 @@ def load_state_tensors(
     """Restores what `state_tensors` returned.
 
     Raises:
-        InputError: The tensors belong to other parameters or other optimizers. The message names `source`.
+        InputError: The tensors belong to other parameters or other optimizers. Nothing is restored. The
+            message names `source`.
+        NonFiniteError: A value is infinite or NaN. Nothing is restored.
     """
     entries: dict[str, dict[str, Tensor]] = {name: {} for name in names.values()}
-    shapes = {name: p.shape for p, name in names.items()}
+    by_name = {name: p for p, name in names.items()}
     for key, tensor in tensors.items():
         name, _, entry = key.rpartition("/")
-        if name not in entries or (tensor.dim() and tensor.shape != shapes[name]):
+        if name not in entries or tensor.shape != (() if entry == "step" else by_name[name].shape):
             raise InputError(
                 f"checkpoint: {source} has {key} of shape {tuple(tensor.shape)}, which fits no parameter"
             )
+        if tensor.dtype != by_name[name].dtype:
+            raise InputError(f"checkpoint: {source}: {key} is {tensor.dtype}, expected {by_name[name].dtype}")
         entries[name][entry] = tensor
-
     for optimizer in optimizers:
-        parameters = list(_parameters(optimizer))
         expected = STATE_ENTRIES[type(optimizer)]
-        if wrong := [names[p] for p in parameters if entries[names[p]].keys() != expected]:
+        if wrong := [names[p] for p in _parameters(optimizer) if entries[names[p]].keys() != expected]:
             raise InputError(
                 f"checkpoint: {source} has for {wrong[0]} the state of another optimizer, expected "
                 f"{type(optimizer).__name__}'s"
             )
-        state = {i: entries[names[p]] for i, p in enumerate(parameters)}
+    check_finite(tensors, source)
+
+    for optimizer in optimizers:
+        state = {i: entries[names[p]] for i, p in enumerate(_parameters(optimizer))}
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

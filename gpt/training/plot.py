@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from gpt.training.run_log import read_log
+from kernels.files import replacing
 
 
 def plot_log(log: Path, image: Path) -> None:
@@ -11,7 +13,7 @@ def plot_log(log: Path, image: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    records = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    records = list(read_log(log))
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -20,10 +22,13 @@ def plot_log(log: Path, image: Path) -> None:
         ("validation_loss", {"marker": "o", "markersize": 3}),
     ):
         points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
-        axes.plot(*zip(*points, strict=True), label=key.replace("_", " "), **style)
-    if (bigram := records[-1].get("bigram_loss")) is not None:
+        if points:
+            axes.plot(*zip(*points, strict=True), label=key.replace("_", " "), **style)
+    if records and (bigram := records[-1].get("bigram_loss")) is not None:
         axes.axhline(bigram, linestyle="--", color="gray", linewidth=1, label="bigram baseline")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=image.resolve().parent.name)
     axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(image, dpi=120)
+    if axes.lines:
+        axes.legend()
+    with replacing(image) as file:
+        figure.savefig(file, format="png", dpi=120)

@@ -19,9 +19,9 @@ def set_state(state: State, device: torch.device) -> None:
     """Restores what `get_state` returned."""
     cpu, cuda = state["cpu"], state["cuda"]
     if cpu is not None:
-        torch.set_rng_state(_from_hex(cpu))
+        torch.set_rng_state(from_hex(cpu))
     if cuda is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(_from_hex(cuda), device)
+        torch.cuda.set_rng_state(from_hex(cuda), device)
 
 
 def seed(*numbers: int) -> None:
@@ -35,5 +35,6 @@ def _to_hex(state: torch.Tensor) -> str:
     return bytes(state.tolist()).hex()
 
 
-def _from_hex(text: str) -> torch.Tensor:
+def from_hex(text: str) -> torch.Tensor:
+    """The state of a generator; ValueError or TypeError if `text` is not a string of hexadecimal digits."""
     return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)

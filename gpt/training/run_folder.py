@@ -7,29 +7,28 @@ process ends, however it ends. Readers need no lock.
 from __future__ import annotations
 
 import errno
-import json
-import math
 import os
 import shutil
 import socket
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from gpt.data.dataset import Batch, TokenData
 from gpt.data.tokenizers import Tokenizer
-from gpt.errors import InputError, cannot_write
+from gpt.errors import InputError, ReportedError, cannot_write
 from gpt.files import read_json, read_regular
 from gpt.model import GPT
-from gpt.training import rng
+from gpt.training import run_log
 from gpt.training.plot import plot_log
+from gpt.training.run_state import RunState, read_state
 from gpt.training.step import TrainStep
 from gpt.weights import checkpoint
+from gpt.weights.tensors import check_finite
 from kernels.files import replacing
 
 if TYPE_CHECKING:
@@ -40,46 +39,6 @@ RUNS = Path("runs")
 
 # Errors of a file system that has no locks.
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
-
-
-@dataclass
-class Progress:
-    """How far a run has come."""
-
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0  # of training, without evaluations and saves
-    best_loss: float = math.inf  # lowest validation loss of an evaluation
-    evaluations_since_best: int = 0
-
-    def to_state(self) -> dict[str, Any]:
-        """The entries of state.json."""
-        return {
-            "step": self.step,
-            "tokens": self.tokens,
-            "seconds": self.seconds,
-            "best": self.best_loss if math.isfinite(self.best_loss) else None,
-            "worse": self.evaluations_since_best,
-        }
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Progress:
-        """Reads what `to_state` returned; KeyError if an entry is missing."""
-        return cls(
-            step=int(state["step"]),
-            tokens=int(state["tokens"]),
-            seconds=float(state["seconds"]),
-            best_loss=math.inf if state["best"] is None else float(state["best"]),
-            evaluations_since_best=int(state["worse"]),
-        )
-
-
-class Restored(NamedTuple):
-    """A loaded checkpoint, besides its tensors: the folder, the progress, and one random state per rank."""
-
-    folder: Path
-    progress: Progress
-    random_states: Sequence[rng.State]
 
 
 class RunFolder:
@@ -200,17 +159,34 @@ class RunFolder:
         """
         with self._writing():
             checkpoint.clean(self.path, step)
-            log = self.path / LOG
-            lines = log.read_text("utf-8").splitlines(keepends=True) if log.exists() else []
-            kept = [line for line in lines if _is_kept(line, step, keep_final)]
-            with replacing(log) as file:
-                file.write("".join(kept).encode("utf-8"))
+            run_log.rewrite(
+                self.path / LOG,
+                lambda records: (
+                    r for r in records if r["step"] <= step and (keep_final or not r.get("final"))
+                ),
+            )
 
     def append_log(self, record: Mapping[str, Any]) -> None:
         """Appends one record to log.jsonl; numbers that are not finite become null."""
-        line = json.dumps(_finite(record)) + "\n"
-        with self._writing(), (self.path / LOG).open("a", encoding="utf-8") as file:
-            file.write(line)
+        with self._writing():
+            run_log.append(self.path / LOG, record)
+
+    def complete_log(self, final: Mapping[str, Any]) -> None:
+        """Adds the entries of `final` to the record of its step, if the log ends with it."""
+
+        def complete(records: Iterator[run_log.Record]) -> Iterator[run_log.Record]:
+            last: run_log.Record = {}
+            for record in records:
+                if last:
+                    yield last
+                last = record
+            if last and last["step"] != final["step"]:
+                yield last
+                last = {}
+            yield {**last, **final}
+
+        with self._writing():
+            run_log.rewrite(self.path / LOG, complete)
 
     def keep_batches(self, step: int, batches: Sequence[Batch]) -> Path:
         """Saves the micro-batches of a step that failed, for debugging, and returns the file."""
@@ -225,6 +201,14 @@ class RunFolder:
             checkpoint.write_tensors(path, tensors)
         return path
 
+    def newest_before(self, step: int) -> Path | None:
+        """The newest valid checkpoint before `step`."""
+        for folder in reversed(checkpoint.list_checkpoints(self.path)):
+            with suppress(ReportedError):
+                if checkpoint.step_of(folder) < step:
+                    return checkpoint.find_checkpoint(folder)
+        return None
+
     def save(
         self, model: GPT, tokenizer: Tokenizer, optimizer: Mapping[str, Tensor], state: Mapping[str, Any]
     ) -> Path:
@@ -237,31 +221,44 @@ class RunFolder:
             self.path, state["step"], model, tokenizer, optimizer=optimizer, state=state
         )
 
-    def restore(self, model: GPT, step: TrainStep, data: TokenData) -> Restored:
-        """Loads the newest valid checkpoint into `model` and `step`.
+    def checkpoint(self, name: str | None = None) -> Path:
+        """The checkpoint `name`, as in "step-100"; None is the newest valid one.
 
         Raises:
-            InputError: There is none, or it belongs to another text, tokenizer, model or version.
+            InputError: There is no such checkpoint, or it is damaged.
         """
-        folder = checkpoint.find_checkpoint(self.path)
-        state = read_json(folder / checkpoint.STATE)
-        try:
-            _check_same_run(folder, state, model, data)
-            progress = Progress.from_state(state)
-            random_states = [{name: saved[name] for name in ("cpu", "cuda")} for saved in state["rng"]]
-            weights, optimizer = folder / checkpoint.MODEL, folder / checkpoint.OPTIMIZER
-            checkpoint.copy_tensors(dict(model.named_parameters()), checkpoint.read_tensors(weights), weights)
-            step.load_tensors(checkpoint.read_tensors(optimizer), optimizer)
-            if state["scaler"]:
-                step.scaler.load_state_dict(state["scaler"])
-        except KeyError as error:
-            raise InputError(f"resume: {folder} lacks {error}, expected a run of this version") from error
-        return Restored(folder, progress, random_states)
+        if name is None:
+            return checkpoint.find_checkpoint(self.path)
+        folders = {folder.name: folder for folder in checkpoint.list_checkpoints(self.path)}
+        if name not in folders:
+            listed = f"one of {', '.join(folders)}" if folders else "a run that has checkpoints"
+            raise InputError(f"resume: {self.path} has no checkpoint {name!r}, expected {listed}")
+        return checkpoint.find_checkpoint(folders[name])
+
+    def restore(self, folder: Path, model: GPT, step: TrainStep, data: TokenData) -> RunState:
+        """Loads the checkpoint in `folder` into `model` and `step`, once all of it has been checked.
+
+        Raises:
+            InputError: It is damaged, or belongs to another text, tokenizer, model or version.
+            NonFiniteError: A weight or a value of the optimizer is infinite or NaN.
+        """
+        weights, optimizer = folder / checkpoint.MODEL, folder / checkpoint.OPTIMIZER
+        state = read_state(folder / checkpoint.STATE)
+        _check_same_run(folder, state, model, data)
+        parameters, tensors = dict(model.named_parameters()), checkpoint.read_tensors(weights)
+        checkpoint.check_tensors(parameters, tensors, weights)
+        check_finite(tensors, weights)
+        step.load_tensors(checkpoint.read_tensors(optimizer), optimizer)
+        checkpoint.copy_tensors(parameters, tensors, weights)
+        if state.scaler:
+            step.scaler.load_state_dict(state.scaler)
+        return state
 
     def finish(self, sample: str) -> None:
         """Writes sample.txt, and draws loss.png from the log."""
         with self._writing():
-            (self.path / SAMPLE).write_text(sample + "\n", encoding="utf-8")
+            with replacing(self.path / SAMPLE) as file:
+                file.write(f"{sample}\n".encode())
             plot_log(self.path / LOG, self.path / PLOT)
 
     @contextmanager
@@ -285,32 +282,13 @@ def _next_folder(parent: Path) -> Path:
     return parent / str(max(taken, default=0) + 1)
 
 
-def _check_same_run(folder: Path, state: Mapping[str, Any], model: GPT, data: TokenData) -> None:
+def _check_same_run(folder: Path, state: RunState, model: GPT, data: TokenData) -> None:
     """Raises InputError unless the checkpoint in `folder` was saved with the same model config and data."""
-    if not isinstance(state["rng"], list):
-        raise InputError(
-            f"resume: {folder / checkpoint.STATE} has as rng a {type(state['rng']).__name__}, expected a "
-            "list with one state per process"
-        )
-    if state["data_identity"] != data.identity:
+    if state.identity != data.identity:
         raise InputError(f"resume: the text or the tokenizer is not the one that {folder} was trained on")
     saved, config = read_json(folder / checkpoint.CONFIG), model.config.to_dict()
     for name in config:
+        if name not in saved:
+            raise InputError(f"resume: {folder / checkpoint.CONFIG} lacks {name!r}, expected this version's")
         if saved[name] != config[name]:
             raise InputError(f"resume: {name} is {config[name]!r}, expected {saved[name]!r} as in {folder}")
-
-
-def _finite(value: Any) -> Any:
-    """`value` with None for every float that is not finite, because JSON has no NaN or infinity."""
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _is_kept(line: str, step: int, keep_final: bool) -> bool:
-    """Whether a line of an earlier log belongs to the run up to `step`. A half-written line does not."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return False
-    return record["step"] <= step and (keep_final or not record.get("final"))

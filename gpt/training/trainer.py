@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import signal
+import shlex
 import sys
-import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,8 +29,11 @@ from gpt.model import GPT
 from gpt.training import rng
 from gpt.training.distributed import ALONE, Ranks
 from gpt.training.optim import learning_rate
-from gpt.training.run_folder import Progress, RunFolder
+from gpt.training.run_folder import RunFolder
+from gpt.training.run_state import Progress
+from gpt.training.signals import Stopped, StopSignals, stop_signals
 from gpt.training.step import PendingStep, TrainStep
+from gpt.weights.tensors import check_finite
 
 SAMPLE_TOKENS = 500
 
@@ -40,8 +42,8 @@ SAMPLE_TOKENS = 500
 class TrainResult:
     """How a run ended.
 
-    `signal` is the signal that stopped the run, or None. The losses, over the whole validation split, and the
-    sample exist only for a run that was not stopped.
+    `signal` is the signal that stopped the run or its final evaluation, or None. The losses, over the whole
+    validation split, and the sample exist only for a run that was not stopped.
     """
 
     step: int
@@ -67,7 +69,8 @@ class Trainer:
         config: How long and how to train.
         out: The run's folder, readable by all ranks; None writes nothing. Rank 0 locks it here if it exists,
             else in `claim`, until `run` ends.
-        resume: Continue from the newest valid checkpoint in `out`.
+        resume: Continue from the newest valid checkpoint in `out`, or from the one with this name, as in
+            "step-100". Later checkpoints are then set aside.
         options: Further entries of a checkpoint's state.json; ready for JSON.
         ranks: The processes that train together, from `gpt.training.distributed.join`. They share the
             micro-batches of each step and each evaluation, and rank 0 writes. A run can be resumed with
@@ -84,7 +87,7 @@ class Trainer:
         config: TrainConfig | None = None,
         *,
         out: str | os.PathLike[str] | RunFolder | None = None,
-        resume: bool = False,
+        resume: bool | str = False,
         options: Mapping[str, Any] | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
@@ -109,6 +112,8 @@ class Trainer:
                     f"{needed}"
                 )
             self.model = model.to(pick_device(config.device))
+        ranks.check_equal(self._shared_settings(resume))
+        with ranks.agreement():
             self._step = TrainStep(model, config, torch.compile(model) if config.compile else None, ranks)
             on_gpu = self.device.type == "cuda"
             self._ahead = 1 if on_gpu else 0  # steps that may be queued; a CPU computes while it queues
@@ -117,16 +122,30 @@ class Trainer:
                 rng.seed(config.seed, self.step, ranks.rank)
             if self._folder is not None:
                 self._enter(self._folder, resume=resume)
+        ranks.check_equal({"step": self.step, "dtype": self.precision})
         ranks.broadcast_(self.model.parameters())
 
-    def _enter(self, folder: RunFolder, *, resume: bool) -> None:
-        """Checks and locks the folder, and continues from its newest valid checkpoint with `resume`."""
+    def _shared_settings(self, resume: bool | str) -> dict[str, object]:
+        """What must be the same on all ranks, by the names that an error shows."""
+        return {
+            "the version of fused-gpt": kernels.__version__,
+            "the version of torch": torch.__version__,
+            "resume": resume,
+            **self.model.config.to_dict(),
+            **self.config.to_dict(),
+            "device": next(self.model.parameters()).device.type,
+            "use_triton": self.model.use_triton,
+            "the hash of text and tokenizer": self.data.identity,
+        }
+
+    def _enter(self, folder: RunFolder, *, resume: bool | str) -> None:
+        """Checks and locks the folder, and continues from one of its checkpoints with `resume`."""
         try:
-            folder.check(self.model, resume=resume)
+            folder.check(self.model, resume=bool(resume))
             if self.ranks.rank == 0 and folder.path.is_dir():
                 folder.lock()
             if resume:
-                self._restore(folder)
+                self._restore(folder, resume if isinstance(resume, str) else None)
         except BaseException:
             folder.release()
             raise
@@ -168,29 +187,34 @@ class Trainer:
         """Trains until max_steps, until patience runs out, or until Ctrl-C or SIGTERM.
 
         On a GPU, a step's result is read after the next step is queued, so that the GPU always has work. A
-        signal lets the queued steps finish; the run then saves a checkpoint and returns.
+        signal lets the queued steps finish; the run then saves a checkpoint and returns. The final evaluation
+        comes after the last checkpoint: a signal ends it at once, and a resumed run repeats it. A second
+        signal ends the process.
 
         Raises:
-            NonFiniteError: A loss or gradient is not finite. The step changed nothing, and its batches are
-                saved in `out`.
+            NonFiniteError: A loss, gradient, weight or value of the optimizer is not finite. Nothing of it is
+                saved but the batches of the step, in `out`.
             InputError: Another run uses the folder, or it cannot be written.
+            MachineError: The disk is full or fails. Earlier checkpoints stay as they were.
         """
         self.claim()
         try:
-            return self._run()
+            if self._folder is not None:
+                self.ranks.on_first(partial(self._folder.prepare, self.step, keep_final=self._is_done()))
+            with stop_signals() as signals:
+                self._train(signals.received)
+                with suppress(Stopped):
+                    if self._is_done():
+                        return self._finish(signals)
+                number = max(self.ranks.gather(signals.received[0] if signals.received else 0))
+                return TrainResult(self.step, checkpoint=self._saved, signal=number)
         finally:
             if self._folder is not None:
                 self._folder.release()
 
-    def _run(self) -> TrainResult:
+    def _train(self, received: Sequence[int]) -> None:
+        """Takes the steps that are left, or those that are queued when a rank receives a signal."""
         from tqdm import tqdm
-
-        done = self.step >= self.config.max_steps
-        stop = False
-        losses: dict[str, float] = {}
-        if self._folder is not None:
-            self.ranks.on_first(partial(self._folder.prepare, self.step, keep_final=done))
-        self.model.train()
 
         progress_bar = tqdm(
             total=self.config.max_steps,
@@ -199,8 +223,10 @@ class Trainer:
             mininterval=0.1 if sys.stderr.isatty() else 10.0,
             dynamic_ncols=True,
         )
-        with _stop_signals() as received, progress_bar as bar:
-            while not done and not stop:
+        self.model.train()
+        stop = False
+        with progress_bar as bar:
+            while not self._is_done() and not stop:
                 self._queue_step(received)
                 ahead = 0 if self._needs_result(received) else self._ahead
                 while len(self._queue) > (0 if stop else ahead):
@@ -211,30 +237,31 @@ class Trainer:
                 if self._queue:
                     continue
 
-                done = self.step >= self.config.max_steps
                 if self._due(self.config.eval_interval):
                     record |= self._estimates()
                     bar.write(_evaluation_line(record))
-                    done |= self._patience_spent(record["validation_loss"])
-                if done:
-                    losses = self._final_losses()
-                    record |= {"final": True, **losses}
-
-                if self.step == 1 or self._due(self.config.log_interval) or "validation_loss" in record:
+                    self._progress.note_evaluation(record["validation_loss"])
+                done = self._is_done()
+                if (
+                    done
+                    or self.step == 1
+                    or self._due(self.config.log_interval)
+                    or "validation_loss" in record
+                ):
                     self._write_log(record)
                 if done or stop or self._due(self.config.checkpoint_interval or self.config.eval_interval):
                     self._save()
 
-        if not done:
-            number = max(self.ranks.gather(received[0] if received else 0))
-            return TrainResult(self.step, checkpoint=self._saved, signal=number)
-        losses = losses or self._final_losses()
-        sample = self.ranks.on_first(self._finish)
-        return TrainResult(self.step, losses["validation_loss"], losses["bigram_loss"], sample, self._saved)
+    def _is_done(self) -> bool:
+        """Whether no steps are left, or `patience` evaluations in a row have not improved the loss."""
+        patience, progress = self.config.patience, self._progress
+        return progress.step >= self.config.max_steps or (
+            patience is not None and progress.evaluations_since_best >= patience
+        )
 
     def evaluate(self, split: Split) -> float:
         """The mean loss over the whole split, in windows of block_size."""
-        return self._mean_loss(self.data.windows(split, self.config.batch_size, self.block_size))
+        return self._mean_loss(self._windows(split))
 
     def estimate(self, split: Split) -> float:
         """The mean loss over `eval_batches` batches, the same batches each time."""
@@ -267,10 +294,12 @@ class Trainer:
             result = queued.step.result()
         except NonFiniteError as error:
             self._queue.clear()
-            kept = self.ranks.on_first(self._keep_batches)
-            raise NonFiniteError(
-                f"step {self.step + 1}: {error}; stopped before it changed anything{kept}"
-            ) from error
+            step = self.step + 1
+            kept = self.ranks.on_first(partial(self._kept, step))
+            with self.ranks.agreement():
+                raise NonFiniteError(
+                    f"step {step}: {error}; stopped before it changed anything{kept}"
+                ) from error
 
         progress = self._progress
         progress.step += 1
@@ -302,12 +331,16 @@ class Trainer:
     def _due(self, interval: int) -> bool:
         return self.step % interval == 0
 
-    def _mean_loss(self, batches: Iterable[Batch]) -> float:
-        """The mean loss over all targets of `batches`, which the ranks share."""
+    def _windows(self, split: Split) -> Iterator[Batch]:
+        return self.data.windows(split, self.config.batch_size, self.block_size)
+
+    def _mean_loss(self, batches: Iterable[Batch], check: Callable[[], None] = lambda: None) -> float:
+        """The mean loss over all targets of `batches`, which the ranks share; each batch calls `check`."""
         totals, count = [], 0
         self.model.eval()
         with torch.no_grad(), self.ranks.agreement():
             for batch in self.ranks.share(batches):
+                check()
                 targets = int((batch.targets != IGNORED).sum())
                 totals.append(self._step.loss(batch).item() * targets)
                 count += targets
@@ -317,37 +350,48 @@ class Trainer:
         return math.fsum(itertools.chain(*totals_of_ranks)) / max(1, sum(counts))
 
     def _estimates(self) -> dict[str, float]:
-        return {
-            "train_estimate": self.estimate("train"),
-            "validation_loss": self.estimate("validation"),
-        }
+        return {"train_estimate": self.estimate("train"), "validation_loss": self.estimate("validation")}
 
-    def _final_losses(self) -> dict[str, float]:
-        return {
-            "validation_loss": self.evaluate("validation"),
-            "bigram_loss": self.ranks.on_first(self.data.bigram_loss),
-        }
+    def _finish(self, signals: StopSignals) -> TrainResult:
+        """Evaluates the trained model, completes the log, and samples.
 
-    def _patience_spent(self, loss: float) -> bool:
-        """Notes an evaluation's loss; True if `patience` evaluations in a row have not improved it."""
-        progress = self._progress
-        if loss < progress.best_loss:
-            progress.best_loss, progress.evaluations_since_best = loss, 0
-        else:
-            progress.evaluations_since_best += 1
-        return self.config.patience is not None and progress.evaluations_since_best >= self.config.patience
+        Raises:
+            Stopped: Any rank has received a signal.
+        """
+        loss = self._mean_loss(self._windows("validation"), signals.check)
+        if not math.isfinite(loss):
+            with self.ranks.agreement():
+                raise NonFiniteError(
+                    f"step {self.step}: the final validation loss is {loss}{self._earlier(self.step)}"
+                )
+        bigram = self.ranks.on_first(partial(self.data.bigram_loss, signals.check))
+        record = {"step": self.step, "final": True, "validation_loss": loss, "bigram_loss": bigram}
+        sample = self.ranks.on_first(partial(self._conclude, record, signals.check))
+        return TrainResult(self.step, loss, bigram, sample, self._saved)
 
     def _write_log(self, record: dict[str, Any]) -> None:
         self._logged = replace(self._progress)
         if self._folder is not None:
             self.ranks.on_first(partial(self._folder.append_log, record))
 
-    def _keep_batches(self) -> str:
-        """Saves the batches of all ranks for a step that failed; returns where, as the end of a sentence."""
+    def _kept(self, step: int) -> str:
+        """What is kept of step `step`, which failed, as the end of a sentence: its batches, on rank 0."""
         if self._folder is None:
             return ""
-        batches = [self._batch("train", self.step, i) for i in range(self.config.grad_accum)]
-        return f", its batch is in {self._folder.keep_batches(self.step + 1, batches)}"
+        batches = [self._batch("train", step - 1, i) for i in range(self.config.grad_accum)]
+        path = self._folder.keep_batches(step, batches)
+        return f", its batch is in {path}{self._earlier(step)}"
+
+    def _earlier(self, step: int) -> str:
+        """How to go on from before step `step`, as the end of a sentence."""
+        checkpoint = None if self._folder is None else self._folder.newest_before(step)
+        if self._folder is None or checkpoint is None:
+            return ""
+        out = shlex.quote(str(self._folder.path))
+        return (
+            f"; to go on from an earlier checkpoint: python -m gpt.train --out {out} "
+            f"--resume_from {checkpoint.name}"
+        )
 
     def _save(self) -> None:
         if self._folder is None:
@@ -360,12 +404,33 @@ class Trainer:
             "train": self.config.to_dict(),
             **self.options,
         }
-        save = partial(self._folder.save, self.model, self.data.tokenizer, self._step.tensors(), state)
-        self._saved = self.ranks.on_first(save)
+        self._saved = self.ranks.on_first(partial(self._save_finite, self._folder, state))
 
-    def _restore(self, folder: RunFolder) -> None:
-        """Continues from the newest valid checkpoint in `folder`."""
-        self._saved, self._progress, random_states = folder.restore(self.model, self._step, self.data)
+    def _save_finite(self, folder: RunFolder, state: Mapping[str, Any]) -> Path:
+        """Saves a checkpoint, unless weights, optimizer or the loss after the last step are not finite."""
+        tensors = self._step.tensors()
+        try:
+            check_finite(dict(self.model.named_parameters()), "the model")
+            check_finite(tensors, "the optimizer")
+            if not math.isfinite(loss := self._loss_now()):
+                raise NonFiniteError(f"the loss after the step is {loss}")
+        except NonFiniteError as error:
+            raise NonFiniteError(f"step {self.step}: {error}; not saved{self._kept(self.step)}") from error
+        return folder.save(self.model, self.data.tokenizer, tensors, state)
+
+    def _loss_now(self) -> float:
+        """The loss of one validation batch."""
+        self.model.eval()
+        with torch.no_grad():
+            loss = self._step.loss(self._batch("validation", 0)).item()
+        self.model.train()
+        return loss
+
+    def _restore(self, folder: RunFolder, name: str | None) -> None:
+        """Continues from the checkpoint `name`, or from the newest valid one."""
+        self._saved = folder.checkpoint(name)
+        state = folder.restore(self._saved, self.model, self._step, self.data)
+        self._progress, random_states = state.progress, state.random_states
         self._logged = replace(self._progress)
         if len(random_states) == self.ranks.size:
             rng.set_state(random_states[self.ranks.rank], self.device)
@@ -377,8 +442,10 @@ class Trainer:
         )
         rng.seed(self.config.seed, self.step, self.ranks.rank)
 
-    def _finish(self) -> str:
-        """Generates a sample; with a folder, writes it and draws the loss curve."""
+    def _conclude(self, record: Mapping[str, Any], check: Callable[[object], None]) -> str:
+        """Completes the log, generates a sample, of which each token calls `check`, and draws the losses."""
+        if self._folder is not None:
+            self._folder.complete_log(record)
         self.model.eval()
         tokenizer = self.data.tokenizer
         prompt = first_ids(tokenizer)
@@ -388,6 +455,7 @@ class Trainer:
             temperature=0.8,
             vocab_size=tokenizer.vocab_size,  # the model's may be padded
             generator=torch.Generator(self.device).manual_seed(self.config.seed),
+            on_token=check,
         )
         sample = tokenizer.decode(ids[0, len(prompt) :].tolist())
         if self._folder is not None:
@@ -406,24 +474,3 @@ def _evaluation_line(record: Mapping[str, Any]) -> str:
         f"step {record['step']}: train {record['train_estimate']:.4f}, "
         f"validation {record['validation_loss']:.4f}"
     )
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM in a list, so that the first does not interrupt; the second one does."""
-    received: list[int] = []
-
-    def note(number: int, _: object) -> None:
-        if received:
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-        received.append(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

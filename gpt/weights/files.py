@@ -5,11 +5,8 @@ No code in a file runs, and no more memory is allocated than the file has bytes.
 
 from __future__ import annotations
 
-import io
 import os
-import pickletools
 import re
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,17 +14,16 @@ from typing import Any, NamedTuple
 import torch
 
 from gpt.errors import InputError, first_line
-from gpt.files import PATIENCE, read_json, within
+from gpt.files import PATIENCE, open_regular, read_json, user_path, within
+from gpt.weights.archives import check_archive
 from gpt.weights.checkpoint import CONFIG, FOLDER, MODEL, OPTIMIZER, STATE
-from gpt.weights.hashes import SUMS
-from gpt.weights.tensors import read_tensors
+from gpt.weights.commit import present
+from gpt.weights.hashes import SUMS, list_folder, verify_listed
+from gpt.weights.tensors import check_names, read_tensors
 
 WEIGHTS = (MODEL, f"{MODEL}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json", "ckpt.pt")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-TORCH_TYPES = re.compile(
-    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch\.storage UntypedStorage"
-    r"|torch (Size|device|[A-Za-z0-9]+Storage|b?float(16|32|64)?|u?int(8|16|32|64)|bool|half|double|long)"
-)
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 class Weights(NamedTuple):
@@ -48,24 +44,27 @@ def locate(source: str | os.PathLike[str]) -> Path:
     Raises:
         InputError: There is no such path, and the hub does not give such a model within a few seconds.
     """
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
+    path = user_path(source, "from_pretrained")
+    if (existing := present(path, "from_pretrained")) is not None:
+        return existing
     name = os.fspath(source)
-    if not isinstance(source, str) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+    first, slash, _ = name.partition("/")
+    is_here = bool(slash) and os.path.isdir(first)
+    if not isinstance(source, str) or is_here or name.endswith(SUFFIXES) or not HUB_NAME.fullmatch(name):
+        place = f" in the folder {first}" if is_here else ""
         raise InputError(
-            f"from_pretrained: {path} does not exist, expected a file, a folder or the name of a model on "
-            "the hub"
+            f"from_pretrained: {path} does not exist{place}, expected a file, a folder or the name of a "
+            "model on the hub"
         )
     return _download(name)
 
 
 def is_own(path: Path) -> bool:
     """Whether `path` is a run or a checkpoint of this package."""
-    if (path / FOLDER).is_dir():
+    if os.path.isdir(path / FOLDER):
         return True
-    if not (path / CONFIG).exists():
-        return (path / SUMS).exists()
+    if not os.path.lexists(path / CONFIG):
+        return os.path.lexists(path / SUMS)
     return "block_size" in read_json(path / CONFIG, "from_pretrained")
 
 
@@ -75,15 +74,16 @@ def weights_file(path: Path) -> Path:
     Raises:
         InputError: The folder has no such file, or several and none with a known name.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return path
+    names = list_folder(path, "from_pretrained")
     for name in WEIGHTS:
-        if (path / name).exists():
+        if name in names:
             return path / name
-    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+    files = [name for name in names if name.endswith(SUFFIXES)]
     if len(files) == 1:
-        return files[0]
-    held = f"several: {', '.join(file.name for file in files[:3])}" if files else "none"
+        return path / files[0]
+    held = f"several: {', '.join(files[:3])}" if files else "none"
     raise InputError(
         f"from_pretrained: {path} holds {held}, expected one file of weights ({', '.join(WEIGHTS[::2])})"
     )
@@ -106,16 +106,15 @@ def read_weights(path: Path) -> Weights:
     """The tensors in the file `path`, or in the shards that it lists; memory-mapped if the format allows it.
 
     Raises:
-        InputError: The file is damaged, claims more bytes than it has, would run code, or has another format.
+        InputError: The file is not the one that a SHA256SUMS beside it lists; or it is damaged, claims more
+            bytes than it has, would run code, or has another format.
     """
+    verify_listed(path, "from_pretrained")
     if path.name.endswith(".index.json"):
         return _read_shards(path)
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(64)
-    except OSError as error:
-        raise InputError(f"from_pretrained: cannot read {path}: {error.strerror}") from error
+    with open_regular(path, "from_pretrained") as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(64)
 
     if head.startswith(b"version https://git-lfs"):
         raise InputError(
@@ -129,7 +128,7 @@ def read_weights(path: Path) -> Weights:
             )
         return _read_torch(path, size)
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
-        return Weights(path, read_tensors(path), {}, size)
+        return Weights(path, read_tensors(path, "from_pretrained"), {}, size)
 
     hint = ""
     if head.startswith(b"\x80"):
@@ -145,10 +144,11 @@ def _read_shards(index: Path) -> Weights:
     places = read_json(index, "from_pretrained").get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise InputError(f"from_pretrained: {index} has no weight_map, expected a file name for each tensor")
+    check_names(places, index, "from_pretrained")
     tensors: dict[str, torch.Tensor] = {}
     size = 0
     for name in sorted(set(places.values())):
-        if name != Path(name).name or name.endswith(".index.json") or not (index.parent / name).is_file():
+        if name != Path(name).name or name.endswith(".index.json") or not os.path.isfile(index.parent / name):
             raise InputError(f"from_pretrained: {index} lists {name!r}, expected a file beside it")
         shard = read_weights(index.parent / name)
         size += shard.size
@@ -163,7 +163,7 @@ def _read_shards(index: Path) -> Weights:
 
 def _read_torch(path: Path, size: int) -> Weights:
     """Reads a `torch.save` file: a state_dict, or a dict with one under "model" or "model_state_dict"."""
-    _check_archive(path, size)
+    check_archive(path, size)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged pickle can raise anything
@@ -179,55 +179,18 @@ def _read_torch(path: Path, size: int) -> Weights:
             f"from_pretrained: {path} holds a {type(content).__name__}, expected a state_dict of tensors"
         )
     for name, tensor in content.items():
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+        if not isinstance(name, str):
             raise InputError(
-                f"from_pretrained: {path} holds {name!r}: {type(tensor).__name__}, expected a state_dict of "
-                "tensors"
+                f"from_pretrained: {path} holds a name of type {type(name).__name__}, expected a state_dict "
+                "of tensors"
             )
+        if not isinstance(tensor, torch.Tensor):
+            raise InputError(
+                f"from_pretrained: {path} holds {name[:80]!a}: {type(tensor).__name__}, expected a "
+                "state_dict of tensors"
+            )
+    check_names(content, path, "from_pretrained")
     return Weights(path, dict(content), dict(extra), size)
-
-
-def _check_archive(path: Path, size: int) -> None:
-    """Refuses an archive that unpacks to more than its size, or whose pickle needs more than tensors.
-
-    torch's weights_only=True alone is not enough: it admits `bytearray(n)`, which allocates n bytes.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            if (
-                any(e.compress_type != zipfile.ZIP_STORED for e in entries)
-                or sum(e.file_size for e in entries) > size
-            ):
-                raise InputError(
-                    f"from_pretrained: {path} is compressed or claims more than its {size:,} bytes, "
-                    "expected a torch.save file"
-                )
-            pickles = [archive.read(e) for e in entries if e.filename.endswith("/data.pkl")]
-        if len(pickles) != 1:
-            raise InputError(
-                f"from_pretrained: {path} is a zip of {len(entries)} files, expected a torch.save file"
-            )
-        forbidden = _forbidden_name(pickles[0])
-    except InputError:
-        raise
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
-        raise InputError(f"from_pretrained: {path} is damaged ({error})") from error
-    if forbidden is not None:
-        raise InputError(
-            f"from_pretrained: {path} needs {forbidden}, which may run code, expected tensors alone, as "
-            "torch.save(model.state_dict(), FILE) writes them"
-        )
-
-
-def _forbidden_name(content: bytes) -> str | None:
-    """The first thing that a pickle imports apart from tensors and storages: a name, or an opcode."""
-    for opcode, argument, _ in pickletools.genops(io.BytesIO(content)):
-        if opcode.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
-            return opcode.name
-        if opcode.name == "GLOBAL" and not TORCH_TYPES.fullmatch(str(argument)):
-            return str(argument).replace(" ", ".")
-    return None
 
 
 def _download(name: str) -> Path:

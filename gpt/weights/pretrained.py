@@ -22,7 +22,9 @@ from gpt.model import GPT
 from gpt.names import BOOK, HUGGING_FACE, NANOGPT, Layout
 from gpt.weights.checkpoint import CONFIG, find_checkpoint, load_checkpoint_tokenizer, load_model
 from gpt.weights.files import Weights, is_own, locate, read_weights, weights_file
+from gpt.weights.hashes import verify_listed
 from gpt.weights.huggingface import read_characters
+from gpt.weights.tensors import FLOATS, check_finite
 
 # Prefixes of names, by torch.compile, by DistributedDataParallel, and by the module that holds the model.
 WRAPPERS = re.compile(r"(?:_orig_mod\.|module\.)*(?:transformer\.)?")
@@ -73,6 +75,7 @@ def load_pretrained(
     Raises:
         InputError: Nothing is there; the file is damaged, would run code, claims more bytes than it has, or
             has no known layout; or a config is missing or contradicts the file.
+        NonFiniteError: A weight is infinite or NaN.
     """
     path = locate(source)
     if is_own(path):
@@ -80,6 +83,7 @@ def load_pretrained(
             raise InputError(f"from_pretrained: {path} states its config itself, expected no config")
         return load_model(path, device=device, use_triton=use_triton)
     file = _recognise(read_weights(weights_file(path)))
+    check_finite(file.tensors, file.weights.path)
     return _build(file, _config(file, config), device, use_triton)
 
 
@@ -92,11 +96,12 @@ def load_pretrained_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
     path = locate(source)
     if is_own(path):
         return load_checkpoint_tokenizer(find_checkpoint(path))
-    folder = path if path.is_dir() else path.parent
-    if (folder / FILE_NAME).exists():
-        return read_characters(read_json(folder / FILE_NAME, "tokenizer")) or load_tokenizer(folder)
-    if (folder / "merges.txt").exists():
-        return load_tokenizer(folder / "merges.txt")
+    folder = path if os.path.isdir(path) else path.parent
+    for file in (folder / FILE_NAME, folder / "merges.txt"):
+        if os.path.lexists(file):
+            verify_listed(file, "tokenizer")
+            characters = read_characters(read_json(file, "tokenizer")) if file.name == FILE_NAME else None
+            return characters or load_tokenizer(file)
     raise InputError(f"tokenizer: {folder} holds none, expected {FILE_NAME} or merges.txt beside the weights")
 
 
@@ -136,7 +141,7 @@ def _recognise(weights: Weights) -> _ModelFile:
             continue
         if plain in tensors:
             raise InputError(f"from_pretrained: {weights.path} has {plain} twice, once as {name}")
-        if tensor.layout != torch.strided or not tensor.is_floating_point() or tensor.is_meta:
+        if tensor.layout != torch.strided or tensor.dtype not in FLOATS or tensor.is_meta:
             kind = f"{tensor.dtype} {tensor.layout}".replace("torch.", "")
             raise InputError(
                 f"from_pretrained: {weights.path}: {name} is {kind}, expected floating-point strided"
@@ -206,7 +211,8 @@ def _stated_fields(file: _ModelFile) -> dict[str, Any]:
         arguments = file.weights.extra.get("model_args")
         return dict(arguments) if isinstance(arguments, dict) else {}
     settings = file.weights.path.parent / CONFIG
-    if file.layout is HUGGING_FACE and settings.exists():
+    if file.layout is HUGGING_FACE and os.path.lexists(settings):
+        verify_listed(settings, "from_pretrained")
         content = read_json(settings, "from_pretrained")
         return GPTConfig.from_dict(
             {key: content[key] for key in HUGGING_FACE_KEYS if key in content}

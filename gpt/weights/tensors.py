@@ -70,9 +70,7 @@ def check_tensors(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], 
                 f"checkpoint: {source}: {name} has shape {shape}, expected {expected} (from config.json)"
             )
         if tensor.dtype not in FLOATS:
-            raise InputError(
-                f"checkpoint: {source}: {name} is {tensor.dtype}, expected floating-point numbers"
-            )
+            raise InputError(f"checkpoint: {source}: {name} is {tensor.dtype}, expected a float dtype")
 
 
 def copy_tensors(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: Path) -> None:

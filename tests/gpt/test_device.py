@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -57,11 +59,28 @@ def test_pick_device_prefers_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pick_device("cpu") == torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:99"])
+DEVICES = (
+    "gpu",
+    "cuda:99",
+    "cuda:-1",
+    "meta",
+    "xla",
+    "hpu",
+    "privateuseone",
+    "",
+    " ",
+    "cpu\0",
+    "\udcff",
+    "c" * 5000,
+)
+
+
+@pytest.mark.parametrize("name", DEVICES, ids=lambda name: ascii(name)[:20])
 def test_pick_device_refuses_a_missing_device(name: str) -> None:
-    """An unknown device that fails inside torch, after the data has been prepared."""
-    with pytest.raises(InputError, match=f"^device is '{name}', expected a device of this machine"):
+    """An unknown device that fails inside torch, after the data has been prepared, or one without values."""
+    with pytest.raises(InputError, match=f"^device is {re.escape(repr(name))}, expected a device") as caught:
         pick_device(name)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,31 @@ WRONG_SAMPLES = {
     "tokens": ("--checkpoint RUN --max_new_tokens=-1", "max_new_tokens -1"),
     "flag": ("--checkpoint RUN --topk 3", "--topk --top_k"),
     "seed": ("--checkpoint RUN --seed=-1", "--seed -1"),
+    "large seed": (f"--checkpoint RUN --seed={2**63}", "--seed expected"),
+    "hot": ("--checkpoint RUN --temperature 1e308", "temperature 1e+308"),
+    "cold": ("--checkpoint RUN --temperature 1e-320", "temperature 1e-320"),
+    "nan": ("--checkpoint RUN --top_p nan", "--top_p 'nan'"),
+    "prompt bytes": ("--checkpoint RUN --prompt a\udcff", "--prompt UTF-8 character 1"),
+    "stop bytes": ("--checkpoint RUN --stop a \udcff", "--stop UTF-8 character 0"),
+    "NUL": ("--checkpoint RUN --prompt a\0", "position 1"),
 }
+
+
+@pytest.mark.parametrize("stdin", [None, b"\xff", b"x" * 11, OSError])
+def test_a_wrong_stdin_is_refused(
+    stdin: Any, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A traceback where stdin is closed, is not text, has no end or fails."""
+
+    class Failing(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise OSError(21, "Is a directory")
+
+    content = Failing() if stdin is OSError else io.BytesIO(stdin)
+    monkeypatch.setattr("sys.stdin", None if stdin is None else io.TextIOWrapper(content))
+    monkeypatch.setattr(sample, "PROMPT_LIMIT", 10)
+    assert sample.main(["--checkpoint", str(trained), "--device", "cpu", "--prompt", "-"]) == 2
+    assert re.fullmatch(r"gpt\.sample: --prompt: stdin .*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("case", WRONG_SAMPLES)

@@ -20,13 +20,14 @@ import torch
 
 from gpt import GPT, InputError, Trainer, train
 from gpt.data.dataset import TokenData
-from gpt.errors import NonFiniteError
+from gpt.errors import MachineError, NonFiniteError, ReportedError
 from gpt.training import distributed
 from gpt.training.distributed import ALONE, Ranks
 from gpt.training.step import TrainStep
 from gpt.weights import checkpoint
+from gpt.weights.checkpoint import save_model
 from tests.gpt.text import TEXT
-from tests.gpt.training.small_runs import CONFIG, disk_full, make_batches, make_model, stop_at
+from tests.gpt.training.small_runs import CONFIG, TINY, disk_full, make_batches, make_model, stop_at
 
 PLAIN = replace(CONFIG, grad_accum=4)
 MUON = replace(PLAIN, optimizer="muon")
@@ -85,19 +86,62 @@ def masks(ranks: Ranks, out: Path) -> Any:
     return [*losses, trainer._step.loss(batch).item()]
 
 
-def failures(ranks: Ranks, out: Path) -> list[str]:
-    """The messages that each rank gets for errors of one rank."""
+def failures(ranks: Ranks, out: Path) -> list[Any]:
+    """The class and message that each rank gets for errors of one rank."""
 
-    def fail(rank: int) -> None:
+    def fail(rank: int, error: ReportedError) -> None:
         if ranks.rank == rank:
-            raise InputError(f"from {rank}")
+            raise error
 
-    messages = []
-    for attempt in (lambda: fail(1), lambda: ranks.on_first(lambda: fail(0))):
-        with pytest.raises(InputError) as error, ranks.agreement():
+    errors = []
+    for attempt in (
+        lambda: fail(1, InputError("from 1")),
+        lambda: ranks.on_first(lambda: fail(0, MachineError("from 0"))),
+        lambda: fail(1, NonFiniteError("nan")),
+    ):
+        with pytest.raises(ReportedError) as error, ranks.agreement():
             attempt()
-        messages.append(str(error.value))
-    return messages
+        errors.append((type(error.value), str(error.value), error.value.shared))
+    return errors
+
+
+def different(ranks: Ranks, out: Path) -> dict[str, str]:
+    """The error for each way in which rank 1 starts gpt.train with other settings; "" if it runs."""
+    config, other = out / "config.toml", out / "other.txt"
+    config.write_text("[train]\nmax_steps = 1\nseed = 1337\n")
+    (out / f"{ranks.rank}.toml").write_text(f"[train]\nbeta1 = 0.{8 + ranks.rank}\n")
+    other.write_text(TEXT[::-1])
+    for seed in range(2):
+        model = make_model(TokenData.from_text(TEXT))
+        with torch.no_grad():
+            model.wte.weight.add_(seed)
+        if not ranks.rank:
+            save_model(model, out / f"init-{seed}", TokenData.from_text(TEXT).tokenizer)
+    ranks.gather(None)
+
+    folder = out / "different"
+    flags = [*TINY, "--grad_accum", "2", "--max_steps", "1", "--data", str(out / "text.txt")]
+    plain = [*flags, "--out", str(folder)]
+    weights = [*plain[plain.index("--batch_size") :], "--init"]
+    errors = {}
+    for name, first, second in (
+        ("seed", plain, [*plain, "--seed", "2"]),
+        ("batch_size", plain, [*plain, "--batch_size", "8"]),
+        ("data", plain, [*plain, "--data", str(other)]),
+        ("tokenizer", plain, [*plain, "--tokenizer", "bpe"]),
+        ("config", [*plain, "--config", str(out / "0.toml")], [*plain, "--config", str(out / "1.toml")]),
+        ("strict", plain, [*plain, "--strict"]),
+        ("pack_documents", plain, [*plain, "--pack_documents"]),
+        ("init", [*weights, str(out / "init-0")], [*weights, str(out / "init-1")]),
+        ("equal", plain, [*plain, "--config", str(config)]),
+    ):
+        try:
+            train._run(second if ranks.rank else first, ranks)
+        except InputError as error:
+            errors[name] = f"{error}" if error.shared and not folder.exists() else "not shared, or late"
+        else:
+            errors[name] = ""
+    return errors
 
 
 def failing_trainer(ranks: Ranks, out: Path) -> list[str]:
@@ -113,7 +157,7 @@ def failing_trainer(ranks: Ranks, out: Path) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         if not ranks.rank:
             patch.setattr(checkpoint, "write_tensors", disk_full)
-        with pytest.raises(InputError) as error:
+        with pytest.raises(MachineError) as error:
             trainer.run()
     return [*messages, str(error.value)]
 
@@ -173,6 +217,7 @@ SCENARIOS: tuple[Callable[[Ranks, Path], Any], ...] = (
     interrupted,
     masks,
     failures,
+    different,
     failing_trainer,
     non_finite,
     late,

@@ -19,6 +19,7 @@ import torch
 
 from gpt import InputError, TrainConfig, Trainer
 from gpt.data.dataset import TokenData
+from gpt.errors import MachineError, NonFiniteError
 from gpt.files import read_json
 from gpt.training.distributed import Ranks, join
 from gpt.weights import checkpoint
@@ -171,10 +172,12 @@ def test_another_number_of_processes_can_resume(pair: Pair, tmp_path: Path) -> N
         with pytest.warns(UserWarning, match=r"saved by 2 process\(es\) and continues with 1"):
             trainer = Trainer(make_model(data), data, replace(MUON, max_steps=9), out=tmp_path, resume=True)
         draws.append(torch.rand(3))
+        step, parameters = trainer.step, dict(trainer.model.named_parameters())
+        del trainer  # which holds the lock of the folder
     assert torch.equal(*draws)
-    assert trainer.step == 8
+    assert step == 8
     saved = checkpoint.read_tensors(source / "model.safetensors")
-    assert all(torch.equal(p, saved[name]) for name, p in trainer.model.named_parameters())
+    assert all(torch.equal(p, saved[name]) for name, p in parameters.items())
 
 
 def test_each_rank_has_its_own_dropout_masks(pair: Pair) -> None:
@@ -186,12 +189,33 @@ def test_each_rank_has_its_own_dropout_masks(pair: Pair) -> None:
 
 def test_an_error_of_one_rank_is_raised_by_all(pair: Pair) -> None:
     """A process that waits for another one that has failed."""
-    assert pair("failures") == [["from 1", "from 0"]] * 2
+    errors = [(InputError, "from 1", True), (MachineError, "from 0", True), (NonFiniteError, "nan", True)]
+    assert pair("failures") == [errors] * 2
     first, second = pair("failing_trainer")
     assert first == second
     assert "file-1 is not a folder" in first[0]
     assert "No space left on device" in first[1]
     assert not (pair.folder / "free").exists()
+
+
+def test_ranks_with_other_settings_are_refused(pair: Pair) -> None:
+    """Ranks that train together although they differ in a flag, text, seed or weights, and exit with 0."""
+    first, second = pair("different")
+    assert first == second
+    assert first.pop("equal") == ""
+    words = {
+        "seed": "rank 1: seed is 2, expected 1337 as on rank 0",
+        "batch_size": "rank 1: batch_size is 8, expected 4 as on rank 0",
+        "data": "rank 1: the hash of text and tokenizer is ",
+        "tokenizer": "rank 1: vocab_size is ",
+        "config": "rank 1: beta1 is 0.9, expected 0.8 as on rank 0",
+        "strict": "rank 1: strict is True, expected False as on rank 0",
+        "pack_documents": "rank 1: pack_documents is True, expected False as on rank 0",
+        "init": "rank 1: the hash of the weights of init is ",
+    }
+    for name, message in first.items():
+        assert message.startswith(words.pop(name)), message
+    assert not words
 
 
 def test_a_non_finite_loss_of_one_rank_stops_all(pair: Pair) -> None:

@@ -8,6 +8,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from gpt import InputError, Trainer
 from gpt.data.dataset import TokenData
 from gpt.errors import MachineError
 from gpt.files import read_json
+from gpt.training import run_log
 from gpt.training.run_folder import RunFolder
 from gpt.weights import checkpoint
 from gpt.weights.hashes import write_sums
@@ -42,8 +44,13 @@ def test_one_random_state_per_process_is_required(data: TokenData, tmp_path: Pat
     state = read_json(folder / checkpoint.STATE)
     (folder / checkpoint.STATE).write_text(json.dumps(state | {"rng": state["rng"][0]}))
     write_sums(folder)
-    with pytest.raises(InputError, match=r"state\.json has as rng a dict, expected a list"):
+    with pytest.raises(InputError, match=r"state\.json: rng is .*, expected a list"):
         Trainer(make_model(data), data, CONFIG, out=tmp_path, resume=True)
+
+
+@pytest.fixture(autouse=True)
+def short_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gpt.training.trainer.SAMPLE_TOKENS", 2)
 
 
 @pytest.mark.parametrize("change", ["text", "model", "no checkpoint"])
@@ -113,11 +120,33 @@ def test_an_unwritable_folder_is_refused(data: TokenData, tmp_path: Path) -> Non
     tmp_path.chmod(0o700)
 
 
-def test_a_full_disk_is_a_machine_error(
-    data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("what", ["checkpoint", "log"])
+def test_a_disk_that_fills_during_a_run(
+    what: str, data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A traceback when the disk fills up during a run."""
-    monkeypatch.setattr(checkpoint, "write_tensors", disk_full)
-    with pytest.raises(MachineError, match=r"checkpoint: cannot write .*step-2: No space left on device"):
-        run(data, tmp_path)
-    assert not list((tmp_path / "checkpoints").iterdir())
+    """A traceback, a lost checkpoint, an unreadable log, or a run that cannot go on with more space."""
+    straight = run(data, tmp_path / "straight")
+    append, written = run_log.append, []
+
+    def fill(path: Path, record: Any) -> None:
+        written.append(record)
+        if len(written) == 6:
+            with path.open("ab") as file:
+                file.write(b'{"step": 6, "sec')
+            disk_full()
+        append(path, record)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        if what == "log":
+            patch.setattr(run_log, "append", fill)
+        else:
+            run(data, out, replace(CONFIG, max_steps=4, decay_steps=8))
+            patch.setattr(checkpoint, "write_tensors", disk_full)
+        with pytest.raises(MachineError, match=rf"cannot write {out}.*: No space left on device"):
+            run(data, out, resume=what == "checkpoint")
+    names = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert names == ["step-2", "step-4"]
+    assert run(data, out, resume=True).validation_loss == straight.validation_loss
+    if what == "log":
+        assert without_times(read_log(out)) == without_times(read_log(tmp_path / "straight"))

@@ -185,7 +185,7 @@ def test_a_hostile_file_is_refused_in_one_line(
 def test_torch_also_refuses_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A torch.load without weights_only=True, the second line of defence."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("gpt.weights.files._forbidden_name", lambda content: None)
+    monkeypatch.setattr("gpt.weights.archives._objection", lambda content: None)
     Path("ckpt.pt").write_bytes(HOSTILE["code"][0])
     with pytest.raises(InputError, match=r"is damaged \(UnpicklingError"):
         GPT.from_pretrained("ckpt.pt")

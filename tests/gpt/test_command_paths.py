@@ -1,0 +1,138 @@
+"""Paths that a user may type by mistake, in every flag that takes one: one line, and exit code 2."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from gpt import GPT, CharTokenizer, info, sample, train
+from gpt.weights.checkpoint import save_model
+from tests.gpt.models import SMALL
+from tests.gpt.training.small_runs import TINY
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the paths and permissions are Linux's")
+
+Main = Callable[[list[str]], int]
+TRAIN = [*TINY, "--max_steps", "1", "--device", "cpu"]
+# Flag -> the command and its other arguments; {} is the path, and TEXT and MODEL are files that exist.
+FLAGS: dict[str, tuple[Main, list[str]]] = {
+    "--config": (train.main, [*TRAIN, "--data", "TEXT", "--out", "OUT", "--config", "{}"]),
+    "--prompt_file": (sample.main, ["--device", "cpu", "--checkpoint", "MODEL", "--prompt_file", "{}"]),
+    "info": (info.main, ["{}"]),
+    "--json": (info.main, ["gpt2", "--gpu", "h200", "--json", "{}"]),
+}
+PATIENCE = 10.0  # seconds; loading a module for the first time takes some
+# What --json replaces.
+WRITTEN = {"--json": ("bytes", "dangling", "self-link", "unreadable-file")}
+PATHS = {
+    "unreadable-file": "secret.txt",
+    "unreadable-folder": "secret",
+    "in-an-unreadable-folder": "secret/x",
+    "file-as-parent": "file/x",
+    "long": "n" * 300,
+    "bytes": "x/\udcff\udcfe",
+    "NUL": "a\0b",
+    "nobody": "~nosuchuser/x",
+    "homeless": "~/x",
+    "dangling": "dangling",
+    "self-link": "loop",
+    "beyond-a-self-link": "loop/x",
+    "empty": "",
+    "FIFO": "fifo",
+    "socket": "socket",
+    "device": "zero",
+}
+
+
+def _fail(number: int, frame: object) -> None:
+    pytest.fail(f"still waiting after {PATIENCE} s")
+
+
+class _Capabilities(ctypes.Structure):
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
+@pytest.fixture
+def permissions() -> Iterator[None]:
+    """Makes permissions apply to root as to everyone, by setting two capabilities of the thread aside."""
+    if os.geteuid() != 0:
+        yield
+        return
+    libc, header, data = ctypes.CDLL(None), _Capabilities(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(ctypes.byref(header), data) == 0
+    effective = data[0]
+    data[0] &= ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+    assert libc.capset(ctypes.byref(header), data) == 0
+    yield
+    data[0] = effective
+    assert libc.capset(ctypes.byref(header), data) == 0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "m"
+    save_model(GPT(SMALL), folder, CharTokenizer("theca \n"))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path, model: Path, permissions: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The current folder, with what PATHS names."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("secret", "file", "TEXT"):
+        (tmp_path / name).mkdir() if name == "secret" else (tmp_path / name).write_text("the cat " * 500)
+    (tmp_path / "secret" / "x").write_text("the cat")
+    (tmp_path / "secret.txt").write_text("the cat")
+    for name, target in (
+        ("dangling", "nowhere"),
+        ("loop", "loop"),
+        ("zero", "/dev/zero"),
+        ("MODEL", model),
+    ):
+        (tmp_path / name).symlink_to(target)
+    os.mkfifo("fifo")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+    for name in ("secret", "secret.txt"):
+        (tmp_path / name).chmod(0)
+    before = signal.signal(signal.SIGALRM, _fail)
+    yield tmp_path
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+    for name in ("secret", "secret.txt"):
+        (tmp_path / name).chmod(0o700)
+
+
+@pytest.mark.parametrize("kind", PATHS)
+@pytest.mark.parametrize("flag", FLAGS)
+def test_a_wrong_path_is_one_line(
+    flag: str,
+    kind: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A traceback, a wait for a FIFO or a device without end, or another exit code than that of bad input."""
+    if kind == "homeless":
+        monkeypatch.delenv("HOME")
+        monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    main, arguments = FLAGS[flag]
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE)  # SIGALRM ends what waits
+    code = main([argument.format(PATHS[kind]) for argument in arguments])
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    error = [line for line in capsys.readouterr().err.splitlines() if not re.match(r"\s*\d+%|$", line)]
+    if kind in WRITTEN.get(flag, ()):
+        assert (code, error) == (0, [])
+        return
+    assert code == 2
+    assert len(error) == 1
+    assert re.match(r"gpt\.(train|sample|info): ", error[0])
+    assert "Errno" not in error[0]
