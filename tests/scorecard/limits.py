@@ -224,7 +224,7 @@ def _out_of_memory(trials: int, seed: int, folder: Path) -> Outcome:
         extra = int(2 ** rng.uniform(0, 8)) << 20
         if module is train:
             out = folder / f"out-{number}"
-            argv = [*argv, "--out", str(out), "--batch_size", str(rng.choice((4, 400)))]
+            argv = [*argv, "--out", str(out), "--batch_size", str(rng.choice((4, 64)))]
         say(f"{module.__name__} with {extra >> 20} MB")
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         most = pages * os.sysconf("SC_PAGE_SIZE") + extra
@@ -246,7 +246,7 @@ def _out_of_memory(trials: int, seed: int, folder: Path) -> Outcome:
                 checkpoint.verify(path)
             shutil.rmtree(out, ignore_errors=True)
 
-    return run_trials(trials, attack, limit=30)
+    return run_trials(trials, attack, limit=PATIENCE)
 
 
 def _raise(error: Exception) -> None:
