@@ -109,13 +109,11 @@ def load_model(
     config = GPTConfig.from_dict(read_json(folder / CONFIG))
     tensors = read_tensors(folder / MODEL)
     # A model on the meta device allocates nothing, so a config that claims too much is refused first.
-    check_tensors(dict(GPT(config, device="meta").named_parameters()), tensors, folder / MODEL)
-    model = GPT(
-        config,
-        use_triton=use_triton,
-        device=device,
-        dtype=next(iter(tensors.values())).dtype if tensors else None,
-    )
+    model = GPT(config, device="meta")
+    check_tensors(dict(model.named_parameters()), tensors, folder / MODEL)
+
+    model.to(tensors["wte.weight"].dtype).to_empty(device=device or torch.get_default_device())
+    model.use_triton = use_triton
     copy_tensors(dict(model.named_parameters()), tensors, folder / MODEL)
     return model
 

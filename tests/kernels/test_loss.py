@@ -343,7 +343,10 @@ backend, dtype, n = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3])
 if backend == "triton":
     import tests.interpreter, kernels.launch
     tests.interpreter.patch_interpreter()
-    kernels.launch.Launch.run = lambda self: None  # the interpreter would take hours
+    # The interpreter would take hours, and bfloat16 matmuls on a CPU take minutes.
+    kernels.launch.Launch.run = lambda self: None
+    torch.mm = lambda a, b, *, out: out.zero_()
+    torch.Tensor.addmm_ = lambda total, a, b: total
 x = torch.randn(n, 768).to(dtype).requires_grad_()
 weight = torch.randn(50257, 768).to(dtype).requires_grad_()
 targets = torch.randint(1000, (n,))
@@ -368,12 +371,10 @@ with kernels.use_backend(backend):
     ("backend", "dtype", "n"),
     [
         ("reference", "float32", 700),
-        ("triton", "bfloat16", 700),
-        *(
-            pytest.param(backend, dtype, 8192, marks=pytest.mark.slow)
-            for backend in ("reference", "triton")
-            for dtype in ("float32", "bfloat16")
-        ),
+        ("triton", "float32", 8192),
+        ("triton", "bfloat16", 8192),
+        pytest.param("reference", "float32", 8192, marks=pytest.mark.slow),
+        pytest.param("reference", "bfloat16", 8192, marks=pytest.mark.slow),
     ],
 )
 def test_memory_is_bounded(backend: str, dtype: str, n: int) -> None:

@@ -88,8 +88,20 @@ def test_reference_gradients_are_derivatives(spec: OpSpec, case: Case, dtype: to
     )
 
 
+def interpreted_cases() -> list[Any]:
+    """The small and edge cases; the widest row of `layer_norm` in one dtype.
+
+    The interpreter takes 10 s for the sums of its gradients, which are in float32 for every dtype.
+    """
+    return [
+        case
+        for case in cases("small", "edge")
+        if case.values[1].sizes.get("C", 0) <= 8192 or case.values[2] == torch.bfloat16
+    ]
+
+
 @pytest.mark.interpreter
-@pytest.mark.parametrize(("spec", "case", "dtype"), cases("small", "edge"))
+@pytest.mark.parametrize(("spec", "case", "dtype"), interpreted_cases())
 def test_triton_agrees_with_the_reference(spec: OpSpec, case: Case, dtype: torch.dtype) -> None:
     """A kernel, forward or backward, that is wrong at a small or irregular shape."""
     assert_within_tolerance(spec, case, dtype, CPU, "triton")

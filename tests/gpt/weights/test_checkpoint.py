@@ -76,6 +76,13 @@ def test_the_dtype_is_kept(tmp_path: Path) -> None:
     assert load_model(tmp_path / "m").wte.weight.dtype == torch.bfloat16
 
 
+def test_loading_draws_no_random_numbers(saved: Path) -> None:
+    """Weights that are initialised only to be overwritten, or random numbers that a load consumes."""
+    state = torch.get_rng_state()
+    load_model(saved)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_the_tokenizer_is_saved_with_the_model(saved: Path, model: GPT, tmp_path: Path) -> None:
     """A checkpoint whose tokenizer is lost, or a traceback where there is none."""
     assert load_checkpoint_tokenizer(saved.parents[1]).encode("CAB") == [2, 0, 1]
