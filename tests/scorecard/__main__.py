@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from tests.scorecard.row import Outcome, Row
 
-MODULES = ("crash", "races")
+MODULES = ("crash", "races", "mutants", "fuzz", "limits", "processes", "kernel_mutants")
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers", "tiktoken", "matplotlib")
 SHOWN, SHOWN_LENGTH = 3, 400  # failures of a row below the table; the JSON file has all of them in full

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("resource", reason="the rows need fork and resource limits")
+
 from tests.scorecard import __main__ as scorecard
 from tests.scorecard import shim
 from tests.scorecard.crash_worker import run_row
