@@ -35,7 +35,7 @@ from gpt.data.dataset import DataConfig, TokenData
 from gpt.data.tokenizers import Tokenizer
 from gpt.device import check_memory, pick_device
 from gpt.errors import InputError
-from gpt.files import read_json
+from gpt.files import read_json, user_path
 from gpt.model import GPT
 from gpt.training import distributed
 from gpt.training.distributed import Ranks
@@ -109,7 +109,7 @@ def _train(argv: Sequence[str]) -> int:
 def _run(argv: Sequence[str], ranks: Ranks) -> int:
     with ranks.agreement(), ranks.in_turn():
         run, given = _flags(argv)
-        folder = RunFolder(Path(run.out) if run.out else None)
+        folder = RunFolder(None if run.out is None else user_path(run.out, "--out"))
         resume = _resume(run, folder)
         if resume and ranks.rank == 0 and checkpoint.list_checkpoints(folder.path):
             folder.lock()  # before a checkpoint is read, which another run may remove
@@ -198,7 +198,7 @@ def _start(run: RunConfig, given: Values, saved: Path | None) -> Start:
         torch.use_deterministic_algorithms(True)
     if saved is not None:
         return _from_run(saved, given)
-    return _from_weights(run, given) if run.init else _from_preset(run, given)
+    return _from_preset(run, given) if run.init is None else _from_weights(run, given)
 
 
 def _from_preset(run: RunConfig, given: Values) -> Start:
