@@ -53,6 +53,7 @@ def list_rows() -> list[Row]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the rows that the command line names; 1 if any promise is broken, 130 after Ctrl-C."""
+    os.environ.update({"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})  # before the rows import torch
     rows = list_rows()
     arguments = _parse(rows, argv)
     if arguments.list:
