@@ -129,12 +129,9 @@ class OptionParser(argparse.ArgumentParser):
         raw = read_regular(user_path(path, "--config"), "--config", CONFIG_LIMIT)
         try:
             text = raw.decode("utf-8")
-            if any(
-                line.count(".") > MOST_DOTS for line in text.splitlines()
-            ):  # tomllib takes (dots of a key)²
-                raise InputError(
-                    f"{where}: a line has more than {MOST_DOTS} dots, expected a key and a value"
-                )
+            most_dots = max((line.count(".") for line in text.splitlines()), default=0)
+            if most_dots > MOST_DOTS:  # the time of tomllib is the square of the parts of a key
+                raise InputError(f"{where}: a line has {most_dots} dots, expected at most {MOST_DOTS}")
             content = tomllib.loads(text)
         except InputError:
             raise
@@ -324,7 +321,7 @@ def _add_flag(
     group: argparse._ArgumentGroup, field: dataclasses.Field[Any], expected: Any, default: Any
 ) -> None:
     kind: dict[str, Any] = {}
-    if bool in (get_args(expected) or (expected,)):
+    if expected is bool or "true" in get_args(expected):
         kind = {"nargs": "?", "const": "true"}
     elif get_origin(expected) is tuple:
         kind, expected = {"nargs": "+"}, get_args(expected)[0]

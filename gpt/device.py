@@ -62,7 +62,7 @@ def pick_device(name: str | None) -> torch.device:
             f"device is {name!r}, expected a device of this machine ({first_line(error)})"
         ) from error
     if device.type == "meta":
-        raise InputError("device is 'meta', expected a device that computes, such as cpu or cuda")
+        raise InputError("device is 'meta', expected cpu or cuda, which hold values")
     return device
 
 

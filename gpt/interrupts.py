@@ -16,8 +16,11 @@ def exit_on_interrupt() -> None:
 
     `python -m gpt.…` needs that while it imports modules and while the interpreter shuts down, where a
     KeyboardInterrupt is a traceback. Within `keyboard_interrupts` Ctrl-C raises KeyboardInterrupt; one that
-    Python ignores, because a finalizer raised it, ends the process too.
+    Python ignores, because a finalizer raised it, ends the process too. A process that ignores Ctrl-C, as one
+    that a script started with `&`, goes on doing so.
     """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return
     report = sys.unraisablehook
 
     def end_if_interrupted(unraisable: sys.UnraisableHookArgs) -> None:

@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -36,7 +35,7 @@ from gpt.data.dataset import DataConfig, TokenData
 from gpt.data.tokenizers import Tokenizer
 from gpt.device import check_memory, pick_device
 from gpt.errors import InputError
-from gpt.files import read_json
+from gpt.files import read_json, user_path
 from gpt.model import GPT
 from gpt.training import distributed
 from gpt.training.distributed import Ranks
@@ -66,10 +65,11 @@ class RunConfig:
     out: str | None = option(
         None, "folder for checkpoints, log, plot and sample (default: runs/1, or the next number)"
     )
-    resume: bool | Literal["auto"] = option(
-        False,
+    resume: str = option(
+        "false",
         "go on from the newest valid checkpoint in --out, with its settings where no flag changes them; auto "
         "does so if there is a checkpoint, and else starts the run",
+        choices=("true", "false", "auto"),
     )
     resume_from: str | None = option(
         None,
@@ -109,7 +109,7 @@ def _train(argv: Sequence[str]) -> int:
 def _run(argv: Sequence[str], ranks: Ranks) -> int:
     with ranks.agreement(), ranks.in_turn():
         run, given = _flags(argv)
-        folder = RunFolder(Path(run.out) if run.out else None)
+        folder = RunFolder(None if run.out is None else user_path(run.out, "--out"))
         resume = _resume(run, folder)
         if resume and ranks.rank == 0 and checkpoint.list_checkpoints(folder.path):
             folder.lock()  # before a checkpoint is read, which another run may remove
@@ -177,7 +177,7 @@ def _flags(argv: Sequence[str]) -> tuple[RunConfig, Values]:
 
 def _resume(run: RunConfig, folder: RunFolder) -> bool | str:
     """Whether to go on from a checkpoint, or the name of the checkpoint."""
-    if not run.resume and not run.resume_from:
+    if run.resume == "false" and not run.resume_from:
         return False
     if run.out is None:
         raise InputError("--resume: --out is not given, expected the folder of the run to go on with")
@@ -198,7 +198,7 @@ def _start(run: RunConfig, given: Values, saved: Path | None) -> Start:
         torch.use_deterministic_algorithms(True)
     if saved is not None:
         return _from_run(saved, given)
-    return _from_weights(run, given) if run.init else _from_preset(run, given)
+    return _from_preset(run, given) if run.init is None else _from_weights(run, given)
 
 
 def _from_preset(run: RunConfig, given: Values) -> Start:

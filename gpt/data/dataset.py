@@ -332,7 +332,7 @@ def _windows(part: _Part, starts: Positions, block_size: int) -> Batch:
 def _bin_tokenizer(file: Path, config: DataConfig) -> Tokenizer:
     """The tokenizer of a .bin file: the one that `config` names, else the tokenizer.json beside the file."""
     beside = file.with_name(FILE_NAME)
-    if config.tokenizer in ("char", "bpe") or (config.tokenizer is None and not beside.exists()):
+    if config.tokenizer in ("char", "bpe") or (config.tokenizer is None and not os.path.lexists(beside)):
         given = config.tokenizer or "not given"
         raise InputError(
             f"tokenizer is {given}, expected gpt2 or a path, because {file} does not contain its tokenizer"

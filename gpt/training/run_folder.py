@@ -28,7 +28,7 @@ from gpt.training.plot import plot_log
 from gpt.training.run_state import RunState, read_state
 from gpt.training.step import TrainStep
 from gpt.weights import checkpoint
-from gpt.weights.tensors import check_finite
+from gpt.weights.tensors import check_finite, check_tensors, copy_tensors, read_tensors, write_tensors
 from kernels.files import replacing
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ class RunFolder:
             if tensor is not None
         }
         with self._writing():
-            checkpoint.write_tensors(path, tensors)
+            write_tensors(path, tensors)
         return path
 
     def newest_before(self, step: int) -> Path | None:
@@ -245,11 +245,11 @@ class RunFolder:
         weights, optimizer = folder / checkpoint.MODEL, folder / checkpoint.OPTIMIZER
         state = read_state(folder / checkpoint.STATE)
         _check_same_run(folder, state, model, data)
-        parameters, tensors = dict(model.named_parameters()), checkpoint.read_tensors(weights)
-        checkpoint.check_tensors(parameters, tensors, weights)
+        parameters, tensors = dict(model.named_parameters()), read_tensors(weights)
+        check_tensors(parameters, tensors, weights)
         check_finite(tensors, weights)
-        step.load_tensors(checkpoint.read_tensors(optimizer), optimizer)
-        checkpoint.copy_tensors(parameters, tensors, weights)
+        step.load_tensors(read_tensors(optimizer), optimizer)
+        copy_tensors(parameters, tensors, weights)
         if state.scaler:
             step.scaler.load_state_dict(state.scaler)
         return state

@@ -7,10 +7,11 @@ first, which then leaves everything as it is; the host reads the result later.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +26,27 @@ from gpt.training.capture import TOKENS, StepGraph
 from gpt.training.distributed import ALONE, Ranks
 from gpt.training.loss_scale import LossScale
 from gpt.training.optim import load_state_tensors, make_optimizers, state_tensors, update
+
+
+class Batches(Protocol):
+    """Micro-batches that can be iterated more than once."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class DrawnBatches:
+    """The micro-batches draw(number), drawn again at each iteration, so that only one is in memory."""
+
+    draw: Callable[[int], Batch]
+    numbers: Sequence[int]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.draw, self.numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
 
 
 class StepResult(NamedTuple):
@@ -115,27 +137,28 @@ class TrainStep:
         if captures(self.device) and ranks.size == 1 and forward is None and not config.no_capture:
             self._graph = StepGraph(self._run, self.device)
 
-    def __call__(self, batches: Sequence[Batch], rate: float, stop: Collection[object] = ()) -> StepResult:
+    def __call__(self, batches: Batches, rate: float, stop: Collection[object] = ()) -> StepResult:
         """Takes one step and reads its result: see `enqueue` and `PendingStep.result`."""
         return self.enqueue(batches, rate, stop).result()
 
-    def enqueue(self, batches: Sequence[Batch], rate: float, stop: Collection[object] = ()) -> PendingStep:
+    def enqueue(self, batches: Batches, rate: float, stop: Collection[object] = ()) -> PendingStep:
         """Queues one step, without synchronising with the device.
 
         If its loss or gradient is not finite, the device leaves parameters, optimizers and loss scale as they
         are, in this step and in all that are queued until `PendingStep.result` raises the error.
 
         Args:
-            batches: This rank's micro-batches.
+            batches: This rank's micro-batches. They are iterated twice, to count their targets first; a step
+                that is not captured holds one of them at a time.
             rate: The learning rate of all parameters.
             stop: Not empty if this rank asks all ranks to stop after this step. A signal handler may fill it
                 until the backward pass has ended.
         """
         self._zero_gradients()
         self._rate.fill_(rate)
-        batches = [self._to_device(batch) for batch in batches]
-        if self._graph is not None and self._is_captured(batches):
-            values = self._graph(batches, (self._model.training, self._model.use_triton))
+        captured = self._captured(batches)
+        if self._graph is not None and captured:
+            values = self._graph(captured, (self._model.training, self._model.use_triton))
         else:
             values = self._run(batches, stop)
         return PendingStep(self, values, self._with_gradients, stop=self._ranks.size == 1 and bool(stop))
@@ -178,12 +201,22 @@ class TrainStep:
         for p in self.names:
             p.grad = None
 
-    def _is_captured(self, batches: Sequence[Batch]) -> bool:
-        """Whether a graph may run this step: not with a dropout seed, which the caller may set each time."""
-        tokens = sum(batch.inputs.numel() for batch in batches)
-        return tokens <= TOKENS and self._model.dropout_seed is None and captures(self.device)
+    def _captured(self, batches: Iterable[Batch]) -> list[Batch]:
+        """The batches on the device, if a graph may run them, else nothing.
 
-    def _run(self, batches: Sequence[Batch], stop: Collection[object] = ()) -> Tensor:
+        It may not with a dropout seed, which the caller may set each time, or with more than TOKENS tokens.
+        """
+        if self._graph is None or self._model.dropout_seed is not None or not captures(self.device):
+            return []
+        drawn, tokens = [], 0
+        for batch in batches:
+            tokens += batch.inputs.numel()
+            if tokens > TOKENS:
+                return []
+            drawn.append(self._to_device(batch))
+        return drawn
+
+    def _run(self, batches: Batches, stop: Collection[object] = ()) -> Tensor:
         """Takes one step on the device.
 
         Returns:
@@ -207,12 +240,12 @@ class TrainStep:
             self.scaler.update(overflow, self._failed)
             return torch.cat((torch.stack((loss, norm, self._failed.float(), stopping)), norms))
 
-    def _accumulate(self, batches: Sequence[Batch], stop: Collection[object]) -> tuple[Tensor, Tensor]:
+    def _accumulate(self, batches: Batches, stop: Collection[object]) -> tuple[Tensor, Tensor]:
         """Runs forward and backward passes, with gradients as the mean over the targets of all ranks.
 
         Returns the mean loss and the number of ranks that ask to stop.
         """
-        counts = torch.stack([(batch.targets != IGNORED).sum() for batch in batches])
+        counts = self._move(torch.stack([(batch.targets != IGNORED).sum() for batch in batches]))
         count = counts.sum()
         weights = counts / count.clamp(min=1)
         loss = torch.zeros((), device=self.device)
@@ -233,10 +266,11 @@ class TrainStep:
         return total / targets, stopping
 
     def _to_device(self, batch: Batch) -> Batch:
-        def move(t: Tensor) -> Tensor:
-            if self.device.type == "cuda" and t.device.type == "cpu":
-                return t.pin_memory().to(self.device, non_blocking=True)  # does not synchronise
-            return t.to(self.device)
+        inputs, targets, start = batch
+        return Batch(self._move(inputs), self._move(targets), None if start is None else self._move(start))
 
-        inputs, targets, document_start = batch
-        return Batch(move(inputs), move(targets), None if document_start is None else move(document_start))
+    def _move(self, t: Tensor) -> Tensor:
+        """`t` on the device, without synchronising."""
+        if self.device.type == "cuda" and t.device.type == "cpu":
+            return t.pin_memory().to(self.device, non_blocking=True)
+        return t.to(self.device)

@@ -32,7 +32,7 @@ from gpt.training.optim import learning_rate
 from gpt.training.run_folder import RunFolder
 from gpt.training.run_state import Progress
 from gpt.training.signals import Stopped, StopSignals, stop_signals
-from gpt.training.step import PendingStep, TrainStep
+from gpt.training.step import DrawnBatches, PendingStep, TrainStep
 from gpt.weights.tensors import check_finite
 
 SAMPLE_TOKENS = 500
@@ -272,8 +272,9 @@ class Trainer:
         """Queues the step after those that are queued."""
         started = time.perf_counter()
         step = self.step + len(self._queue)
-        batches = [self._batch("train", step, i) for i in self.ranks.share(range(self.config.grad_accum))]
-        tokens = self.ranks.size * sum(batch.inputs.numel() for batch in batches)
+        numbers = list(self.ranks.share(range(self.config.grad_accum)))
+        batches = DrawnBatches(partial(self._batch, "train", step), numbers)
+        tokens = self.config.grad_accum * self.config.batch_size * self.block_size
         rate = learning_rate(step, self.config)
         self._queue.append(_QueuedStep(self._step.enqueue(batches, rate, received), rate, tokens))
         self._progress.seconds += time.perf_counter() - started

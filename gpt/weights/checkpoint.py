@@ -26,11 +26,7 @@ from gpt.files import read_json, user_path
 from gpt.model import GPT
 from gpt.weights.commit import commit, discard, interrupted, present, recover, replaceable
 from gpt.weights.hashes import SUMS, list_folder, verify
-from gpt.weights.tensors import check_finite as check_finite  # callers take these from here too
-from gpt.weights.tensors import check_tensors
-from gpt.weights.tensors import copy_tensors as copy_tensors
-from gpt.weights.tensors import read_tensors as read_tensors
-from gpt.weights.tensors import write_tensors as write_tensors
+from gpt.weights.tensors import check_finite, check_tensors, copy_tensors, read_tensors, write_tensors
 from kernels.files import write_json
 
 MODEL, CONFIG, OPTIMIZER, STATE = "model.safetensors", "config.json", "optimizer.safetensors", "state.json"

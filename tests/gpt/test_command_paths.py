@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt import GPT, CharTokenizer, info, sample, train
+from gpt import GPT, CharTokenizer, eval, info, sample, train
 from gpt.weights.checkpoint import save_model
 from tests.gpt.models import SMALL
 from tests.gpt.training.small_runs import TINY
@@ -24,14 +24,21 @@ Main = Callable[[list[str]], int]
 TRAIN = [*TINY, "--max_steps", "1", "--device", "cpu"]
 # Flag -> the command and its other arguments; {} is the path, and TEXT and MODEL are files that exist.
 FLAGS: dict[str, tuple[Main, list[str]]] = {
+    "--out": (train.main, [*TRAIN, "--data", "TEXT", "--out", "{}"]),
+    "--data": (train.main, [*TRAIN, "--out", "OUT", "--data", "{}"]),
+    "--tokenizer": (train.main, [*TRAIN, "--data", "TEXT", "--out", "OUT", "--tokenizer", "{}"]),
+    "--init": (train.main, [*TRAIN, "--data", "TEXT", "--out", "OUT", "--init", "{}"]),
     "--config": (train.main, [*TRAIN, "--data", "TEXT", "--out", "OUT", "--config", "{}"]),
+    "sample --checkpoint": (sample.main, ["--device", "cpu", "--checkpoint", "{}"]),
     "--prompt_file": (sample.main, ["--device", "cpu", "--checkpoint", "MODEL", "--prompt_file", "{}"]),
+    "eval --checkpoint": (eval.main, ["--device", "cpu", "--data", "TEXT", "--checkpoint", "{}"]),
+    "eval --data": (eval.main, ["--device", "cpu", "--checkpoint", "MODEL", "--data", "{}"]),
     "info": (info.main, ["{}"]),
     "--json": (info.main, ["gpt2", "--gpu", "h200", "--json", "{}"]),
 }
-PATIENCE = 10.0  # seconds; loading a module for the first time takes some
-# What --json replaces.
-WRITTEN = {"--json": ("bytes", "dangling", "self-link", "unreadable-file")}
+PATIENCE = 60.0  # seconds; one row trains, and a busy machine is slow
+# What --out creates, and what --json replaces.
+WRITTEN = {"--out": ("bytes",), "--json": ("bytes", "dangling", "self-link", "unreadable-file")}
 PATHS = {
     "unreadable-file": "secret.txt",
     "unreadable-folder": "secret",
@@ -105,7 +112,6 @@ def folder(tmp_path: Path, model: Path, permissions: None, monkeypatch: pytest.M
         (tmp_path / name).chmod(0)
     before = signal.signal(signal.SIGALRM, _fail)
     yield tmp_path
-    signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
     for name in ("secret", "secret.txt"):
         (tmp_path / name).chmod(0o700)
@@ -126,13 +132,15 @@ def test_a_wrong_path_is_one_line(
         monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
     main, arguments = FLAGS[flag]
     signal.setitimer(signal.ITIMER_REAL, PATIENCE)  # SIGALRM ends what waits
-    code = main([argument.format(PATHS[kind]) for argument in arguments])
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    try:
+        code = main([argument.format(PATHS[kind]) for argument in arguments])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
     error = [line for line in capsys.readouterr().err.splitlines() if not re.match(r"\s*\d+%|$", line)]
     if kind in WRITTEN.get(flag, ()):
         assert (code, error) == (0, [])
         return
     assert code == 2
     assert len(error) == 1
-    assert re.match(r"gpt\.(train|sample|info): ", error[0])
+    assert re.match(r"gpt\.(train|sample|eval|info): ", error[0])
     assert "Errno" not in error[0]

@@ -94,7 +94,7 @@ POSIX = pytest.mark.skipif(sys.platform == "win32", reason="the paths are POSIX'
         ("", "the path is empty"),
         ("~nosuchuser/x", "'~nosuchuser/x' has no home folder"),
         *(
-            (f"{name}", r"is not a path \(embedded null byte\)")
+            (f"{name}", r"is not a path \(.*embedded null")
             for name in ("\0a", "a\0b", "a/\0", "~\0", "~a\0/b")
         ),
         ("\ud800", "is not a path .*surrogates not allowed"),

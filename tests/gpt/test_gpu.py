@@ -20,7 +20,7 @@ from gpt.data.dataset import Batch
 from gpt.files import read_json
 from gpt.preflight import preflight
 from gpt.training.step import PendingStep, StepResult, TrainStep
-from gpt.weights.checkpoint import read_tensors
+from gpt.weights.tensors import read_tensors
 from kernels.registry import SPECS
 from kernels.tolerance import compare
 from tests.gpt.text import TEXT

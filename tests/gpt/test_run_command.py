@@ -21,6 +21,8 @@ from gpt.interrupts import exit_on_interrupt, keyboard_interrupts
 from gpt.training.trainer import _stop_signals
 
 ROOT = Path(__file__).parents[2]
+# Becomes the command in its arguments, which does not ignore Ctrl-C, also where the tests run with `&`.
+UNIGNORED = "import os, signal, sys; signal.signal(2, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])"
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="the signals and devices are POSIX's")
 
 
@@ -159,7 +161,7 @@ def test_ctrl_c_while_torch_is_imported(arguments: tuple[str, ...], last: str, t
     interrupted = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"
     (tmp_path / "torch.py").write_text(interrupted, encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, *arguments],
+        [sys.executable, "-c", UNIGNORED, sys.executable, *arguments],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
         capture_output=True,
@@ -175,7 +177,7 @@ def test_ctrl_c_while_torch_is_imported(arguments: tuple[str, ...], last: str, t
 @POSIX
 def test_ctrl_c_is_a_keyboard_interrupt_within_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
     """A command that Ctrl-C ends before it removes its temporary files, or an interrupt that is lost."""
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
     monkeypatch.setattr(os, "write", lambda handle, line: len(line))
@@ -194,6 +196,16 @@ def test_ctrl_c_is_a_keyboard_interrupt_within_a_command(monkeypatch: pytest.Mon
 
         Finalized()
         assert codes == [130, 130]
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_an_ignored_ctrl_c_stays_ignored() -> None:
+    """A background job of a script that Ctrl-C for the script ends."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        exit_on_interrupt()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -75,13 +75,14 @@ def disk_full(*args: object) -> None:
 
 
 class Interrupting(TokenData):
-    """Sends a signal to this process when the training batch of one micro-step is drawn."""
+    """Sends a signal to this process when the training batch of one micro-step is first drawn."""
 
     at: tuple[int, int] | None = None
     number = signal.SIGINT
 
     def batch(self, stream: Any, *args: Any, **kwargs: Any) -> Batch:
         if stream == "train" and self.at == (kwargs["step"], kwargs["micro_step"]):
+            self.at = None
             signal.raise_signal(self.number)
         return super().batch(stream, *args, **kwargs)
 

@@ -22,7 +22,9 @@ from gpt.data.dataset import TokenData
 from gpt.errors import MachineError, NonFiniteError
 from gpt.files import read_json
 from gpt.training.distributed import Ranks, join
+from gpt.training.run_folder import LOCK
 from gpt.weights import checkpoint
+from gpt.weights.tensors import read_tensors
 from tests.gpt.text import TEXT
 from tests.gpt.training.ranks import MUON, PLAIN, steps, without_noise
 from tests.gpt.training.small_runs import make_model, read_log
@@ -155,7 +157,7 @@ def test_a_resumed_run_is_equal_bit_by_bit(pair: Pair) -> None:
         assert replace(resumed, checkpoint=None) == replace(straight, checkpoint=None)
     last = [pair.folder / name / "checkpoints/step-8" for name in ("straight", "stopped")]
     for name in ("model.safetensors", "optimizer.safetensors"):
-        straight, stopped = (checkpoint.read_tensors(folder / name) for folder in last)
+        straight, stopped = (read_tensors(folder / name) for folder in last)
         assert all(torch.equal(straight[key], stopped[key]) for key in straight)
     states = [read_json(folder / "state.json")["rng"] for folder in last]
     assert states[0] == states[1]
@@ -176,7 +178,7 @@ def test_another_number_of_processes_can_resume(pair: Pair, tmp_path: Path) -> N
         del trainer  # which holds the lock of the folder
     assert torch.equal(*draws)
     assert step == 8
-    saved = checkpoint.read_tensors(source / "model.safetensors")
+    saved = read_tensors(source / "model.safetensors")
     assert all(torch.equal(p, saved[name]) for name, p in parameters.items())
 
 
@@ -227,7 +229,7 @@ def test_a_non_finite_loss_of_one_rank_stops_all(pair: Pair) -> None:
     )
     assert same
     assert also_same
-    kept = checkpoint.read_tensors(pair.folder / "inf/non-finite-step-1.safetensors")
+    kept = read_tensors(pair.folder / "inf/non-finite-step-1.safetensors")
     assert {key.split("/")[0] for key in kept} == {"0", "1", "2", "3"}
     assert pair("overflow") == [(0.5, True)] * 2
 
@@ -323,3 +325,33 @@ def test_torchrun_stops_and_saves(tmp_path: Path) -> None:
     )
     assert checkpoint.find_checkpoint(tmp_path / "run").name == f"step-{step}"
     assert "SIGKILL" not in shown
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
+def test_restarted_ranks_go_on(tmp_path: Path) -> None:
+    """A killed rank after which torchrun's restart finds the folder locked, or begins the run again."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    out = tmp_path / "run"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = ["--max-restarts", "1", "-m", "gpt.train", *TINY, "--data", str(tmp_path / "text.txt")]
+    flags = ["--out", str(out), "--resume", "auto", "--grad_accum", "2", "--eval_interval", "20"]
+    with subprocess.Popen(
+        [*launch, *command, *flags, "--max_steps", "200"],
+        cwd=ROOT,
+        env=os.environ | ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        list(itertools.takewhile(lambda line: not line.startswith("step 40:"), process.stdout))
+        os.kill(int((out / LOCK).read_text().split()[1]), signal.SIGKILL)
+        printed, shown = process.communicate(timeout=120)
+    assert process.returncode == 0, shown
+    evaluated = [int(step) for step in re.findall(r"^step (\d+):", printed, re.MULTILINE)]
+    assert evaluated[-1] == 200
+    assert printed.count("model: ") == 1
+    steps = [record["step"] for record in read_log(out)]
+    assert steps == sorted(set(steps))
+    assert read_log(out)[-1]["final"]

@@ -16,6 +16,7 @@ from gpt import InputError, Trainer, train
 from gpt.data.dataset import TokenData
 from gpt.errors import NonFiniteError
 from gpt.weights import checkpoint
+from gpt.weights.tensors import read_tensors
 from tests.gpt.text import TEXT
 from tests.gpt.training.small_runs import CONFIG, TINY, make_model, read_log, run, without_times
 
@@ -67,7 +68,7 @@ def test_a_state_that_is_not_finite_is_not_saved(
         ) as error:
             trainer.run()
     assert str(error.value).endswith(f" python -m gpt.train --out '{out}' --resume_from step-{last - 2}")
-    kept = checkpoint.read_tensors(out / f"non-finite-step-{last}.safetensors")
+    kept = read_tensors(out / f"non-finite-step-{last}.safetensors")
     expected = data.batch("train", 2, 16, seed=CONFIG.seed, step=last - 1, micro_step=1)
     assert torch.equal(kept["1/inputs"], expected.inputs)
     assert checkpoint.find_checkpoint(out).name == f"step-{last - 2}"

@@ -20,7 +20,7 @@ from gpt.errors import NonFiniteError
 from gpt.files import read_json
 from gpt.training.loss_scale import LossScale
 from gpt.training.step import TrainStep
-from gpt.weights import checkpoint
+from gpt.weights.tensors import read_tensors
 from tests.gpt.text import TEXT
 from tests.gpt.training.small_runs import CONFIG, make_batches, make_model, read_log, stop_at, without_times
 
@@ -141,7 +141,7 @@ def test_nothing_changes_after_a_step_that_is_not_finite(
     assert {int(t) for name, t in actual.items() if name.endswith("/step")} == {3}
     assert [name for name, t in expected.items() if not torch.equal(actual[name], t)] == []
 
-    kept = checkpoint.read_tensors(tmp_path / "non-finite-step-4.safetensors")
+    kept = read_tensors(tmp_path / "non-finite-step-4.safetensors")
     batch = TokenData.from_text(TEXT).batch("train", 2, 16, seed=CONFIG.seed, step=3, micro_step=0)
     assert torch.equal(kept["0/inputs"], batch.inputs)
     assert [record["step"] for record in read_log(tmp_path)] == [1]

@@ -20,6 +20,7 @@ from gpt.files import read_json
 from gpt.training.run_folder import RunFolder
 from gpt.training.run_state import read_state
 from gpt.weights import checkpoint
+from gpt.weights.tensors import read_tensors
 from tests.gpt.text import TEXT
 from tests.gpt.training.small_runs import CONFIG, TINY, make_model, run
 
@@ -150,7 +151,7 @@ def test_a_checkpoint_is_loaded_as_a_whole(
     config = replace(CONFIG, optimizer=optimizer, max_steps=1)
     run(data, tmp_path, config)
     folder = tmp_path / "checkpoints/step-1"
-    whole = checkpoint.read_tensors(folder / file)
+    whole = read_tensors(folder / file)
     trainer = Trainer(make_model(data), TokenData.from_text(TEXT), config)
     with torch.no_grad():
         trainer.model.wte.weight.zero_()

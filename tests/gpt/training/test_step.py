@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from gpt.data.dataset import TokenData
+from gpt import Trainer
+from gpt.data.dataset import Batch, TokenData
 from gpt.training.step import TrainStep
-from tests.gpt.training.small_runs import CONFIG, make_batches, make_model
+from gpt.weights import checkpoint
+from tests.gpt.training.small_runs import CONFIG, make_batches, make_model, run
 
 
 def test_accumulation_weighs_tokens(data: TokenData) -> None:
@@ -68,3 +73,54 @@ def test_float16(data: TokenData, monkeypatch: pytest.MonkeyPatch) -> None:
     overflow.remove()
     assert math.isfinite(step(parts, rate=1e-3).gradient_norm)
     assert not torch.equal(model.wpe.weight, before["wpe.weight"])
+
+
+def test_micro_batches_are_held_one_at_a_time(data: TokenData) -> None:
+    """A step that needs memory for all its micro-batches at once."""
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = []
+    draw = data.batch
+
+    def batch(*args: Any, **kwargs: Any) -> Batch:
+        most.append(len(alive))
+        drawn = draw(*args, **kwargs)
+        alive.add(drawn.inputs)
+        return drawn
+
+    data.batch = batch  # type: ignore[method-assign]
+    trainer = Trainer(make_model(data), data, replace(CONFIG, grad_accum=6))
+    trainer._queue_step([])
+    assert len(most) == 12
+    assert max(most) <= 1
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+@pytest.mark.parametrize("when", ["step", "evaluation", "save"])
+def test_no_memory_left(
+    when: str, error: type[Exception], data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint that is lost or half written, or a folder that stays locked, when memory runs out."""
+    monkeypatch.setattr("gpt.training.trainer.SAMPLE_TOKENS", 2)
+    config = replace(CONFIG, max_steps=4, eval_interval=3)
+
+    def fail(*_: object, **__: object) -> None:
+        raise error("out of memory")
+
+    with monkeypatch.context() as patch:
+        if when == "step":
+            steps = iter(range(3))
+            accumulate = TrainStep._accumulate
+            patch.setattr(
+                TrainStep, "_accumulate", lambda *args: accumulate(*args) if next(steps) < 2 else fail()
+            )
+        elif when == "evaluation":
+            patch.setattr(Trainer, "estimate", fail)
+        else:
+            write, files = checkpoint.write_tensors, iter(range(4))
+            patch.setattr(
+                checkpoint, "write_tensors", lambda *args: write(*args) if next(files) < 3 else fail()
+            )
+        with pytest.raises(error):
+            run(data, tmp_path, config)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-2"]
+    assert run(data, tmp_path, config, resume=True).step == 4

@@ -19,6 +19,7 @@ from gpt.errors import NonFiniteError
 from gpt.files import read_json
 from gpt.training.optim import learning_rate
 from gpt.weights import checkpoint
+from gpt.weights.tensors import read_tensors
 from tests.gpt.text import TEXT
 from tests.gpt.training.small_runs import CONFIG, make_model, read_log, run, stop_at, without_times
 
@@ -38,8 +39,8 @@ def test_a_resumed_run_is_equal_bit_by_bit(optimizer: str, data: TokenData, tmp_
     assert replace(resumed, checkpoint=None) == replace(straight, checkpoint=None)
     assert without_times(read_log(out)) == without_times(read_log(tmp_path / "straight"))
     for name in ("model.safetensors", "optimizer.safetensors"):
-        resumed_tensors = checkpoint.read_tensors(out / "checkpoints/step-8" / name)
-        tensors = checkpoint.read_tensors(tmp_path / "straight/checkpoints/step-8" / name)
+        resumed_tensors = read_tensors(out / "checkpoints/step-8" / name)
+        tensors = read_tensors(tmp_path / "straight/checkpoints/step-8" / name)
         assert resumed_tensors.keys() == tensors.keys()
         assert all(torch.equal(resumed_tensors[key], tensors[key]) for key in tensors)
     kind = {"adamw": "exp_avg", "muon": "momentum_buffer"}[optimizer]
@@ -218,7 +219,7 @@ def test_a_non_finite_step_changes_nothing(what: str, data: TokenData, tmp_path:
     assert all(torch.equal(p, state["kept"][name]) for name, p in trainer.model.named_parameters())
     assert all(torch.equal(t, state["optimizer"][name]) for name, t in step.tensors().items())
     assert all(p.grad is None for p in trainer.model.parameters())
-    kept = checkpoint.read_tensors(tmp_path / "non-finite-step-4.safetensors")
+    kept = read_tensors(tmp_path / "non-finite-step-4.safetensors")
     for i in range(2):
         expected = draw("train", 2, 16, seed=CONFIG.seed, step=3, micro_step=i)
         assert torch.equal(kept[f"{i}/inputs"], expected.inputs)
