@@ -257,7 +257,7 @@ def _faults(folder: Path) -> tuple[Fault, ...]:
         Fault("a full disk", patch=_full, code=5, word="space", resumes=True),
         Fault("another seed", ("--seed", "7"), word="seed"),
         Fault("a loss that is not finite", patch=_not_finite, code=4, word="nan", resumes=True),
-        Fault("another tokenizer", ("--tokenizer", str(folder / "tokenizer")), word="tokenizer"),
+        Fault("another tokenizer", ("--tokenizer", str(folder / "tokenizer")), word="vocab_size"),
         Fault("SIGTERM to one rank", patch=_terminated, code=143, resumes=True),
         Fault("another size", ("--n_embd", "32"), word="n_embd"),
         Fault("more steps", ("--max_steps", "9"), word="max_steps"),
@@ -292,7 +292,7 @@ def _launch(
                 quiet()
                 if rank == 0:
                     os.dup2(os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-                    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+                    sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 os.environ.update(common | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
                 patch(rank)
