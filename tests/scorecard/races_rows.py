@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 import signal
@@ -123,9 +124,10 @@ def random_kills_saving(trials: int, seed: int, folder: Path) -> Outcome:
     return outcome
 
 
-def _save_for_ever(saver: SaveOwn | SaveCheckpoint, place: Path) -> None:
+def _save_for_ever(saver: SaveOwn | SaveCheckpoint, place: Path, pause: float = 0.0) -> None:
     (place / "saving").touch()
     for i in itertools.count(4):
+        time.sleep(pause)
         saver.save(place, i if isinstance(saver, SaveCheckpoint) else i % 2)
 
 
@@ -323,12 +325,13 @@ def exporter_beside_reader(trials: int, seed: int, folder: Path) -> Outcome:
     for saver in savers:
         place = saver.folder / "place"
         saver.copy(place)
-        writer = Child(lambda saver=saver, place=place: _save_for_ever(saver, place), folder / "writer")
+        # Without a pause, a reader may never get through: it reads again where the folder was replaced.
+        writer = Child(functools.partial(_save_for_ever, saver, place, pause=0.02), folder / "writer")
         for i in range(max(1, trials // len(savers))):
-            writer.ended(rng.uniform(0, 0.02))
+            writer.ended(rng.uniform(0, 0.05))
             with outcome.trial(f"{saver.name}, reader {i + 1}"):
                 assert not writer.ended(0), "the writer ended"
-                judge(lambda saver=saver, place=place: saver.read(place, False), folder / "reader")
+                judge(functools.partial(saver.read, place, False), folder / "reader")
         writer.send(signal.SIGKILL)
         writer.wait()
     return outcome
