@@ -25,13 +25,13 @@ KILLED = "a reader has the old or the new state whole; going on ends as if undis
 FAILED = "one line or success; a reader has the old or the new state whole; the next attempt succeeds"
 
 ROWS: tuple[Row, ...] = (
-    _row("kill-save", KILLED, 120, 12, 10_000),
+    _row("kill-save", KILLED, 120, 8, 10_000),
     _row("kill-train", KILLED, 60, 4, 10_000),
-    _row("kill-resume", KILLED, 60, 6, 10_000),
+    _row("kill-resume", KILLED, 60, 4, 10_000),
     _row("kill-files", KILLED, 40, 8, 10_000),
-    _row("fail-save", FAILED, 150, 12, 10_000),
+    _row("fail-save", FAILED, 150, 8, 10_000),
     _row("fail-train", FAILED, 60, 4, 10_000),
-    _row("fail-resume", FAILED, 60, 6, 10_000),
+    _row("fail-resume", FAILED, 60, 4, 10_000),
     _row("fail-files", FAILED, 60, 8, 10_000),
     _row("sync-before-rename", "a power cut after a rename cannot lose what the file has", 1, 1, 1),
 )

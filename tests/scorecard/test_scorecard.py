@@ -24,7 +24,7 @@ BROKEN = [  # the row, the function that breaks the code, trials, and what a fai
     ("crash_rows:sync_before_rename", "forget_to_sync", 1, "is not synced"),
     ("crash_rows:fail_save", "ignore_failed_writes", 15, ""),
     ("crash_rows:fail_train", "report_with_a_traceback", 4, "0 lines, expected one"),
-    ("races_rows:two_trainers", "ignore_locks", 2, ""),
+    ("races_rows:two_resumes", "ignore_locks", 3, ""),
     ("races_rows:random_kills", "forget_the_random_state", 4, "has another run/"),
     ("races_rows:signals", "always_exit_with_0", 8, "compared with an undisturbed one"),
 ]
