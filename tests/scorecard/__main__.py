@@ -127,9 +127,7 @@ def _parse(rows: Sequence[Row], argv: Sequence[str] | None) -> argparse.Namespac
     parser = Parser("python -m tests.scorecard", description=__doc__, allow_abbrev=False)
     parser.add_argument("--trials", type=_positive, help="attacks of each row (default: its own number)")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=[row.name for row in rows], help="rows")
-    parser.add_argument(
-        "--long", action="store_true", help="attack every call, and more often at random"
-    )
+    parser.add_argument("--long", action="store_true", help="attack every call, and more often at random")
     parser.add_argument("--seed", type=int, default=0, help="of the random attacks")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a report with every failure")
     parser.add_argument("--list", action="store_true", help="print the rows and what they promise")
