@@ -158,7 +158,6 @@ SABOTAGE: dict[str, tuple[str, Any, int]] = {
     "fuzz-sums": ("gpt.weights.checkpoint.verify", nothing, 10),
     "fuzz-streams": ("gpt.data.text_stream.TextStream._add", lambda self, text: self.write(text), 30),
     "limits-out-of-memory": ("tests.scorecard.limits._run", lambda module, argv: (1, "broken"), 1),
-    "non-finite-training": ("gpt.weights.tensors.math", EVERYTHING_IS_FINITE, 4),
     "non-finite-files": ("gpt.weights.tensors.math", EVERYTHING_IS_FINITE, 4),
     "threads": ("kernels.explain", lambda *_: kernels.dispatch.Choice("triton", ""), 1),
 }
@@ -176,6 +175,12 @@ def test_a_row_notices_broken_code(name: str, tmp_path: Path, monkeypatch: pytes
     target, replacement, trials = SABOTAGE[name]
     monkeypatch.setattr(target, replacement)
     assert outcome(name, trials, tmp_path).failures
+
+
+def test_a_poisoned_optimizer_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An infinite second moment in AdamW, which freezes a weight and leaves every loss finite."""
+    monkeypatch.setattr("gpt.weights.tensors.math", EVERYTHING_IS_FINITE)
+    assert outcome("non-finite-training", 1, tmp_path, seed=128).failures
 
 
 def test_an_export_without_its_hashes_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
