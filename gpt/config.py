@@ -166,7 +166,7 @@ class TrainConfig:
         "adamw", "muon is for the blocks' matrices, with adamw for the rest", choices=("adamw", "muon")
     )
     # A float32 can hold the rate times Muon's factor.
-    learning_rate: float = option(1e-3, "highest learning rate", above=0, below=1e30)
+    learning_rate: float = option(1e-3, "highest learning rate", above=0)
     min_lr: float = option(1e-4, "learning rate at the end of the cosine", low=0)
     warmup_steps: int = option(100, "steps of linear warm-up", low=0)
     decay_steps: int | None = option(None, "step at which the cosine ends (default: max_steps)", low=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from gpt.files import read_json, user_path
 from gpt.step_time import DISPATCH_SECONDS, GAP_SECONDS, LAUNCH_SECONDS, Prediction, predict
 from gpt.training.capture import TOKENS
 from gpt.weights import checkpoint
+from gpt.weights.commit import present
 
 MIB = 2**20
 
@@ -54,7 +56,7 @@ def _info(argv: Sequence[str]) -> int:
 
 def _config(target: str) -> GPTConfig:
     path = user_path(target, "PRESET|DIR")
-    if path.is_dir():
+    if os.path.isdir(present(path, "PRESET|DIR") or path):
         return GPTConfig.from_dict(read_json(checkpoint.find_checkpoint(path) / checkpoint.CONFIG))
     if path.is_absolute() or len(path.parts) > 1:
         raise InputError(f"PRESET|DIR: {target} is not a folder, expected a run, a checkpoint or a preset")

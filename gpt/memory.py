@@ -41,7 +41,7 @@ def free_memory(root: Path = ROOT) -> Free | None:
     return min(_limits(root), default=None)
 
 
-def exhausted(error: BaseException, lower: str) -> MachineError | None:
+def exhausted(error: BaseException, lower: str = "") -> MachineError | None:
     """The error in one line for `error`, if it says that memory is exhausted; else None.
 
     Args:

@@ -337,7 +337,9 @@ class GPT(nn.Module):
 
         Raises:
             InputError: The format is unknown, the model has an option that GPT-2 in `transformers` lacks, or
-                the directory cannot be written.
+                the directory cannot be written. It stays as it was, after each of these errors.
+            MachineError: The disk is full, or fails.
+            NonFiniteError: A parameter is infinite or NaN.
         """
         from gpt.weights.checkpoint import save_model
         from gpt.weights.huggingface import save_huggingface

@@ -10,6 +10,7 @@ import errno
 import os
 import shutil
 import socket
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
 LOG, PLOT, SAMPLE, LOCK = "log.jsonl", "loss.png", "sample.txt", ".lock"
+SIGNING = 1.0  # seconds in which the holder of a lock has written which process it is
 RUNS = Path("runs")
 
 # Errors of a file system that has no locks.
@@ -80,12 +82,15 @@ class RunFolder:
         self._lock = lock
 
     def _holder(self) -> str:
-        """Which process holds the lock, as it wrote into the file of the lock."""
-        try:
-            text = read_regular(self.path / LOCK, "out", 1000).decode("utf-8", "replace")
-        except InputError:
-            text = ""
-        return " ".join(text.split()) or "another process"
+        """Which process holds the lock, as it writes into the file of the lock once it holds it."""
+        give_up = time.monotonic() + SIGNING
+        while time.monotonic() < give_up:
+            with suppress(InputError):
+                text = read_regular(self.path / LOCK, "out", 1000).decode("utf-8", "replace")
+                if text.endswith("\n"):
+                    return " ".join(text.split())
+            time.sleep(0.01)
+        return "another process"
 
     def release(self) -> None:
         """Lets other processes write to the folder."""

@@ -8,7 +8,8 @@ only then deletes the old one. If it is killed, one of these folders may remain 
 
 The lock is `.NAME.lock`, which remains after a kill too, unlocked.
 
-A reader uses the folder that `present` returns, and renames nothing. The next `commit` to NAME cleans up.
+A reader uses the folder that `present` returns, and renames nothing; `undisturbed` lets it read again where
+the folder is replaced meanwhile. The next `commit` to NAME cleans up.
 """
 
 from __future__ import annotations
@@ -20,15 +21,18 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock, Timeout
 
-from gpt.errors import InputError, cannot_write
+from gpt.errors import InputError, ReportedError, cannot_write
 from gpt.files import user_path
 from gpt.weights.hashes import SUMS, list_folder, listed_files, write_sums
 
 PATIENCE = 60.0  # seconds to wait for another process that saves to the same folder
+REPEATS = 20  # of a reader whose folder is replaced
 _UNFINISHED, _REPLACED = ".unfinished-", ".replaced-"
+Content = TypeVar("Content")
 _LEFTOVER = re.compile(r"\.(?:unfinished|replaced)-(.+)|\.(.+)\.lock", re.DOTALL)
 
 
@@ -46,6 +50,33 @@ def present(path: Path, where: str) -> Path | None:
         )
         return aside
     return path if os.path.lexists(path) else None
+
+
+def undisturbed(path: str | os.PathLike[str], read: Callable[[], Content]) -> Content:
+    """What read() returns, read again where a save has replaced the folder `path` meanwhile.
+
+    Without this, a reader could meet files of two saves, or none between two renames.
+    """
+    for _ in range(REPEATS):
+        before = _identity(path)
+        try:
+            content = read()
+        except ReportedError:
+            if _identity(path) == before:
+                raise
+        else:
+            if _identity(path) == before:
+                return content
+    return read()
+
+
+def _identity(path: str | os.PathLike[str]) -> tuple[int, ...] | None:
+    """What tells a folder from the one that replaces it; None if there is none."""
+    try:
+        status = os.stat(os.path.expanduser(path))
+    except (OSError, ValueError):
+        return None
+    return status.st_dev, status.st_ino, status.st_ctime_ns  # a rename changes the last one
 
 
 def interrupted(folder: Path) -> list[Path]:

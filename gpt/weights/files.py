@@ -15,6 +15,7 @@ import torch
 
 from gpt.errors import InputError, first_line
 from gpt.files import PATIENCE, open_regular, read_json, user_path, within
+from gpt.memory import exhausted
 from gpt.weights.archives import check_archive
 from gpt.weights.checkpoint import CONFIG, FOLDER, MODEL, OPTIMIZER, STATE
 from gpt.weights.commit import present
@@ -167,6 +168,8 @@ def _read_torch(path: Path, size: int) -> Weights:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged pickle can raise anything
+        if exhausted(error) is not None:
+            raise
         raise InputError(
             f"from_pretrained: {path} is damaged ({type(error).__name__}: {first_line(error)})"
         ) from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from gpt.files import read_json
 from gpt.model import GPT
 from gpt.names import BOOK, HUGGING_FACE, NANOGPT, Layout
 from gpt.weights.checkpoint import CONFIG, find_checkpoint, load_checkpoint_tokenizer, load_model
+from gpt.weights.commit import undisturbed
 from gpt.weights.files import Weights, is_own, locate, read_weights, weights_file
 from gpt.weights.hashes import verify_listed
 from gpt.weights.huggingface import read_characters
@@ -77,14 +79,18 @@ def load_pretrained(
             has no known layout; or a config is missing or contradicts the file.
         NonFiniteError: A weight is infinite or NaN.
     """
-    path = locate(source)
-    if is_own(path):
-        if config is not None:
-            raise InputError(f"from_pretrained: {path} states its config itself, expected no config")
-        return load_model(path, device=device, use_triton=use_triton)
-    file = _recognise(read_weights(weights_file(path)))
-    check_finite(file.tensors, file.weights.path)
-    return _build(file, _config(file, config), device, use_triton)
+
+    def read() -> GPT:
+        path = locate(source)
+        if is_own(path):
+            if config is not None:
+                raise InputError(f"from_pretrained: {path} states its config itself, expected no config")
+            return load_model(path, device=device, use_triton=use_triton)
+        file = _recognise(read_weights(weights_file(path)))
+        check_finite(file.tensors, file.weights.path)
+        return _build(file, _config(file, config), device, use_triton)
+
+    return undisturbed(source, read)
 
 
 def load_pretrained_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
@@ -93,7 +99,11 @@ def load_pretrained_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
     Raises:
         InputError: There is none, or it is of a kind that `gpt.data.tokenizers` does not support.
     """
-    path = locate(source)
+    return undisturbed(source, lambda: _read_tokenizer(locate(source)))
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer beside the model at `path`."""
     if is_own(path):
         return load_checkpoint_tokenizer(find_checkpoint(path))
     folder = path if os.path.isdir(path) else path.parent

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gpt.errors import InputError, NonFiniteError, first_line
 from gpt.files import open_regular
+from gpt.memory import exhausted
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # dtypes of parameters
 _CHUNK = 1 << 20  # elements
@@ -30,6 +31,8 @@ def read_tensors(path: Path, where: str = "checkpoint") -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        if exhausted(error) is not None:
+            raise
         raise InputError(f"{where}: cannot read {path}: {first_line(error)}") from error
     check_names(tensors, path, where)
     return tensors

@@ -194,3 +194,28 @@ def test_a_process_with_a_limit(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr.count("\n")) == (5, 1), done.stderr[-500:]
     assert done.stderr.startswith("gpt.sample: memory is exhausted: ")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
+def test_a_file_that_does_not_fit_is_not_damaged(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exhausted memory that is reported as a damaged file, with the exit code of bad input."""
+    save_model(GPT(SMALL), tmp_path / "model", CharTokenizer("theca \n"))
+    source = tmp_path / "model"
+    if name == "model.pt":
+        source = tmp_path / name
+        torch.save(GPT(SMALL).state_dict(), source)
+
+    def no_memory(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("unable to mmap 13418848 bytes from file <x>: Cannot allocate memory (12)")
+
+    monkeypatch.setattr("safetensors.torch.load_file", no_memory)
+    monkeypatch.setattr("torch.load", no_memory)
+
+    def load(_: Sequence[str]) -> int:
+        GPT.from_pretrained(source, config={"n_head": SMALL.n_head} if name == "model.pt" else None)
+        return 0
+
+    assert run_command("load", load, []) == 5
+    assert "memory is exhausted" in capsys.readouterr().err

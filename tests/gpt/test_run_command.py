@@ -18,7 +18,6 @@ from gpt import InputError
 from gpt.cli import LONGEST_LINE, run_command
 from gpt.errors import MachineError, NonFiniteError
 from gpt.interrupts import exit_on_interrupt, keyboard_interrupts
-from gpt.training.trainer import _stop_signals
 
 ROOT = Path(__file__).parents[2]
 # Becomes the command in its arguments, which does not ignore Ctrl-C, also where the tests run with `&`.
@@ -208,20 +207,3 @@ def test_an_ignored_ctrl_c_stays_ignored() -> None:
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@POSIX
-@pytest.mark.parametrize(
-    ("number", "ending", "message"),
-    [(signal.SIGINT, KeyboardInterrupt, ""), (signal.SIGTERM, SystemExit, "143")],
-)
-def test_a_second_signal_ends_a_run(
-    number: signal.Signals, ending: type[BaseException], message: str
-) -> None:
-    """A run that a second SIGTERM ends with the exit code of Ctrl-C."""
-    with _stop_signals() as received:
-        signal.raise_signal(signal.SIGTERM)
-        assert received == [signal.SIGTERM]
-        with pytest.raises(ending) as caught:
-            signal.raise_signal(number)
-    assert str(caught.value) == message

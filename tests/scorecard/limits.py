@@ -205,7 +205,7 @@ def _run(module: ModuleType, argv: list[str]) -> tuple[int, str]:
 
 
 def _out_of_memory(trials: int, seed: int, folder: Path) -> Outcome:
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     config = GPTConfig(vocab_size=10_000, block_size=16, n_layer=1, n_head=1, n_embd=256)
     checkpoint.save_model(GPT(config, device="cpu"), folder / "model", CharTokenizer.train(TEXT))

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,19 @@ def test_a_killed_process_frees_the_lock(text: str, tmp_path: Path, capsys: Any)
         assert contents(out) == before
         holder.send_signal(signal.SIGKILL)
     assert train.main(["--out", str(out), "--resume", "--max_steps", "2"]) == 0
+
+
+def test_a_holder_may_sign_late(tmp_path: Path) -> None:
+    """A message without a process, in the moment between taking the lock and writing which process has it."""
+    first, second = RunFolder(tmp_path), RunFolder(tmp_path)
+    first.lock()
+    (tmp_path / LOCK).write_text("proc")
+    writing = threading.Timer(0.2, (tmp_path / LOCK).write_text, ["process 12 on there\n"])
+    writing.start()
+    with pytest.raises(InputError, match="is in use by process 12 on there, expected"):
+        second.lock()
+    writing.join()
+    first.release()
 
 
 def test_a_number_belongs_to_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

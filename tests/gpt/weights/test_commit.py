@@ -19,7 +19,7 @@ from filelock import FileLock
 
 from gpt.errors import InputError, MachineError, ReportedError
 from gpt.weights import commit as commits
-from gpt.weights.commit import commit, discard, interrupted, present, recover, replaceable
+from gpt.weights.commit import commit, discard, interrupted, present, recover, replaceable, undisturbed
 from gpt.weights.hashes import verify
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="os.fork and links are POSIX's")
@@ -228,3 +228,37 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
         commit(replaceable(tmp_path / "link", "test"), writer(text))
     assert (tmp_path / "link").is_symlink()
     assert content(tmp_path / "disk/model") == "new"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_reader_beside_a_save_reads_one_save(fails: bool, tmp_path: Path) -> None:
+    """A reader that meets files of two saves, or none between two renames."""
+    target = tmp_path / "model"
+    commit(target, writer("1"))
+    reads: list[str] = []
+
+    def read() -> str:
+        first = (target / "a").read_text()
+        reads.append(first)
+        if len(reads) < 3:
+            commit(target, writer(str(len(reads) + 1)))
+            if fails:
+                raise InputError("the weights are damaged")
+        return first + (target / "b").read_text()
+
+    assert undisturbed(target, read) == "33"
+    assert reads == ["1", "2", "3"]
+
+
+def test_damage_is_read_once(tmp_path: Path) -> None:
+    """A damaged folder that nobody replaces, and that is read again and again."""
+    commit(tmp_path / "model", writer("1"))
+    reads = []
+
+    def read() -> None:
+        reads.append(1)
+        raise InputError("the weights are damaged")
+
+    with pytest.raises(InputError, match="damaged"):
+        undisturbed(tmp_path / "model", read)
+    assert len(reads) == 1
