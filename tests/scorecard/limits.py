@@ -399,8 +399,8 @@ ROWS: tuple[Row, ...] = (
         "a command without enough memory ends with exit code 5 and one line, or is refused with the bytes "
         "needed and free; its checkpoints stay intact",
         _out_of_memory,
-        trials=60,
-        small=6,
+        trials=40,
+        small=3,
         long=1000,
     ),
     Row(

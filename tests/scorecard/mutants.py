@@ -379,7 +379,7 @@ KINDS = (
         build=_build_third_party,
         load=_load_third_party,
         judge=refused_or_finite,
-        small=24,
+        small=12,
         trials=200,
         long=2000,
     ),

@@ -251,7 +251,6 @@ def _faults(folder: Path) -> tuple[Fault, ...]:
     other.write_text(TEXT[100:], encoding="utf-8")
     CharTokenizer.train(TEXT + "\u3042").save(folder / "tokenizer")
     return (
-        Fault("none", code=0),
         Fault("another learning rate", ("--learning_rate", "0.5"), word="learning_rate"),
         Fault("one rank is killed", patch=_killed, code=None, resumes=True),
         Fault("other data", ("--data", str(other)), word="text"),
@@ -262,6 +261,7 @@ def _faults(folder: Path) -> tuple[Fault, ...]:
         Fault("SIGTERM to one rank", patch=_terminated, code=143, resumes=True),
         Fault("another size", ("--n_embd", "32"), word="n_embd"),
         Fault("more steps", ("--max_steps", "9"), word="max_steps"),
+        Fault("none", code=0),
     )
 
 
@@ -387,7 +387,7 @@ ROWS: tuple[Row, ...] = (
         "threads that swap backends, explain, run models or generate get what each would get alone",
         _threads,
         trials=60,
-        small=8,
+        small=4,
         long=1000,
     ),
     Row(
@@ -396,7 +396,7 @@ ROWS: tuple[Row, ...] = (
         "reason; checkpoints stay valid, and a resume equals a clean run",
         _torchrun,
         trials=11,
-        small=2,
+        small=1,
         long=110,
     ),
 )
