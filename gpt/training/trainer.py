@@ -409,15 +409,14 @@ class Trainer:
 
     def _save_finite(self, folder: RunFolder, state: Mapping[str, Any]) -> Path:
         """Saves a checkpoint, unless weights, optimizer or the loss after the last step are not finite."""
-        tensors = self._step.tensors()
         try:
-            check_finite(dict(self.model.named_parameters()), "the model")
-            check_finite(tensors, "the optimizer")
             if not math.isfinite(loss := self._loss_now()):
+                # If a weight is the reason, the message names it.
+                check_finite(dict(self.model.named_parameters()), "the model")
                 raise NonFiniteError(f"the loss after the step is {loss}")
+            return folder.save(self.model, self.data.tokenizer, self._step.tensors(), state)
         except NonFiniteError as error:
             raise NonFiniteError(f"step {self.step}: {error}; not saved{self._kept(self.step)}") from error
-        return folder.save(self.model, self.data.tokenizer, tensors, state)
 
     def _loss_now(self) -> float:
         """The loss of one validation batch."""
