@@ -425,7 +425,7 @@ ROWS: tuple[Row, ...] = (
         "the checks kill at least 90% of the mutants of kernels and references",
         run,
         trials=30,
-        small=4,
+        small=2,
         long=1500,
     ),
 )
