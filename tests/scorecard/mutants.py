@@ -74,8 +74,8 @@ def _run(kind: Kind, trials: int, seed: int, folder: Path) -> Outcome:
         rng = random_of(kind.name, seed, number)
         path = rng.choice(sorted(p for p in _copied(original, victim).rglob("*") if p.is_file()))
         size, name = path.stat().st_size, path.relative_to(victim)
-        twin = other / name
-        how = damage(path, rng, twin if twin.is_file() else None)
+        counterpart = other / name
+        how = damage(path, rng, counterpart if counterpart.is_file() else None)
         say(f"{name} {how}")
         kind.judge(answer(lambda: kind.load(victim)), expected)
         return size
@@ -198,8 +198,8 @@ def _run_run(kind: Kind, trials: int, seed: int, folder: Path) -> Outcome:
         rng = random_of(kind.name, seed, number)
         files = [p for p in _copied(original, victim).rglob("*") if p.is_file()]
         path = rng.choice(sorted(p for p in files if p.name == LOG or checkpoint.FOLDER in p.parts))
-        size, twin = path.stat().st_size, other / path.relative_to(victim)
-        how = damage(path, rng, twin if twin.is_file() else None)
+        size, counterpart = path.stat().st_size, other / path.relative_to(victim)
+        how = damage(path, rng, counterpart if counterpart.is_file() else None)
         say(f"{path.relative_to(victim)} {how}")
         _judge_run(answer(lambda: _load_run(victim)), expected)
         return size
@@ -379,7 +379,7 @@ KINDS = (
         build=_build_third_party,
         load=_load_third_party,
         judge=refused_or_finite,
-        small=24,
+        small=12,
         trials=200,
         long=2000,
     ),

