@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
-from gpt.errors import InputError, MachineError, ReportedError, system_error, unknown
+from gpt.errors import InputError, MachineError, ReportedError, shown, system_error, unknown
 from gpt.files import read_regular, user_path
 from gpt.interrupts import INTERRUPTED, keyboard_interrupts
 from gpt.memory import exhausted
@@ -142,7 +142,7 @@ class OptionParser(argparse.ArgumentParser):
             if table not in values:
                 raise unknown(f"{where}: table", table, tables)
             if not isinstance(entries, dict):
-                raise InputError(f"{where}: {table} is {_shown(entries)}, expected a table [{table}]")
+                raise InputError(f"{where}: {table} is {shown(entries)}, expected a table [{table}]")
             for name, value in entries.items():
                 if name not in self._types[table]:
                     raise unknown(f"{where}: [{table}] key", name, self._types[table])
@@ -261,7 +261,7 @@ def convert(where: str, expected: Any, value: Any) -> Any:
             return _parse(option, value)
         except ValueError:
             continue
-    raise InputError(f"{where} is {_shown(value)}, expected {describe(expected)}")
+    raise InputError(f"{where} is {shown(value)}, expected {describe(expected)}")
 
 
 def describe(expected: Any) -> str:
@@ -282,14 +282,6 @@ def show(value: Any) -> str:
     if isinstance(value, tuple):
         return " ".join(map(show, value))
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
-
-
-def _shown(value: Any) -> str:
-    """A flag's text or a TOML value in a message; Python cannot print deep nesting and very long integers."""
-    try:
-        return repr(value)
-    except (ValueError, RecursionError):
-        return f"a {type(value).__name__} that is too long to print"
 
 
 def _is_union(expected: Any) -> bool:

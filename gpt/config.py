@@ -12,7 +12,7 @@ from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from gpt.cli import option
-from gpt.errors import InputError, unknown
+from gpt.errors import InputError, shown, unknown
 from gpt.names import translate_fields
 
 LARGEST_SIZE = 2**31 - 1
@@ -280,7 +280,7 @@ def _check(config: GPTConfig | TrainConfig) -> None:
         value, types = getattr(config, f.name), get_args(hints[f.name]) or (hints[f.name],)
         if value is None and NoneType in types:
             continue
-        wrong = f"{type(config).__name__}: {f.name} is {value!r}, expected"
+        wrong = f"{type(config).__name__}: {f.name} is {shown(value)}, expected"
 
         accepted = (*types, int) if float in types else types
         if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in types):

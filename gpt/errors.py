@@ -25,6 +25,7 @@ _USERS_FAULT = {
     errno.EPERM,
     errno.EROFS,
 }
+LONGEST_VALUE = 200  # characters of a value in a message
 
 
 class ReportedError(Exception):
@@ -50,6 +51,15 @@ class MachineError(ReportedError, RuntimeError):
     """The machine cannot go on: its disk is full, a file system fails, memory is exhausted."""
 
     exit_code = 5
+
+
+def shown(value: object) -> str:
+    """A value in a message. Python cannot print deep nesting and very long integers; long texts are cut."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"a {type(value).__name__} that is too long to print"
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]} ..."
 
 
 def unknown(where: str, name: object, valid: Iterable[str]) -> InputError:

@@ -114,7 +114,7 @@ def test_code_runs(document: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def flags_of(command: str) -> frozenset[str]:
     """The flags in a command's help."""
     output = io.StringIO()
-    module = "bench.__main__" if command == "bench" else command
+    module = f"{command}.__main__" if command in ("bench", "tests.scorecard") else command
     loaded = sys.modules.pop(module, None)  # otherwise runpy warns that the module is loaded already
     argv, sys.argv = sys.argv, [command, "--help"]
     try:
@@ -128,8 +128,8 @@ def flags_of(command: str) -> frozenset[str]:
 
 
 def commands(document: str) -> list[tuple[str, str]]:
-    """(module, arguments) of each `python -m gpt.…` and `python -m bench.…` in a document."""
-    return re.findall(r"-m ((?:gpt\.|bench\b)[.\w]*)([^`#\n]*)", text(document))
+    """(module, arguments) of each command of gpt, bench and tests.scorecard in a document."""
+    return re.findall(r"-m ((?:gpt\.|bench\b|tests\.scorecard\b)[.\w]*)([^`#\n]*)", text(document))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

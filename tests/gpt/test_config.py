@@ -270,3 +270,11 @@ def test_every_field_has_a_help_text(cls: type[GPTConfig] | type[TrainConfig]) -
         assert field.metadata["help"]
     with pytest.raises(dataclasses.FrozenInstanceError):
         cls().seed = 1  # type: ignore[misc, union-attr]
+
+
+def test_a_long_value_is_cut_in_the_message() -> None:
+    """A message of thousands of characters, because a field was given a list."""
+    with pytest.raises(InputError) as caught:
+        GPTConfig(n_layer=[0] * 10_000)  # type: ignore[arg-type]
+    assert len(str(caught.value)) < 400
+    assert str(caught.value).endswith("..., expected int")

@@ -148,7 +148,18 @@ def stays_inside(launchers: Any) -> None:
 
 def _agrees_where_tiles_are_skipped(launchers: Any) -> None:
     q, k, v = torch.randn(3, 1, 1, 96, 16)
-    start = torch.where(torch.arange(96) < 64, 0, 64).to(torch.int32)[None]
+    _agrees_with_starts(q, k, v, torch.where(torch.arange(96) < 64, 0, 64).to(torch.int32)[None])
+
+
+def _agrees_where_one_batch_sees_keys(launchers: Any) -> None:
+    """Only the last of three sequences sees any key, so each must read the bounds of its own tiles."""
+    q, k, v = torch.randn(3, 3, 1, 70, 16)
+    start = torch.zeros(3, 70, dtype=torch.int32)
+    start[:2] = 70
+    _agrees_with_starts(q, k, v, start)
+
+
+def _agrees_with_starts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: torch.Tensor) -> None:
     inputs = {"q": q, "k": k, "v": v, "key_start": start}
     with kernels.use_backend("triton"):
         results = run_case(kernels.causal_attention, inputs, ("q", "k", "v"))
@@ -176,6 +187,7 @@ CHECKS: dict[str, Check] = {
     "large logits": _agrees("1 1 1 40 40 16", scale=30.0),
     "strided gradients": _takes_strided_gradients,
     "skipped tiles": _agrees_where_tiles_are_skipped,
+    "one batch sees keys": _agrees_where_one_batch_sees_keys,
     "16 bits": _half_precision_agrees,
     "decoding": _decoding_agrees,
     "guard pages": stays_inside,

@@ -107,6 +107,11 @@ MUTANTS: dict[str, Mutation] = {
     "dQ sees the future": ("backward", "s = tl.where(visible, s,", "_ = tl.where(visible, s,"),
     "dK sees the future": ("backward", "st = tl.where(visible, st,", "_ = tl.where(visible, st,"),
     # ranges
+    "dK, dV read the bounds of another sequence's tiles": (
+        "backward",
+        "first_ptr += pid_b * num_rows",
+        "first_ptr += pid_b",
+    ),
     "a masked tile counts as full": ("forward", "(first + 1) // BLOCK_N", "(first + BLOCK_N) // BLOCK_N"),
     "the last tile of keys is skipped": (
         "forward",
