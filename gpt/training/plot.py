@@ -26,7 +26,10 @@ def plot_log(log: Path, image: Path) -> None:
             axes.plot(*zip(*points, strict=True), label=key.replace("_", " "), **style)
     if records and (bigram := records[-1].get("bigram_loss")) is not None:
         axes.axhline(bigram, linestyle="--", color="gray", linewidth=1, label="bigram baseline")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=image.resolve().parent.name)
+    # A folder's name may have bytes that are not text, and a $ is not the beginning of a formula.
+    name = image.resolve().parent.name.encode("utf-8", "backslashreplace").decode()
+    axes.set_title(name, parse_math=False)
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()

@@ -50,9 +50,9 @@ def locate(source: str | os.PathLike[str]) -> Path:
         return existing
     name = os.fspath(source)
     first, slash, _ = name.partition("/")
-    is_here = bool(slash) and os.path.isdir(first)
+    is_here = bool(slash) and os.path.lexists(first)
     if not isinstance(source, str) or is_here or name.endswith(SUFFIXES) or not HUB_NAME.fullmatch(name):
-        place = f" in the folder {first}" if is_here else ""
+        place = f" in {first}" if is_here else ""
         raise InputError(
             f"from_pretrained: {path} does not exist{place}, expected a file, a folder or the name of a "
             "model on the hub"

@@ -105,3 +105,14 @@ def test_a_run_resumes_with_a_damaged_log(data: TokenData, tmp_path: Path) -> No
     assert replace(resumed, checkpoint=None) == replace(straight, checkpoint=None)
     steps = [record["step"] for record in without_times(read_log(tmp_path / "run"))]
     assert steps == [1, 2, 3, 5, 6, 7, 8]  # the final record of the shorter run is dropped
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere, names of files are text")
+@pytest.mark.parametrize("name", ["bytes-\udcff", r"a$\frac$b"])
+def test_any_folder_has_a_loss_curve(name: str, tmp_path: Path) -> None:
+    """A name that a font cannot draw, or that is taken for a formula, and ends the run in a traceback."""
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "log.jsonl").write_text('{"step": 1, "train_loss": 2.0}\n{"step": 2, "train_loss": 1.5}\n')
+    plot_log(folder / "log.jsonl", folder / "loss.png")
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
