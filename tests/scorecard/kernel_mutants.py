@@ -98,6 +98,11 @@ class Mutant:
         """A name that stays when lines above it come or go."""
         return f"{self.file}: {self.change}"
 
+    @property
+    def equivalent(self) -> bool:
+        """Whether EQUIVALENT has this mutant, or every mutant of its line."""
+        return any(self.key == key or self.key.startswith(f"{key} | ") for key in EQUIVALENT)
+
 
 def mutants() -> list[Mutant]:
     """Every mutant, in the order of the files."""
@@ -383,7 +388,8 @@ def run(trials: int, seed: int, folder: Path) -> Outcome:
     survivors = [f.removesuffix(f": {SURVIVES}") for f in outcome.failures if f.endswith(f": {SURVIVES}")]
     share = 1 - len(survivors) / max(1, len(chosen))
     outcome.worst = f"{share:.1%} of {len(chosen)} killed"
-    outcome.note = f"of {len(everything)}; {len(EQUIVALENT)} equivalent ones are left out"
+    equivalent = sum(mutant.equivalent for mutant in everything)
+    outcome.note = f"of {len(everything)}; {equivalent} equivalent ones are left out"
     places = [survivor.partition(", ")[2].split(" ")[0] for survivor in survivors]  # file:line
     outcome.note += f"; these survive: {', '.join(places)}" if places else ""
     outcome.failures = survivors if share < KILLED else []
@@ -396,7 +402,7 @@ def sample(everything: list[Mutant], count: int, seed: int) -> list[Mutant]:
     def place(mutant: Mutant) -> bytes:
         return hashlib.sha256(f"{seed} {mutant.key} {mutant.line}".encode()).digest()
 
-    return sorted((mutant for mutant in everything if mutant.key not in EQUIVALENT), key=place)[:count]
+    return sorted((mutant for mutant in everything if not mutant.equivalent), key=place)[:count]
 
 
 def _warm() -> None:
