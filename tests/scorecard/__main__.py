@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     interrupted = False
     try:
         for row in rows:
-            if arguments.only is None or row.name in arguments.only:
+            if any(fnmatch(row.name, pattern) for pattern in arguments.only or ("*",)):
                 done.append(_run(row, arguments))
     except KeyboardInterrupt:
         interrupted = True
@@ -126,12 +127,15 @@ def describe() -> dict[str, Any]:
 def _parse(rows: Sequence[Row], argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser("python -m tests.scorecard", description=__doc__, allow_abbrev=False)
     parser.add_argument("--trials", type=_positive, help="attacks of each row (default: its own number)")
-    parser.add_argument("--only", nargs="+", metavar="NAME", choices=[row.name for row in rows], help="rows")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="rows, also by pattern: 'kill-*'")
     parser.add_argument("--long", action="store_true", help="attack every call, and more often at random")
     parser.add_argument("--seed", type=int, default=0, help="of the random attacks")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write a report with every failure")
     parser.add_argument("--list", action="store_true", help="print the rows and what they promise")
     arguments = parser.parse_args(argv)
+    for pattern in arguments.only or ():
+        if not any(fnmatch(row.name, pattern) for row in rows):
+            parser.error(f"--only: no row is called {pattern!r} (--list prints the rows)")
     if arguments.json and not arguments.json.absolute().parent.is_dir():
         parser.error(f"--json: {arguments.json.parent} is not a folder")
     return arguments

@@ -130,6 +130,15 @@ def test_the_report_has_every_failure(rows: list[Row], tmp_path: Path, capsys: o
     assert entry["command"] == "python -m tests.scorecard --only bad --trials 3 --seed 4"
 
 
+def test_rows_can_be_named_by_pattern(rows: list[Row], capsys: pytest.CaptureFixture[str]) -> None:
+    """A command of the README that runs other rows than it names."""
+    assert scorecard.main(["--only", "g*", "abs?nt"]) == 0
+    printed = capsys.readouterr().out
+    assert "good" in printed
+    assert "absent" in printed
+    assert "bad" not in printed
+
+
 def test_ctrl_c_shows_what_was_done(rows: list[Row], capsys: pytest.CaptureFixture[str]) -> None:
     """Minutes of results that Ctrl-C throws away."""
     rows.insert(1, row("endless", KeyboardInterrupt()))
