@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatch
@@ -155,7 +157,8 @@ def _run(row: Row, arguments: argparse.Namespace) -> Done:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="scorecard-", ignore_cleanup_errors=True) as folder:
         try:
-            outcome = row.run(trials, arguments.seed, Path(folder).resolve())
+            with redirect_stdout(io.StringIO()):  # of the small runs that a row prepares
+                outcome = row.run(trials, arguments.seed, Path(folder).resolve())
         except Exception:
             outcome = Outcome(failures=[f"the row itself failed: {traceback.format_exc()}"])
     seconds = time.perf_counter() - started
