@@ -25,7 +25,7 @@ _USERS_FAULT = {
     errno.EPERM,
     errno.EROFS,
 }
-LONGEST_VALUE = 200  # characters of a value in a message
+LONGEST_VALUE, LONGEST_REASON = 200, 500  # characters of a value and of a library's reason in a message
 
 
 class ReportedError(Exception):
@@ -90,6 +90,7 @@ def _kind(error: OSError) -> type[InputError] | type[MachineError]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message; the name of its type if the message is empty."""
+    """The first line of an exception's message, cut if it is long; the name of its type if it is empty."""
     lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
+    line = lines[0].strip() if lines else type(error).__name__
+    return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]} ..."

@@ -5,15 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gpt.cli import USE_TRITON, OptionParser, device_option, option, run_command, use_triton_option
 from gpt.data.dataset import DataConfig, TokenData
-from gpt.device import autocast_dtype, check_weights, pick_device
+from gpt.data.tokenizers import Tokenizer
+from gpt.device import autocast_dtype, pick_device
 from gpt.errors import InputError
+from gpt.model import GPT
 from gpt.training.evaluation import evaluate
-from gpt.weights.checkpoint import find_checkpoint
-from gpt.weights.files import is_own, locate, weights_size
-from gpt.weights.pretrained import load_pretrained, load_pretrained_tokenizer
+from gpt.weights.pretrained import from_checkpoint, load_pretrained, load_pretrained_tokenizer
+
+if TYPE_CHECKING:
+    from gpt.data.token_files import Ids
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,14 @@ def _eval(argv: Sequence[str]) -> int:
 
     device = pick_device(config.device)
     dtype = autocast_dtype(config.dtype, device)
-    source = locate(config.checkpoint)
-    source = find_checkpoint(source) if is_own(source) else source
-    check_weights("--checkpoint", weights_size(source), device)
-    tokenizer = load_pretrained_tokenizer(source)
-    ids = TokenData.load(DataConfig(data=config.data), tokenizer).all_tokens()
-    model = load_pretrained(source, device=device, use_triton=USE_TRITON[config.use_triton]).eval()
+    use_triton = USE_TRITON[config.use_triton]
+
+    def load(path: Path) -> tuple[Tokenizer, Ids, GPT]:
+        tokenizer = load_pretrained_tokenizer(path)
+        ids = TokenData.load(DataConfig(data=config.data), tokenizer).all_tokens()
+        return tokenizer, ids, load_pretrained(path, device=device, use_triton=use_triton).eval()
+
+    tokenizer, ids, model = from_checkpoint(config.checkpoint, device, load)
 
     evaluation = evaluate(
         model, ids, tokenizer, stride=config.stride, batch_size=config.batch_size, dtype=dtype

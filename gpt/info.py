@@ -17,7 +17,7 @@ from gpt.files import read_json, user_path
 from gpt.step_time import DISPATCH_SECONDS, GAP_SECONDS, LAUNCH_SECONDS, Prediction, predict
 from gpt.training.capture import TOKENS
 from gpt.weights import checkpoint
-from gpt.weights.commit import present
+from gpt.weights.commit import present, undisturbed
 
 MIB = 2**20
 
@@ -57,7 +57,8 @@ def _info(argv: Sequence[str]) -> int:
 def _config(target: str) -> GPTConfig:
     path = user_path(target, "PRESET|DIR")
     if os.path.isdir(present(path, "PRESET|DIR") or path):
-        return GPTConfig.from_dict(read_json(checkpoint.find_checkpoint(path) / checkpoint.CONFIG))
+        content = undisturbed(path, lambda: read_json(checkpoint.find_checkpoint(path) / checkpoint.CONFIG))
+        return GPTConfig.from_dict(content)
     if path.is_absolute() or len(path.parts) > 1:
         raise InputError(f"PRESET|DIR: {target} is not a folder, expected a run, a checkpoint or a preset")
     return GPTConfig.preset(target)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from gpt.errors import InputError, unknown
+from gpt.errors import InputError, shown, unknown
 
 
 @dataclass(frozen=True)
@@ -124,14 +124,14 @@ def translate_fields(d: Mapping[str, Any], own: Collection[str]) -> dict[str, An
             if value != package.fixed[key]:
                 expected = package.fixed[key]
                 raise InputError(
-                    f"GPTConfig: {key} is {value!r}, expected {expected!r} (this GPT has nothing else)"
+                    f"GPTConfig: {key} is {shown(value)}, expected {expected!r} (this GPT has nothing else)"
                 )
             continue
         name = package.aliases.get(key, key)
         value = package.spellings.get(value, value) if isinstance(value, str) else value
         if name in values and values[name] != value:
             raise InputError(
-                f"GPTConfig: {key} is {value!r}, expected {values[name]!r} as {source[name]} "
+                f"GPTConfig: {key} is {shown(value)}, expected {shown(values[name])} as {source[name]} "
                 f"(both mean {name})"
             )
         values[name], source[name] = value, key

@@ -5,19 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from gpt.cli import USE_TRITON, OptionParser, device_option, option, run_command, use_triton_option
 from gpt.data.text_stream import Stopped, TextStream
 from gpt.data.tokenizers import Tokenizer, first_ids
-from gpt.device import check_weights, pick_device
+from gpt.device import pick_device
 from gpt.errors import InputError
 from gpt.files import read_limited, read_regular, user_path
 from gpt.model import GPT
-from gpt.weights.checkpoint import find_checkpoint
-from gpt.weights.files import is_own, locate, weights_size
-from gpt.weights.pretrained import load_pretrained, load_pretrained_tokenizer
+from gpt.weights.pretrained import from_checkpoint, load_pretrained, load_pretrained_tokenizer
 
 PROMPT_LIMIT = 1 << 24  # bytes
 
@@ -61,12 +60,14 @@ def _sample(argv: Sequence[str]) -> int:
     _check(config)
 
     device = pick_device(config.device)
-    source = locate(config.checkpoint)
-    source = find_checkpoint(source) if is_own(source) else source
-    check_weights("--checkpoint", weights_size(source), device)
-    tokenizer = load_pretrained_tokenizer(source)
-    ids = tokenizer.encode(prompt) if prompt else first_ids(tokenizer)
-    model = load_pretrained(source, device=device, use_triton=USE_TRITON[config.use_triton]).eval()
+    use_triton = USE_TRITON[config.use_triton]
+
+    def load(path: Path) -> tuple[Tokenizer, list[int], GPT]:
+        tokenizer = load_pretrained_tokenizer(path)
+        ids = tokenizer.encode(prompt) if prompt else first_ids(tokenizer)
+        return tokenizer, ids, load_pretrained(path, device=device, use_triton=use_triton).eval()
+
+    tokenizer, ids, model = from_checkpoint(config.checkpoint, device, load)
 
     generator = torch.Generator(device).manual_seed(config.seed)
     for number in range(config.num_samples):

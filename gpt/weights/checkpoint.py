@@ -86,9 +86,7 @@ def save_checkpoint(
         write_json(folder / STATE, state, indent=1)
 
     commit(target, write)
-    for old in [path for path in list_checkpoints(out) if path != target][: -(KEPT - 1)]:
-        with suppress(OSError):
-            discard(old)
+    _tidy(out, target)
     return target
 
 
@@ -184,16 +182,27 @@ def find_checkpoint(directory: str | os.PathLike[str], names: Collection[str] | 
 
 
 def clean(out: Path, step: int) -> None:
-    """Prepares a run's folder to continue from `step`. No whole checkpoint is deleted.
+    """Prepares a run's folder to continue from `step`.
 
-    Puts back or removes what interrupted saves left, and renames later checkpoints: damaged ones to
-    step-N.damaged, valid ones to step-N.superseded, with a number where that name is taken.
+    Puts back or removes what interrupted saves left, renames later checkpoints (damaged ones to
+    step-N.damaged, valid ones to step-N.superseded, with a number where that name is taken), and removes
+    earlier ones that a killed save had yet to remove.
     """
     for path in interrupted(out / FOLDER):
         recover(path)
     for path in list_checkpoints(out):
         if step_of(path) > step:
             path.rename(_free_name(path, "superseded" if _problem(path) is None else "damaged"))
+    _tidy(out, out / FOLDER / f"step-{step}")
+
+
+def _tidy(out: Path, newest: Path) -> None:
+    """Removes what killed saves left, and all checkpoints but `newest` and the last others, KEPT in all."""
+    with suppress(OSError, ReportedError):
+        for path in interrupted(out / FOLDER):
+            recover(path)
+        for old in [path for path in list_checkpoints(out) if path != newest][: -(KEPT - 1)]:
+            discard(old)
 
 
 def _problem(folder: Path) -> ReportedError | None:

@@ -53,9 +53,10 @@ def present(path: Path, where: str) -> Path | None:
 
 
 def undisturbed(path: str | os.PathLike[str], read: Callable[[], Content]) -> Content:
-    """What read() returns, read again where a save has replaced the folder `path` meanwhile.
+    """What read() returns, read again where `path`, or a folder in it, was replaced or changed meanwhile.
 
-    Without this, a reader could meet files of two saves, or none between two renames.
+    Without this, a reader beside a process that saves could meet files of two saves, none between two
+    renames, or a checkpoint that the run removes because it has newer ones.
     """
     for _ in range(REPEATS):
         before = _identity(path)
@@ -70,13 +71,16 @@ def undisturbed(path: str | os.PathLike[str], read: Callable[[], Content]) -> Co
     return read()
 
 
-def _identity(path: str | os.PathLike[str]) -> tuple[int, ...] | None:
-    """What tells a folder from the one that replaces it; None if there is none."""
+def _identity(path: str | os.PathLike[str]) -> list[tuple[str, int, int]] | None:
+    """What tells a folder, and the folders in it, from those that replace them; None if there is none."""
     try:
-        status = os.stat(os.path.expanduser(path))
+        folder = os.path.expanduser(path)
+        with os.scandir(folder) as entries:
+            inner = {entry.name: entry.stat() for entry in entries if entry.is_dir()}
+        stats = sorted({"": os.stat(folder), **inner}.items())
     except (OSError, ValueError):
         return None
-    return status.st_dev, status.st_ino, status.st_ctime_ns  # a rename changes the last one
+    return [(name, status.st_ino, status.st_ctime_ns) for name, status in stats]  # a rename sets st_ctime
 
 
 def interrupted(folder: Path) -> list[Path]:

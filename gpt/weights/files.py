@@ -94,13 +94,16 @@ def weights_size(path: Path) -> int:
     """The bytes on disk of the weights in the file or folder `path`.
 
     Raises:
-        InputError: As `weights_file`.
+        InputError: As `weights_file`, or a file cannot be looked up.
     """
     file = weights_file(path)
-    if file.name.endswith(".index.json"):
-        suffix = Path(file.name.removesuffix(".index.json")).suffix
-        return sum(shard.stat().st_size for shard in file.parent.glob(f"*{suffix}"))
-    return file.stat().st_size
+    try:
+        if file.name.endswith(".index.json"):
+            suffix = Path(file.name.removesuffix(".index.json")).suffix
+            return sum(shard.stat().st_size for shard in file.parent.glob(f"*{suffix}"))
+        return file.stat().st_size
+    except OSError as error:
+        raise InputError(f"from_pretrained: cannot read {file}: {error.strerror}") from error
 
 
 def read_weights(path: Path) -> Weights:

@@ -7,26 +7,29 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from gpt.config import GPTConfig
 from gpt.data.tokenizers import FILE_NAME, Tokenizer, load_tokenizer
+from gpt.device import check_weights
 from gpt.errors import InputError
 from gpt.files import read_json
 from gpt.model import GPT
 from gpt.names import BOOK, HUGGING_FACE, NANOGPT, Layout
 from gpt.weights.checkpoint import CONFIG, find_checkpoint, load_checkpoint_tokenizer, load_model
 from gpt.weights.commit import undisturbed
-from gpt.weights.files import Weights, is_own, locate, read_weights, weights_file
+from gpt.weights.files import Weights, is_own, locate, read_weights, weights_file, weights_size
 from gpt.weights.hashes import verify_listed
 from gpt.weights.huggingface import read_characters
 from gpt.weights.tensors import FLOATS, check_finite
+
+Loaded = TypeVar("Loaded")
 
 # Prefixes of names, by torch.compile, by DistributedDataParallel, and by the module that holds the model.
 WRAPPERS = re.compile(r"(?:_orig_mod\.|module\.)*(?:transformer\.)?")
@@ -100,6 +103,25 @@ def load_pretrained_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
         InputError: There is none, or it is of a kind that `gpt.data.tokenizers` does not support.
     """
     return undisturbed(source, lambda: _read_tokenizer(locate(source)))
+
+
+def from_checkpoint(source: str, device: torch.device, load: Callable[[Path], Loaded]) -> Loaded:
+    """What load(path) returns for the model that --checkpoint names; of a run, path is one checkpoint.
+
+    `load` is called again where the run has removed that checkpoint meanwhile, because it has newer ones.
+
+    Raises:
+        InputError: There is no such model, or its weights do not fit into the free memory of `device`.
+        NonFiniteError: A weight is infinite or NaN.
+    """
+
+    def read() -> Loaded:
+        path = locate(source)
+        path = find_checkpoint(path) if is_own(path) else path
+        check_weights("--checkpoint", weights_size(path), device)
+        return load(path)
+
+    return undisturbed(source, read)
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:

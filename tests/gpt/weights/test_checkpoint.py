@@ -15,7 +15,7 @@ import torch
 
 from gpt import GPT, CharTokenizer, InputError
 from gpt.errors import MachineError
-from gpt.weights import checkpoint
+from gpt.weights import checkpoint, pretrained
 from gpt.weights.checkpoint import (
     find_checkpoint,
     load_checkpoint_tokenizer,
@@ -405,6 +405,45 @@ def test_leftovers_of_kills_are_cleaned(model: GPT, tmp_path: Path) -> None:
     assert names(tmp_path) == before
     checkpoint.clean(tmp_path, 2)
     assert names(tmp_path) == ["step-1", "step-2"]
+
+
+@pytest.mark.parametrize("next_start", ["save", "resume"])
+def test_what_a_killed_save_had_yet_to_remove(
+    next_start: str, model: GPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint too many, or hidden files, that stay for ever because a save was killed before its end."""
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_tidy", lambda *_: None)
+        for step in range(1, 6):
+            save(tmp_path, step, model)
+    (tmp_path / "checkpoints/.step-1.lock").touch()
+    (tmp_path / "checkpoints/.unfinished-step-2").mkdir()
+    if next_start == "resume":
+        checkpoint.clean(tmp_path, 5)
+        assert names(tmp_path) == ["step-3", "step-4", "step-5"]
+    else:
+        save(tmp_path, 6, model)
+        assert names(tmp_path) == ["step-4", "step-5", "step-6"]
+
+
+def test_a_reader_beside_a_run_takes_a_checkpoint_that_stays(
+    model: GPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gpt.sample that fails because the run removes the checkpoint that it has chosen."""
+    save(tmp_path, 1, model)
+    size, chosen = pretrained.weights_size, []
+
+    def save_meanwhile(path: Path) -> int:
+        chosen.append(path.name)
+        if len(chosen) == 1:
+            for step in range(2, 6):
+                save(tmp_path, step, model)
+        return size(path)
+
+    monkeypatch.setattr(pretrained, "weights_size", save_meanwhile)
+    loaded = pretrained.from_checkpoint(str(tmp_path), torch.device("cpu"), load_model)
+    assert chosen == ["step-1", "step-5"]
+    assert torch.equal(loaded.wte.weight, model.wte.weight)
 
 
 def test_hashes_are_sha256(saved: Path) -> None:
