@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gpt.config import TrainConfig
-from gpt.errors import InputError
+from gpt.errors import InputError, shown
 from gpt.files import read_json
 from gpt.training import rng
 
@@ -134,7 +134,7 @@ class _Entries:
         return kind(value)
 
     def fail(self, name: str, expected: str) -> None:
-        raise InputError(f"{self.where}{name} is {repr(self.content[name])[:80]}, expected {expected}")
+        raise InputError(f"{self.where}{name} is {shown(self.content[name])}, expected {expected}")
 
 
 def _random_state(entries: _Entries) -> rng.State:

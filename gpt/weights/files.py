@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gpt.errors import InputError, first_line
+from gpt.errors import InputError, first_line, shown
 from gpt.files import PATIENCE, open_regular, read_json, user_path, within
 from gpt.memory import exhausted
 from gpt.weights.archives import check_archive
@@ -153,7 +153,7 @@ def _read_shards(index: Path) -> Weights:
     size = 0
     for name in sorted(set(places.values())):
         if name != Path(name).name or name.endswith(".index.json") or not os.path.isfile(index.parent / name):
-            raise InputError(f"from_pretrained: {index} lists {name!r}, expected a file beside it")
+            raise InputError(f"from_pretrained: {index} lists {shown(name)}, expected a file beside it")
         shard = read_weights(index.parent / name)
         size += shard.size
         tensors |= {key: tensor for key, tensor in shard.tensors.items() if places.get(key) == name}

@@ -84,14 +84,19 @@ def _try(operation: Operation, attack: Attack) -> None:
         ended.check_reported(operation.command)
         cleaning = attack.call.kind in ("unlink", "rmdir") or ".unfinished" in attack.call.path
         if attack.mode != "fail-from" and not (cleaning and ended.code == 0):
-            strays = [str(path.relative_to(place)) for path in place.rglob(".*") if "lock" not in path.name]
-            assert not strays, f"it left {strays[0]}"
+            strays = _hidden(place) - _hidden(operation.before)
+            assert not strays, f"it left {min(strays)}"
 
     def reads_and_goes_on() -> None:
         operation.read(place, ended.code == 0)
         operation.settle(place)
 
     judge(reads_and_goes_on, log, operation.limit)
+
+
+def _hidden(folder: Path) -> set[str]:
+    """The hidden files and folders below `folder`, without locks."""
+    return {str(path.relative_to(folder)) for path in folder.rglob(".*") if "lock" not in path.name}
 
 
 kill_save = _row(kills, SaveOwn, SaveHuggingFace, SaveCheckpoint)
