@@ -89,7 +89,7 @@ def _command(module: ModuleType, argv: list[str]) -> None:
     """
     out, err = io.StringIO(), io.StringIO()
     code: Any = 0
-    places = ((TokenData, "load"), (sample, "locate"), (eval, "load_pretrained_tokenizer"))
+    places = ((TokenData, "load"), (sample, "from_checkpoint"), (eval, "from_checkpoint"))
     try:
         with _ended(*places), redirect_stdout(out), redirect_stderr(err):
             code = module.main(argv)
