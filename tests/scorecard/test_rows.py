@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -135,9 +136,10 @@ def test_equal_seeds_make_equal_attacks(name: str, tmp_path: Path, monkeypatch: 
 
     for module in (mutants, fuzz):
         monkeypatch.setattr(module, "run_trials", record)
-    for number in range(2):
-        place = tmp_path / str(number)
+    place = tmp_path / "row"
+    for _ in range(2):
         ROWS[name].run(6, 3, place)
+        shutil.rmtree(place)
     assert named[0] == named[1]
 
 
