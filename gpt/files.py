@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import queue
 import stat
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from gpt.errors import InputError
-from kernels.files import replacing
+from kernels.files import json_object, replacing
 
 PATIENCE = 4.0  # seconds to wait for the first answer of a network
 JSON_LIMIT = 1 << 28  # bytes of the largest JSON file that is read; a tokenizer.json may have megabytes
@@ -123,12 +122,9 @@ def read_json(path: Path, where: str = "checkpoint") -> dict[str, Any]:
     """
     content = read_regular(path, where, JSON_LIMIT)
     try:
-        value = json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: {path} is not a JSON file ({error})") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: {path} holds a {type(value).__name__}, expected a JSON object")
-    return value
+        return json_object(content, path)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from error
 
 
 def within(seconds: float, ask: Callable[[], Answer]) -> Answer:

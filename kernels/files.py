@@ -123,10 +123,15 @@ def read_json(path: Path) -> dict[str, Any]:
         text = file.read(JSON_LIMIT + 1)
     if len(text) > JSON_LIMIT:
         raise ValueError(f"{path} has more than {JSON_LIMIT:,} bytes, the most that is read")
+    return json_object(text, path)
+
+
+def json_object(content: bytes, path: Path) -> dict[str, Any]:
+    """The JSON object in `content`, which was read from `path`; ValueError if it is not one in UTF-8."""
     try:
-        content = json.loads(text.decode("utf-8"))
+        value = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON file ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object")
-    return content
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object")
+    return value
