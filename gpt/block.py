@@ -31,6 +31,13 @@ class Pass(NamedTuple):
     cache: KVCache | None
 
 
+def dropout(x: Tensor, p: float, seed: Seed) -> Tensor:
+    """dropout(x). Without a seed it is torch's own, so that every backend draws the same mask."""
+    if p == 0:
+        return x
+    return F.dropout(x, p) if seed is None else kernels.dropout(x, p, seed=seed)
+
+
 class Linear(nn.Linear):
     """A linear layer that computes with `kernels.linear`."""
 
@@ -43,7 +50,7 @@ class Norm(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.eps = config.eps
+        self.eps, self.residual = config.eps, config.residual
         self.weight = nn.Parameter(torch.empty(config.n_embd))
         self.bias = nn.Parameter(torch.empty(config.n_embd)) if config.bias else None
 
@@ -51,7 +58,10 @@ class Norm(nn.Module):
         return kernels.layer_norm(x, self.weight, self.bias, self.eps)
 
     def add(self, branch: Tensor, residual: Tensor, dropout_p: float, seed: Seed) -> tuple[Tensor, Tensor]:
-        """(norm(sum), sum), where sum = residual + dropout(branch)."""
+        """(norm(sum), sum), where sum = residual + dropout(branch), or dropout(branch) without shortcuts."""
+        if not self.residual:
+            x = dropout(branch, dropout_p, seed)
+            return self(x), x
         return kernels.add_layer_norm(
             branch, residual, self.weight, self.bias, self.eps, dropout_p=dropout_p, seed=seed
         )
@@ -99,7 +109,8 @@ class Block(nn.Module):
     """Two branches, attention and feed-forward, each added to the residual stream.
 
     With norm="pre" (GPT-2) a norm precedes each branch: x + branch(norm(x)). With norm="post" (GPT-1) a norm
-    follows each addition: norm(x + branch(x)).
+    follows each addition: norm(x + branch(x)). With residual=False, the branch alone takes the place of the
+    sum: branch(norm(x)), or norm(branch(x)).
 
     `Norm.add` fuses an addition with the norm after it. In a pre-norm model, the norm after a block's last
     addition belongs to the next block, so the block returns its last branch without adding it.

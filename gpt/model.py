@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from gpt.block import SITES, Block, Norm, Pass, Seed
+from gpt.block import SITES, Block, Norm, Pass, Seed, dropout
 from gpt.config import GPTConfig, override
 from gpt.data.tokenizers import Tokenizer
 from gpt.errors import InputError, unknown
@@ -181,15 +180,16 @@ class GPT(nn.Module):
         run = Pass(idx.shape, key_start, dropout_p, seeds, cache)
 
         x = self.wte(idx) + self.wpe(position)  # (B, T, C)
-        x = _dropout(x, dropout_p, seeds[-2]).flatten(0, 1)  # (N, C), N = B T
+        x = dropout(x, dropout_p, seeds[-2]).flatten(0, 1)  # (N, C), N = B T
         branch = None  # (N, C), what the previous block has left to add to x
         for block in self.blocks:
             branch, x = block(branch, x, run)
 
-        if self.ln_f is None:
-            x = x if branch is None else x + _dropout(branch, dropout_p, seeds[-1])
-        else:
+        if self.ln_f is not None:
             x = self.ln_f(x) if branch is None else self.ln_f.add(branch, x, dropout_p, seeds[-1])[0]
+        elif branch is not None:
+            branch = dropout(branch, dropout_p, seeds[-1])
+            x = x + branch if self.config.residual else branch
         return x.view(*idx.shape, self.config.n_embd)  # (B, T, C)
 
     def head(self, x: Tensor) -> Tensor:
@@ -362,13 +362,6 @@ class GPT(nn.Module):
         from gpt.weights.pretrained import load_pretrained
 
         return load_pretrained(source, config, device=device, use_triton=use_triton)
-
-
-def _dropout(x: Tensor, p: float, seed: Seed) -> Tensor:
-    """dropout(x). Without a seed it is torch's own, so that every backend draws the same mask."""
-    if p == 0:
-        return x
-    return F.dropout(x, p) if seed is None else kernels.dropout(x, p, seed=seed)
 
 
 def _site_seeds(seed: Seed, count: int) -> Sequence[Seed]:
