@@ -84,7 +84,7 @@ class Attention(nn.Module):
             y = kernels.causal_attention_qkv(qkv, key_start=run.key_start, dropout_p=run.dropout_p, seed=seed)
         else:
             y = run.cache.attend(self.layer, qkv)
-        return self.proj(y.reshape(len(x), self.width))  # (B, T, H, D) -> (N, HD) -> (N, C)
+        return self.proj(y.reshape(x.shape[0], self.width))  # (B, T, H, D) -> (N, HD) -> (N, C)
 
 
 class FeedForward(nn.Module):
