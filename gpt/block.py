@@ -26,9 +26,17 @@ class Pass(NamedTuple):
 
     shape: torch.Size  # (B, T)
     key_start: Tensor | None  # int32 (B,) or (B, T)
+    residual: bool  # False: without shortcuts, a branch replaces the residual stream
     dropout_p: float
     seeds: Sequence[Seed]  # one for each dropout mask of the model
     cache: KVCache | None
+
+
+def dropout(x: Tensor, p: float, seed: Seed) -> Tensor:
+    """dropout(x). Without a seed it is torch's own, so that every backend draws the same mask."""
+    if p == 0:
+        return x
+    return F.dropout(x, p) if seed is None else kernels.dropout(x, p, seed=seed)
 
 
 class Linear(nn.Linear):
@@ -51,23 +59,20 @@ class Norm(nn.Module):
         return kernels.layer_norm(x, self.weight, self.bias, self.eps)
 
 
-def add_norm(
-    norm: Norm, branch: Tensor, residual: Tensor, dropout_p: float, seed: Seed
-) -> tuple[Tensor, Tensor]:
-    """(norm(sum), sum), where sum = residual + dropout(branch), in one op if `norm` is plain."""
-    if kernels.is_plain(norm, Norm):
+def add(x: Tensor, branch: Tensor, run: Pass, seed: Seed) -> Tensor:
+    """x + dropout(branch), or dropout(branch) without shortcuts."""
+    branch = dropout(branch, run.dropout_p, seed)
+    return x + branch if run.residual else branch
+
+
+def add_norm(norm: Norm, x: Tensor, branch: Tensor, run: Pass, seed: Seed) -> tuple[Tensor, Tensor]:
+    """(norm(sum), sum), where sum = add(x, branch), in one op if `norm` is plain."""
+    if run.residual and kernels.is_plain(norm, Norm):
         return kernels.add_layer_norm(
-            branch, residual, norm.weight, norm.bias, norm.eps, dropout_p=dropout_p, seed=seed
+            branch, x, norm.weight, norm.bias, norm.eps, dropout_p=run.dropout_p, seed=seed
         )
-    total = residual + dropout(branch, dropout_p, seed)
-    return norm(total), total
-
-
-def dropout(x: Tensor, p: float, seed: Seed) -> Tensor:
-    """dropout(x). Without a seed it is torch's own, so that every backend draws the same mask."""
-    if p == 0:
-        return x
-    return F.dropout(x, p) if seed is None else kernels.dropout(x, p, seed=seed)
+    x = add(x, branch, run, seed)
+    return norm(x), x
 
 
 class Attention(nn.Module):
@@ -115,7 +120,8 @@ class Block(nn.Module):
     """Two branches, attention and feed-forward, each added to the residual stream.
 
     With norm="pre" (GPT-2) a norm precedes each branch: x + branch(norm(x)). With norm="post" (GPT-1) a norm
-    follows each addition: norm(x + branch(x)).
+    follows each addition: norm(x + branch(x)). With residual=False, the branch alone takes the place of the
+    sum: branch(norm(x)), or norm(branch(x)).
 
     `add_norm` fuses an addition with the norm after it. In a pre-norm model, the norm after a block's last
     addition belongs to the next block, so the block returns its last branch without adding it.
@@ -139,12 +145,12 @@ class Block(nn.Module):
             x: (N, C), the residual stream.
             run: The arguments of the forward pass.
         """
-        p, (_, seed_1, seed_2) = run.dropout_p, run.seeds[SITES * self.layer : SITES * (self.layer + 1)]
+        _, seed_1, seed_2 = run.seeds[SITES * self.layer : SITES * (self.layer + 1)]
         if self.post:
-            x, _ = add_norm(self.ln_1, self.attn(x, run), x, p, seed_1)
-            x, _ = add_norm(self.ln_2, self.ffn(x), x, p, seed_2)
+            x, _ = add_norm(self.ln_1, x, self.attn(x, run), run, seed_1)
+            x, _ = add_norm(self.ln_2, x, self.ffn(x), run, seed_2)
             return None, x
 
-        y, x = (self.ln_1(x), x) if branch is None else add_norm(self.ln_1, branch, x, p, seed_1)
-        y, x = add_norm(self.ln_2, self.attn(y, run), x, p, seed_2)
+        y, x = (self.ln_1(x), x) if branch is None else add_norm(self.ln_1, x, branch, run, seed_1)
+        y, x = add_norm(self.ln_2, x, self.attn(y, run), run, seed_2)
         return self.ffn(y), x

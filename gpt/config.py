@@ -48,6 +48,7 @@ class GPTConfig:
         "pre", "normalise before each branch (GPT-2), or after its addition (GPT-1)", choices=("pre", "post")
     )
     eps: float = option(1e-5, "added to the variance in norms", low=1e-30, below=1)
+    residual: bool = option(True, "add each branch to its input; without, it replaces it")
 
     def __post_init__(self) -> None:
         _check(self)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from gpt.block import SITES, Block, Linear, Norm, Pass, Seed, add_norm, dropout
+from gpt.block import SITES, Block, Linear, Norm, Pass, Seed, add, add_norm, dropout
 from gpt.config import GPTConfig, override
 from gpt.data.tokenizers import Tokenizer
 from gpt.errors import InputError, unknown
@@ -172,7 +172,7 @@ class GPT(nn.Module):
     ) -> Tensor:
         """The input (B, T, C) of the head, for token ids (B, T) at positions (T,) or (B, T)."""
         seeds = _site_seeds(self.dropout_seed if dropout_p else None, SITES * self.config.n_layer + 2)
-        run = Pass(idx.shape, key_start, dropout_p, seeds, cache)
+        run = Pass(idx.shape, key_start, self.config.residual, dropout_p, seeds, cache)
 
         x = self.wte(idx) + self.wpe(position)  # (B, T, C)
         x = dropout(x, dropout_p, seeds[-2]).flatten(0, 1)  # (N, C), N = B T
@@ -180,10 +180,10 @@ class GPT(nn.Module):
         for block in self.blocks:
             branch, x = block(branch, x, run)
 
-        if self.ln_f is None:
-            x = x if branch is None else x + dropout(branch, dropout_p, seeds[-1])
-        else:
-            x = self.ln_f(x) if branch is None else add_norm(self.ln_f, branch, x, dropout_p, seeds[-1])[0]
+        if self.ln_f is not None:
+            x = self.ln_f(x) if branch is None else add_norm(self.ln_f, x, branch, run, seeds[-1])[0]
+        elif branch is not None:
+            x = add(x, branch, run, seeds[-1])
         return x.view(*idx.shape, self.config.n_embd)  # (B, T, C)
 
     def head(self, x: Tensor) -> Tensor:

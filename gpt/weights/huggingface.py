@@ -80,7 +80,7 @@ def read_characters(content: Mapping[str, Any]) -> CharTokenizer | None:
 
 def _check_exportable(config: GPTConfig) -> None:
     """Raises InputError for options that Hugging Face's GPT-2 has no setting for."""
-    for name, expected in {"norm": "pre", "final_norm": True, "head_bias": False}.items():
+    for name, expected in {"norm": "pre", "residual": True, "final_norm": True, "head_bias": False}.items():
         if getattr(config, name) != expected:
             raise InputError(
                 f"save_pretrained: {name} is {getattr(config, name)!r}, expected {expected!r} for a GPT-2 "
