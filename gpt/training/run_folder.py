@@ -133,8 +133,10 @@ class RunFolder:
         """Checks, without writing, that the folder can take a run of `model`.
 
         Raises:
-            InputError: The path is not a folder, holds another run, is not writable or has too little space.
+            InputError: The path is not a folder, holds another run, is not writable or has too little space;
+                or the model could not be loaded from its checkpoints.
         """
+        checkpoint.check_parameters(model)
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"out: {self.path} is not a folder, expected one to write to")
         if not resume:

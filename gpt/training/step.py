@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+import kernels
 from gpt.config import TrainConfig
 from gpt.data.dataset import IGNORED, Batch
 from gpt.device import autocast, autocast_dtype
@@ -134,7 +135,8 @@ class TrainStep:
         self._rate = torch.zeros((), dtype=rate_dtype, device=self.device)
         self._failed = torch.zeros((), dtype=torch.bool, device=self.device)
         self._graph = None
-        if captures(self.device) and ranks.size == 1 and forward is None and not config.no_capture:
+        capture = captures(self.device) and not config.no_capture and not kernels.has_hooks(model)
+        if capture and ranks.size == 1 and forward is None:
             self._graph = StepGraph(self._run, self.device)
 
     def __call__(self, batches: Batches, rate: float, stop: Collection[object] = ()) -> StepResult:

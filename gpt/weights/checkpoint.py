@@ -50,6 +50,7 @@ def save_model(model: GPT, directory: str | os.PathLike[str], tokenizer: Tokeniz
         NonFiniteError: A weight is infinite or NaN. Nothing is written.
     """
     target = replaceable(directory, "checkpoint")
+    check_parameters(model)
     check_finite(dict(model.named_parameters()), "the model")
     commit(target, lambda folder: _write_model(folder, model, tokenizer))
 
@@ -77,6 +78,7 @@ def save_checkpoint(
         NonFiniteError: A weight, or a value of the optimizer, is infinite or NaN. Nothing is written.
     """
     target = out / FOLDER / f"step-{step}"
+    check_parameters(model)
     check_finite(dict(model.named_parameters()), "the model")
     check_finite(optimizer, "the optimizer")
 
@@ -88,6 +90,20 @@ def save_checkpoint(
     commit(target, write)
     _tidy(out, target)
     return target
+
+
+def check_parameters(model: GPT) -> None:
+    """Raises InputError unless a model made from the config alone has the same parameters.
+
+    Adapters, parametrizations and pruning replace or add parameters that such a model could not load.
+    """
+    expected = {name for name, _ in GPT(model.config, device="meta").named_parameters()}
+    others = sorted(expected ^ {name for name, _ in model.named_parameters()})
+    if others:
+        raise InputError(
+            f"checkpoint: the model and its config differ in {len(others)} parameters, such as {others[0]}, "
+            "expected adapters to be merged, and parametrizations and pruning to be removed"
+        )
 
 
 def load_model(

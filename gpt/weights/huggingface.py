@@ -14,7 +14,7 @@ from gpt.data.tokenizers import END_OF_TEXT, FILE_NAME, BPETokenizer, CharTokeni
 from gpt.errors import InputError
 from gpt.model import GPT
 from gpt.names import HUGGING_FACE
-from gpt.weights.checkpoint import CONFIG, MODEL
+from gpt.weights.checkpoint import CONFIG, MODEL, check_parameters
 from gpt.weights.commit import commit, replaceable
 from gpt.weights.tensors import check_finite, write_tensors
 from kernels.files import write_json
@@ -47,6 +47,7 @@ def save_huggingface(
             f"{config.vocab_size} (vocab_size)"
         )
 
+    check_parameters(model)
     check_finite(dict(model.named_parameters()), "the model")
 
     def write(folder: Path) -> None:
