@@ -22,6 +22,7 @@ from gpt.errors import InputError
 from gpt.model import GPT
 from gpt.training.fit import EarlyStopping
 from gpt.training.trainer import Trainer
+from kernels import __version__
 
 __all__ = [
     "GPT",
@@ -34,5 +35,6 @@ __all__ = [
     "TokenData",
     "TrainConfig",
     "Trainer",
+    "__version__",
     "load_tokenizer",
 ]

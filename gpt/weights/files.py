@@ -17,7 +17,7 @@ from gpt.errors import InputError, first_line, shown
 from gpt.files import PATIENCE, open_regular, read_json, user_path, within
 from gpt.memory import exhausted
 from gpt.weights.archives import check_archive
-from gpt.weights.checkpoint import CONFIG, FOLDER, MODEL, OPTIMIZER, STATE
+from gpt.weights.checkpoint import CONFIG, FOLDER, MODEL, OPTIMIZER, STATE, runs_in
 from gpt.weights.commit import present
 from gpt.weights.hashes import SUMS, list_folder, verify_listed
 from gpt.weights.tensors import check_names, read_tensors
@@ -84,9 +84,12 @@ def weights_file(path: Path) -> Path:
     files = [name for name in names if name.endswith(SUFFIXES)]
     if len(files) == 1:
         return path / files[0]
-    held = f"several: {', '.join(files[:3])}" if files else "none"
+    if held := runs_in(path, "from_pretrained"):
+        raise InputError(f"from_pretrained: {path} {held}")
+    held = f"several files of weights ({', '.join(files[:3])})" if files else "no weights"
     raise InputError(
-        f"from_pretrained: {path} holds {held}, expected one file of weights ({', '.join(WEIGHTS[::2])})"
+        f"from_pretrained: {path} holds {held}, expected a run, a checkpoint, or one file of weights "
+        f"({', '.join(WEIGHTS[::2])})"
     )
 
 
