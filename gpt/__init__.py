@@ -22,6 +22,7 @@ from gpt.errors import InputError
 from gpt.model import GPT
 from gpt.training.fit import EarlyStopping
 from gpt.training.trainer import Trainer
+from gpt.weights.pretrained import load_pretrained_tokenizer
 from kernels import __version__
 
 __all__ = [
@@ -36,5 +37,6 @@ __all__ = [
     "TrainConfig",
     "Trainer",
     "__version__",
+    "load_pretrained_tokenizer",
     "load_tokenizer",
 ]

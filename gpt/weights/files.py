@@ -52,10 +52,12 @@ def locate(source: str | os.PathLike[str]) -> Path:
     first, slash, _ = name.partition("/")
     is_here = bool(slash) and os.path.lexists(first)
     if not isinstance(source, str) or is_here or name.endswith(SUFFIXES) or not HUB_NAME.fullmatch(name):
-        place = f" in {first}" if is_here else ""
+        held = runs_in(Path(first), "from_pretrained") if is_here and os.path.isdir(first) else None
+        if held:
+            raise InputError(f"from_pretrained: {path} does not exist; {first} {held}")
         raise InputError(
-            f"from_pretrained: {path} does not exist{place}, expected a file, a folder or the name of a "
-            "model on the hub"
+            f"from_pretrained: {path} does not exist, expected a file, a folder or the name of a model on "
+            "the hub"
         )
     return _download(name)
 
