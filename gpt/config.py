@@ -225,6 +225,8 @@ _MODEL_PRESETS: dict[str, dict[str, Any]] = {
     "char-gpu": {**_CHARACTERS, "block_size": 256, "n_layer": 6, "n_head": 6, "n_embd": 384, "dropout": 0.2},
 }
 
+PRESETS = tuple(_MODEL_PRESETS)
+
 _GPT2_RECIPE = {
     "max_steps": 600_000,
     "batch_size": 12,

@@ -55,6 +55,9 @@ class RunFolder:
         self.path = _next_folder(RUNS) if path is None else path
         self._lock: FileLock | None = None
 
+    def __repr__(self) -> str:
+        return f"RunFolder({str(self.path)!r})"
+
     def lock(self) -> None:
         """Takes the lock of the folder, unless this object holds it already.
 

@@ -125,6 +125,13 @@ class Trainer:
         ranks.check_equal({"step": self.step, "dtype": self.precision})
         ranks.broadcast_(self.model.parameters())
 
+    def __repr__(self) -> str:
+        out = None if self._folder is None else str(self._folder.path)
+        return (
+            f"Trainer(step {self.step} of {self.config.max_steps}, {self.precision} on {self.device}, "
+            f"out={out!r})"
+        )
+
     def _shared_settings(self, resume: bool | str) -> dict[str, object]:
         """What must be the same on all ranks, by the names that an error shows."""
         return {

@@ -190,11 +190,30 @@ def find_checkpoint(directory: str | os.PathLike[str], names: Collection[str] | 
             )
         return checkpoint
     if not problems:
+        held = runs_in(folder, "checkpoint")
         raise InputError(
-            f"checkpoint: {folder} holds no checkpoint, expected {FOLDER}/step-N or {SUMS} in it"
+            f"checkpoint: {folder} "
+            + (held or f"holds no checkpoint, expected {FOLDER}/step-N or {SUMS} in it")
         )
     kinds = {type(problem) for problem in problems}
     raise (kinds.pop() if len(kinds) == 1 else InputError)("; ".join(map(str, problems)))
+
+
+def runs_in(folder: Path, where: str) -> str | None:
+    """What a folder above or inside a run holds, and the run to name instead; None for any other folder.
+
+    Args:
+        folder: The folder.
+        where: Begins the error message if it cannot be read.
+    """
+    if folder.name == FOLDER and list_checkpoints(folder.parent):
+        return f"holds the checkpoints of a run, expected {folder.parent}"
+    runs = [path for name in list_folder(folder, where) if os.path.isdir((path := folder / name) / FOLDER)]
+    if not runs:
+        return None
+    newest = max(runs, key=lambda run: os.path.getmtime(run / FOLDER))
+    held = "a run, expected" if len(runs) == 1 else f"{len(runs)} runs, expected one of them, as in"
+    return f"holds {held} {newest}"
 
 
 def clean(out: Path, step: int) -> None:

@@ -134,7 +134,9 @@ def _read_tokenizer(path: Path) -> Tokenizer:
             verify_listed(file, "tokenizer")
             characters = read_characters(read_json(file, "tokenizer")) if file.name == FILE_NAME else None
             return characters or load_tokenizer(file)
-    raise InputError(f"tokenizer: {folder} holds none, expected {FILE_NAME} or merges.txt beside the weights")
+    raise InputError(
+        f"tokenizer: {folder} holds no tokenizer, expected {FILE_NAME} or merges.txt beside the weights"
+    )
 
 
 class _ModelFile(NamedTuple):

@@ -18,6 +18,7 @@ from gpt.data.dataset import Batch, TokenData
 from gpt.errors import NonFiniteError
 from gpt.files import read_json
 from gpt.training.optim import learning_rate
+from gpt.training.run_folder import RunFolder
 from gpt.weights import checkpoint
 from gpt.weights.tensors import read_tensors
 from tests.gpt.text import TEXT
@@ -266,3 +267,11 @@ def test_wrong_settings_are_refused_early(data: TokenData, tmp_path: Path) -> No
     ):
         Trainer(model, data, CONFIG, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_objects_of_a_run_show_what_they_are(data: TokenData, tmp_path: Path) -> None:
+    """`<gpt.training.trainer.Trainer object at 0x7f…>` in a notebook."""
+    folder = RunFolder(tmp_path / "run")
+    assert repr(folder) == f"RunFolder({str(folder.path)!r})"
+    trainer = Trainer(make_model(data), data, CONFIG, out=folder)
+    assert repr(trainer) == f"Trainer(step 0 of 8, float32 on cpu, out={str(folder.path)!r})"

@@ -289,7 +289,7 @@ def test_the_tokenizer_is_exported(tokenizer: Any, tmp_path: Path) -> None:
 def test_a_merges_file_loads_as_the_tokenizer(tmp_path: Path) -> None:
     """A refused merges.txt, the only file of older models, or a traceback where there is none."""
     with pytest.raises(
-        InputError, match=r"holds none, expected tokenizer\.json or merges\.txt beside the weights"
+        InputError, match=r"holds no tokenizer, expected tokenizer\.json or merges\.txt beside the weights"
     ):
         load_pretrained_tokenizer(tmp_path)
     (tmp_path / "merges.txt").write_text("#version: 0.2\nt h\nth e\n", "utf-8")
