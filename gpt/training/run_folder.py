@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import shutil
 import socket
 import time
@@ -206,13 +207,17 @@ class RunFolder:
             write_tensors(path, tensors)
         return path
 
-    def newest_before(self, step: int) -> Path | None:
-        """The newest valid checkpoint before `step`."""
+    def how_to_go_on(self, step: int) -> str:
+        """The command that goes on from the newest valid checkpoint before `step`, as a sentence's end."""
         for folder in reversed(checkpoint.list_checkpoints(self.path)):
             with suppress(ReportedError):
                 if checkpoint.step_of(folder) < step:
-                    return checkpoint.find_checkpoint(folder)
-        return None
+                    name = checkpoint.find_checkpoint(folder).name
+                    return (
+                        "; to go on from an earlier checkpoint: python -m gpt.train --out "
+                        f"{shlex.quote(str(self.path))} --resume_from {name}"
+                    )
+        return ""
 
     def save(
         self, model: GPT, tokenizer: Tokenizer, optimizer: Mapping[str, Tensor], state: Mapping[str, Any]

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
-import shlex
-import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,13 +18,14 @@ import torch
 
 import kernels
 from gpt.config import TrainConfig
-from gpt.data.dataset import IGNORED, Batch, Split, Stream, TokenData
-from gpt.data.tokenizers import first_ids
+from gpt.data.dataset import Batch, Split, TokenData
 from gpt.device import peak_flops, pick_device
 from gpt.errors import InputError, NonFiniteError
 from gpt.model import GPT
 from gpt.training import rng
+from gpt.training.display import bar_text, evaluation_line, progress_bar
 from gpt.training.distributed import ALONE, Ranks
+from gpt.training.evaluator import Evaluator
 from gpt.training.optim import learning_rate
 from gpt.training.run_folder import RunFolder
 from gpt.training.run_state import Progress
@@ -115,6 +113,7 @@ class Trainer:
         ranks.check_equal(self._shared_settings(resume))
         with ranks.agreement():
             self._step = TrainStep(model, config, torch.compile(model) if config.compile else None, ranks)
+            self._evaluator = Evaluator(model, self._step, data, config, ranks)
             on_gpu = self.device.type == "cuda"
             self._ahead = 1 if on_gpu else 0  # steps that may be queued; a CPU computes while it queues
             self._peak = peak_flops(torch.cuda.get_device_name(self.device) if on_gpu else "cpu")
@@ -214,40 +213,27 @@ class Trainer:
 
     def _train(self, received: Sequence[int]) -> None:
         """Takes the steps that are left, or those that are queued when a rank receives a signal."""
-        from tqdm import tqdm
-
-        progress_bar = tqdm(
-            total=self.config.max_steps,
-            initial=self.step,
-            unit="step",
-            mininterval=0.1 if sys.stderr.isatty() else 10.0,
-            dynamic_ncols=True,
-        )
         self.model.train()
         stop = False
-        with progress_bar as bar:
+        with progress_bar(self.config.max_steps, self.step, unit="step") as bar:
             while not self._is_done() and not stop:
                 self._queue_step(received)
                 ahead = 0 if self._needs_result(received) else self._ahead
                 while len(self._queue) > (0 if stop else ahead):
                     record, stopped = self._finish_step()
                     stop |= stopped
-                    bar.set_postfix_str(_bar_text(record), refresh=False)
+                    bar.set_postfix_str(bar_text(record), refresh=False)
                     bar.update()
                 if self._queue:
                     continue
 
                 if self._due(self.config.eval_interval):
                     record |= self._estimates()
-                    bar.write(_evaluation_line(record))
+                    bar.write(evaluation_line(record))
                     self._progress.note_evaluation(record["validation_loss"])
                 done = self._is_done()
-                if (
-                    done
-                    or self.step == 1
-                    or self._due(self.config.log_interval)
-                    or "validation_loss" in record
-                ):
+                due = done or self.step == 1 or self._due(self.config.log_interval)
+                if due or "validation_loss" in record:
                     self._write_log(record)
                 if done or stop or self._due(self.config.checkpoint_interval or self.config.eval_interval):
                     self._save()
@@ -261,19 +247,18 @@ class Trainer:
 
     def evaluate(self, split: Split) -> float:
         """The mean loss over the whole split, in windows of block_size."""
-        return self._mean_loss(self._windows(split))
+        return self._evaluator.evaluate(split)
 
     def estimate(self, split: Split) -> float:
         """The mean loss over `eval_batches` batches, the same batches each time."""
-        stream: Stream = "estimate" if split == "train" else "validation"
-        return self._mean_loss(self._batch(stream, i) for i in range(self.config.eval_batches))
+        return self._evaluator.estimate(split)
 
     def _queue_step(self, received: Sequence[int]) -> None:
         """Queues the step after those that are queued."""
         started = time.perf_counter()
         step = self.step + len(self._queue)
         numbers = list(self.ranks.share(range(self.config.grad_accum)))
-        batches = DrawnBatches(partial(self._batch, "train", step), numbers)
+        batches = DrawnBatches(partial(self._micro_batch, step), numbers)
         tokens = self.config.grad_accum * self.config.batch_size * self.block_size
         rate = learning_rate(step, self.config)
         self._queue.append(_QueuedStep(self._step.enqueue(batches, rate, received), rate, tokens))
@@ -323,32 +308,14 @@ class Trainer:
         }
         return record, result.stop
 
-    def _batch(self, stream: Stream, step: int, micro_step: int = 0) -> Batch:
+    def _micro_batch(self, step: int, number: int) -> Batch:
         config = self.config
         return self.data.batch(
-            stream, config.batch_size, self.block_size, seed=config.seed, step=step, micro_step=micro_step
+            "train", config.batch_size, self.block_size, seed=config.seed, step=step, micro_step=number
         )
 
     def _due(self, interval: int) -> bool:
         return self.step % interval == 0
-
-    def _windows(self, split: Split) -> Iterator[Batch]:
-        return self.data.windows(split, self.config.batch_size, self.block_size)
-
-    def _mean_loss(self, batches: Iterable[Batch], check: Callable[[], None] = lambda: None) -> float:
-        """The mean loss over all targets of `batches`, which the ranks share; each batch calls `check`."""
-        totals, count = [], 0
-        self.model.eval()
-        with torch.no_grad(), self.ranks.agreement():
-            for batch in self.ranks.share(batches):
-                check()
-                targets = int((batch.targets != IGNORED).sum())
-                totals.append(self._step.loss(batch).item() * targets)
-                count += targets
-        self.model.train()
-        totals_of_ranks, counts = zip(*self.ranks.gather((totals, count)), strict=True)
-        # fsum is exact, so the result does not depend on how the batches are spread over ranks.
-        return math.fsum(itertools.chain(*totals_of_ranks)) / max(1, sum(counts))
 
     def _estimates(self) -> dict[str, float]:
         return {"train_estimate": self.estimate("train"), "validation_loss": self.estimate("validation")}
@@ -359,13 +326,11 @@ class Trainer:
         Raises:
             Stopped: Any rank has received a signal.
         """
-        loss = self._mean_loss(self._windows("validation"), signals.check)
+        loss, bigram = self._evaluator.final_losses(signals.check)
         if not math.isfinite(loss):
             with self.ranks.agreement():
-                raise NonFiniteError(
-                    f"step {self.step}: the final validation loss is {loss}{self._earlier(self.step)}"
-                )
-        bigram = self.ranks.on_first(partial(self.data.bigram_loss, signals.check))
+                advice = "" if self._folder is None else self._folder.how_to_go_on(self.step)
+                raise NonFiniteError(f"step {self.step}: the final validation loss is {loss}{advice}")
         record = {"step": self.step, "final": True, "validation_loss": loss, "bigram_loss": bigram}
         sample = self.ranks.on_first(partial(self._conclude, record, signals.check))
         return TrainResult(self.step, loss, bigram, sample, self._saved)
@@ -379,20 +344,9 @@ class Trainer:
         """What is kept of step `step`, which failed, as the end of a sentence: its batches, on rank 0."""
         if self._folder is None:
             return ""
-        batches = [self._batch("train", step - 1, i) for i in range(self.config.grad_accum)]
+        batches = [self._micro_batch(step - 1, i) for i in range(self.config.grad_accum)]
         path = self._folder.keep_batches(step, batches)
-        return f", its batch is in {path}{self._earlier(step)}"
-
-    def _earlier(self, step: int) -> str:
-        """How to go on from before step `step`, as the end of a sentence."""
-        checkpoint = None if self._folder is None else self._folder.newest_before(step)
-        if self._folder is None or checkpoint is None:
-            return ""
-        out = shlex.quote(str(self._folder.path))
-        return (
-            f"; to go on from an earlier checkpoint: python -m gpt.train --out {out} "
-            f"--resume_from {checkpoint.name}"
-        )
+        return f", its batch is in {path}{self._folder.how_to_go_on(step)}"
 
     def _save(self) -> None:
         if self._folder is None:
@@ -410,21 +364,13 @@ class Trainer:
     def _save_finite(self, folder: RunFolder, state: Mapping[str, Any]) -> Path:
         """Saves a checkpoint, unless weights, optimizer or the loss after the last step are not finite."""
         try:
-            if not math.isfinite(loss := self._loss_now()):
+            if not math.isfinite(loss := self._evaluator.loss_now()):
                 # If a weight is the reason, the message names it.
                 check_finite(dict(self.model.named_parameters()), "the model")
                 raise NonFiniteError(f"the loss after the step is {loss}")
             return folder.save(self.model, self.data.tokenizer, self._step.tensors(), state)
         except NonFiniteError as error:
             raise NonFiniteError(f"step {self.step}: {error}; not saved{self._kept(self.step)}") from error
-
-    def _loss_now(self) -> float:
-        """The loss of one validation batch."""
-        self.model.eval()
-        with torch.no_grad():
-            loss = self._step.loss(self._batch("validation", 0)).item()
-        self.model.train()
-        return loss
 
     def _restore(self, folder: RunFolder, name: str | None) -> None:
         """Continues from the checkpoint `name`, or from the newest valid one."""
@@ -446,31 +392,7 @@ class Trainer:
         """Completes the log, generates a sample, of which each token calls `check`, and draws the losses."""
         if self._folder is not None:
             self._folder.complete_log(record)
-        self.model.eval()
-        tokenizer = self.data.tokenizer
-        prompt = first_ids(tokenizer)
-        ids = self.model.generate(
-            torch.tensor([prompt], device=self.device),
-            SAMPLE_TOKENS,
-            temperature=0.8,
-            vocab_size=tokenizer.vocab_size,  # the model's may be padded
-            generator=torch.Generator(self.device).manual_seed(self.config.seed),
-            on_token=check,
-        )
-        sample = tokenizer.decode(ids[0, len(prompt) :].tolist())
+        sample = self._evaluator.sample(SAMPLE_TOKENS, check)
         if self._folder is not None:
             self._folder.finish(sample)
         return sample
-
-
-def _bar_text(record: Mapping[str, Any]) -> str:
-    """What the progress bar shows besides steps and remaining time."""
-    mfu = "" if record["mfu"] is None else f", {record['mfu']:.1%} MFU"
-    return f"loss {record['train_loss']:.3f}, {record['tokens_per_second']:,.0f} tokens/s{mfu}"
-
-
-def _evaluation_line(record: Mapping[str, Any]) -> str:
-    return (
-        f"step {record['step']}: train {record['train_estimate']:.4f}, "
-        f"validation {record['validation_loss']:.4f}"
-    )
