@@ -4,25 +4,41 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from gpt.config import TrainConfig
 from gpt.data.dataset import IGNORED, Batch, Split, Stream, TokenData
+from gpt.data.token_files import CHUNK
 from gpt.data.tokenizers import first_ids
 from gpt.model import GPT
+from gpt.training.display import progress_bar
 from gpt.training.distributed import Ranks
 from gpt.training.step import TrainStep
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
 
 class FinalLosses(NamedTuple):
-    """The losses of the trained model and of a bigram baseline over the same tokens."""
+    """The losses of the trained model and of a bigram baseline over the same tokens.
+
+    These are `validation_tokens` tokens, which are the share `validation_share` of the validation split.
+    """
 
     validation_loss: float
     bigram_loss: float
+    validation_tokens: int
+    validation_share: float
+
+
+class MeanLoss(NamedTuple):
+    """The mean loss over `targets` targets."""
+
+    loss: float
+    targets: int
 
 
 class Evaluator:
@@ -44,23 +60,38 @@ class Evaluator:
     def estimate(self, split: Split) -> float:
         """The mean loss over `eval_batches` batches, the same batches each time."""
         stream: Stream = "estimate" if split == "train" else "validation"
-        return self._mean_loss(self._batch(stream, i) for i in range(self._config.eval_batches))
+        return self._mean_loss(self._batch(stream, i) for i in range(self._config.eval_batches)).loss
 
-    def evaluate(self, split: Split, check: Callable[[], None] = lambda: None) -> float:
-        """The mean loss over the whole split, in windows of block_size. Each batch calls `check`."""
-        windows = self._data.windows(split, self._config.batch_size, self._model.config.block_size)
-        return self._mean_loss(windows, check)
+    def evaluate(self, split: Split) -> float:
+        """The mean loss over the whole split, in windows of block_size."""
+        return self._mean_loss(self._windows(split)).loss
 
     def final_losses(self, check: Callable[[], None]) -> FinalLosses:
-        """The losses over the whole validation split; the bigram's is NaN if the model's is not finite.
+        """The losses over up to `final_eval_batches` batches of the validation split, with a progress bar.
+
+        The bigram's is NaN if the model's is not finite.
 
         Args:
             check: Called for each batch and each chunk of tokens; it may raise to end the evaluation.
         """
-        loss = self.evaluate("validation", check)
-        if not math.isfinite(loss):
-            return FinalLosses(loss, math.nan)
-        return FinalLosses(loss, self._ranks.on_first(partial(self._data.bigram_loss, check)))
+        config, data = self._config, self._data
+        most = config.final_eval_batches
+        windows = _ceil_div(len(data.tokens("validation")) - 1, self._model.config.block_size)
+        whole = _ceil_div(windows, config.batch_size)
+        total = whole if most is None else min(most, whole)
+        with _bar(_ceil_div(total, self._ranks.size), "final evaluation", "batch") as bar:
+            loss, targets = self._mean_loss(self._windows("validation", most), _both(check, bar.update))
+
+        bigram = math.nan
+        if math.isfinite(loss):
+            chunks = _ceil_div(len(data.tokens("train")) - 1, CHUNK)
+            with _bar(chunks, "bigram baseline", "chunk") as bar:
+                progress = _both(check, bar.update)
+                bigram = self._ranks.on_first(
+                    lambda: data.bigram_loss(self._windows("validation", most), progress)
+                )
+        share = min(1.0, total * config.batch_size / windows)
+        return FinalLosses(loss, bigram, targets, share)
 
     def loss_now(self) -> float:
         """The loss of one validation batch, on this rank alone."""
@@ -91,7 +122,10 @@ class Evaluator:
             stream, config.batch_size, self._model.config.block_size, seed=config.seed, step=number
         )
 
-    def _mean_loss(self, batches: Iterable[Batch], check: Callable[[], None] = lambda: None) -> float:
+    def _windows(self, split: Split, most: int | None = None) -> Iterator[Batch]:
+        return self._data.windows(split, self._config.batch_size, self._model.config.block_size, most)
+
+    def _mean_loss(self, batches: Iterable[Batch], check: Callable[[], None] = lambda: None) -> MeanLoss:
         """The mean loss over all targets of `batches`, which the ranks share; each batch calls `check`."""
         totals, count = [], 0
         self._model.eval()
@@ -104,4 +138,23 @@ class Evaluator:
         self._model.train()
         totals_of_ranks, counts = zip(*self._ranks.gather((totals, count)), strict=True)
         # fsum is exact, so the result does not depend on how the batches are spread over ranks.
-        return math.fsum(itertools.chain(*totals_of_ranks)) / max(1, sum(counts))
+        return MeanLoss(math.fsum(itertools.chain(*totals_of_ranks)) / max(1, sum(counts)), sum(counts))
+
+
+def _bar(total: int, text: str, unit: str) -> tqdm[Any]:
+    """A progress bar that appears after a second, and leaves nothing."""
+    return progress_bar(total, desc=text, unit=unit, leave=False, delay=1)
+
+
+def _both(check: Callable[[], None], update: Callable[[], object]) -> Callable[[], None]:
+    """Calls `check`, then `update`."""
+
+    def call() -> None:
+        check()
+        update()
+
+    return call
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)

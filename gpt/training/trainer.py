@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sized
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,7 +29,7 @@ from gpt.training.evaluator import Evaluator
 from gpt.training.optim import learning_rate
 from gpt.training.run_folder import RunFolder
 from gpt.training.run_state import Progress
-from gpt.training.signals import Stopped, StopSignals, stop_signals
+from gpt.training.signals import Stopped, StopRequest
 from gpt.training.step import DrawnBatches, PendingStep, TrainStep
 from gpt.weights.tensors import check_finite
 
@@ -40,7 +40,8 @@ SAMPLE_TOKENS = 500
 class TrainResult:
     """How a run ended.
 
-    `signal` is the signal that stopped the run or its final evaluation, or None. The losses, over the whole
+    `signal` is the signal that stopped the run or its final evaluation, or None; `out_of_time` is True where
+    the time limit did. The losses, over `validation_tokens` tokens, which are `validation_share` of the
     validation split, and the sample exist only for a run that was not stopped.
     """
 
@@ -50,6 +51,9 @@ class TrainResult:
     sample: str | None = None
     checkpoint: Path | None = None
     signal: int | None = None
+    out_of_time: bool = False
+    validation_tokens: int | None = None
+    validation_share: float | None = None
 
 
 class _QueuedStep(NamedTuple):
@@ -140,7 +144,7 @@ class Trainer:
     def _enter(self, folder: RunFolder, *, resume: bool | str) -> None:
         """Checks and locks the folder, and continues from one of its checkpoints with `resume`."""
         try:
-            folder.check(self.model, resume=bool(resume))
+            folder.check(self.model, resume=bool(resume), keep_best=self.config.keeps_best)
             if self.ranks.rank == 0 and folder.path.is_dir():
                 folder.lock()
             if resume:
@@ -153,6 +157,11 @@ class Trainer:
     def step(self) -> int:
         """Steps taken so far, over all resumes."""
         return self._progress.step
+
+    @property
+    def _best(self) -> int | None:
+        """The step of the best checkpoint, if it is kept."""
+        return self._progress.best_step if self.config.keeps_best else None
 
     @property
     def device(self) -> torch.device:
@@ -183,12 +192,12 @@ class Trainer:
         return self._folder.path
 
     def run(self) -> TrainResult:
-        """Trains until max_steps, until patience runs out, or until Ctrl-C or SIGTERM.
+        """Trains until max_steps, until patience or the time runs out, or until Ctrl-C or SIGTERM.
 
         On a GPU, a step's result is read after the next step is queued, so that the GPU always has work. A
-        signal lets the queued steps finish; the run then saves a checkpoint and returns. The final evaluation
-        comes after the last checkpoint: a signal ends it at once, and a resumed run repeats it. A second
-        signal ends the process.
+        signal, or the end of `time_limit`, which begins here, lets the queued steps finish; the run then
+        saves a checkpoint and returns. The final evaluation comes after the last checkpoint: a signal or the
+        time limit ends it at once, and a resumed run repeats it. A second signal ends the process.
 
         Raises:
             NonFiniteError: A loss, gradient, weight or value of the optimizer is not finite. Nothing of it is
@@ -199,51 +208,75 @@ class Trainer:
         self.claim()
         try:
             if self._folder is not None:
-                self.ranks.on_first(partial(self._folder.prepare, self.step, keep_final=self._is_done()))
-            with stop_signals() as signals:
-                self._train(signals.received)
+                prepare = partial(self._folder.prepare, self.step, self._best, keep_final=self._is_done())
+                self.ranks.on_first(prepare)
+            stop = StopRequest(self.config.time_limit_seconds)
+            with stop.listening():
+                self._train(stop)
                 with suppress(Stopped):
                     if self._is_done():
-                        return self._finish(signals)
-                number = max(self.ranks.gather(signals.received[0] if signals.received else 0))
-                return TrainResult(self.step, checkpoint=self._saved, signal=number)
+                        return self._finish(stop)
+                number = max(self.ranks.gather(stop.signal)) or None
+                return TrainResult(
+                    self.step, checkpoint=self._saved, signal=number, out_of_time=number is None
+                )
         finally:
             if self._folder is not None:
                 self._folder.release()
 
-    def _train(self, received: Sequence[int]) -> None:
-        """Takes the steps that are left, or those that are queued when a rank receives a signal."""
+    def _train(self, stop: StopRequest) -> None:
+        """Takes the steps that are left, or those that are queued when a rank is to stop."""
+        config, stopped = self.config, False
+        stop.consequence = self._last_step
         self.model.train()
-        stop = False
-        with progress_bar(self.config.max_steps, self.step, unit="step") as bar:
-            while not self._is_done() and not stop:
-                self._queue_step(received)
-                ahead = 0 if self._needs_result(received) else self._ahead
-                while len(self._queue) > (0 if stop else ahead):
-                    record, stopped = self._finish_step()
-                    stop |= stopped
+        with progress_bar(config.max_steps, self.step, unit="step") as bar:
+            while not self._is_done() and not stopped:
+                self._queue_step(stop)
+                ahead = 0 if self._needs_result(stop) else self._ahead
+                while len(self._queue) > (0 if stopped else ahead):
+                    record, stops = self._finish_step()
+                    stopped |= stops
                     bar.set_postfix_str(bar_text(record), refresh=False)
                     bar.update()
                 if self._queue:
                     continue
 
-                if self._due(self.config.eval_interval):
+                improved = False
+                if self._due(config.eval_interval):
                     record |= self._estimates()
                     bar.write(evaluation_line(record))
-                    self._progress.note_evaluation(record["validation_loss"])
+                    improved = self._progress.note_evaluation(record["validation_loss"])
                 done = self._is_done()
-                due = done or self.step == 1 or self._due(self.config.log_interval)
+                if done and self.step < config.max_steps:
+                    bar.write(f"stopped: {self.ended}")
+                due = done or self.step == 1 or self._due(config.log_interval)
                 if due or "validation_loss" in record:
                     self._write_log(record)
-                if done or stop or self._due(self.config.checkpoint_interval or self.config.eval_interval):
-                    self._save()
+                due = done or stopped or self._due(config.checkpoint_interval or config.eval_interval)
+                if due or (improved and config.keeps_best):
+                    with stop.saving():
+                        self._save()
+
+    def _last_step(self) -> str:
+        """What a signal makes the run do: the next step to be queued learns of it, and is the last one."""
+        step = min(self.step + len(self._queue) + 1, self.config.max_steps)
+        return f"finishing step {step}, then saving; press Ctrl-C again to stop at once"
+
+    @property
+    def ended(self) -> str | None:
+        """Why the run takes no more steps, and what would let it go on; None while it does."""
+        config, progress = self.config, self._progress
+        if progress.step >= config.max_steps:
+            return f"max_steps is {config.max_steps} (a larger --max_steps goes on)"
+        if config.patience is None or progress.evaluations_since_best < config.patience:
+            return None
+        return (
+            f"validation loss has not improved for {progress.evaluations_since_best} evaluations; best "
+            f"{progress.best_loss:.4f} at step {progress.best_step} (a larger --patience goes on)"
+        )
 
     def _is_done(self) -> bool:
-        """Whether no steps are left, or `patience` evaluations in a row have not improved the loss."""
-        patience, progress = self.config.patience, self._progress
-        return progress.step >= self.config.max_steps or (
-            patience is not None and progress.evaluations_since_best >= patience
-        )
+        return self.ended is not None
 
     def evaluate(self, split: Split) -> float:
         """The mean loss over the whole split, in windows of block_size."""
@@ -253,7 +286,7 @@ class Trainer:
         """The mean loss over `eval_batches` batches, the same batches each time."""
         return self._evaluator.estimate(split)
 
-    def _queue_step(self, received: Sequence[int]) -> None:
+    def _queue_step(self, stop: Sized) -> None:
         """Queues the step after those that are queued."""
         started = time.perf_counter()
         step = self.step + len(self._queue)
@@ -261,13 +294,13 @@ class Trainer:
         batches = DrawnBatches(partial(self._micro_batch, step), numbers)
         tokens = self.config.grad_accum * self.config.batch_size * self.block_size
         rate = learning_rate(step, self.config)
-        self._queue.append(_QueuedStep(self._step.enqueue(batches, rate, received), rate, tokens))
+        self._queue.append(_QueuedStep(self._step.enqueue(batches, rate, stop), rate, tokens))
         self._progress.seconds += time.perf_counter() - started
 
-    def _needs_result(self, received: Sequence[int]) -> bool:
+    def _needs_result(self, stop: Sized) -> bool:
         """Whether something follows the newest step that needs its result, or the state after it."""
         config, step = self.config, self.step + len(self._queue)
-        if step == 1 or step >= config.max_steps or (received and self.ranks.size == 1):
+        if step == 1 or step >= config.max_steps or (stop and self.ranks.size == 1):
             return True
         intervals = config.log_interval, config.eval_interval, config.checkpoint_interval or 0
         return any(interval and step % interval == 0 for interval in intervals)
@@ -275,7 +308,7 @@ class Trainer:
     def _finish_step(self) -> tuple[dict[str, Any], bool]:
         """Reads the result of the oldest queued step; returns its log record, and whether to stop."""
         started = time.perf_counter()
-        queued = self._queue.popleft()
+        queued = self._queue[0]
         try:
             result = queued.step.result()
         except NonFiniteError as error:
@@ -288,6 +321,7 @@ class Trainer:
                 ) from error
 
         progress = self._progress
+        self._queue.popleft()
         progress.step += 1
         progress.tokens += queued.tokens
         progress.seconds += time.perf_counter() - started
@@ -320,20 +354,22 @@ class Trainer:
     def _estimates(self) -> dict[str, float]:
         return {"train_estimate": self.estimate("train"), "validation_loss": self.estimate("validation")}
 
-    def _finish(self, signals: StopSignals) -> TrainResult:
+    def _finish(self, stop: StopRequest) -> TrainResult:
         """Evaluates the trained model, completes the log, and samples.
 
         Raises:
-            Stopped: Any rank has received a signal.
+            Stopped: Any rank has received a signal, or has no time left.
         """
-        loss, bigram = self._evaluator.final_losses(signals.check)
-        if not math.isfinite(loss):
+        stop.consequence = lambda: "the final evaluation is skipped; --resume repeats it, without a step"
+        final = self._evaluator.final_losses(stop.check)
+        if not math.isfinite(final.validation_loss):
             with self.ranks.agreement():
                 advice = "" if self._folder is None else self._folder.how_to_go_on(self.step)
+                loss = final.validation_loss
                 raise NonFiniteError(f"step {self.step}: the final validation loss is {loss}{advice}")
-        record = {"step": self.step, "final": True, "validation_loss": loss, "bigram_loss": bigram}
-        sample = self.ranks.on_first(partial(self._conclude, record, signals.check))
-        return TrainResult(self.step, loss, bigram, sample, self._saved)
+        record = {"step": self.step, "final": True, **final._asdict()}
+        sample = self.ranks.on_first(partial(self._conclude, record, stop.check))
+        return TrainResult(self.step, **final._asdict(), sample=sample, checkpoint=self._saved)
 
     def _write_log(self, record: dict[str, Any]) -> None:
         self._logged = replace(self._progress)
@@ -368,7 +404,7 @@ class Trainer:
                 # If a weight is the reason, the message names it.
                 check_finite(dict(self.model.named_parameters()), "the model")
                 raise NonFiniteError(f"the loss after the step is {loss}")
-            return folder.save(self.model, self.data.tokenizer, self._step.tensors(), state)
+            return folder.save(self.model, self.data.tokenizer, self._step.tensors(), state, best=self._best)
         except NonFiniteError as error:
             raise NonFiniteError(f"step {self.step}: {error}; not saved{self._kept(self.step)}") from error
 
