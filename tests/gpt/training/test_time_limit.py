@@ -18,7 +18,7 @@ STEP = 10.0  # seconds
 
 
 class Clock:
-    """Replaces the clock of the time limit, which then stands still between the calls of `passes`."""
+    """Replaces the clock of the time limit: it moves only in calls of functions that `passes` returns."""
 
     def __init__(self) -> None:
         self.now = 1000.0
