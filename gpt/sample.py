@@ -230,6 +230,9 @@ def _read_line(terminal: bool) -> str | None:
         except EOFError:
             print()
             return None
+        except KeyboardInterrupt:
+            print()
+            raise
     if sys.stdin is None:
         raise InputError(f"{where} is closed, expected lines of text")
     try:

@@ -210,7 +210,7 @@ def test_ctrl_c_ends_an_answer_and_then_the_command(
         monkeypatch.setattr(stream, "isatty", lambda: True)
     flags = ["--checkpoint", str(tmp_path / "chat"), "--chat", "--interactive", "--max_new_tokens", "9"]
     assert sample.main(flags) == 130
-    assert capsys.readouterr() == ("On\nTwo.\n", "gpt.sample: stopped by Ctrl-C\n")
+    assert capsys.readouterr() == ("On\nTwo.\n\n", "gpt.sample: stopped by Ctrl-C\n")
     assert f"On{NEXT_TURN}And now?" in prompts[1]
 
 
