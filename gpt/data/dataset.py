@@ -289,6 +289,8 @@ class TokenData:
     ) -> Batch:
         """Random windows of a split, a function of the arguments: Philox with counter (step, micro_step).
 
+        Windows of packed instructions begin with a document, so that a completion does not lose its prompt,
+        or past the first `block_size` tokens of one.
         The stream "estimate" reads the train split, with windows independent of the training batches.
         """
         import numpy as np
@@ -297,7 +299,12 @@ class TokenData:
         words = np.random.Philox(key=seed, counter=[0, micro_step, step, _STREAMS[stream]]).random_raw(
             batch_size
         )
-        starts = (words % np.uint64(len(part.tokens) - block_size)).astype(np.int64)
+        if part.documents is None or not len(part.untrained):
+            starts = (words % np.uint64(len(part.tokens) - block_size)).astype(np.int64)
+        else:
+            positions = (words % np.uint64(len(part.tokens))).astype(np.int64)
+            begins = _begins(part.documents, positions)
+            starts = np.where(positions - begins < block_size, begins, positions)
         return _windows(part, starts, block_size)
 
     def windows(self, split: Split, batch_size: int, block_size: int) -> Iterator[Batch]:
@@ -398,7 +405,7 @@ def _windows(part: _Part, starts: Positions, block_size: int) -> Batch:
     missing = (positions[:, 1:] >= len(tokens)) | part.are_untrained(positions[:, 1:])
     begins = None
     if documents is not None:
-        begins = np.concatenate(([0], documents))[np.searchsorted(documents, positions, side="right")]
+        begins = _begins(documents, positions)
         missing |= begins[:, 1:] == positions[:, 1:]
     batch = Batch(
         torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(np.where(missing, IGNORED, rows[:, 1:]))
@@ -408,6 +415,13 @@ def _windows(part: _Part, starts: Positions, block_size: int) -> Batch:
     return batch._replace(
         document_start=torch.from_numpy(np.maximum(begins[:, :-1] - starts[:, None], 0).astype(np.int32))
     )
+
+
+def _begins(documents: Positions, positions: Positions) -> Positions:
+    """The begin of the document that each of `positions` is in."""
+    import numpy as np
+
+    return np.concatenate(([0], documents))[np.searchsorted(documents, positions, side="right")]
 
 
 def _bin_tokenizer(file: Path, config: DataConfig) -> Tokenizer:
