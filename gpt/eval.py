@@ -67,7 +67,7 @@ def _eval(argv: Sequence[str]) -> int:
 
     def load(path: Path) -> tuple[Tokenizer, Ids, GPT]:
         tokenizer = load_pretrained_tokenizer(path)
-        ids = TokenData.load(DataConfig(data=config.data), tokenizer).all_tokens()
+        ids = TokenData.load(DataConfig(data=config.data), tokenizer, split=False).all_tokens()
         return tokenizer, ids, load_pretrained(path, device=device, use_triton=use_triton).eval()
 
     tokenizer, ids, model = from_checkpoint(config.checkpoint, device, load, which=config.which)

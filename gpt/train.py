@@ -31,8 +31,8 @@ from gpt.cli import (
     use_triton_option,
 )
 from gpt.config import GPTConfig, TrainConfig, override
-from gpt.data.corpus import SHAKESPEARE, STDLIB
 from gpt.data.dataset import DataConfig, TokenData
+from gpt.data.sources import SHAKESPEARE, STDLIB
 from gpt.data.tokenizers import Tokenizer
 from gpt.device import check_memory, pick_device
 from gpt.errors import InputError, shown

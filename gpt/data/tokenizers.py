@@ -87,7 +87,7 @@ class CharTokenizer:
         except KeyError:
             position, character = next((i, c) for i, c in enumerate(text) if c not in self._ids)
         raise InputError(
-            f"CharTokenizer: character {character!a} (U+{ord(character):04X}) at position {position} of the "
+            f"CharTokenizer: character {character!r} (U+{ord(character):04X}) at position {position} of the "
             f"text, expected one of the tokenizer's {self.vocab_size} characters"
         )
 
@@ -321,6 +321,11 @@ def first_ids(tokenizer: Tokenizer) -> list[int]:
         return tokenizer.encode("\n")
     except InputError:
         return [0]
+
+
+def end_of_text(tokenizer: Tokenizer) -> int | None:
+    """The id of <|endoftext|>, which ends each document; None if the tokenizer has no such token."""
+    return getattr(tokenizer, "special_tokens", dict[str, int]()).get(END_OF_TEXT)
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from gpt import CharTokenizer, InputError
-from gpt.data import corpus, token_files
+from gpt.data import formats, token_files
 from tests.gpt.data.loading import joined, load, write, write_bins
 from tests.gpt.text import TEXT
 
@@ -111,7 +111,7 @@ def test_a_damaged_cache_is_replaced(damage: str, text: Path, encoded: list[str]
 def test_every_byte_of_the_cache_is_checked(tmp_path: Path, cache: Path) -> None:
     """A byte of the ids, of the documents' ends or of the hash that may change unnoticed."""
     write(tmp_path, a=TEXT[:30], b=TEXT[30:37])
-    ids, begins = map(np.array, load(tmp_path, pack_documents=True)._parts["train"])
+    ids, begins, _ = map(np.array, load(tmp_path, pack_documents=True)._parts["train"])
     path = next(cache.rglob("*.tokens"))
     content = path.read_bytes()
     for i in range(len(content)):
@@ -120,7 +120,7 @@ def test_every_byte_of_the_cache_is_checked(tmp_path: Path, cache: Path) -> None
             again = load(tmp_path, pack_documents=True)._parts["train"]
         assert (again.tokens == ids).all()
         assert (again.documents == begins).all()
-    assert len(content) == 2 * 37 + 8 * 2 + 32
+    assert len(content) == 2 * 37 + 8 * 2 + 8 * 3 + 32
 
 
 def disk_full(_: int) -> None:
@@ -195,14 +195,14 @@ def test_a_text_that_changes_while_it_is_read_is_refused(
     text: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tokens of a changed text, cached under the hash of the text before."""
-    read_text = corpus.read_text
+    read_text = formats.read_text
 
     def changing(path: Path) -> str:
         content = read_text(path)
         path.write_text(content[::-1])
         return content
 
-    monkeypatch.setattr(corpus, "read_text", changing)
+    monkeypatch.setattr(formats, "read_text", changing)
     with pytest.raises(InputError, match=r"text\.txt changed while it was read"):
         load(text)
     assert list(cache.rglob("*.tokens")) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections import Counter
@@ -13,7 +14,6 @@ import pytest
 import torch
 
 from gpt import BPETokenizer, CharTokenizer, InputError
-from gpt.data.corpus import open_corpus
 from gpt.data.dataset import IGNORED, Batch, DataConfig, TokenData, save_bin
 from tests.gpt.data.loading import BINS, joined, load, write, write_bins
 from tests.gpt.models import random_model
@@ -105,16 +105,27 @@ def test_a_short_corpus_is_refused() -> None:
         data.check(1024)
 
 
-def test_files_folders_and_globs_are_read_in_order(tmp_path: Path) -> None:
-    """Files left out, read twice, or read in an order that depends on the machine."""
-    (tmp_path / "sub").mkdir()
-    write(tmp_path, b=TEXT[:50], a=TEXT[50:90])
-    write(tmp_path / "sub", c=TEXT[90:120])
-    (tmp_path / ".hidden").write_bytes(b"\xff")
-    whole = TEXT[50:90] + TEXT[:50] + TEXT[90:120]
-    assert joined(load(tmp_path)) == whole
-    assert joined(load(tmp_path / "*.txt", tmp_path / "sub")) == whole
-    assert joined(load(tmp_path / "**" / "c.txt")) == TEXT[90:120]
+def hash_of(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()
+
+
+def test_files_are_ordered_by_a_hash_of_their_names(tmp_path: Path) -> None:
+    """Files left out or read twice, a split by the alphabet, or one that depends on the parent folder."""
+    texts = {"a.txt": TEXT[:40], "b.txt": TEXT[40:90], "sub/c.txt": TEXT[90:120], "sub/d.txt": TEXT[120:200]}
+    order = sorted(texts, key=hash_of)
+    assert order != sorted(texts)
+    for parent in ("one", "another"):
+        for name, text in texts.items():
+            (tmp_path / parent / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / parent / name).write_text(text)
+    one, another = (load(tmp_path / parent) for parent in ("one", "another"))
+    assert joined(one) == "".join(texts[name] for name in order)
+    assert another.identity == one.identity
+    assert load(tmp_path / "one" / "**" / "*.txt").identity == one.identity
+    assert joined(load(tmp_path / "one" / "*.txt")) == "".join(
+        texts[name] for name in order if "/" not in name
+    )
+    assert joined(load(tmp_path / "one" / "**" / "c.txt")) == TEXT[90:120]
 
 
 @pytest.mark.parametrize(
@@ -187,7 +198,7 @@ def test_stdlib_is_large_and_plain() -> None:
     assert data.tokenizer.vocab_size <= 96
     assert "def __init__(self" in data.tokenizer.decode(data.tokens("validation").tolist())
     assert load("stdlib").identity == data.identity
-    assert sum(len(document.read()) for document in open_corpus(["stdlib"])) <= 4_000_000
+    assert sum(len(data.tokens(split)) for split in ("train", "validation")) <= 4_000_000
 
 
 def test_shakespeare_without_a_network_names_the_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,8 +213,10 @@ def test_shakespeare_without_a_network_names_the_file(cache: Path, monkeypatch: 
 
 
 def documents(tmp_path: Path) -> list[str]:
+    """Writes texts under names whose hashes are in the texts' order."""
     texts = [TEXT[:40], TEXT[40:43], TEXT[43:60], TEXT[60:65], TEXT[65:260]]
-    write(tmp_path, **{f"d{i}": text for i, text in enumerate(texts)})
+    names = sorted((f"d{i}" for i in range(len(texts))), key=lambda name: hash_of(f"{name}.txt"))
+    write(tmp_path, **dict(zip(names, texts, strict=True)))
     return texts
 
 
