@@ -11,7 +11,7 @@ import torch
 
 from gpt.cli import USE_TRITON, OptionParser, device_option, option, run_command, use_triton_option
 from gpt.data.text_stream import Stopped, TextStream
-from gpt.data.tokenizers import Tokenizer, first_ids
+from gpt.data.tokenizers import END_OF_TEXT, Tokenizer, end_of_text, first_ids
 from gpt.device import pick_device
 from gpt.errors import InputError
 from gpt.files import read_limited, read_regular, user_path
@@ -37,7 +37,9 @@ class SampleConfig:
     top_p: float | None = option(None, "choose among the likeliest tokens whose probabilities sum to p")
     min_p: float | None = option(None, "choose among the tokens at least p times as likely as the likeliest")
     repetition_penalty: float = option(1.0, "above 1 makes tokens that came before less likely")
-    stop: tuple[str, ...] = option((), "texts at which a continuation ends; they are not shown")
+    stop: tuple[str, ...] = option(
+        (), "texts that end a continuation, as <|endoftext|> does; they are not shown"
+    )
     seed: int = option(1337, "the same seed gives the same continuations")
     greedy: bool = option(False, "always the likeliest token")
     device: str | None = device_option()
@@ -133,7 +135,8 @@ def _continue(
         print(text, end="", flush=True)
 
     write(prompt)
-    stream = TextStream(tokenizer, write, config.stop)
+    ends = [] if end_of_text(tokenizer) is None else [END_OF_TEXT]
+    stream = TextStream(tokenizer, write, [*config.stop, *ends])
     try:
         model.generate(
             torch.tensor([ids], device=model.wte.weight.device),
