@@ -197,7 +197,7 @@ def test_parquet_without_pyarrow_is_answered(tmp_path: Path, monkeypatch: pytest
 
 
 def saved(folder: Path, texts: dict[str, list[str]]) -> Path:
-    """Writes what `save_to_disk` of Hugging Face `datasets` writes for several splits, without the package."""
+    """Writes what `save_to_disk` of `datasets` writes for several splits."""
     arrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
     for split, rows in texts.items():
         (folder / split).mkdir(parents=True)
