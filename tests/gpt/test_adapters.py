@@ -95,7 +95,7 @@ def test_adapted_models_equal_unfused_ones(name: str, use_triton: bool) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_model_that_steps_aside_computes_the_same(name: str) -> None:
-    """A norm, feed-forward, head or loss that differs when it is not fused: a mask, a mean, ignored targets."""
+    """A norm, feed-forward, head or loss that differs where it is not fused: its mask, mean or formula."""
     model = random_model(**CONFIGS[name], dropout=0.2).double()
     model.dropout_seed = 3
     idx, targets = tokens(2, 8), tokens(2, 8)
