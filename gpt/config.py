@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import FrozenInstanceError, asdict, dataclass, fields, replace
 from types import NoneType
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 from gpt.cli import option
 from gpt.errors import InputError, shown, unknown
@@ -151,6 +151,20 @@ class GPTConfig:
         width = 6 * self.n_embd + 4 * self.n_head * self.head_size + 2 * self.inner_size
         tokens = batch_size * self.block_size
         return 16 * self.parameter_counts()["total"] + value * self.n_layer * width * tokens
+
+
+def _refuse_to_set(config: GPTConfig, name: str, value: object) -> NoReturn:
+    """The error of a frozen dataclass, for Hugging Face's Trainer too: it starts by setting `use_cache`."""
+    hint = (
+        "; Hugging Face's Trainer needs a model of transformers: model.save_pretrained(DIR, "
+        "format='huggingface'), GPT2LMHeadModel.from_pretrained(DIR), kernels.integrations.transformers.fuse"
+    )
+    raise FrozenInstanceError(
+        f"GPTConfig: {name} cannot be set, expected a new config{hint if name == 'use_cache' else ''}"
+    )
+
+
+GPTConfig.__setattr__ = _refuse_to_set  # type: ignore[method-assign, assignment]
 
 
 @dataclass(frozen=True)
