@@ -278,6 +278,9 @@ _GPT2_MODULES = {
 }
 HUGGING_FACE = Layout("Hugging Face", "h", _GPT2_MODULES, transposed=True)
 NANOGPT = Layout("nanoGPT", "h", _GPT2_MODULES, assumed={"activation": "gelu"})
+STATE_DICT = Layout(
+    "fused-gpt", "blocks", {name: (name,) for name in _GPT2_MODULES}
+)  # of GPT, without a config
 BOOK = Layout(
     "LLMs-from-scratch",
     "trf_blocks",
