@@ -58,6 +58,9 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return kernels.layer_norm(x, self.weight, self.bias, self.eps)
 
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}, bias={self.bias is not None}"
+
 
 def add(x: Tensor, branch: Tensor, run: Pass, seed: Seed) -> Tensor:
     """x + dropout(branch), or dropout(branch) without shortcuts."""
@@ -94,6 +97,9 @@ class Attention(nn.Module):
             y = run.cache.attend(self.layer, qkv)
         return self.proj(y.reshape(x.shape[0], self.width))  # (B, T, H, D) -> (N, HD) -> (N, C)
 
+    def extra_repr(self) -> str:
+        return f"n_head={self.n_head}, head_size={self.head_size}"
+
 
 class FeedForward(nn.Module):
     """down(activation(up(x))), in one op if the activation is GELU, and `up` and `down` are plain."""
@@ -114,6 +120,9 @@ class FeedForward(nn.Module):
         if kernels.is_plain(up, Linear) and kernels.is_plain(down, Linear):
             return kernels.gelu_ffn(x, up.weight, up.bias, down.weight, down.bias, approximate=approximate)
         return down(F.gelu(up(x), approximate=approximate))
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}"
 
 
 class Block(nn.Module):
@@ -154,3 +163,6 @@ class Block(nn.Module):
         y, x = (self.ln_1(x), x) if branch is None else add_norm(self.ln_1, x, branch, run, seed_1)
         y, x = add_norm(self.ln_2, x, self.attn(y, run), run, seed_2)
         return self.ffn(y), x
+
+    def extra_repr(self) -> str:
+        return f"norm={'post' if self.post else 'pre'!r}"

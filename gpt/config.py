@@ -322,6 +322,15 @@ def override(config: Config, overrides: Mapping[str, Any]) -> Config:
     return replace(config, **overrides)
 
 
+def resolve(config: GPTConfig | Mapping[str, Any] | str | None, overrides: Mapping[str, Any]) -> GPTConfig:
+    """The GPTConfig that the arguments of `GPT` describe."""
+    if config is None:
+        return GPTConfig.from_dict(overrides)
+    if isinstance(config, str):
+        return GPTConfig.preset(config, **overrides)
+    return override(config if isinstance(config, GPTConfig) else GPTConfig.from_dict(config), overrides)
+
+
 def _check(config: GPTConfig | TrainConfig) -> None:
     """Raises InputError for a field that is not of its type or not within the limits of its option."""
     hints = get_type_hints(type(config))

@@ -54,19 +54,57 @@ def pick_device(name: str | None) -> torch.device:
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device(name)
+    if device.type == "meta":
+        raise InputError("device is 'meta', expected cpu or cuda, which hold values")
+    return device
+
+
+def find_device(name: torch.device | str | None) -> torch.device:
+    """The device `name`, which may be "meta"; None is torch's default.
+
+    Raises:
+        InputError: This machine has no such device.
+    """
+    if name is None:
+        return torch.get_default_device()
     try:
         device = torch.device(name)
-    except (RuntimeError, ValueError) as error:  # its message lists devices that torch can be compiled for
+    except (RuntimeError, ValueError, TypeError) as error:  # it lists what torch can be compiled for
         raise InputError(f"device is {name!r}, expected cpu, cuda, cuda:1, ...") from error
+    shown = str(device)
+    if device.type == "cuda" and torch.version.cuda is None and torch.version.hip is None:
+        raise InputError(
+            f"device is {shown!r}, but this torch is built without CUDA, expected 'cpu', or a build of torch "
+            "with CUDA (pytorch.org/get-started)"
+        )
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"device is {shown!r}, but torch sees no GPU, expected 'cpu', or a GPU that nvidia-smi lists and "
+            "CUDA_VISIBLE_DEVICES, if set, does not hide"
+        )
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, ValueError, ImportError) as error:
         raise InputError(
-            f"device is {name!r}, expected a device of this machine ({first_line(error)})"
+            f"device is {shown!r}, expected a device of this machine ({first_line(error)})"
         ) from error
-    if device.type == "meta":
-        raise InputError("device is 'meta', expected cpu or cuda, which hold values")
     return device
+
+
+def parameter_dtype(name: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype of parameters that `name` means, as in torch.bfloat16 or "bfloat16"; None is torch's default.
+
+    Raises:
+        InputError: It is another one than float32, bfloat16, float16 and float64.
+    """
+    if name is None:
+        return None
+    dtypes = {**_DTYPES, "float64": torch.float64}
+    plain = str(name).removeprefix("torch.")
+    if plain not in dtypes:
+        raise InputError(f"dtype is {plain!r}, expected one of {', '.join(dtypes)}")
+    return dtypes[plain]
 
 
 def autocast_dtype(name: str, device: torch.device) -> torch.dtype:
