@@ -215,8 +215,8 @@ class Trainer:
         self.claim()
         try:
             if self._folder is not None:
-                prepare = partial(self._folder.prepare, self.step, self._best, keep_final=self._is_done())
-                self.ranks.on_first(prepare)
+                prepare = partial(self._folder.prepare, keep_final=self._is_done(), best=self._best)
+                self.ranks.on_first(partial(prepare, self.step))
             stop = StopRequest(self.config.time_limit_seconds)
             with stop.listening():
                 self._train(stop)
