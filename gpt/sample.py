@@ -45,7 +45,9 @@ class SampleConfig:
     top_p: float | None = option(None, "choose among the likeliest tokens whose probabilities sum to p")
     min_p: float | None = option(None, "choose among the tokens at least p times as likely as the likeliest")
     repetition_penalty: float = option(1.0, "above 1 makes tokens that came before less likely")
-    stop: tuple[str, ...] = option((), "texts at which a continuation ends; they are not shown")
+    stop: tuple[str, ...] = option(
+        (), "texts that end a continuation, as <|endoftext|> does; they are not shown"
+    )
     seed: int = option(1337, "the same seed gives the same continuations")
     greedy: bool = option(False, "always the likeliest token")
     device: str | None = device_option()

@@ -233,11 +233,12 @@ def _from_run(folder: Path, given: Values) -> Start:
     state = read_state(folder / checkpoint.STATE)
     where, saved = f"resume: {folder / checkpoint.STATE}: data", state.content.get("data")
     types = field_types(DataConfig)
-    if not isinstance(saved, dict) or saved.keys() != types.keys():
+    if not isinstance(saved, dict) or saved.keys() - types.keys():
         raise InputError(f"{where} has other entries than {', '.join(types)}, expected this version's")
-    if saved["tokenizer"] is None:
+    if saved.get("tokenizer") is None:
         types.pop("tokenizer")  # its default is None
-    data = DataConfig(**{name: convert(f"{where}: {name}", types[name], saved[name]) for name in types})
+    saved = {name: value for name, value in saved.items() if name in types}
+    data = DataConfig(**{name: convert(f"{where}: {name}", types[name], saved[name]) for name in saved})
     model = GPTConfig.from_dict(read_json(folder / checkpoint.CONFIG))
     tokenizer = None if "tokenizer" in given["data"] else checkpoint.load_checkpoint_tokenizer(folder)
     return Start(

@@ -28,6 +28,7 @@ from gpt.data.token_files import (
     open_bin,
     split_at,
 )
+from gpt.data.tokenizer_cache import trained_bpe
 from gpt.data.tokenizers import (
     END_OF_TEXT,
     FILE_NAME,
@@ -442,7 +443,7 @@ def _tokenizer(config: DataConfig, corpora: Sequence[Corpus]) -> Tokenizer:
     if config.tokenizer == "gpt2":
         return BPETokenizer.gpt2()
     if config.tokenizer == "bpe":
-        return BPETokenizer.train(corpora[0].texts(), config.bpe_vocab_size)
+        return trained_bpe(corpora[0], config.bpe_vocab_size)
     path = user_path(config.tokenizer, "tokenizer")
     if not os.path.lexists(path):
         raise InputError(f"tokenizer: {config.tokenizer} does not exist, expected char, gpt2, bpe or a path")

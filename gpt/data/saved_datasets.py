@@ -23,12 +23,12 @@ def saved_shards(folder: Path) -> list[Path]:
     if not (folder / SHARDS).is_file() or not (folder / "dataset_info.json").is_file():
         return []
     listed = read_json(folder / SHARDS, "data").get("_data_files")
-    files = [entry.get("filename") for entry in listed if isinstance(entry, dict)] if listed else []
-    names = [name for name in files if isinstance(name, str) and os.path.basename(name) == name != ""]
-    if not names or len(names) != len(listed):
-        raise InputError(
-            f"data: {folder / SHARDS} has {shown(listed)} as _data_files, expected names of files"
-        )
+    entries = listed if isinstance(listed, list) else []
+    files = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries]
+    names = [name for name in files if isinstance(name, str) and name and os.path.basename(name) == name]
+    if not names or names != files:
+        where = f"data: {folder / SHARDS}"
+        raise InputError(f"{where} has {shown(listed)} as _data_files, expected the names of files")
     return [folder / name for name in names]
 
 

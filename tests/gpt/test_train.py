@@ -132,6 +132,24 @@ def test_resume_uses_the_settings_of_the_run(
     assert "the text or the tokenizer is not the one" in capsys.readouterr().err
 
 
+def test_resume_reads_the_settings_of_an_older_version(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that cannot go on after an update that gave --data more settings."""
+    read_state = train.read_state
+
+    def older(path: Path) -> Any:
+        state = read_state(path)
+        data = {name: state.content["data"][name] for name in ("data", "tokenizer", "bpe_vocab_size")}
+        return state._replace(content={**state.content, "data": data})
+
+    newest = max((trained / "checkpoints").iterdir(), key=lambda path: int(path.name[5:]))
+    given: dict[str, Any] = {table: {} for table in train.TABLES}
+    current = train._from_run(newest, given).data
+    monkeypatch.setattr(train, "read_state", older)
+    assert train._from_run(newest, given).data == current
+
+
 def test_init_starts_from_a_trained_model(
     trained: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

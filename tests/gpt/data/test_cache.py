@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpt import CharTokenizer, InputError
+from gpt import BPETokenizer, CharTokenizer, InputError
 from gpt.data import formats, token_files
 from tests.gpt.data.loading import joined, load, write, write_bins
 from tests.gpt.text import TEXT
@@ -206,6 +206,47 @@ def test_a_text_that_changes_while_it_is_read_is_refused(
     with pytest.raises(InputError, match=r"text\.txt changed while it was read"):
         load(text)
     assert list(cache.rglob("*.tokens")) == []
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the byte-pair encodings that are trained from now on."""
+    sizes: list[int] = []
+    train = BPETokenizer.train
+
+    def counting(texts: Any, vocab_size: int) -> BPETokenizer:
+        sizes.append(vocab_size)
+        return train(texts, vocab_size)
+
+    monkeypatch.setattr(BPETokenizer, "train", counting)
+    return sizes
+
+
+def test_a_tokenizer_is_trained_once(text: Path, trained: list[int], cache: Path) -> None:
+    """Minutes of training at each start, or the tokenizer of another text, size or damaged file."""
+    first = load(text, tokenizer="bpe", bpe_vocab_size=280)
+    again = load(text, tokenizer="bpe", bpe_vocab_size=280)
+    assert again.tokenizer.to_json() == first.tokenizer.to_json()
+    assert again.identity == first.identity
+    assert load(text, tokenizer="bpe", bpe_vocab_size=270).tokenizer.vocab_size == 270
+    load(write(text.parent, other=TEXT[::-1]) / "other.txt", tokenizer="bpe", bpe_vocab_size=280)
+    assert trained == [280, 270, 280]
+    for path in sorted((cache / "tokenizers").iterdir()):
+        content = path.read_bytes()
+        path.write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
+    with pytest.warns(UserWarning, match=DAMAGED):
+        assert load(text, tokenizer="bpe", bpe_vocab_size=280).identity == first.identity
+    assert trained == [280, 270, 280, 280]
+
+
+def test_a_tokenizer_is_trained_without_a_cache(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that cannot be written and makes training a tokenizer impossible."""
+    monkeypatch.setenv("FUSED_GPT_CACHE", str(text / "below a file"))
+    with pytest.warns(
+        UserWarning, match="cache: cannot write .*; the next start computes it again"
+    ) as caught:
+        assert joined(load(text, tokenizer="bpe", bpe_vocab_size=270)) == f"{TEXT}<|endoftext|>"
+    assert sum("/tokenizers/" in str(warning.message) for warning in caught) == 1
 
 
 @pytest.fixture

@@ -377,3 +377,47 @@ def test_save_bin_refuses_a_large_vocabulary(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="save_bin: the vocabulary has 65537 ids, expected at most 65536"):
         save_bin(TokenData.from_text("ab" * 9, Large("ab")), tmp_path)
+
+
+def test_validation_texts_replace_the_split(tmp_path: Path) -> None:
+    """Text of --data that is not trained on, or a validation that reads another text."""
+    write(tmp_path, a=TEXT[:500], b="#" + TEXT[500:700])
+    data = load(tmp_path / "a.txt", validation=(str(tmp_path / "b.txt"),), pack_documents=True)
+    tokens = [data.tokenizer.decode(data.tokens(split).tolist()) for split in ("train", "validation")]
+    assert tokens == [TEXT[:500], "#" + TEXT[500:700]]
+    assert [part.documents.tolist()[0] for part in data._parts.values()] == [0, 0]
+    assert data.identity != load(tmp_path / "a.txt").identity
+    swapped = load(tmp_path / "b.txt", validation=(str(tmp_path / "a.txt"),))
+    assert swapped.identity != data.identity
+
+    bins = write_bins(tmp_path, train=TEXT[:200], other=TEXT[300:350])
+    data = load(bins / "train.bin", validation=(str(bins / "other.bin"),))
+    assert BINS.decode(data.tokens("train").tolist()) == TEXT[:200]
+    assert BINS.decode(data.tokens("validation").tolist()) == TEXT[300:350]
+    with pytest.raises(InputError, match=r"train\.bin with validation .*a\.txt, expected one \.bin file"):
+        load(bins / "train.bin", validation=(str(tmp_path / "a.txt"),))
+
+
+def test_the_validation_fraction_is_used(tmp_path: Path) -> None:
+    """A fraction that is ignored, rounded in binary, or changed at a resume without an error."""
+    write(tmp_path, a=TEXT[:1000])
+    data = load(tmp_path / "a.txt", validation_fraction=0.3)
+    assert [len(data.tokens(split)) for split in ("train", "validation")] == [700, 300]
+    assert data.identity != load(tmp_path / "a.txt").identity
+    assert load(tmp_path / "a.txt", validation_fraction=0.1).identity == load(tmp_path / "a.txt").identity
+    bins = write_bins(tmp_path, train=TEXT[:200])
+    assert len(load(bins / "train.bin", validation_fraction=0.25).tokens("validation")) == 50
+    for fraction in (0.0, 1.0, -1.0):
+        with pytest.raises(InputError, match="expected more than 0, less than 1"):
+            load(tmp_path / "a.txt", validation_fraction=fraction)
+    with pytest.raises(InputError, match="both given"):
+        load(tmp_path / "a.txt", validation_fraction=0.2, validation=("b",))
+
+
+def test_representations_are_readable() -> None:
+    """`<gpt.data.dataset.TokenData object at 0x7f…>` in a notebook."""
+    data = TokenData.from_text("hello\n" * 40)
+    assert repr(data) == (
+        "TokenData(216 tokens to train on, 24 to validate, CharTokenizer('\\nehlo', 5 characters))"
+    )
+    assert repr(BINS) == "BPETokenizer(257 tokens, special ones {'<|endoftext|>': 256})"

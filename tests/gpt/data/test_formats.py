@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +160,89 @@ def test_pieces_that_are_not_trained_on_are_masked(tmp_path: Path) -> None:
     answers = sorted("".join(predicted).split(END))
     assert answers == ["", *sorted(f" say {i}?" for i in range(5))]
     assert sum(len(b) for _, b in [*data._pairs("train"), *data._pairs("validation")]) == len(predicted)
+
+
+def test_parquet_and_arrow_hold_rows(tmp_path: Path, tokenizer: str) -> None:
+    """Rows that differ from those of the same .jsonl, or a damaged file that ends in a traceback."""
+    arrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    table = arrow.Table.from_pylist(ROWS)
+    parquet.write_table(table, tmp_path / "rows.parquet", row_group_size=7)
+    with arrow.ipc.new_stream(tmp_path / "rows.arrow", table.schema) as stream:
+        stream.write_table(table, max_chunksize=7)
+    expected = load(jsonl(tmp_path / "rows.jsonl", *ROWS), tokenizer=tokenizer)
+    for name in ("rows.parquet", "rows.arrow"):
+        assert joined(load(tmp_path / name, tokenizer=tokenizer)) == joined(expected)
+        with pytest.raises(
+            InputError, match=rf"{name} has the fields \['text', 'id'\], expected 'body' among"
+        ):
+            load(tmp_path / name, text_field="body")
+        with pytest.raises(InputError, match=rf"{name}: row 1 has 0 as 'id', expected a text"):
+            load(tmp_path / name, text_field="id")
+        content = (tmp_path / name).read_bytes()
+        for damaged in (b"", content[:-9], content[: len(content) // 2], b"PAR1" + bytes(60)):
+            (tmp_path / name).write_bytes(damaged)
+            with pytest.raises(InputError, match=rf"^data: .*{name} .*") as caught:
+                load(tmp_path / name)
+            assert "\n" not in str(caught.value)
+
+
+def test_parquet_without_pyarrow_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A traceback where pyarrow is not installed."""
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(InputError, match=r"rows\.parquet needs pyarrow .*, expected it installed"):
+        load(tmp_path / "rows.parquet")
+
+
+def saved(folder: Path, texts: dict[str, list[str]]) -> Path:
+    """Writes what `save_to_disk` of `datasets` writes for several splits."""
+    arrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    for split, rows in texts.items():
+        (folder / split).mkdir(parents=True)
+        table = arrow.table({"text": rows})
+        with arrow.ipc.new_stream(folder / split / "data-00000-of-00001.arrow", table.schema) as stream:
+            stream.write_table(table)
+        (folder / split / "cache-1.arrow").write_bytes(b"of a map that is not part of the data set")
+        (folder / split / "dataset_info.json").write_text("{}")
+        state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}
+        (folder / split / "state.json").write_text(json.dumps(state))
+    (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(texts)}))
+    return folder
+
+
+@pytest.mark.parametrize("held_out", ["validation", "test", None])
+def test_splits_of_a_saved_data_set_are_used(held_out: str | None, tmp_path: Path, tokenizer: str) -> None:
+    """Rows of the test split among those that are trained on, or a validation split that is not used."""
+    texts = {"train": ["one", "two"], "unsupervised": ["never"]} | ({held_out: ["three"]} if held_out else {})
+    folder = saved(tmp_path / "set", texts)
+    data = load(folder, tokenizer=tokenizer)
+    splits = [data.tokenizer.decode(data.tokens(s).tolist()) for s in ("train", "validation")]
+    if held_out:
+        assert splits == [f"one{END}two{END}", f"three{END}"]
+    else:
+        assert sorted(splits) == [f"one{END}", f"two{END}"]
+    other = load(folder, validation=(str(folder / "unsupervised"),), tokenizer=tokenizer)
+    assert other.tokenizer.decode(other.tokens("validation").tolist()) == f"never{END}"
+
+    (folder / "train" / "state.json").write_text('{"_data_files": [{"filename": "../../secret"}]}')
+    with pytest.raises(InputError, match=r"state\.json has .*secret.* as _data_files, expected the names"):
+        load(folder)
+
+
+def test_data_sets_of_hugging_face_are_read(tmp_path: Path, tokenizer: str) -> None:
+    """Another layout than the one that `datasets` writes."""
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    datasets.disable_progress_bars()
+    whole = datasets.Dataset.from_list(ROWS)
+    whole.save_to_disk(tmp_path / "whole", num_shards=3)
+    expected = load(jsonl(tmp_path / "rows.jsonl", *ROWS), tokenizer=tokenizer)
+    assert sorted(joined(load(tmp_path / "whole", tokenizer=tokenizer)).split(END)) == sorted(
+        joined(expected).split(END)
+    )
+    datasets.DatasetDict(whole.train_test_split(0.2, shuffle=False)).save_to_disk(tmp_path / "split")
+    data = load(tmp_path / "split", tokenizer=tokenizer)
+    texts = [row["text"] for row in ROWS]
+    for split, rows in (("train", texts[:32]), ("validation", texts[32:])):
+        assert data.tokenizer.decode(data.tokens(split).tolist()) == "".join(f"{text}{END}" for text in rows)
