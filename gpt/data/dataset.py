@@ -313,6 +313,7 @@ class TokenData:
     ) -> Iterator[Batch]:
         """Adjacent windows of a split: each token but the first is a target once.
 
+        Of packed instructions, those that two windows share have no targets in the second.
         Of a split with more than `most` batches of windows, as many are taken, spread evenly.
         """
         import numpy as np
@@ -419,6 +420,8 @@ def _windows(part: _Part, starts: Positions, block_size: int) -> Batch:
     if documents is not None:
         begins = _begins(documents, positions)
         missing |= begins[:, 1:] == positions[:, 1:]
+        if len(part.untrained):  # answers that another window has with the whole row before them
+            missing |= (begins < starts[:, None])[:, 1:] & (positions - begins <= block_size)[:, 1:]
     batch = Batch(
         torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(np.where(missing, IGNORED, rows[:, 1:]))
     )
