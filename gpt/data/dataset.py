@@ -374,7 +374,8 @@ def save_bin(data: TokenData, directory: str | os.PathLike[str]) -> None:
     """Writes `data` for nanoGPT: train.bin and val.bin (raw little-endian uint16 ids), and tokenizer.json.
 
     Raises:
-        InputError: The vocabulary has more ids than 16 bits can hold, or a file cannot be written.
+        InputError: The vocabulary has more ids than 16 bits can hold, the data has prompts that are not
+            trained on, or a file cannot be written.
     """
     import numpy as np
 
@@ -382,8 +383,10 @@ def save_bin(data: TokenData, directory: str | os.PathLike[str]) -> None:
         raise InputError(
             f"save_bin: the vocabulary has {data.tokenizer.vocab_size} ids, expected at most 65536 (uint16)"
         )
-    folder = Path(directory)
     splits: tuple[Split, ...] = ("train", "validation")
+    if any(len(data._parts[split].untrained) for split in splits):
+        raise InputError("save_bin: data has instructions, expected text, as .bin files have no masks")
+    folder = Path(directory)
     try:
         for split in splits:
             with replacing(folder / BIN_NAMES[split]) as file:

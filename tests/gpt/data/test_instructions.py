@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gpt import DataConfig, InputError, TokenData
-from gpt.data.dataset import IGNORED
+from gpt.data.dataset import IGNORED, save_bin
 from gpt.data.documents import Piece
 from gpt.data.instructions import conversation, instruction
 from gpt.data.tokenizers import BPETokenizer
@@ -136,6 +136,14 @@ def test_learnt_byte_pairs_have_no_end_of_text(tmp_path: Path) -> None:
     tokenizer = TokenData.load(DataConfig((path,), tokenizer="bpe", bpe_vocab_size=400)).tokenizer
     assert isinstance(tokenizer, BPETokenizer)
     assert not [token for token in tokenizer.ranks if b"|" in token and len(token) > 1]
+
+
+def test_instructions_are_not_saved_without_their_masks(tmp_path: Path) -> None:
+    """Prompts that are trained on because a .bin file does not mark them."""
+    data = TokenData.load(DataConfig((write_rows(tmp_path / "rows.jsonl", ROWS),)))
+    with pytest.raises(InputError, match="save_bin: data has instructions, expected text"):
+        save_bin(data, tmp_path / "bins")
+    assert not (tmp_path / "bins").exists()
 
 
 @pytest.mark.parametrize("row", [{"prompt": "3", "completion": 4}, {"prompt": "3"}, {"messages": [USER]}])
