@@ -15,6 +15,7 @@ import torch
 from gpt import GPT, CharTokenizer, GPTConfig, sample
 from gpt.data.instructions import NEXT_TURN
 from gpt.weights.checkpoint import save_model
+from tests.gpt.data.loading import BINS
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,6 +81,21 @@ def test_a_stop_text_ends_the_sample(trained: Path, capsys: pytest.CaptureFixtur
     stop = whole[60:63]
     stopped = run_sample(capsys, trained, *flags, "--stop", stop, "no such text")
     assert stopped == whole[: whole.index(stop, len("the cat"))] + "\n"
+
+
+def test_the_end_of_the_text_ends_the_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """<|endoftext|> in the printed text, and another document after it."""
+    end = BINS.special_tokens["<|endoftext|>"]
+    model = GPT(
+        GPTConfig(
+            vocab_size=257, block_size=8, n_layer=1, n_head=1, n_embd=8, tie_weights=False, head_bias=True
+        ),
+        device="cpu",
+    )
+    with torch.no_grad():
+        model.lm_head.bias[end] = 100
+    save_model(model, tmp_path / "m", BINS)
+    assert run_sample(capsys, tmp_path / "m", "--prompt", "the cat") == "the cat\n"
 
 
 def test_each_token_is_printed_at_once(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
