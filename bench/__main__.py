@@ -244,7 +244,7 @@ def run_process(command: Sequence[str], limit: float) -> int | None:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = OptionParser("python -m bench", __doc__ or "", options=Options())
+    parser = OptionParser("python -m bench", __doc__ or "", arguments="[OP ...]", options=Options())
     parser.add_argument(
         "ops",
         nargs="*",

@@ -12,8 +12,8 @@ import torch
 from bench.targets import Target
 from kernels.spec import Case, OpSpec
 
-# Limits on a CPU for the operations of a case, and for twice its bytes, forward and backward together.
-QUICK_WORK, FULL_WORK = 10**9, 10**10
+# The limit on a CPU for the operations of a case, and for twice its bytes, forward and backward together.
+CPU_WORK = 10**9
 DIRECTIONS = ("forward", "backward")
 
 
@@ -30,10 +30,7 @@ def plan(specs: Iterable[OpSpec], targets: Iterable[Target], *, on_gpu: bool, qu
     for spec in specs:
         cases = spec.tagged("bench")
         if not on_gpu:
-            limit = QUICK_WORK if quick else FULL_WORK
-            cases = tuple(
-                {fitted.id: fitted for fitted in (fit(spec, case, limit) for case in cases)}.values()
-            )
+            cases = tuple({cut.id: cut for cut in (fit(spec, case, CPU_WORK) for case in cases)}.values())
         lists.append([Race(spec, case) for case in (cases[:1] if quick else cases)])
     races = [race for group in zip_longest(*lists) for race in group if race is not None]
     named = list(targets)

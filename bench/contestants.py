@@ -18,7 +18,7 @@ from kernels.spec import OpSpec
 OURS = "fused-gpt"
 DETERMINISTIC = ", deterministic"  # the end of the name of a contestant with a deterministic backward pass
 OWN = OURS, OURS + DETERMINISTIC
-EAGER = "eager"
+REFERENCE = "reference"
 COMPILED = "torch.compile"
 
 
@@ -58,7 +58,7 @@ def shared(spec: OpSpec, *, compiled: bool) -> list[Contestant]:
     """The contestants of every op; `compiled` says whether torch.compile is included."""
     return [
         ours(spec),
-        Contestant(EAGER, spec.reference, peer=False),
+        Contestant(REFERENCE, spec.reference, peer=False),
         compile_of(COMPILED, spec.reference, compiled),
     ]
 

@@ -169,7 +169,8 @@ class Runner:
             self.clock.synchronize()  # raises if the GPU itself failed
             reason = first_sentence(error)
             kind = "" if isinstance(error, RuntimeError) else f"{type(error).__name__}: "
-            expected = contestant.peer or "cannot be honoured" in reason
+            _, no_kernel, obstacle = reason.partition("cannot be honoured: ")
+            expected, reason = contestant.peer or bool(no_kernel), obstacle or reason
             return Admission("unavailable" if expected else "failed", kind + reason)
         worst = max((max(v.max_ratio, v.rms_ratio) for v in verdicts), default=0.0)
         wrong = [str(v) for v in verdicts if not v.ok]

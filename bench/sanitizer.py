@@ -54,7 +54,7 @@ class Options:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = OptionParser("python -m bench.sanitizer", __doc__ or "", options=Options())
+    parser = OptionParser("python -m bench.sanitizer", __doc__ or "", arguments="TOOL", options=Options())
     parser.add_argument("tool", metavar="TOOL", help=", ".join(TOOLS))
     given, values = parser.parse_tables(argv)
     options = Options(**values["options"])

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from bench.contestants import OURS
+from bench.contestants import OURS, REFERENCE
 from bench.record import Machine, Report, Row
 from bench.targets import Outcome
 
@@ -22,7 +22,7 @@ COLUMNS = (
     "GB/s",
     "tokens/s",
     "% limit",
-    f"× {OURS}",
+    "×",
     "memory",
     "error",
 )
@@ -49,14 +49,14 @@ def figure(value: float | None, form: str = ".1f") -> str:
     return "-" if value is None else format(value, form)
 
 
-def cells(row: Row, ours: Row | None) -> tuple[str, ...]:
-    """A measured row under COLUMNS; "×" is its time over ours, above 1 where ours is faster."""
+def cells(row: Row, base: Row | None) -> tuple[str, ...]:
+    """A measured row under COLUMNS; "×" is its time over that of `base`, above 1 where `base` is faster."""
     spread = (
         None
         if not row.seconds or row.low is None or row.high is None
         else 50 * (row.high - row.low) / row.seconds
     )
-    ratio = None if ours is None or not ours.seconds or row.seconds is None else row.seconds / ours.seconds
+    ratio = None if base is None or not base.seconds or row.seconds is None else row.seconds / base.seconds
     flag = " !" if row.error is not None and row.error > 1 else ""
     return (
         row.contestant,
@@ -95,14 +95,17 @@ def race(rows: Sequence[Row]) -> str:
         (row for row in rows if row.status == "measured"), key=lambda row: row.direction
     ):
         measured = sorted(group, key=lambda row: row.seconds or 0)
-        ours = next((row for row in measured if row.contestant == OURS), None)
-        parts += [
-            f" {TITLES.get(direction, direction)}",
-            grid(COLUMNS, [cells(row, ours) for row in measured]),
-        ]
-    parts += dict.fromkeys(
-        f"  {row.contestant}: {refusal(row)}" for row in rows if row.reason or row.status != "measured"
-    )
+        by_name = {row.contestant: row for row in measured}
+        base = OURS if OURS in by_name else REFERENCE
+        header = [f"× {base}" if name == "×" else name for name in COLUMNS]
+        lines = [cells(row, by_name.get(base)) for row in measured]
+        parts += [f" {TITLES.get(direction, direction)}", grid(header, lines)]
+
+    refused: dict[str, dict[str, None]] = {}  # reason -> the contestants, once each
+    for row in rows:
+        if row.reason or row.status != "measured":
+            refused.setdefault(refusal(row), {})[row.contestant] = None
+    parts += [f"  {' · '.join(names)}: {reason}" for reason, names in refused.items()]
     return "\n".join(parts)
 
 

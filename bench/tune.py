@@ -27,7 +27,7 @@ from bench.aot import HEADER, line
 from bench.cases import Race, plan
 from bench.command import check_names, parse_budget, start_report
 from bench.compiling import architecture_of
-from bench.contestants import EAGER, OURS, Contestant, shared
+from bench.contestants import OURS, REFERENCE, Contestant, shared
 from bench.engine import Inputs, Runner, find_bench, lane
 from bench.machine import bench_device
 from bench.measure import Ceilings, Clock, interleave, release
@@ -201,7 +201,7 @@ def _climb(
                 rejected += 1
 
         lanes = {repr(key): lane(spec, contestant, sets, direction) for key, contestant in correct.items()}
-        lanes[EAGER] = lane(spec, contestants[EAGER], sets, direction)
+        lanes[REFERENCE] = lane(spec, contestants[REFERENCE], sets, direction)
         times = {
             name: timing.median for name, timing in interleave(lanes, runner.clock, runner.seconds).items()
         }
@@ -222,7 +222,7 @@ def _climb(
                 after=_show(after),
                 seconds_before=seconds_before,
                 seconds_after=times[repr(after)],
-                seconds_reference=times[EAGER],
+                seconds_reference=times[REFERENCE],
                 tried=len(tried),
                 rejected=rejected,
                 slower=_slower(race, runner),

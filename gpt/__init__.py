@@ -22,6 +22,8 @@ from gpt.errors import InputError
 from gpt.model import GPT
 from gpt.training.fit import EarlyStopping
 from gpt.training.trainer import Trainer
+from gpt.weights.pretrained import load_pretrained_tokenizer
+from kernels import __version__
 
 __all__ = [
     "GPT",
@@ -34,5 +36,7 @@ __all__ = [
     "TokenData",
     "TrainConfig",
     "Trainer",
+    "__version__",
+    "load_pretrained_tokenizer",
     "load_tokenizer",
 ]

@@ -23,6 +23,7 @@ from gpt.errors import InputError, MachineError, ReportedError, shown, system_er
 from gpt.files import read_regular, user_path
 from gpt.interrupts import INTERRUPTED, keyboard_interrupts
 from gpt.memory import exhausted
+from gpt.names import habitual
 
 Values = dict[str, dict[str, Any]]
 CONFIG_LIMIT = 1 << 16  # bytes of a --config file
@@ -68,28 +69,43 @@ def device_option() -> Any:
     return option(None, "cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
 
 
+def which_option() -> Any:
+    """The flag --which."""
+    return option(
+        "newest",
+        "the checkpoint of a run: its newest valid one, or the one with the lowest validation loss",
+        choices=("newest", "best"),
+    )
+
+
 class OptionParser(argparse.ArgumentParser):
     """A parser whose flags are the fields of dataclasses, spelt with hyphens or underscores.
 
     Args:
         prog: The command, for example "python -m gpt.train".
         description: The first paragraph of the help.
+        arguments: What comes before the flags, as the usage shows it.
         skip: Fields that are not flags.
         **tables: A dataclass instance for each table. The help shows its values as defaults.
     """
 
-    def __init__(self, prog: str, description: str, *, skip: Collection[str] = (), **tables: Any) -> None:
+    def __init__(
+        self, prog: str, description: str, *, arguments: str = "", skip: Collection[str] = (), **tables: Any
+    ) -> None:
         super().__init__(
-            prog=prog,
+            usage=" ".join([prog, *arguments.split(), "[flags]"]),
             description=description,
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,
-            formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=34, width=120),
+            add_help=False,
+            formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=30),
         )
         self._types: dict[str, dict[str, Any]] = {}
         for table, instance in tables.items():
             self._types[table] = {n: t for n, t in field_types(type(instance)).items() if n not in skip}
             group = self.add_argument_group(table)
+            if len(self._types) == 1:
+                group.add_argument("-h", "--help", action="help", help="print this text")
             for field in dataclasses.fields(instance):
                 if field.name in self._types[table]:
                     _add_flag(group, field, self._types[table][field.name], getattr(instance, field.name))
@@ -108,7 +124,7 @@ class OptionParser(argparse.ArgumentParser):
             if not argument.startswith("-"):
                 raise InputError(f"unexpected argument {argument!r}, expected flags (--help lists them)")
             flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
-            raise unknown("flag", argument.partition("=")[0], flags)
+            raise self._unknown("flag", argument.partition("=")[0], flags)
         given = vars(namespace)
         values = {
             table: {
@@ -145,12 +161,23 @@ class OptionParser(argparse.ArgumentParser):
                 raise InputError(f"{where}: {table} is {shown(entries)}, expected a table [{table}]")
             for name, value in entries.items():
                 if name not in self._types[table]:
-                    raise unknown(f"{where}: [{table}] key", name, self._types[table])
+                    raise self._unknown(f"{where}: [{table}] key", name, self._types[table])
                 values[table][name] = convert(f"{where}: [{table}] {name}", self._types[table][name], value)
         return values
 
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
+
+    def _unknown(self, where: str, name: str, valid: Collection[str]) -> InputError:
+        """The error for a flag or key that is not in `valid`: ours, if it is another package's name."""
+        ours = habitual(name.lstrip("-"), [flag.lstrip("-") for flag in valid])
+        if ours is None:
+            return unknown(where, name, valid, "that --help lists")
+        meaning = str(self._option_string_actions[f"--{ours}"].help).partition(" (default: ")[0]
+        prefix = "--" if name.startswith("-") else ""
+        return InputError(
+            f"{where}: {name!r} is unknown, expected {prefix}{ours}: {meaning.replace('%%', '%')}"
+        )
 
 
 def run_command(
@@ -318,7 +345,7 @@ def _add_flag(
     elif get_origin(expected) is tuple:
         kind, expected = {"nargs": "+"}, get_args(expected)[0]
     text = field.metadata["help"]
-    if default is not None or "(default: " not in text:
+    if show(default) and (default is not None or "(default: " not in text):
         text += f" (default: {show(default)})"
     group.add_argument(f"--{field.name}", metavar=describe(expected), help=text.replace("%", "%%"), **kind)
 

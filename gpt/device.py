@@ -56,6 +56,9 @@ def pick_device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+    except (RuntimeError, ValueError) as error:  # its message lists devices that torch can be compiled for
+        raise InputError(f"device is {name!r}, expected cpu, cuda, cuda:1, ...") from error
+    try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, ValueError, ImportError) as error:
         raise InputError(

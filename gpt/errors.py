@@ -26,6 +26,8 @@ _USERS_FAULT = {
     errno.EROFS,
 }
 LONGEST_VALUE, LONGEST_REASON = 200, 500  # characters of a value and of a library's reason in a message
+MOST_LISTED = 12  # names that a message lists
+SIMILAR = 0.5  # of 1: the least similarity, by difflib, of a name that a message suggests
 
 
 class ReportedError(Exception):
@@ -62,10 +64,19 @@ def shown(value: object) -> str:
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]} ..."
 
 
-def unknown(where: str, name: object, valid: Iterable[str]) -> InputError:
-    """The error for a name that is not in `valid`; it suggests the most similar valid name."""
-    nearest = difflib.get_close_matches(str(name)[:100], list(valid), n=1, cutoff=0)[0]
-    return InputError(f"{where}: {name!r} is unknown, the nearest valid one is {nearest!r}")
+def unknown(where: str, name: object, valid: Iterable[str], listed: str = "") -> InputError:
+    """The error for a name that is not in `valid`: it suggests the most similar one, and lists a few names.
+
+    `listed` says instead where the names are listed, as in "that --help lists".
+    """
+    names = {valid_name.lstrip("-"): valid_name for valid_name in valid}
+    few = f"of {', '.join(names.values())}" if len(names) <= MOST_LISTED and not listed else ""
+    cutoff = SIMILAR if few or listed else 0
+    nearest = difflib.get_close_matches(str(name).lstrip("-")[:100], names, n=1, cutoff=cutoff)
+    if not nearest:
+        return InputError(f"{where}: {name!r} is unknown, expected one {few or listed}")
+    others = f" ({few})" if few else ""
+    return InputError(f"{where}: {name!r} is unknown, the nearest valid one is {names[nearest[0]]!r}{others}")
 
 
 def cannot_write(where: str, path: str | os.PathLike[str], error: OSError) -> InputError | MachineError:

@@ -10,7 +10,7 @@ from typing import Any
 
 import kernels.files
 from gpt.cli import OptionParser, option, run_command
-from gpt.config import GPTConfig, TrainConfig, override
+from gpt.config import PRESETS, GPTConfig, TrainConfig, override
 from gpt.device import find_gpu
 from gpt.errors import InputError, cannot_write
 from gpt.files import read_json, user_path
@@ -41,6 +41,7 @@ def _info(argv: Sequence[str]) -> int:
     parser = OptionParser(
         "python -m gpt.info",
         "Parameters by component, bytes, FLOPs and memory of a model; with --gpu, a prediction of its speed.",
+        arguments="PRESET|DIR",
         model=GPTConfig(),
         step=StepOptions(),
     )
@@ -59,8 +60,11 @@ def _config(target: str) -> GPTConfig:
     if os.path.isdir(present(path, "PRESET|DIR") or path):
         content = undisturbed(path, lambda: read_json(checkpoint.find_checkpoint(path) / checkpoint.CONFIG))
         return GPTConfig.from_dict(content)
-    if path.is_absolute() or len(path.parts) > 1:
-        raise InputError(f"PRESET|DIR: {target} is not a folder, expected a run, a checkpoint or a preset")
+    if target not in PRESETS:
+        raise InputError(
+            f"PRESET|DIR: {target!r} is neither a folder nor a preset, expected a run, a checkpoint, or one "
+            f"of {', '.join(PRESETS)}"
+        )
     return GPTConfig.preset(target)
 
 

@@ -1,4 +1,4 @@
-"""The names that other packages use: for the fields of a config, and for parameters."""
+"""The names that other packages use: for the fields of a config, for flags, and for parameters."""
 
 from __future__ import annotations
 
@@ -161,6 +161,48 @@ def _package(d: Mapping[str, Any], own: Collection[str]) -> FieldNames:
     raise InputError(
         f"GPTConfig: the names of different packages are mixed: {', '.join(owners)}; expected those of one"
     )
+
+
+# Our flag -> the names that commands of other packages give it.
+HABITS = {
+    "learning_rate": "lr max_lr",
+    "max_steps": "epochs n_epochs num_epochs num_train_epochs max_epochs iters max_iters steps num_steps",
+    "batch_size": "bs batch micro_batch_size per_device_train_batch_size train_batch_size",
+    "grad_accum": "gradient_accumulation_steps accumulate_grad_batches accumulation_steps",
+    "block_size": "seq_len seq_length sequence_length context context_size ctx max_length",
+    "n_layer": "layers depth n_blocks num_hidden_layers",
+    "n_head": "heads num_attention_heads",
+    "n_embd": "n_embed d_model hidden_size dim width",
+    "n_inner": "d_ff intermediate_size",
+    "weight_decay": "wd",
+    "grad_clip": "clip max_grad_norm gradient_clip_val",
+    "warmup_steps": "warmup warmup_iters",
+    "decay_steps": "lr_decay_iters",
+    "eval_interval": "eval_steps eval_every",
+    "eval_batches": "eval_iters",
+    "checkpoint_interval": "save_steps save_every save_interval",
+    "log_interval": "logging_steps log_every",
+    "dtype": "precision mixed_precision amp bf16 fp16",
+    "seed": "random_seed",
+    "device": "gpu gpus cuda",
+    "data": "dataset data_dir data_path train_data train_file text input file",
+    "out": "out_dir output output_dir save_dir log_dir",
+    "preset": "model model_name model_type",
+    "checkpoint": "model ckpt checkpoint_path run load out_dir init_from model_path",
+    "init": "init_from pretrained ckpt checkpoint model_name_or_path",
+    "prompt": "start text input",
+    "max_new_tokens": "tokens n_tokens length max_length max_tokens n_predict",
+    "num_samples": "n samples num_return_sequences",
+    "temperature": "temp",
+}
+
+
+def habitual(name: str, ours: Collection[str]) -> str | None:
+    """Our name, one of `ours`, for what other packages call `name`; None if there is none."""
+    for package in FIELD_NAMES.values():
+        if package.aliases.get(name) in ours:
+            return package.aliases[name]
+    return next((our for our, theirs in HABITS.items() if our in ours and name in theirs.split()), None)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from gpt.data.documents import Document, NotText
+from gpt.data.tokenizers import END_OF_TEXT
 from gpt.errors import InputError
 
 if TYPE_CHECKING:
@@ -103,9 +104,10 @@ class Corpus:
         yield (row for row, number in self._again(validation) if number >= limit)
 
     def texts(self) -> Iterator[str]:
-        """The text of all pieces of all documents, to train a tokenizer on."""
+        """The text of all pieces of all documents, to train a tokenizer on, without <|endoftext|>."""
         for document, _ in self._again(self._sources):
-            yield from (piece.text for piece in document.pieces)
+            for piece in document.pieces:
+                yield from piece.text.split(END_OF_TEXT)
 
     def _again(self, sources: Sequence[tuple[Source, bytes]]) -> Iterator[tuple[Document, int]]:
         """The documents of `sources` and their hashes, each source compared with what it was before."""

@@ -290,6 +290,8 @@ class TokenData:
     ) -> Batch:
         """Random windows of a split, a function of the arguments: Philox with counter (step, micro_step).
 
+        Windows of packed instructions begin with a document, so that a completion does not lose its prompt,
+        or past the first `block_size` tokens of one.
         The stream "estimate" reads the train split, with windows independent of the training batches.
         """
         import numpy as np
@@ -298,31 +300,47 @@ class TokenData:
         words = np.random.Philox(key=seed, counter=[0, micro_step, step, _STREAMS[stream]]).random_raw(
             batch_size
         )
-        starts = (words % np.uint64(len(part.tokens) - block_size)).astype(np.int64)
+        if part.documents is None or not len(part.untrained):
+            starts = (words % np.uint64(len(part.tokens) - block_size)).astype(np.int64)
+        else:
+            positions = (words % np.uint64(len(part.tokens))).astype(np.int64)
+            begins = _begins(part.documents, positions)
+            starts = np.where(positions - begins < block_size, begins, positions)
         return _windows(part, starts, block_size)
 
-    def windows(self, split: Split, batch_size: int, block_size: int) -> Iterator[Batch]:
-        """The whole split in adjacent windows: each token but the first is a target exactly once."""
+    def windows(
+        self, split: Split, batch_size: int, block_size: int, most: int | None = None
+    ) -> Iterator[Batch]:
+        """Adjacent windows of a split: each token but the first is a target once.
+
+        Of a split with more than `most` batches of windows, as many are taken, spread evenly.
+        """
         import numpy as np
 
         part = self._parts[split]
         starts = np.arange(0, len(part.tokens) - 1, block_size)
+        if most is not None and most * batch_size < len(starts):
+            starts = starts[np.arange(most * batch_size) * len(starts) // (most * batch_size)]
         for i in range(0, len(starts), batch_size):
             yield _windows(part, starts[i : i + batch_size], block_size)
 
-    def bigram_loss(self, check: Callable[[], None] = lambda: None) -> float:
-        """The mean of -log((count(a, b) + 1) / (count(a) + V)) over the pairs (a, b) of the validation split.
+    def bigram_loss(
+        self, batches: Iterable[Batch] | None = None, check: Callable[[], None] = lambda: None
+    ) -> float:
+        """The mean of -log((count(a, b) + 1) / (count(a) + V)) over the pairs (a, b) of input and target.
 
-        Counts are taken on the train split. Memory is proportional to the distinct pairs of the validation
-        split plus V, not to V².
+        Counts are taken on the train split. Memory is proportional to the pairs plus V, not to V².
 
         Args:
-            check: Called for each chunk of the train split; it may raise to end the computation.
+            batches: The inputs and targets; None is the whole validation split.
+            check: Called for each chunk of CHUNK tokens of the train split; it may raise to end the
+                computation.
         """
         import numpy as np
 
         vocab_size = self.tokenizer.vocab_size
-        pairs = [a.astype(np.int64) * vocab_size + b for a, b in self._pairs("validation")]
+        validation = self._pairs("validation") if batches is None else map(_pairs_of, batches)
+        pairs = [a.astype(np.int64) * vocab_size + b for a, b in validation]
         validation_pairs, times = np.unique(np.concatenate(pairs), return_counts=True)
         pair_counts = np.zeros(len(validation_pairs), np.int64)
         token_counts = np.zeros(vocab_size, np.int64)
@@ -399,7 +417,7 @@ def _windows(part: _Part, starts: Positions, block_size: int) -> Batch:
     missing = (positions[:, 1:] >= len(tokens)) | part.are_untrained(positions[:, 1:])
     begins = None
     if documents is not None:
-        begins = np.concatenate(([0], documents))[np.searchsorted(documents, positions, side="right")]
+        begins = _begins(documents, positions)
         missing |= begins[:, 1:] == positions[:, 1:]
     batch = Batch(
         torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(np.where(missing, IGNORED, rows[:, 1:]))
@@ -409,6 +427,19 @@ def _windows(part: _Part, starts: Positions, block_size: int) -> Batch:
     return batch._replace(
         document_start=torch.from_numpy(np.maximum(begins[:, :-1] - starts[:, None], 0).astype(np.int32))
     )
+
+
+def _pairs_of(batch: Batch) -> tuple[Ids, Ids]:
+    """The inputs that have a target, and their targets."""
+    kept = batch.targets != IGNORED
+    return batch.inputs[kept].numpy(), batch.targets[kept].numpy()
+
+
+def _begins(documents: Positions, positions: Positions) -> Positions:
+    """The begin of the document that each of `positions` is in."""
+    import numpy as np
+
+    return np.concatenate(([0], documents))[np.searchsorted(documents, positions, side="right")]
 
 
 def _bin_tokenizer(file: Path, config: DataConfig) -> Tokenizer:

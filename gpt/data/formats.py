@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt.data.documents import Document, NotText, Piece
+from gpt.data.instructions import FIELDS, instruction
 from gpt.errors import InputError, first_line, shown
 from gpt.files import open_regular
 from kernels.files import json_object
@@ -27,7 +28,7 @@ def read_documents(path: Path, *, text_field: str, keep_newlines: bool) -> Itera
 
     Args:
         path: A .jsonl, .parquet or .arrow file, else a UTF-8 text, which is one document.
-        text_field: The field of a row that has its text.
+        text_field: The field of a row that has its text. A row without it may be an instruction.
         keep_newlines: Leave CRLF as it is, instead of LF.
 
     Raises:
@@ -37,7 +38,7 @@ def read_documents(path: Path, *, text_field: str, keep_newlines: bool) -> Itera
     if (rows := ROWS.get(path.suffix)) is None:
         yield _document(f"data: {path}", [Piece(read_text(path))], keep_newlines)
         return
-    for where, row in rows(path, [text_field]):
+    for where, row in rows(path, [text_field, *FIELDS]):
         yield _document(where, _pieces(where, row, text_field), keep_newlines)
 
 
@@ -49,8 +50,10 @@ def _document(where: str, pieces: Sequence[Piece], keep_newlines: bool) -> Docum
 
 
 def _pieces(where: str, row: dict[str, Any], text_field: str) -> list[Piece]:
-    """The pieces of a row."""
+    """The pieces of a row: its text, or an instruction."""
     if text_field not in row:
+        if pieces := instruction(where, row):
+            return pieces
         raise _no_text(where.removeprefix("data: "), list(row), [text_field])
     text = row[text_field]
     if not isinstance(text, str | None):
@@ -160,7 +163,7 @@ def _no_text(place: str, names: Sequence[str], fields: Sequence[str]) -> NotText
     return NotText(
         "without rows of text",
         f"{place} has the fields {shown(list(names))}",
-        f"{' or '.join(map(repr, fields))} among them (--text_field names another)",
+        f"{fields[0]!r} among them (--text_field names another), or 'prompt' and 'completion', or 'messages'",
     )
 
 

@@ -17,7 +17,7 @@ from gpt.errors import InputError, first_line, shown
 from gpt.files import PATIENCE, open_regular, read_json, user_path, within
 from gpt.memory import exhausted
 from gpt.weights.archives import check_archive
-from gpt.weights.checkpoint import CONFIG, FOLDER, MODEL, OPTIMIZER, STATE
+from gpt.weights.checkpoint import CONFIG, FOLDER, MODEL, OPTIMIZER, STATE, runs_in
 from gpt.weights.commit import present
 from gpt.weights.hashes import SUMS, list_folder, verify_listed
 from gpt.weights.tensors import check_names, read_tensors
@@ -52,10 +52,12 @@ def locate(source: str | os.PathLike[str]) -> Path:
     first, slash, _ = name.partition("/")
     is_here = bool(slash) and os.path.lexists(first)
     if not isinstance(source, str) or is_here or name.endswith(SUFFIXES) or not HUB_NAME.fullmatch(name):
-        place = f" in {first}" if is_here else ""
+        held = runs_in(Path(first), "from_pretrained") if is_here and os.path.isdir(first) else None
+        if held:
+            raise InputError(f"from_pretrained: {path} does not exist; {first} {held}")
         raise InputError(
-            f"from_pretrained: {path} does not exist{place}, expected a file, a folder or the name of a "
-            "model on the hub"
+            f"from_pretrained: {path} does not exist, expected a file, a folder or the name of a model on "
+            "the hub"
         )
     return _download(name)
 
@@ -84,9 +86,12 @@ def weights_file(path: Path) -> Path:
     files = [name for name in names if name.endswith(SUFFIXES)]
     if len(files) == 1:
         return path / files[0]
-    held = f"several: {', '.join(files[:3])}" if files else "none"
+    if held := runs_in(path, "from_pretrained"):
+        raise InputError(f"from_pretrained: {path} {held}")
+    held = f"several files of weights ({', '.join(files[:3])})" if files else "no weights"
     raise InputError(
-        f"from_pretrained: {path} holds {held}, expected one file of weights ({', '.join(WEIGHTS[::2])})"
+        f"from_pretrained: {path} holds {held}, expected a run, a checkpoint, or one file of weights "
+        f"({', '.join(WEIGHTS[::2])})"
     )
 
 

@@ -20,7 +20,7 @@ import bench.train
 from bench import cases
 from bench.attention import BENCH
 from bench.command import command
-from bench.contestants import EAGER, OURS
+from bench.contestants import OURS, REFERENCE
 from bench.engine import find_bench
 from bench.measure import Clock, Timing
 from bench.record import Report, load
@@ -53,7 +53,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.measure, "MIN_SAMPLES", 1)
     monkeypatch.setattr(bench.measure, "MAX_SETS", 2)
     monkeypatch.setattr(bench.measure, "MAX_SAMPLES", 2)
-    monkeypatch.setattr(cases, "QUICK_WORK", 10**6)
+    monkeypatch.setattr(cases, "CPU_WORK", 10**6)
     monkeypatch.setattr(dispatch, "interpreting", False)
     monkeypatch.setattr(GPTConfig, "preset", lambda name: TINY)
     monkeypatch.setattr(bench.measure.Ceilings, "copy", lambda self: 1e10)
@@ -68,18 +68,20 @@ def test_a_bench_runs_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert command(BENCH, flags) == 0
     out = capsys.readouterr().out
     assert "no GPU was found" in out
-    assert "fused-gpt: unavailable: " in out
-    assert "flash-attn: not installed" in out
+    assert "the rows `reference` are what this package runs on a CPU" in out
+    assert "× reference" in out
+    assert "fused-gpt · fused-gpt, deterministic: unavailable: tensors on cpu need TRITON_INTERPRET=1" in out
+    assert "flash-attn · flash-attn 3 · " in out
     assert "Traceback" not in out
     report = load(path)
     assert report.complete
     assert report.machine.kind == "cpu"
-    assert {row.direction for row in report.find(op="causal_attention", contestant=EAGER)} == {
+    assert {row.direction for row in report.find(op="causal_attention", contestant=REFERENCE)} == {
         "both",
         "forward",
         "backward",
     }
-    assert {row.direction for row in report.find(op="decode_attention", contestant=EAGER)} == {"forward"}
+    assert {row.direction for row in report.find(op="decode_attention", contestant=REFERENCE)} == {"forward"}
     assert {row.status for row in report.find(contestant=OURS)} == {"unavailable"}
     assert report.find(contestant="SDPA math")[0].status == "measured"
     assert (tmp_path / "attention.png").stat().st_size > 10_000
@@ -222,14 +224,24 @@ def test_a_wrong_model_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.usefixtures("small")
 def test_cases_beyond_the_budget_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A budget that is ignored, or that drops cases without a note."""
-    monkeypatch.setattr(cases, "FULL_WORK", 10**6)
+    monkeypatch.setattr(cases, "CPU_WORK", 10**6)
     path = tmp_path / "norm.json"
-    flags = ["--device", "cpu", "--budget", "0.001s", "--contestants", "eager", "--json", str(path)]
+    flags = ["--device", "cpu", "--budget", "0.001s", "--contestants", "reference", "--json", str(path)]
     assert command(find_bench("norm"), flags) == 0
     report = load(path)
     assert len({(row.op, row.case) for row in report.rows}) == 1
     (dropped,) = [note for note in report.notes if note.startswith("left out for the budget")]
     assert "add_layer_norm" in dropped
+
+
+@pytest.mark.usefixtures("small")
+def test_a_bench_on_a_cpu_has_a_budget(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`python -m bench.attention`, as the README has it, that takes half an hour on a CPU."""
+    monkeypatch.setattr(bench.command, "CPU_BUDGET", "0.001s")
+    assert command(find_bench("norm"), ["--device", "cpu", "--contestants", "reference"]) == 0
+    assert "left out for the budget: add_layer_norm" in capsys.readouterr().out
 
 
 def bad(run: Callable[[list[str]], int], *cases: tuple[list[str], str]) -> list[object]:
@@ -242,7 +254,7 @@ def bad(run: Callable[[list[str]], int], *cases: tuple[list[str], str]) -> list[
         *bad(
             lambda a: command(BENCH, a),
             (["--quik"], "nearest valid one is '--quick'"),
-            (["--op", "causal"], "nearest valid one is 'causal_attention'"),
+            (["--op", "causal"], "nearest valid one is 'causal_attention' (of causal_attention, "),
             (["--contestants", "flash_attn"], "nearest valid one is 'flash-attn'"),
             (["--contestants", "flash-attn"], "flash-attn cannot run: not installed"),
             (["--dtype", "bf17"], "expected auto|fp32|fp16|bf16|fp64"),

@@ -89,14 +89,14 @@ def rows_of(name: str, *peers: Contestant) -> list[Row]:
 )
 def test_a_wrong_kernel_is_not_timed(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A time for a kernel with a wrong output, or with only a wrong gradient."""
-    shared = [Contestant(OURS, function, peer=False), Contestant("eager", NORM.reference, peer=False)]
+    shared = [Contestant(OURS, function, peer=False), Contestant("reference", NORM.reference, peer=False)]
     monkeypatch.setattr(bench.engine, "shared", lambda spec, compiled: shared)
     (row,) = rows_of(OURS)
     assert (row.status, row.seconds) == ("wrong", None)
     assert row.error is not None
     assert not row.error <= 1
     assert "FAILED" in row.reason
-    assert {row.status for row in rows_of("eager")} == {"measured"}
+    assert {row.status for row in rows_of("reference")} == {"measured"}
 
 
 def test_a_peer_is_shown_with_its_error() -> None:
@@ -134,7 +134,7 @@ def test_a_contestant_that_cannot_run_has_a_reason(monkeypatch: pytest.MonkeyPat
 
 def test_rows_carry_the_work_of_their_direction() -> None:
     """The operations, bytes or limit of one direction shown for another."""
-    rows = {row.direction: row for row in rows_of("eager")}
+    rows = {row.direction: row for row in rows_of("reference")}
     for direction, parts in (
         ("forward", ["forward"]),
         ("backward", ["backward"]),
@@ -152,7 +152,7 @@ def test_rows_carry_the_work_of_their_direction() -> None:
 def test_an_op_without_gradients_has_only_a_forward() -> None:
     """A backward pass timed for decode_attention, which has none."""
     spec = SPECS["decode_attention"]
-    rows = list(runner(names=("eager",)).run(Race(spec, spec.tagged("small")[0])))
+    rows = list(runner(names=("reference",)).run(Race(spec, spec.tagged("small")[0])))
     assert [(row.direction, row.status) for row in rows] == [("forward", "measured")]
 
 
@@ -172,7 +172,7 @@ def test_contestants_that_do_not_fit_together_run_alone(monkeypatch: pytest.Monk
 def backward_lane() -> tuple[Lane, Callable[[], object]]:
     """The eager backward pass of RACE, and the call that prepares a sample of it."""
     inputs = runner().input_sets(NORM, RACE.case)
-    backward = lane(NORM, Contestant("eager", NORM.reference), inputs, "backward")
+    backward = lane(NORM, Contestant("reference", NORM.reference), inputs, "backward")
     assert backward.prepare is not None
     return backward, backward.prepare
 
@@ -332,14 +332,14 @@ def test_the_gpu_path(monkeypatch: pytest.MonkeyPatch) -> None:
             captured.clear()
 
     monkeypatch.setattr(bench.engine, "capture", capturing)
-    here = runner(Contestant("synchronises", synchronises), names=("eager", "synchronises"))
+    here = runner(Contestant("synchronises", synchronises), names=("reference", "synchronises"))
     here.clock.on_gpu = True
     monkeypatch.setattr(Clock, "time", lambda self, calls, rounds=1: [call() for call in calls] and 1.0)
     rows = list(here.run(RACE))
     assert [(row.contestant, row.direction) for row in rows] == [
         (name, direction)
         for direction in ("both", "forward", "backward")
-        for name in ("eager", "synchronises")
+        for name in ("reference", "synchronises")
     ]
     assert all(row.status == "measured" and row.memory is not None for row in rows)
     assert [row.graph_seconds is not None for row in rows] == [True, False, True, False, True, True]

@@ -12,7 +12,7 @@ import pytest
 
 from bench import readme, table, targets
 from bench.attention import PINNED
-from bench.contestants import COMPILED, EAGER, OURS
+from bench.contestants import COMPILED, OURS, REFERENCE
 from bench.generate import NO_CACHE, PLAIN
 from bench.plot import SHOWN, draw, results_in, speed_figure, speed_svg
 from bench.record import FORMULAS, Report, load
@@ -108,12 +108,17 @@ def test_the_table_shows_every_contestant() -> None:
     assert "bad: WRONG result, not timed: dq: FAILED max 9.00" in text
     marked = table.race([replace(rows[0], error=3.0)])
     assert "3.00 !" in marked
+    assert f"× {OURS}" in text
+    absent = [replace(rows[0], contestant=name, status="absent", reason="none") for name in ("x", "y", "x")]
+    without = table.race([*absent, *(row for row in rows if row.contestant != OURS)])
+    assert f"× {REFERENCE}" in without
+    assert "\n  x · y: none\n" in without
 
 
 def test_targets_name_existing_ops_and_contestants() -> None:
     """A target that can never be measured, because no bench has its op, case, contestant or metric."""
     known = {
-        EAGER,
+        REFERENCE,
         COMPILED,
         PLAIN,
         NO_CACHE,
@@ -159,7 +164,7 @@ def test_targets_are_judged_by_their_worst_case() -> None:
     assert judge(forward, invented("causal_attention", kind="cpu")).status == "not measured"
     assert judge(replace(forward, sizes={"D": 48}), REPORT).status == "not measured"
     assert judge(replace(forward, against=["nobody"]), REPORT).status == "not measured"
-    memory = Target("m", "layer_norm", "both", "memory", {}, ["SDPA math", "eager"], at_most=0.75)
+    memory = Target("m", "layer_norm", "both", "memory", {}, ["SDPA math", "reference"], at_most=0.75)
     assert judge(memory, REPORT).status == "missed"
     assert judge(replace(memory, at_most=0.77), REPORT).status == "met"
     assert judge(Target("s", "layer_norm", "both", "share", at_least=0.5), REPORT).status == "met"
@@ -284,7 +289,7 @@ def test_a_gpu_fits_into_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(block.splitlines()) <= 20
     rows = [line.removeprefix("| ").split(" | ") for line in block.splitlines() if line.startswith("| ")]
     assert [row[0] for row in rows] == ["op", *SPECS, "train", "generate"]
-    assert "torch.compile 1.15 · SDPA flash 1.25 · eager 1.30" in block
+    assert "torch.compile 1.15 · SDPA flash 1.25 · reference 1.30" in block
     assert "| train | 12x768-V50257-B64-T1024 bf16 | 655,360 tokens/s | plain PyTorch 1.20 |" in block
     assert "\nNVIDIA H200 (sm_90" in block
     assert "H100" not in block

@@ -62,11 +62,11 @@ def landscape(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         times = {}
         for name, lane in lanes.items():
             with lane.context():
-                here = state["reference"] if name == "eager" else cost(tuning.norm_tile(17))
+                here = state["reference"] if name == "reference" else cost(tuning.norm_tile(17))
             times[name] = Timing(here, here, here, 5)
         return times
 
-    monkeypatch.setattr(bench.tune, "shared", lambda spec, compiled: [_plain(OURS), _plain("eager")])
+    monkeypatch.setattr(bench.tune, "shared", lambda spec, compiled: [_plain(OURS), _plain("reference")])
     monkeypatch.setattr(Runner, "admit", admit)
     monkeypatch.setattr(bench.tune, "interleave", interleave)
     monkeypatch.setattr(bench.tune, "queries", lambda *_: {Query("norm_tile", (17,)): Tile(32, 16, 4, 1)})

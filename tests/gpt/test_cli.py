@@ -12,6 +12,12 @@ from gpt import InputError
 from gpt.cli import OptionParser, option
 from gpt.config import GPTConfig, TrainConfig
 from gpt.data.dataset import DataConfig
+from gpt.names import HABITS
+from gpt.sample import SampleConfig
+from gpt.train import RunConfig
+
+CONFIGS = OptionParser("x", "", run=RunConfig(), model=GPTConfig(), train=TrainConfig(), data=DataConfig())
+SAMPLE = OptionParser("x", "", sample=SampleConfig())
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,7 @@ def test_flags_become_values(argv: str, values: dict[str, Any]) -> None:
         ("--max-cuont=4", "'--max_cuont' '--max_count'"),
         ("--max_count", "--max_count argument"),
         ("stray", "'stray' --help"),
+        ("--zzzz 4", "'--zzzz' --help"),
     ],
 )
 def test_wrong_flags_are_named(argv: str, words: str) -> None:
@@ -80,6 +87,37 @@ def test_wrong_flags_are_named(argv: str, words: str) -> None:
         parse(*argv.split())
     for word in words.split():
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "ours"),
+    [
+        ("--lr", "--learning_rate: highest learning rate"),
+        ("--num-epochs", "--max_steps: optimizer steps"),
+        ("--bs", "--batch_size: "),
+        ("--context_length", "--block_size: "),
+        ("--emb_dim", "--n_embd: "),
+        ("--model", "--preset: "),
+    ],
+)
+def test_names_of_other_packages_are_understood(flag: str, ours: str) -> None:
+    """`--lr` taken for --min_lr because the letters are similar."""
+    with pytest.raises(InputError, match=f"is unknown, expected {ours}"):
+        CONFIGS.parse_tables([flag, "3"])
+
+
+def test_names_of_other_packages_in_a_file(tmp_path: Path) -> None:
+    """The same in a TOML file, with a flag's dashes."""
+    with pytest.raises(InputError, match=r"\[train\] key: 'lr' is unknown, expected learning_rate: highest"):
+        CONFIGS.read_file(write(tmp_path / "f.toml", "[train]\nlr = 1e-3\n"), ["train"])
+
+
+def test_habits_are_names_of_flags() -> None:
+    """A flag that was renamed, which no name of another package leads to any more."""
+    known = {action.dest for action in [*CONFIGS._actions, *SAMPLE._actions]}
+    assert HABITS.keys() <= known
+    words = " ".join(HABITS.values()).split()
+    assert not known & set(words) - {"checkpoint"}  # gpt.train calls it --init
 
 
 def test_help_shows_type_default_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,9 +137,21 @@ def test_help_shows_type_default_and_meaning(capsys: pytest.CaptureFixture[str])
         assert part in text
 
 
+@pytest.mark.parametrize("columns", [80, 160])
+def test_help_is_as_wide_as_the_terminal(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lines that a terminal breaks within a word, or a narrow column on a wide one."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        CONFIGS.parse_tables(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert columns - 10 < max(map(len, lines)) < columns
+    assert lines[0] == "usage: x [flags]"
+
+
 def test_every_field_of_the_configs_is_a_flag() -> None:
     """A field whose annotation the parser does not understand."""
-    parser = OptionParser("x", "", model=GPTConfig(), train=TrainConfig(), data=DataConfig())
     flags = {
         "n_layer": "3",
         "tie_weights": "false",
@@ -111,7 +161,7 @@ def test_every_field_of_the_configs_is_a_flag() -> None:
         "data": "a",
     }
     argv = [part for name, value in flags.items() for part in (f"--{name}", value)]
-    _, values = parser.parse_tables(argv)
+    _, values = CONFIGS.parse_tables(argv)
     assert values["model"] == {"n_layer": 3, "tie_weights": False, "head_dim": None}
     assert values["train"] == {"learning_rate": 1.0, "patience": 2}
     assert values["data"] == {"data": ("a",)}
@@ -145,7 +195,7 @@ def test_toml_values(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("[friut]\n", "'friut' 'fruit'"),
-        ("max_count = 3\n", "'max_count' 'fruit'"),
+        ("max_count = 3\n", "'max_count' fruit"),
         ("fruit = 3\n", "fruit 3 [fruit]"),
         ("[fruit]\nmax_cuont = 3\n", "[fruit] 'max_cuont' 'max_count'"),
         ("[fruit]\nmax_count = true\n", "max_count True int"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt import GPT, CharTokenizer, eval, info, sample, train
+from gpt import GPT, CharTokenizer, InputError, eval, info, sample, train
 from gpt.weights.checkpoint import save_model
 from tests.gpt.models import SMALL
 from tests.gpt.training.small_runs import TINY
@@ -144,3 +145,27 @@ def test_a_wrong_path_is_one_line(
     assert len(error) == 1
     assert re.match(r"gpt\.(train|sample|eval|info): ", error[0])
     assert "Errno" not in error[0]
+
+
+def test_a_folder_of_runs_is_named(folder: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--checkpoint runs` answered with the files that a folder of weights has."""
+    for name in ("1", "2"):
+        shutil.copytree(model, folder / "runs" / name / "checkpoints" / "step-1")
+        os.utime(folder / "runs" / name / "checkpoints", (0, int(name) % 2))  # 1 is the newest
+    commands = [FLAGS[flag] for flag in ("--init", "sample --checkpoint", "eval --checkpoint", "info")]
+    commands.append((train.main, [*TRAIN, "--data", "TEXT", "--out", "{}", "--resume"]))
+    for main, arguments in commands:
+        for path, message in (
+            ("runs", "runs holds 2 runs, expected one of them, as in runs/1"),
+            ("runs/2/checkpoints", "runs/2/checkpoints holds the checkpoints of a run, expected runs/2"),
+        ):
+            assert main([argument.format(path) for argument in arguments]) == 2
+            error = capsys.readouterr().err
+            assert error.endswith(f": {message}\n")
+            assert error.count("\n") == 1
+
+    with pytest.raises(InputError, match="runs/3 does not exist; runs holds 2 runs, expected one of them"):
+        GPT.from_pretrained("runs/3")
+    shutil.rmtree(folder / "runs" / "1")
+    with pytest.raises(InputError, match="runs holds a run, expected runs/2"):
+        GPT.from_pretrained("runs")

@@ -24,7 +24,12 @@ def test_the_command_prints_counts_and_costs(trained: Path, capsys: pytest.Captu
     assert "855.2 MFLOP per token" in capsys.readouterr().out
     assert info.main([str(trained)]) == 0
     assert f"{load_model(trained).num_parameters():,}" in capsys.readouterr().out
-    for flags, words in (("gtp2", "'gtp2' 'gpt2'"), ("", "PRESET|DIR"), ("gpt2 more", "'more'")):
+    for flags, words in (
+        ("gtp2", "'gtp2' folder gpt2, char-gpu run"),
+        ("nosuch/run", "'nosuch/run' folder gpt2, run"),
+        ("", "PRESET|DIR"),
+        ("gpt2 more", "'more'"),
+    ):
         assert info.main(flags.split()) == 2
         error = capsys.readouterr().err
         assert re.fullmatch(r"gpt\.info: .*\n", error)

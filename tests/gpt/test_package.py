@@ -1,4 +1,4 @@
-"""The package next to a third-party package of the same name."""
+"""The package: its version, and a third-party package of the same name next to it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+
+import gpt
+import kernels
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,3 +32,8 @@ def test_a_third_party_kernels_package_is_named(tmp_path: Path) -> None:
         f"ImportError: gpt: the package `kernels` at {tmp_path / 'kernels'} is not fused-gpt's"
     )
     assert "pip uninstall kernels" in last
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    """No version to state in a report, or another one than the distribution's."""
+    assert gpt.__version__ == kernels.__version__

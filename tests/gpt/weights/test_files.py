@@ -298,12 +298,12 @@ def test_a_wrong_index_is_refused_in_one_line(
 
 def test_a_folder_without_one_weights_file_is_refused(tmp_path: Path) -> None:
     """A guess among several files, or an error that does not name the expected files."""
-    with pytest.raises(InputError, match="holds none, expected one file of weights"):
+    with pytest.raises(InputError, match="holds no weights, expected a run, a checkpoint, or one file"):
         GPT.from_pretrained(tmp_path)
     (tmp_path / "a.pth").write_bytes(nano_file())
     assert GPT.from_pretrained(tmp_path).config.n_head == H
     (tmp_path / "b.pt").touch()
-    with pytest.raises(InputError, match=r"holds several: a.pth, b.pt, expected one"):
+    with pytest.raises(InputError, match=r"holds several files of weights \(a.pth, b.pt\), expected a run"):
         GPT.from_pretrained(tmp_path)
     with pytest.raises(
         InputError, match="does not exist, expected a file, a folder or the name of a model on the hub"

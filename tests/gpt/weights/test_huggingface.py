@@ -241,6 +241,7 @@ def test_an_export_loads_in_transformers_4(tmp_path: Path) -> None:
     [
         ({"norm": "post"}, "norm is 'post', expected 'pre' for a GPT-2 of transformers"),
         ({"final_norm": False}, "final_norm is False, expected True"),
+        ({"residual": False}, "residual is False, expected True"),
         ({"head_bias": True}, "head_bias is True, expected False"),
         ({"head_dim": 16}, "head_dim is 16, expected n_embd / n_head"),
     ],
@@ -288,7 +289,7 @@ def test_the_tokenizer_is_exported(tokenizer: Any, tmp_path: Path) -> None:
 def test_a_merges_file_loads_as_the_tokenizer(tmp_path: Path) -> None:
     """A refused merges.txt, the only file of older models, or a traceback where there is none."""
     with pytest.raises(
-        InputError, match=r"holds none, expected tokenizer\.json or merges\.txt beside the weights"
+        InputError, match=r"holds no tokenizer, expected tokenizer\.json or merges\.txt beside the weights"
     ):
         load_pretrained_tokenizer(tmp_path)
     (tmp_path / "merges.txt").write_text("#version: 0.2\nt h\nth e\n", "utf-8")
