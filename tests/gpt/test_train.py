@@ -180,6 +180,8 @@ def test_a_run_of_an_earlier_version_goes_on(
     state = json.loads(file.read_text())
     for added in ("keep_best", "time_limit", "final_eval_batches"):
         del state["train"][added]
+    for added in ("validation", "validation_fraction", "text_field", "keep_newlines"):
+        del state["data"][added]
     del state["working_folder"], state["best_step"]
     file.write_text(json.dumps(state))
     write_sums(file.parent)
