@@ -7,11 +7,13 @@ Shapes: B sequences, T tokens, N = B T rows, C = n_embd, H heads of D = head_siz
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 from gpt.config import GPTConfig
@@ -130,3 +132,15 @@ class Block(nn.Module):
         y, x = (self.ln_1(x), x) if branch is None else self.ln_1.add(branch, x, p, seed_1)
         y, x = self.ln_2.add(self.attn(y, run), x, p, seed_2)
         return self.ffn(y), x
+
+    def checkpointed(self, branch: Tensor | None, x: Tensor, run: Pass) -> tuple[Tensor | None, Tensor]:
+        """`forward`, of which only the arguments are kept: the backward pass runs it again."""
+        # Backward is outside the caller's contexts; torch.compile chooses both passes' backends at once.
+        backend = nullcontext() if torch.compiler.is_compiling() else kernels.same_backend()
+
+        def forward(branch: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor]:
+            with backend:
+                return self(branch, x, run)
+
+        # The dropout masks are drawn again from the same state of torch's generators.
+        return checkpoint(forward, branch, x, use_reentrant=False, preserve_rng_state=run.dropout_p > 0)

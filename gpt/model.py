@@ -65,6 +65,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config = _resolve(config, overrides)
         self.dropout_seed: Seed = None
+        self.checkpoint_activations = False  # True recomputes each block in the backward pass of training
         self.train_loss: list[float] = []  # one entry for each epoch of the last `fit`
         self.validation_loss: list[float] = []
 
@@ -183,8 +184,9 @@ class GPT(nn.Module):
         x = self.wte(idx) + self.wpe(position)  # (B, T, C)
         x = _dropout(x, dropout_p, seeds[-2]).flatten(0, 1)  # (N, C), N = B T
         branch = None  # (N, C), what the previous block has left to add to x
+        recompute = self.checkpoint_activations and self.training and torch.is_grad_enabled()
         for block in self.blocks:
-            branch, x = block(branch, x, run)
+            branch, x = (block.checkpointed if recompute else block)(branch, x, run)
 
         if self.ln_f is None:
             x = x if branch is None else x + _dropout(branch, dropout_p, seeds[-1])

@@ -134,7 +134,11 @@ class TrainStep:
         self._rate = torch.zeros((), dtype=rate_dtype, device=self.device)
         self._failed = torch.zeros((), dtype=torch.bool, device=self.device)
         self._graph = None
-        if captures(self.device) and ranks.size == 1 and forward is None and not config.no_capture:
+        model.checkpoint_activations = config.checkpoint_activations
+        captured = not (
+            config.no_capture or config.checkpoint_activations
+        )  # a capture cannot read random states
+        if captures(self.device) and ranks.size == 1 and forward is None and captured:
             self._graph = StepGraph(self._run, self.device)
 
     def __call__(self, batches: Batches, rate: float, stop: Collection[object] = ()) -> StepResult:

@@ -117,7 +117,10 @@ class Trainer:
             self._step = TrainStep(model, config, torch.compile(model) if config.compile else None, ranks)
             on_gpu = self.device.type == "cuda"
             self._ahead = 1 if on_gpu else 0  # steps that may be queued; a CPU computes while it queues
-            self._peak = peak_flops(torch.cuda.get_device_name(self.device) if on_gpu else "cpu")
+            name = torch.cuda.get_device_name(self.device) if on_gpu else "cpu"
+            self._peak = (
+                1e12 * config.peak_tflops if config.peak_tflops else peak_flops(name, self._step.dtype)
+            )
             if ranks.size > 1:
                 rng.seed(config.seed, self.step, ranks.rank)
             if self._folder is not None:
