@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt.cli import USE_TRITON, OptionParser, device_option, option, run_command, use_triton_option
+from gpt.cli import (
+    USE_TRITON,
+    OptionParser,
+    device_option,
+    option,
+    run_command,
+    use_triton_option,
+    which_option,
+)
 from gpt.data.dataset import DataConfig, TokenData
 from gpt.data.tokenizers import Tokenizer
 from gpt.device import autocast_dtype, pick_device
@@ -26,8 +34,9 @@ class EvalConfig:
     """The flags: the model, the text, and how to evaluate."""
 
     checkpoint: str | None = option(
-        None, "a run (its newest valid checkpoint), a checkpoint, a file of weights, or a hub model"
+        None, "a run (its checkpoint that --which names), a checkpoint, a file of weights, or a hub model"
     )
+    which: str = which_option()
     data: tuple[str, ...] = option((), "the text: as in gpt.train, and all of it")
     stride: int | None = option(None, "tokens by which windows of block_size advance (default: half of it)")
     batch_size: int = option(8, "windows at a time")
@@ -61,7 +70,7 @@ def _eval(argv: Sequence[str]) -> int:
         ids = TokenData.load(DataConfig(data=config.data), tokenizer).all_tokens()
         return tokenizer, ids, load_pretrained(path, device=device, use_triton=use_triton).eval()
 
-    tokenizer, ids, model = from_checkpoint(config.checkpoint, device, load)
+    tokenizer, ids, model = from_checkpoint(config.checkpoint, device, load, which=config.which)
 
     evaluation = evaluate(
         model, ids, tokenizer, stride=config.stride, batch_size=config.batch_size, dtype=dtype

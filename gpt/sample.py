@@ -9,7 +9,15 @@ from pathlib import Path
 
 import torch
 
-from gpt.cli import USE_TRITON, OptionParser, device_option, option, run_command, use_triton_option
+from gpt.cli import (
+    USE_TRITON,
+    OptionParser,
+    device_option,
+    option,
+    run_command,
+    use_triton_option,
+    which_option,
+)
 from gpt.data.text_stream import Stopped, TextStream
 from gpt.data.tokenizers import Tokenizer, first_ids
 from gpt.device import pick_device
@@ -26,8 +34,9 @@ class SampleConfig:
     """The flags: the model, the prompt, and how tokens are chosen."""
 
     checkpoint: str | None = option(
-        None, "a run (its newest valid checkpoint), a checkpoint, a file of weights, or a hub model"
+        None, "a run (its checkpoint that --which names), a checkpoint, a file of weights, or a hub model"
     )
+    which: str = which_option()
     prompt: str | None = option(None, "text to continue; - reads it from stdin (default: a new line)")
     prompt_file: str | None = option(None, "a UTF-8 file with the text to continue")
     num_samples: int = option(1, "how many continuations")
@@ -67,7 +76,7 @@ def _sample(argv: Sequence[str]) -> int:
         ids = tokenizer.encode(prompt) if prompt else first_ids(tokenizer)
         return tokenizer, ids, load_pretrained(path, device=device, use_triton=use_triton).eval()
 
-    tokenizer, ids, model = from_checkpoint(config.checkpoint, device, load)
+    tokenizer, ids, model = from_checkpoint(config.checkpoint, device, load, which=config.which)
 
     generator = torch.Generator(device).manual_seed(config.seed)
     for number in range(config.num_samples):

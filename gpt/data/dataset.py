@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -219,28 +219,39 @@ class TokenData:
         starts = (words % np.uint64(len(part.tokens) - block_size)).astype(np.int64)
         return _windows(part, starts, block_size)
 
-    def windows(self, split: Split, batch_size: int, block_size: int) -> Iterator[Batch]:
-        """The whole split in adjacent windows: each token but the first is a target exactly once."""
+    def windows(
+        self, split: Split, batch_size: int, block_size: int, most: int | None = None
+    ) -> Iterator[Batch]:
+        """Adjacent windows of a split: each token but the first is a target once.
+
+        Of a split with more than `most` batches of windows, as many are taken, spread evenly.
+        """
         import numpy as np
 
         part = self._parts[split]
         starts = np.arange(0, len(part.tokens) - 1, block_size)
+        if most is not None and most * batch_size < len(starts):
+            starts = starts[np.arange(most * batch_size) * len(starts) // (most * batch_size)]
         for i in range(0, len(starts), batch_size):
             yield _windows(part, starts[i : i + batch_size], block_size)
 
-    def bigram_loss(self, check: Callable[[], None] = lambda: None) -> float:
-        """The mean of -log((count(a, b) + 1) / (count(a) + V)) over the pairs (a, b) of the validation split.
+    def bigram_loss(
+        self, batches: Iterable[Batch] | None = None, check: Callable[[], None] = lambda: None
+    ) -> float:
+        """The mean of -log((count(a, b) + 1) / (count(a) + V)) over the pairs (a, b) of input and target.
 
-        Counts are taken on the train split. Memory is proportional to the distinct pairs of the validation
-        split plus V, not to V².
+        Counts are taken on the train split. Memory is proportional to the pairs plus V, not to V².
 
         Args:
-            check: Called for each chunk of the train split; it may raise to end the computation.
+            batches: The inputs and targets; None is the whole validation split.
+            check: Called for each chunk of CHUNK tokens of the train split; it may raise to end the
+                computation.
         """
         import numpy as np
 
         vocab_size = self.tokenizer.vocab_size
-        pairs = [a.astype(np.int64) * vocab_size + b for a, b in self._pairs("validation")]
+        validation = self._pairs("validation") if batches is None else map(_pairs_of, batches)
+        pairs = [a.astype(np.int64) * vocab_size + b for a, b in validation]
         validation_pairs, times = np.unique(np.concatenate(pairs), return_counts=True)
         pair_counts = np.zeros(len(validation_pairs), np.int64)
         token_counts = np.zeros(vocab_size, np.int64)
@@ -327,6 +338,12 @@ def _windows(part: _Part, starts: Positions, block_size: int) -> Batch:
     return batch._replace(
         document_start=torch.from_numpy(np.maximum(begins[:, :-1] - starts[:, None], 0).astype(np.int32))
     )
+
+
+def _pairs_of(batch: Batch) -> tuple[Ids, Ids]:
+    """The inputs that have a target, and their targets."""
+    kept = batch.targets != IGNORED
+    return batch.inputs[kept].numpy(), batch.targets[kept].numpy()
 
 
 def _bin_tokenizer(file: Path, config: DataConfig) -> Tokenizer:

@@ -293,6 +293,7 @@ def test_checkpoints_use_no_pickle() -> None:
         "weights/tensors",
         "data/dataset",
         "data/tokenizers",
+        "training/evaluator",
         "training/optim",
         "training/run_folder",
         "training/step",
