@@ -133,14 +133,17 @@ class Block(nn.Module):
         y, x = self.ln_2.add(self.attn(y, run), x, p, seed_2)
         return self.ffn(y), x
 
-    def checkpointed(self, branch: Tensor | None, x: Tensor, run: Pass) -> tuple[Tensor | None, Tensor]:
-        """`forward`, of which only the arguments are kept: the backward pass runs it again."""
-        # Backward is outside the caller's contexts; torch.compile chooses both passes' backends at once.
-        backend = nullcontext() if torch.compiler.is_compiling() else kernels.same_backend()
 
-        def forward(branch: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor]:
-            with backend:
-                return self(branch, x, run)
+def checkpointed(
+    block: nn.Module, branch: Tensor | None, x: Tensor, run: Pass
+) -> tuple[Tensor | None, Tensor]:
+    """block(branch, x, run), of which only the arguments are kept: the backward pass runs the block again."""
+    # Backward is outside the caller's contexts; torch.compile chooses both passes' backends at once.
+    backend = nullcontext() if torch.compiler.is_compiling() else kernels.same_backend()
 
-        # The dropout masks are drawn again from the same state of torch's generators.
-        return checkpoint(forward, branch, x, use_reentrant=False, preserve_rng_state=run.dropout_p > 0)
+    def forward(branch: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        with backend:
+            return block(branch, x, run)
+
+    # The dropout masks are drawn again from the same state of torch's generators.
+    return checkpoint(forward, branch, x, use_reentrant=False, preserve_rng_state=run.dropout_p > 0)

@@ -227,6 +227,10 @@ class TrainConfig:
         "batches of the final evaluation, spread evenly over the validation split; none reads all of it",
         low=1,
     )
+    profile: bool = option(
+        False, "write a Chrome trace of three steps into --out, and print the ops that take the longest"
+    )
+    tensorboard: bool = option(False, "write the log for TensorBoard too, into --out")
     checkpoint_activations: bool = option(
         False,
         "keep the inputs of each block alone, and run it again in the backward pass: less memory, slower",

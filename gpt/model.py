@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from gpt.block import SITES, Block, Norm, Pass, Seed
+from gpt.block import SITES, Block, Norm, Pass, Seed, checkpointed
 from gpt.config import GPTConfig, override
 from gpt.data.tokenizers import Tokenizer
 from gpt.errors import InputError, unknown
@@ -186,7 +186,7 @@ class GPT(nn.Module):
         branch = None  # (N, C), what the previous block has left to add to x
         recompute = self.checkpoint_activations and self.training and torch.is_grad_enabled()
         for block in self.blocks:
-            branch, x = (block.checkpointed if recompute else block)(branch, x, run)
+            branch, x = checkpointed(block, branch, x, run) if recompute else block(branch, x, run)
 
         if self.ln_f is None:
             x = x if branch is None else x + _dropout(branch, dropout_p, seeds[-1])
