@@ -20,6 +20,7 @@ from bench.measure import Ceilings, Clock, self_check
 from bench.record import Report
 from gpt.cli import OptionParser, option, run_command
 from gpt.errors import InputError, unknown
+from gpt.training.profile import profiling
 from kernels.spec import SHORT_DTYPE
 
 DTYPES = {name: dtype for dtype, name in SHORT_DTYPE.items()}
@@ -156,26 +157,17 @@ def profile(runner: Runner, race: Race, path: Path) -> None:
     spec, case = race
     contestants = {c.name: c for c in runner.contestants(spec)}
     inputs = spec.make_inputs(case, runner.dtype, runner.clock.device, torch.Generator().manual_seed(0))
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    chosen, order = REFERENCE, "self_cpu_time_total"
-    if runner.clock.on_gpu:
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-        chosen, order = OURS, "self_cuda_time_total"
+    contestant = contestants.get(OURS if runner.clock.on_gpu else REFERENCE) or next(
+        c for c in contestants.values() if c.function is not None
+    )
 
-    contestant = contestants.get(chosen) or next(c for c in contestants.values() if c.function is not None)
     call = lane(spec, contestant, [inputs], "both" if spec.gradients else "forward").calls[0]
+    print(f"\n{contestant.name}: three calls of {spec.name} {case.id}")
     with runner.clock.active(), contestant.context():
         call()
-        runner.clock.synchronize()
-        with torch.profiler.profile(activities=activities) as profiler:
+        with profiling(path, runner.clock.device):
             for _ in range(3):
                 call()
-            runner.clock.synchronize()
-
-    print(f"\n{contestant.name}: three calls of {spec.name} {case.id}")
-    print(profiler.key_averages().table(sort_by=order, row_limit=12, max_name_column_width=60))
-    profiler.export_chrome_trace(str(path))
-    print(f"wrote {path}")
 
 
 def check_names(where: str, names: Sequence[str], valid: Collection[str]) -> None:

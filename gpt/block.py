@@ -7,11 +7,13 @@ Shapes: B sequences, T tokens, N = B T rows, C = n_embd, H heads of D = head_siz
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 from gpt.config import GPTConfig
@@ -166,3 +168,18 @@ class Block(nn.Module):
 
     def extra_repr(self) -> str:
         return f"norm={'post' if self.post else 'pre'!r}"
+
+
+def checkpointed(
+    block: nn.Module, branch: Tensor | None, x: Tensor, run: Pass
+) -> tuple[Tensor | None, Tensor]:
+    """block(branch, x, run), of which only the arguments are kept: the backward pass runs the block again."""
+    # Backward is outside the caller's contexts; torch.compile chooses both passes' backends at once.
+    backend = nullcontext() if torch.compiler.is_compiling() else kernels.same_backend()
+
+    def forward(branch: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        with backend:
+            return block(branch, x, run)
+
+    # The masks of dropout, an adapter's too, are drawn again from the same state of torch's generators.
+    return checkpoint(forward, branch, x, use_reentrant=False)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from gpt.block import SITES, Block, Linear, Norm, Pass, Seed, add, add_norm, dropout
+from gpt.block import SITES, Block, Linear, Norm, Pass, Seed, add, add_norm, checkpointed, dropout
 from gpt.config import GPTConfig, resolve
 from gpt.data.tokenizers import Tokenizer
 from gpt.device import find_device, parameter_dtype
@@ -58,6 +58,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config = resolve(config, overrides)
         self.dropout_seed: Seed = None
+        self.checkpoint_activations = False  # True recomputes each block in the backward pass of training
         self.train_loss: list[float] = []  # one entry for each epoch of the last `fit`
         self.validation_loss: list[float] = []
 
@@ -191,8 +192,9 @@ class GPT(nn.Module):
         x = self.wte(idx) + self.wpe(position)  # (B, T, C)
         x = dropout(x, dropout_p, seeds[-2]).flatten(0, 1)  # (N, C), N = B T
         branch = None  # (N, C), what the previous block has left to add to x
+        recompute = self.checkpoint_activations and self.training and torch.is_grad_enabled()
         for block in self.blocks:
-            branch, x = block(branch, x, run)
+            branch, x = checkpointed(block, branch, x, run) if recompute else block(branch, x, run)
 
         if self.ln_f is not None:
             x = self.ln_f(x) if branch is None else add_norm(self.ln_f, x, branch, run, seeds[-1])[0]
