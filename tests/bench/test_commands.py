@@ -240,8 +240,11 @@ def test_a_bench_on_a_cpu_has_a_budget(
 ) -> None:
     """`python -m bench.attention`, as the README has it, that takes half an hour on a CPU."""
     monkeypatch.setattr(bench.command, "CPU_BUDGET", "0.001s")
-    assert command(find_bench("norm"), ["--device", "cpu", "--contestants", "reference"]) == 0
+    flags = ["--device", "cpu", "--contestants", "reference"]
+    assert command(find_bench("norm"), flags) == 0
     assert "left out for the budget: add_layer_norm" in capsys.readouterr().out
+    assert command(find_bench("norm"), [*flags, "--op", "layer_norm", "dropout", "--quick"]) == 0
+    assert "left out for the budget" not in capsys.readouterr().out  # a case of each op
 
 
 def bad(run: Callable[[list[str]], int], *cases: tuple[list[str], str]) -> list[object]:
