@@ -121,9 +121,9 @@ def report(config: GPTConfig) -> str:
             f"{config.block_size}:",
             "  6 N + 12 n_layer n_head D T, N without embeddings that are only looked up",
             f"{fixed / MIB:,.0f} MiB to train in float32 with AdamW, {sequence / MIB:,.1f} MiB more per "
-            "sequence:",
-            "  16 bytes a parameter, 4 n_layer T (6 C + 4 n_head D + 2 I) for backward;",
-            "  one chunk of logits comes on top",
+            "sequence of a batch:",
+            "  16 bytes a parameter, 4 n_layer T (6 C + 4 n_head D + 2 I) for backward; one chunk of logits "
+            "comes on top",
         ]
     )
 
