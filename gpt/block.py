@@ -7,7 +7,7 @@ Shapes: B sequences, T tokens, N = B T rows, C = n_embd, H heads of D = head_siz
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +26,17 @@ class Pass(NamedTuple):
 
     shape: torch.Size  # (B, T)
     key_start: Tensor | None  # int32 (B,) or (B, T)
+    residual: bool  # False: without shortcuts, a branch replaces the residual stream
     dropout_p: float
     seeds: Sequence[Seed]  # one for each dropout mask of the model
     cache: KVCache | None
+
+
+def dropout(x: Tensor, p: float, seed: Seed) -> Tensor:
+    """dropout(x). Without a seed it is torch's own, so that every backend draws the same mask."""
+    if p == 0:
+        return x
+    return F.dropout(x, p) if seed is None else kernels.dropout(x, p, seed=seed)
 
 
 class Linear(nn.Linear):
@@ -39,7 +47,7 @@ class Linear(nn.Linear):
 
 
 class Norm(nn.Module):
-    """LayerNorm, alone or fused with the residual addition before it."""
+    """LayerNorm."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -50,11 +58,21 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return kernels.layer_norm(x, self.weight, self.bias, self.eps)
 
-    def add(self, branch: Tensor, residual: Tensor, dropout_p: float, seed: Seed) -> tuple[Tensor, Tensor]:
-        """(norm(sum), sum), where sum = residual + dropout(branch)."""
+
+def add(x: Tensor, branch: Tensor, run: Pass, seed: Seed) -> Tensor:
+    """x + dropout(branch), or dropout(branch) without shortcuts."""
+    branch = dropout(branch, run.dropout_p, seed)
+    return x + branch if run.residual else branch
+
+
+def add_norm(norm: Norm, x: Tensor, branch: Tensor, run: Pass, seed: Seed) -> tuple[Tensor, Tensor]:
+    """(norm(sum), sum), where sum = add(x, branch), in one op if `norm` is plain."""
+    if run.residual and kernels.is_plain(norm, Norm):
         return kernels.add_layer_norm(
-            branch, residual, self.weight, self.bias, self.eps, dropout_p=dropout_p, seed=seed
+            branch, x, norm.weight, norm.bias, norm.eps, dropout_p=run.dropout_p, seed=seed
         )
+    x = add(x, branch, run, seed)
+    return norm(x), x
 
 
 class Attention(nn.Module):
@@ -74,11 +92,13 @@ class Attention(nn.Module):
             y = kernels.causal_attention_qkv(qkv, key_start=run.key_start, dropout_p=run.dropout_p, seed=seed)
         else:
             y = run.cache.attend(self.layer, qkv)
-        return self.proj(y.reshape(len(x), self.width))  # (B, T, H, D) -> (N, HD) -> (N, C)
+        return self.proj(y.reshape(x.shape[0], self.width))  # (B, T, H, D) -> (N, HD) -> (N, C)
 
 
 class FeedForward(nn.Module):
-    """down(activation(up(x)))."""
+    """down(activation(up(x))), in one op if the activation is GELU, and `up` and `down` are plain."""
+
+    fuses: ClassVar = {"up": (Linear,), "down": (Linear,)}
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -87,23 +107,27 @@ class FeedForward(nn.Module):
         self.down = Linear(config.inner_size, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        up, down = self.up, self.down
         if self.activation == "relu":
-            return self.down(F.relu(self.up(x)))
+            return down(F.relu(up(x)))
         approximate = "tanh" if self.activation == "gelu_tanh" else "none"
-        return kernels.gelu_ffn(
-            x, self.up.weight, self.up.bias, self.down.weight, self.down.bias, approximate=approximate
-        )
+        if kernels.is_plain(up, Linear) and kernels.is_plain(down, Linear):
+            return kernels.gelu_ffn(x, up.weight, up.bias, down.weight, down.bias, approximate=approximate)
+        return down(F.gelu(up(x), approximate=approximate))
 
 
 class Block(nn.Module):
     """Two branches, attention and feed-forward, each added to the residual stream.
 
     With norm="pre" (GPT-2) a norm precedes each branch: x + branch(norm(x)). With norm="post" (GPT-1) a norm
-    follows each addition: norm(x + branch(x)).
+    follows each addition: norm(x + branch(x)). With residual=False, the branch alone takes the place of the
+    sum: branch(norm(x)), or norm(branch(x)).
 
-    `Norm.add` fuses an addition with the norm after it. In a pre-norm model, the norm after a block's last
+    `add_norm` fuses an addition with the norm after it. In a pre-norm model, the norm after a block's last
     addition belongs to the next block, so the block returns its last branch without adding it.
     """
+
+    fuses: ClassVar = {"ln_1": (Norm,), "ln_2": (Norm,)}
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -121,12 +145,12 @@ class Block(nn.Module):
             x: (N, C), the residual stream.
             run: The arguments of the forward pass.
         """
-        p, (_, seed_1, seed_2) = run.dropout_p, run.seeds[SITES * self.layer : SITES * (self.layer + 1)]
+        _, seed_1, seed_2 = run.seeds[SITES * self.layer : SITES * (self.layer + 1)]
         if self.post:
-            x, _ = self.ln_1.add(self.attn(x, run), x, p, seed_1)
-            x, _ = self.ln_2.add(self.ffn(x), x, p, seed_2)
+            x, _ = add_norm(self.ln_1, x, self.attn(x, run), run, seed_1)
+            x, _ = add_norm(self.ln_2, x, self.ffn(x), run, seed_2)
             return None, x
 
-        y, x = (self.ln_1(x), x) if branch is None else self.ln_1.add(branch, x, p, seed_1)
-        y, x = self.ln_2.add(self.attn(y, run), x, p, seed_2)
+        y, x = (self.ln_1(x), x) if branch is None else add_norm(self.ln_1, x, branch, run, seed_1)
+        y, x = add_norm(self.ln_2, x, self.attn(y, run), run, seed_2)
         return self.ffn(y), x

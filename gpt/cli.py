@@ -69,6 +69,15 @@ def device_option() -> Any:
     return option(None, "cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
 
 
+def which_option() -> Any:
+    """The flag --which."""
+    return option(
+        "newest",
+        "the checkpoint of a run: its newest valid one, or the one with the lowest validation loss",
+        choices=("newest", "best"),
+    )
+
+
 class OptionParser(argparse.ArgumentParser):
     """A parser whose flags are the fields of dataclasses, spelt with hyphens or underscores.
 

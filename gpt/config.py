@@ -6,6 +6,7 @@ The fields are flags of the commands and keys of TOML files.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from types import NoneType
@@ -48,6 +49,7 @@ class GPTConfig:
         "pre", "normalise before each branch (GPT-2), or after its addition (GPT-1)", choices=("pre", "post")
     )
     eps: float = option(1e-5, "added to the variance in norms", low=1e-30, below=1)
+    residual: bool = option(True, "add each branch to its input; without, it replaces it")
 
     def __post_init__(self) -> None:
         _check(self)
@@ -188,6 +190,18 @@ class TrainConfig:
     patience: int | None = option(
         None, "stop after so many evaluations without improvement (default: never)", low=1
     )
+    keep_best: bool | None = option(
+        None,
+        "keep the checkpoint of the lowest validation loss besides the newest ones (default: with patience)",
+    )
+    time_limit: str | None = option(
+        None, "save and end after this time of training, as in 3h, 90m, 45s, 1h30m (default: never)"
+    )
+    final_eval_batches: int | None = option(
+        1000,
+        "batches of the final evaluation, spread evenly over the validation split; none reads all of it",
+        low=1,
+    )
     seed: int = option(1337, "of initialisation, batches and dropout", low=0, high=2**63 - 1)
     compile: bool = option(False, "run the model through torch.compile")
     no_capture: bool = option(False, "run small steps on a GPU without a CUDA graph")
@@ -195,6 +209,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check(self)
+        if self.time_limit_seconds == 0:
+            raise InputError(
+                f"TrainConfig: time_limit is {shown(self.time_limit)}, expected a time, as in 1h30m or 45s"
+            )
         if self.min_lr > self.learning_rate:
             raise InputError(
                 f"TrainConfig: min_lr is {self.min_lr}, expected at most learning_rate ({self.learning_rate})"
@@ -213,7 +231,22 @@ class TrainConfig:
         """Every field by name, for JSON."""
         return asdict(self)
 
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best checkpoint is kept: `keep_best`, by default whether there is patience."""
+        return self.patience is not None if self.keep_best is None else self.keep_best
 
+    @property
+    def time_limit_seconds(self) -> int | None:
+        """`time_limit` in seconds; 0 if it is not a time."""
+        if self.time_limit is None:
+            return None
+        parts = _TIME.fullmatch(self.time_limit)
+        hours, minutes, seconds = (int(part or 0) for part in parts.groups()) if parts else (0, 0, 0)
+        return 3600 * hours + 60 * minutes + seconds
+
+
+_TIME = re.compile(r"(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?", re.ASCII)
 _CHARACTERS = {"vocab_size": 65, "bias": False}
 _MODEL_PRESETS: dict[str, dict[str, Any]] = {
     "gpt2": {},

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt.cli import USE_TRITON, OptionParser, device_option, option, run_command, use_triton_option
+from gpt.cli import (
+    USE_TRITON,
+    OptionParser,
+    device_option,
+    option,
+    run_command,
+    use_triton_option,
+    which_option,
+)
 from gpt.data.dataset import DataConfig, TokenData
 from gpt.data.tokenizers import Tokenizer
 from gpt.device import autocast_dtype, pick_device
@@ -26,9 +34,12 @@ class EvalConfig:
     """The flags: the model, the text, and how to evaluate."""
 
     checkpoint: str | None = option(
-        None, "a run (its newest valid checkpoint), a checkpoint, a file of weights, or a hub model"
+        None, "a run (its checkpoint that --which names), a checkpoint, a file of weights, or a hub model"
     )
+    which: str = which_option()
     data: tuple[str, ...] = option((), "the text: as in gpt.train, and all of it")
+    text_field: str = option("text", "the field of a row that has its text")
+    keep_newlines: bool = option(False, "keep the carriage returns of CRLF")
     stride: int | None = option(None, "tokens by which windows of block_size advance (default: half of it)")
     batch_size: int = option(8, "windows at a time")
     dtype: str = option("float32", "of autocast", choices=("auto", "float32", "bfloat16", "float16"))
@@ -56,12 +67,14 @@ def _eval(argv: Sequence[str]) -> int:
     dtype = autocast_dtype(config.dtype, device)
     use_triton = USE_TRITON[config.use_triton]
 
+    data = DataConfig(data=config.data, text_field=config.text_field, keep_newlines=config.keep_newlines)
+
     def load(path: Path) -> tuple[Tokenizer, Ids, GPT]:
         tokenizer = load_pretrained_tokenizer(path)
-        ids = TokenData.load(DataConfig(data=config.data), tokenizer).all_tokens()
+        ids = TokenData.load(data, tokenizer, split=False).all_tokens()
         return tokenizer, ids, load_pretrained(path, device=device, use_triton=use_triton).eval()
 
-    tokenizer, ids, model = from_checkpoint(config.checkpoint, device, load)
+    tokenizer, ids, model = from_checkpoint(config.checkpoint, device, load, which=config.which)
 
     evaluation = evaluate(
         model, ids, tokenizer, stride=config.stride, batch_size=config.batch_size, dtype=dtype

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import kernels
 from gpt.errors import InputError
 from gpt.inputs import check_ids, padding, positions
 from gpt.kv_cache import Decoder, Stops
@@ -182,7 +183,8 @@ def _hidden_states(
     block = model.config.block_size
     if use_cache and tokens.length <= block:
         size = min(block, end)
-        decoder = Decoder(model.hidden, tokens.window(0, tokens.length), size, key_start)
+        prompt = tokens.window(0, tokens.length)
+        decoder = Decoder(model.hidden, prompt, size, key_start, capture=not kernels.has_hooks(model))
         yield decoder.start()
         while tokens.length <= size:
             yield decoder.step(tokens.last)

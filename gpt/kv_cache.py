@@ -57,17 +57,24 @@ class Decoder:
         idx: The prompt (B, T), T <= size.
         size: The largest number of tokens, prompt included.
         key_start: As in `KVCache`.
+        capture: Whether steps on a GPU may be captured: not if the model has hooks.
     """
 
     def __init__(
-        self, hidden: Callable[..., Tensor], idx: Tensor, size: int, key_start: Tensor | None
+        self,
+        hidden: Callable[..., Tensor],
+        idx: Tensor,
+        size: int,
+        key_start: Tensor | None,
+        *,
+        capture: bool = True,
     ) -> None:
         self.hidden, self.prompt = hidden, idx
         self.cache = KVCache(size, idx, key_start)
         self.token = idx[:, -1:].clone()  # (B, 1)
         position = positions(idx.shape[1] + 1, key_start, idx.device)
         self._prompt_position, self.position = position[..., :-1], position[..., -1:].clone()
-        self._captures, self._warm = captures(idx.device), False
+        self._captures, self._warm = capture and captures(idx.device), False
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def start(self) -> Tensor:

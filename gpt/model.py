@@ -8,34 +8,23 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from gpt.block import SITES, Block, Norm, Pass, Seed
+from gpt.block import SITES, Block, Linear, Norm, Pass, Seed, add, add_norm, dropout
 from gpt.config import GPTConfig, override
 from gpt.data.tokenizers import Tokenizer
 from gpt.errors import InputError, unknown
+from gpt.head import TiedHead, cross_entropy
 from gpt.inputs import check_document_start, check_ids, check_targets, padding, positions
 from gpt.kv_cache import KVCache
 from gpt.preflight import preflight
 
 Callback = Callable[["GPT", int], object]
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2**64 / φ as int64: its multiples are far apart
-
-
-class Head(nn.Module):
-    """The head's own parameters: none if it is tied and has no bias."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.weight = (
-            None if config.tie_weights else nn.Parameter(torch.empty(config.vocab_size, config.n_embd))
-        )
-        self.bias = nn.Parameter(torch.empty(config.vocab_size)) if config.head_bias else None
 
 
 class GPT(nn.Module):
@@ -52,6 +41,8 @@ class GPT(nn.Module):
     Raises:
         InputError: The config is invalid, or use_triton is another value.
     """
+
+    fuses: ClassVar = {"ln_f": (Norm,), "lm_head": (Linear, TiedHead)}
 
     def __init__(
         self,
@@ -73,7 +64,8 @@ class GPT(nn.Module):
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
             self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
             self.ln_f = Norm(config) if config.final_norm else None
-            self.lm_head = Head(config)
+            tied, C, V = config.tie_weights, config.n_embd, config.vocab_size
+            self.lm_head = TiedHead(config) if tied else Linear(C, V, bias=config.head_bias)
         self.to(dtype=dtype).to_empty(device=torch.get_default_device() if device is None else device)
         self.reset_parameters()
         self.use_triton = use_triton
@@ -166,7 +158,9 @@ class GPT(nn.Module):
             x = self.hidden(idx, position, key_start, self.config.dropout if self.training else 0.0)
             if targets is None:
                 return self.head(x)  # (B, T, C) -> (B, T, V)
-            return kernels.linear_cross_entropy(x, self.head_weight, targets, self.lm_head.bias)
+            if kernels.is_plain(self.lm_head, Linear, TiedHead):
+                return kernels.linear_cross_entropy(x, self.head_weight, targets, self.lm_head.bias)
+            return cross_entropy(self.head(x), targets)
 
     def hidden(
         self,
@@ -178,28 +172,33 @@ class GPT(nn.Module):
     ) -> Tensor:
         """The input (B, T, C) of the head, for token ids (B, T) at positions (T,) or (B, T)."""
         seeds = _site_seeds(self.dropout_seed if dropout_p else None, SITES * self.config.n_layer + 2)
-        run = Pass(idx.shape, key_start, dropout_p, seeds, cache)
+        run = Pass(idx.shape, key_start, self.config.residual, dropout_p, seeds, cache)
 
         x = self.wte(idx) + self.wpe(position)  # (B, T, C)
-        x = _dropout(x, dropout_p, seeds[-2]).flatten(0, 1)  # (N, C), N = B T
+        x = dropout(x, dropout_p, seeds[-2]).flatten(0, 1)  # (N, C), N = B T
         branch = None  # (N, C), what the previous block has left to add to x
         for block in self.blocks:
             branch, x = block(branch, x, run)
 
-        if self.ln_f is None:
-            x = x if branch is None else x + _dropout(branch, dropout_p, seeds[-1])
-        else:
-            x = self.ln_f(x) if branch is None else self.ln_f.add(branch, x, dropout_p, seeds[-1])[0]
+        if self.ln_f is not None:
+            x = self.ln_f(x) if branch is None else add_norm(self.ln_f, x, branch, run, seeds[-1])[0]
+        elif branch is not None:
+            x = add(x, branch, run, seeds[-1])
         return x.view(*idx.shape, self.config.n_embd)  # (B, T, C)
 
     def head(self, x: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., C)."""
-        return kernels.linear(x, self.head_weight, self.lm_head.bias)
+        tied = isinstance(self.lm_head, TiedHead)
+        return self.lm_head(x, self.head_weight) if tied else self.lm_head(x)
 
     @property
     def head_weight(self) -> Tensor:
         """(V, C), which is the token embedding's if the head is tied."""
-        return self.wte.weight if self.lm_head.weight is None else self.lm_head.weight
+        if not isinstance(self.lm_head, TiedHead):
+            return self.lm_head.weight
+        if isinstance(self.wte, nn.Embedding):
+            return self.wte.weight
+        return self.wte(torch.arange(self.config.vocab_size, device=self.wte.weight.device))  # of an adapter
 
     def backend(self) -> kernels.model_backend:
         """The context in which the ops run on the backend that `use_triton` names."""
@@ -362,13 +361,6 @@ class GPT(nn.Module):
         from gpt.weights.pretrained import load_pretrained
 
         return load_pretrained(source, config, device=device, use_triton=use_triton)
-
-
-def _dropout(x: Tensor, p: float, seed: Seed) -> Tensor:
-    """dropout(x). Without a seed it is torch's own, so that every backend draws the same mask."""
-    if p == 0:
-        return x
-    return F.dropout(x, p) if seed is None else kernels.dropout(x, p, seed=seed)
 
 
 def _site_seeds(seed: Seed, count: int) -> Sequence[Seed]:

@@ -48,12 +48,13 @@ def cases(
     calls: list[tuple[str, dict[str, int], dict[str, Any]]] = [
         ("causal_attention_qkv", {**heads, "T": seq_len}, dropout),
         ("decode_attention", {**heads, "Tq": 1, "Tmax": config.block_size}, {}),
-        ("add_layer_norm", {"N": n, "C": c}, {**norm, "residual": parameters, **dropout}),
         ("linear_cross_entropy", {"N": n, "C": c, "V": config.vocab_size}, {"bias": config.head_bias}),
     ]
     if config.dropout:
         calls.append(("dropout", {"N": n, "C": c}, {"p": config.dropout, "seed": 1}))
-    if config.norm == "pre" or config.final_norm:
+    if config.residual:
+        calls.append(("add_layer_norm", {"N": n, "C": c}, {**norm, "residual": parameters, **dropout}))
+    if not config.residual or config.norm == "pre" or config.final_norm:
         calls.append(("layer_norm", {"N": n, "C": c}, norm))
     if config.activation != "relu":
         approximate = "tanh" if config.activation == "gelu_tanh" else "none"

@@ -1,20 +1,33 @@
-"""`python -m gpt.sample`: continues a prompt with a trained model, and prints each token at once."""
+"""`python -m gpt.sample`: continues a prompt, or answers line by line, and prints each token at once."""
 
 from __future__ import annotations
 
+import importlib
 import sys
+import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from gpt.cli import USE_TRITON, OptionParser, device_option, option, run_command, use_triton_option
+from gpt.cli import (
+    USE_TRITON,
+    OptionParser,
+    device_option,
+    option,
+    run_command,
+    use_triton_option,
+    which_option,
+)
+from gpt.data.instructions import NEXT_TURN, conversation
 from gpt.data.text_stream import Stopped, TextStream
-from gpt.data.tokenizers import Tokenizer, first_ids
+from gpt.data.tokenizers import END_OF_TEXT, Tokenizer, first_ids
 from gpt.device import pick_device
 from gpt.errors import InputError
 from gpt.files import read_limited, read_regular, user_path
+from gpt.generate import LARGEST, SCALES, SMALLEST
 from gpt.model import GPT
 from gpt.weights.pretrained import from_checkpoint, load_pretrained, load_pretrained_tokenizer
 
@@ -26,10 +39,14 @@ class SampleConfig:
     """The flags: the model, the prompt, and how tokens are chosen."""
 
     checkpoint: str | None = option(
-        None, "a run (its newest valid checkpoint), a checkpoint, a file of weights, or a hub model"
+        None, "a run (its checkpoint that --which names), a checkpoint, a file of weights, or a hub model"
     )
+    which: str = which_option()
     prompt: str | None = option(None, "text to continue; - reads it from stdin (default: a new line)")
     prompt_file: str | None = option(None, "a UTF-8 file with the text to continue")
+    interactive: bool = option(False, "continue each line of stdin, after --prompt; Ctrl-D ends")
+    chat: bool = option(False, "the prompt, or each line, is what a user says in a conversation")
+    system: str = option("", "the system message of --chat")
     num_samples: int = option(1, "how many continuations")
     max_new_tokens: int = option(200, "the most tokens of a continuation")
     temperature: float = option(0.8, "divides the logits: below 1 bolder, above 1 wilder")
@@ -37,7 +54,9 @@ class SampleConfig:
     top_p: float | None = option(None, "choose among the likeliest tokens whose probabilities sum to p")
     min_p: float | None = option(None, "choose among the tokens at least p times as likely as the likeliest")
     repetition_penalty: float = option(1.0, "above 1 makes tokens that came before less likely")
-    stop: tuple[str, ...] = option((), "texts at which a continuation ends; they are not shown")
+    stop: tuple[str, ...] = option(
+        (), "texts that end a continuation, as <|endoftext|> does; they are not shown"
+    )
     seed: int = option(1337, "the same seed gives the same continuations")
     greedy: bool = option(False, "always the likeliest token")
     device: str | None = device_option()
@@ -54,31 +73,45 @@ def _sample(argv: Sequence[str]) -> int:
         "python -m gpt.sample", "Continues a prompt with a trained model.", sample=SampleConfig()
     )
     config = SampleConfig(**parser.parse_tables(argv)[1]["sample"])
+    _check(config)
     prompt = _prompt(config)
     if config.checkpoint is None:
         raise InputError("--checkpoint is not given, expected a run, a checkpoint or a model")
-    _check(config)
-
+    if config.chat and not prompt and not config.interactive:
+        raise InputError("--prompt is not given, expected what a user says to --chat, or --interactive")
     device = pick_device(config.device)
     use_triton = USE_TRITON[config.use_triton]
 
     def load(path: Path) -> tuple[Tokenizer, list[int], GPT]:
         tokenizer = load_pretrained_tokenizer(path)
-        ids = tokenizer.encode(prompt) if prompt else first_ids(tokenizer)
+        ids = _encode(tokenizer, config, [(prompt, None)])
         return tokenizer, ids, load_pretrained(path, device=device, use_triton=use_triton).eval()
 
-    tokenizer, ids, model = from_checkpoint(config.checkpoint, device, load)
-
-    generator = torch.Generator(device).manual_seed(config.seed)
+    tokenizer, ids, model = from_checkpoint(config.checkpoint, device, load, which=config.which)
+    sampler = _Sampler(model, tokenizer, config, torch.Generator(device).manual_seed(config.seed))
+    if config.interactive:
+        _interact(sampler, prompt)
+        return 0
     for number in range(config.num_samples):
         if config.num_samples > 1:
             print(f"{'' if number == 0 else chr(10)}--- {number + 1} ---")
-        _continue(model, tokenizer, prompt, ids, config, generator)
+        print("" if config.chat else prompt, end="", flush=True)
+        sampler.write(ids)
     return 0
 
 
 def _check(config: SampleConfig) -> None:
-    """Refuses values that `GPT.generate` does not check."""
+    """Refuses values that `GPT.generate` does not check, and those for which a flag is the answer."""
+    if not config.greedy and not SMALLEST <= config.temperature <= LARGEST:
+        raise InputError(
+            f"--temperature is {config.temperature}, expected a number in {SCALES} (--greedy takes the "
+            "likeliest token each time)"
+        )
+    if config.interactive and (config.prompt == "-" or config.num_samples > 1):
+        other = "--prompt -" if config.prompt == "-" else "--num_samples"
+        raise InputError(f"--interactive and {other} are both given, expected one of them")
+    if config.system and not config.chat:
+        raise InputError("--system is given without --chat, expected both or neither")
     if config.num_samples < 1:
         raise InputError(f"--num_samples is {config.num_samples}, expected at least 1")
     if not 0 <= config.seed < 2**63:
@@ -87,6 +120,7 @@ def _check(config: SampleConfig) -> None:
         raise InputError("--stop is '', expected texts that are not empty")
     for text in config.stop:
         _check_text(text, "--stop")
+    _check_text(config.system, "--system")
 
 
 def _prompt(config: SampleConfig) -> str:
@@ -119,39 +153,106 @@ def _check_text(text: str, flag: str) -> None:
         raise InputError(f"{flag} is not UTF-8 at character {error.start}") from error
 
 
-def _continue(
-    model: GPT,
-    tokenizer: Tokenizer,
-    prompt: str,
-    ids: Sequence[int],
-    config: SampleConfig,
-    generator: torch.Generator,
-) -> None:
-    """Prints the prompt and one continuation of it."""
+Exchanges = Sequence[tuple[str, str | None]]  # as in `conversation`
 
-    def write(text: str) -> None:
-        print(text, end="", flush=True)
 
-    write(prompt)
-    stream = TextStream(tokenizer, write, config.stop)
+def _encode(tokenizer: Tokenizer, config: SampleConfig, exchanges: Exchanges) -> list[int]:
+    """The ids that come before the text to generate, as a model trained on such rows has seen them."""
+    if config.chat:
+        return [i for piece in conversation(config.system, exchanges) for i in tokenizer.encode(piece.text)]
+    prompt, _ = exchanges[-1]
+    return tokenizer.encode(prompt) if prompt else first_ids(tokenizer)
+
+
+@dataclass(frozen=True)
+class _Sampler:
+    """A model with the settings of the command."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    config: SampleConfig
+    generator: torch.Generator
+
+    def write(self, ids: Sequence[int]) -> str:
+        """Prints a continuation of `ids` as it is generated, and a newline; returns it. Ctrl-C may end it."""
+        written: list[str] = []
+
+        def write(text: str) -> None:
+            written.append(text)
+            print(text, end="", flush=True)
+
+        config = self.config
+        stops = (*config.stop, END_OF_TEXT, *([NEXT_TURN] if config.chat else []))
+        stream = TextStream(self.tokenizer, write, stops)
+        try:
+            self.model.generate(
+                torch.tensor([ids], device=self.model.wte.weight.device),
+                config.max_new_tokens,
+                do_sample=not config.greedy,
+                temperature=config.temperature,
+                top_k=config.top_k,
+                top_p=config.top_p,
+                min_p=config.min_p,
+                repetition_penalty=config.repetition_penalty,
+                vocab_size=self.tokenizer.vocab_size,
+                generator=self.generator,
+                on_token=stream.token,
+            )
+            stream.end()
+        except Stopped:
+            pass
+        except KeyboardInterrupt:
+            if not config.interactive:
+                raise
+        print()
+        return "".join(written)
+
+
+def _interact(sampler: _Sampler, prompt: str) -> None:
+    """Answers `prompt`, if there is one, and each line of stdin. Empty lines are passed over."""
+    config = sampler.config
+    most = sampler.model.config.block_size - min(config.max_new_tokens, sampler.model.config.block_size // 2)
+    terminal = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+    if terminal:
+        with suppress(ImportError):
+            importlib.import_module("readline")  # input() then edits lines and remembers them
+
+    exchanges: list[tuple[str, str | None]] = []
+    line: str | None = prompt
+    while line is not None:
+        if line:
+            asked = [*(exchanges if config.chat else []), (line, None)]
+            try:
+                while len(ids := _encode(sampler.tokenizer, config, asked)) > most and len(asked) > 1:
+                    asked.pop(0)
+            except InputError as error:  # a character that the tokenizer does not have
+                warnings.warn(str(error), stacklevel=2)
+            else:
+                exchanges = [*asked[:-1], (line, sampler.write(ids))]
+        line = _read_line(terminal)
+
+
+def _read_line(terminal: bool) -> str | None:
+    """The next line of stdin, without its end; None if there is none."""
+    where = "--interactive: stdin"
+    if terminal:
+        try:
+            return input("> ")
+        except EOFError:
+            print()
+            return None
+        except KeyboardInterrupt:
+            print()
+            raise
+    if sys.stdin is None:
+        raise InputError(f"{where} is closed, expected lines of text")
     try:
-        model.generate(
-            torch.tensor([ids], device=model.wte.weight.device),
-            config.max_new_tokens,
-            do_sample=not config.greedy,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            min_p=config.min_p,
-            repetition_penalty=config.repetition_penalty,
-            vocab_size=tokenizer.vocab_size,
-            generator=generator,
-            on_token=stream.token,
-        )
-        stream.end()
-    except Stopped:
-        pass
-    print()
+        line = sys.stdin.buffer.readline(PROMPT_LIMIT + 1)
+    except OSError as error:
+        raise InputError(f"{where} cannot be read: {error.strerror}") from error
+    if len(line) > PROMPT_LIMIT:
+        raise InputError(f"{where} has a line of more than {PROMPT_LIMIT:,} bytes, the most that is read")
+    return _decode(line, where).rstrip("\r\n") if line else None
 
 
 if __name__ == "__main__":

@@ -189,7 +189,8 @@ def _micro_batch(config: GPTConfig, batch_size: int) -> Iterator[Component]:
     yield _matmul("head", n, c, padded, 0.86, "cuBLAS, in chunks of rows")
 
     ops = dict(cases(config, batch_size, config.block_size, torch.float32))
-    attention, norms, dropout = {"causal_attention_qkv": layers}, _norms(config), {"dropout": 1}
+    attention, norms = {"causal_attention_qkv": layers}, _norms(config)
+    dropout = {"dropout": _dropouts(config)}
     reached = 0.46 if config.block_size >= 4096 else 0.37
     basis = "Triton's tutorial on an H100 (published)"
     yield Component("attention forward", *_work(ops, attention, "forward"), reached, basis)
@@ -197,7 +198,7 @@ def _micro_batch(config: GPTConfig, batch_size: int) -> Iterator[Component]:
     yield Component("attention backward", *_work(ops, attention, "backward"), 0.33, basis)
     yield Component("norms forward", *_work(ops, norms, "forward"), 0.88, "loads in flight, by count")
     yield Component("norms backward", *_work(ops, norms, "backward"), 0.8, "loads in flight, by count")
-    if config.dropout:  # of the embeddings; the ops above draw their own masks
+    if config.dropout:
         yield Component("dropout forward", *_work(ops, dropout, "forward"), 0.9, "a pass over memory")
         yield Component("dropout backward", *_work(ops, dropout, "backward"), 0.9, "a pass over memory")
 
@@ -241,9 +242,18 @@ def _matmul(name: str, n: int, width: int, outputs: int, efficiency: float, basi
 
 def _norms(config: GPTConfig) -> dict[str, int]:
     """How often a pass calls each norm: every addition that a norm follows is fused with it."""
+    if not config.residual:
+        return {"layer_norm": 2 * config.n_layer + config.final_norm}
     if config.norm == "pre":
         return {"layer_norm": 1, "add_layer_norm": 2 * config.n_layer - 1 + config.final_norm}
     return {"add_layer_norm": 2 * config.n_layer} | ({"layer_norm": 1} if config.final_norm else {})
+
+
+def _dropouts(config: GPTConfig) -> int:
+    """How often a pass calls dropout: for the embeddings, and for each branch that no norm adds."""
+    if not config.residual:
+        return 1 + 2 * config.n_layer
+    return 1 + (config.norm == "pre" and not config.final_norm)
 
 
 def _work(ops: dict[str, kernels.Case], calls: dict[str, int], direction: str) -> tuple[int, int]:

@@ -6,6 +6,7 @@ Without arguments it trains on Python's own sources, for a few minutes.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
 import os
 import shlex
@@ -30,22 +31,23 @@ from gpt.cli import (
     use_triton_option,
 )
 from gpt.config import GPTConfig, TrainConfig, override
-from gpt.data.corpus import STDLIB
 from gpt.data.dataset import DataConfig, TokenData
+from gpt.data.sources import SHAKESPEARE, STDLIB
 from gpt.data.tokenizers import Tokenizer
 from gpt.device import check_memory, pick_device
-from gpt.errors import InputError
+from gpt.errors import InputError, shown
 from gpt.files import read_json, user_path
 from gpt.model import GPT
 from gpt.training import distributed
 from gpt.training.distributed import Ranks
 from gpt.training.run_folder import PLOT, RunFolder
-from gpt.training.run_state import read_state
+from gpt.training.run_state import check_names, read_state
 from gpt.training.trainer import Trainer, TrainResult
 from gpt.weights import checkpoint
 from gpt.weights.pretrained import load_pretrained, load_pretrained_tokenizer
 
 TABLES = ("model", "train", "data")
+PATHS = {"data", "validation"}  # the data settings that are paths
 FINE_TUNING = {"learning_rate": 3e-5, "min_lr": 3e-6}
 
 
@@ -137,9 +139,13 @@ def _run(argv: Sequence[str], ranks: Ranks) -> int:
         if start.weights is not None:
             _copy_weights(start.weights, model)
 
-    options = {"data": dataclasses.asdict(start.data)}
+    options = {"data": dataclasses.asdict(start.data), "working_folder": os.getcwd()}
     trainer = Trainer(model, data, start.train, out=folder, resume=resume, options=options, ranks=ranks)
     _introduce(trainer, start.data)
+    if trainer.ended:
+        print(
+            f"already finished at step {trainer.step}: {trainer.ended}; only the final evaluation is repeated"
+        )
     if not _preflight(trainer, strict=run.strict):
         return 3
 
@@ -147,12 +153,13 @@ def _run(argv: Sequence[str], ranks: Ranks) -> int:
     out = folder.path
     print(f"out: {out}", flush=True)
     result = trainer.run()
-    if result.signal is not None:
+    if result.signal is not None or result.out_of_time:
         launch = f"-m torch.distributed.run --nproc_per_node {ranks.local_size} " if ranks.size > 1 else ""
         resume = f"{_python()} {launch}-m gpt.train --out {shlex.quote(str(out))} --resume"
-        print(f"stopped at step {result.step}, saved in {result.checkpoint}\ngo on with: {resume}")
-        return 128 + result.signal
-    _conclude(result, len(data.tokens("validation")) - 1, out, "def " if start.data.data == (STDLIB,) else "")
+        event = "time limit reached" if result.signal is None else "stopped"
+        print(f"{event} at step {result.step}, saved in {result.checkpoint}\ngo on with: {resume}")
+        return 0 if result.signal is None else 128 + result.signal
+    _conclude(result, out, "def " if start.data.data == (STDLIB,) else "")
     return 0
 
 
@@ -233,11 +240,21 @@ def _from_run(folder: Path, given: Values) -> Start:
     state = read_state(folder / checkpoint.STATE)
     where, saved = f"resume: {folder / checkpoint.STATE}: data", state.content.get("data")
     types = field_types(DataConfig)
-    if not isinstance(saved, dict) or saved.keys() != types.keys():
-        raise InputError(f"{where} has other entries than {', '.join(types)}, expected this version's")
-    if saved["tokenizer"] is None:
-        types.pop("tokenizer")  # its default is None
-    data = DataConfig(**{name: convert(f"{where}: {name}", types[name], saved[name]) for name in types})
+    if not isinstance(saved, dict):
+        raise InputError(f"{where} is {shown(saved)}, expected an object")
+    check_names(where, saved, types)
+    nullable = {field.name for field in dataclasses.fields(DataConfig) if field.default is None}
+    settings = {
+        name: convert(f"{where}: {name}", types[name], value)
+        for name, value in saved.items()
+        if value is not None or name not in nullable
+    }
+    started = state.content.get("working_folder", os.getcwd())  # earlier versions lack it
+    if not isinstance(started, str):
+        raise InputError(f"{where}: working_folder is {shown(started)}, expected a path")
+    for name in PATHS & settings.keys() - given["data"].keys():
+        settings[name] = tuple(_located(source, started, f"{where}: {name}") for source in settings[name])
+    data = DataConfig(**settings)
     model = GPTConfig.from_dict(read_json(folder / checkpoint.CONFIG))
     tokenizer = None if "tokenizer" in given["data"] else checkpoint.load_checkpoint_tokenizer(folder)
     return Start(
@@ -245,6 +262,25 @@ def _from_run(folder: Path, given: Values) -> Start:
         override(state.train, given["train"]),
         dataclasses.replace(data, **given["data"]),
         tokenizer,
+    )
+
+
+def _located(source: str, started: str, where: str) -> str:
+    """A source of a run's data, looked for in the folder in which the run was started, then in this one.
+
+    Raises:
+        InputError: It is in neither.
+    """
+    if source in (STDLIB, SHAKESPEARE):
+        return source
+    here, path = os.getcwd(), os.path.expanduser(source)
+    folders = dict.fromkeys((started, here))
+    for folder in folders:
+        place = os.path.join(folder, path)
+        if os.path.lexists(place) or any(glob.iglob(path, root_dir=folder, recursive=True)):
+            return source if folder == here else place
+    raise InputError(
+        f"{where} is {source}, which does not exist in {' or in '.join(folders)}, expected --data PATH"
     )
 
 
@@ -301,12 +337,13 @@ def _preflight(trainer: Trainer, *, strict: bool) -> bool:
     return True
 
 
-def _conclude(result: TrainResult, targets: int, out: Path, prompt: str) -> None:
+def _conclude(result: TrainResult, out: Path, prompt: str) -> None:
+    share = "all" if result.validation_share == 1 else f"{result.validation_share:.1%}"
     following = f"{_python()} -m gpt.sample --checkpoint {shlex.quote(str(out))}"
     print(
         f"\n{(result.sample or '').strip()}\n\n"
         f"validation loss {result.validation_loss:.4f}, bigram baseline {result.bigram_loss:.4f} "
-        f"(nats per token, {targets:,} tokens)\n"
+        f"(nats per token, {result.validation_tokens:,} tokens, {share} of the validation split)\n"
         f"checkpoint: {result.checkpoint}\n"
         f"loss curve: {out / PLOT}\n"
         f"next: {following}{f' --prompt {shlex.quote(prompt)}' if prompt else ''}"

@@ -11,6 +11,7 @@ from kernels.ffn import gelu_ffn
 from kernels.linear import linear
 from kernels.loss import linear_cross_entropy
 from kernels.norm import add_layer_norm, dropout, layer_norm
+from kernels.plain import has_hooks, is_plain
 from kernels.preflight import Report, preflight
 from kernels.registry import Work, work
 from kernels.spec import Case
@@ -30,6 +31,8 @@ __all__ = [
     "dropout",
     "explain",
     "gelu_ffn",
+    "has_hooks",
+    "is_plain",
     "layer_norm",
     "linear",
     "linear_cross_entropy",

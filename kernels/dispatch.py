@@ -20,9 +20,11 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
+
+from kernels.plain import called_submodules
 
 Prepare = TypeVar("Prepare", bound=Callable[..., Any])
 
@@ -270,11 +272,18 @@ def distrust(op: str, reason: str) -> None:
     _distrusted[op] = reason
 
 
-def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
+@overload
+def explain(op: torch.nn.Module) -> dict[str, str]: ...
+@overload
+def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Choice: ...
+def explain(
+    op: str | Callable[..., Any] | torch.nn.Module, *args: Any, **kwargs: Any
+) -> Choice | dict[str, str]:
     """Which backend ``op(*args, **kwargs)`` would take now, and why. Nothing is computed.
 
     Args:
-        op: A public op or its name.
+        op: A public op or its name. For a module, the answer is instead the names of the submodules for which
+            a fused op steps aside, with the reason for each: see `is_plain`.
         *args, **kwargs: The arguments of the call; they are checked as in the call.
 
     Raises:
@@ -283,6 +292,8 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
     """
     import kernels
 
+    if isinstance(op, torch.nn.Module):
+        return called_submodules(op)
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in _ops:
         raise ValueError(f"explain: {name!r} is not an op, expected one of {', '.join(sorted(_ops))}")

@@ -126,12 +126,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return json_object(text, path)
 
 
-def json_object(content: bytes, path: Path) -> dict[str, Any]:
-    """The JSON object in `content`, which was read from `path`; ValueError if it is not one in UTF-8."""
+def json_object(content: bytes, place: object) -> dict[str, Any]:
+    """The JSON object in `content`, read from `place`, a file or a line; ValueError if it is not one."""
     try:
         value = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a JSON file ({error})") from None
+        raise ValueError(f"{place} is not JSON ({error})") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, expected a JSON object")
+        raise ValueError(f"{place} holds a {type(value).__name__}, expected a JSON object")
     return value

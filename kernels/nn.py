@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,8 @@ class LayerNorm(nn.LayerNorm):
 class GELUFeedForward(nn.Sequential):
     """y = gelu(x w_upᵀ + b_up) w_downᵀ + b_down.
 
-    The state_dict is that of `nn.Sequential(nn.Linear, nn.GELU, nn.Linear)`.
+    The state_dict is that of `nn.Sequential(nn.Linear, nn.GELU, nn.Linear)`. If one of the three is not plain
+    (see `kernels.is_plain`), each of them is called.
 
     Args:
         embed_dim: C, the width of the input and the output.
@@ -56,6 +57,8 @@ class GELUFeedForward(nn.Sequential):
         approximate: "none" (erf) or "tanh", as in `nn.GELU`; the state_dict does not store it.
         device, dtype: Device and dtype of the parameters.
     """
+
+    fuses: ClassVar = {"0": (nn.Linear,), "1": (nn.GELU,), "2": (nn.Linear,)}
 
     def __init__(
         self,
@@ -76,6 +79,12 @@ class GELUFeedForward(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
         up, gelu, down = cast(tuple[nn.Linear, nn.GELU, nn.Linear], tuple(self))
+        if not (
+            kernels.is_plain(up, nn.Linear)
+            and kernels.is_plain(gelu, nn.GELU)
+            and kernels.is_plain(down, nn.Linear)
+        ):
+            return super().forward(input)
         return kernels.gelu_ffn(
             input, up.weight, up.bias, down.weight, down.bias, approximate=gelu.approximate
         )

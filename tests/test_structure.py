@@ -16,13 +16,13 @@ from kernels.registry import SPECS
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = tuple(dict.fromkeys(spec.family for spec in SPECS.values()))
-LEAVES = {"checks", "dispatch", "files", "philox", "linear", "tolerance", "tuning", "version"}
+LEAVES = {"checks", "dispatch", "files", "philox", "linear", "plain", "tolerance", "tuning", "version"}
 GPT_LAYERS = (  # top first: a file imports from its own layer and from those below it
     {""},  # gpt/__init__.py
     {"train", "sample", "eval", "info", "__main__"},
     {"training", "generate", "weights"},
     {"model"},
-    {"block", "kv_cache", "inputs", "preflight", "step_time", "data"},
+    {"block", "head", "kv_cache", "inputs", "preflight", "step_time", "data"},
     {"config", "names", "device", "files", "cli"},
     {"memory"},
     {"errors", "interrupts"},

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SUFFIXES = {".py", ".md", ".toml", ".svg", ".yml", ".yaml", ".txt"}
+SUFFIXES = {".py", ".ipynb", ".md", ".toml", ".svg", ".yml", ".yaml", ".txt"}
 EXEMPT = {Path(__file__), ROOT / "CONTRIBUTING.md"}  # they list the words
 
 # What to avoid, as a regular expression, and what to write instead.

@@ -1,232 +1,139 @@
-"""The text to train on: Python's standard library, tiny Shakespeare, or the user's files."""
+"""All documents of a corpus: read once for their hash, and again to train a tokenizer or to be tokenized."""
 
 from __future__ import annotations
 
-import fnmatch
-import functools
-import glob
 import hashlib
-import os
-import stat
-import sysconfig
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import NamedTuple
+from array import array
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from typing import TYPE_CHECKING
 
+from gpt.data.documents import Document, NotText
+from gpt.data.tokenizers import END_OF_TEXT
 from gpt.errors import InputError
-from gpt.files import KINDS, open_regular, user_path, verified_file
-from kernels.files import cache_folder
 
-STDLIB, SHAKESPEARE = "stdlib", "shakespeare"
-STDLIB_CHARACTERS = 4_000_000  # more than the default run reads
-SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+if TYPE_CHECKING:
+    from gpt.data.sources import Source
 
 
-class Document(NamedTuple):
-    """One text of a corpus. `read` loads it, and raises InputError if it is empty or not UTF-8 text."""
-
-    name: str
-    read: Callable[[], str]
-
-    def expecting(self, sha256: bytes) -> Document:
-        """This document, whose `read` also raises InputError if the text does not have this hash."""
-
-        def read() -> str:
-            text = self.read()
-            if hashlib.sha256(text.encode("utf-8")).digest() != sha256:
-                raise InputError(f"data: {self.name} changed while it was read, expected a finished file")
-            return text
-
-        return Document(self.name, read)
+NO_HASH = 1 << 64  # above all hashes of 64 bits
 
 
-def open_corpus(sources: Iterable[str]) -> list[Document]:
-    """The documents of `sources`.
+class Corpus:
+    """The documents of `sources`. Making it reads all of them, one document in memory at a time.
+
+    Files of a folder or glob that have no text are left out, and one warning counts them.
 
     Args:
-        sources: "stdlib", "shakespeare", files, folders (all files in them, sorted) and globs.
+        sources: The files, in order.
+        validation: The share of the rows that are for validation: those whose text has the highest hashes,
+            so that equal rows are in the same split, whatever their order.
+        characters: Collect the distinct characters.
+
+    Attributes:
+        sha256: A hash of all documents, in hexadecimal digits.
+        count, size: How many documents there are, and their bytes in UTF-8.
+        characters: The distinct characters, if they are collected.
 
     Raises:
-        InputError: A source does not exist or has no files, or no source is given.
+        InputError: A source cannot be read, or there is no text.
     """
-    documents: list[Document] = []
-    for source in sources:
-        if source == STDLIB:
-            documents += _stdlib()
-        elif source == SHAKESPEARE:
-            documents.append(Document(SHAKESPEARE, _shakespeare))
-        else:
-            documents += [Document(str(path), functools.partial(read_text, path)) for path in _files(source)]
-    if not documents:
-        raise InputError(f"data: no source given, expected {STDLIB}, {SHAKESPEARE} or paths")
-    return documents
 
-
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file.
-
-    Raises:
-        InputError: The file cannot be read, is empty, or is not UTF-8 text. The message names the path and
-            the first wrong byte.
-    """
-    with open_regular(path, "data") as file:
-        try:
-            content = file.read()
-        except OSError as error:
-            raise InputError(f"data: cannot read {path}: {error.strerror}") from error
-    if not content:
-        raise InputError(f"data: {path} is empty, expected UTF-8 text")
-    if (offset := content.find(b"\0")) >= 0:
-        raise InputError(f"data: {path} is binary (a NUL at byte {offset}), expected UTF-8 text")
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"data: {path} is not UTF-8 at byte {error.start} (0x{content[error.start]:02x})"
-        ) from error
-
-
-def _files(source: str) -> list[Path]:
-    """The files of a path or glob, sorted.
-
-    Of a folder, these are all files below it, except hidden ones. A link to a folder is followed, unless that
-    folder has been entered already.
-    """
-    path = user_path(source, "data")
-    mode = _mode(path)
-    if mode is None and not glob.has_magic(source):
-        raise InputError(
-            f"data: {source} does not exist, expected {STDLIB}, {SHAKESPEARE}, a file, a folder or a glob"
-        )
-    if mode is not None and not stat.S_ISDIR(mode):
-        return [path]
-
-    entries = _matches(path) if mode is None else [e for folder in _folders([path]) for e in _visible(folder)]
-    files, others = [], []
-    for entry in sorted(set(entries)):
-        mode = _mode(entry) or 0
-        if stat.S_ISREG(mode):
-            files.append(entry)
-        elif not stat.S_ISDIR(mode):
-            others.append(f"{entry} is {KINDS.get(stat.S_IFMT(mode), 'missing')}")
-    if others:
-        warnings.warn(
-            f"data: {len(others)} files of {source} cannot be text and are left out; {others[0]}",
-            stacklevel=2,
-        )
-    if not files:
-        raise InputError(f"data: {source} holds no files, expected at least one with UTF-8 text")
-    return files
-
-
-def _matches(pattern: Path) -> Iterable[Path]:
-    """The files and folders that match a glob; `**` is the folders below, each of them once."""
-    places: Iterable[Path] = [Path(pattern.anchor)]
-    parts = pattern.relative_to(pattern.anchor).parts
-    for part in (*parts, "*") if parts[-1] == "**" else parts:
-        folders = [place for place in places if stat.S_ISDIR(_mode(place) or 0)]
-        if part == "**":
-            places = _folders(folders)
-        elif glob.has_magic(part):
-            hidden = part.startswith(".")
-            entries = (entry for folder in folders for entry in _visible(folder, hidden=hidden))
-            places = [entry for entry in entries if fnmatch.fnmatch(entry.name, part)]
-        else:
-            places = [folder / part for folder in folders if os.path.lexists(folder / part)]
-    return places
-
-
-def _folders(roots: Iterable[Path]) -> list[Path]:
-    """`roots` and the folders below, each of them once. Names that pass through a link come last."""
-    folders: dict[tuple[int, int], Path] = {}
-    links = deque(roots)
-    while links:
-        below = [links.popleft()]
-        while below:
-            folder = below.pop()
-            status = folder.stat()
-            if (status.st_dev, status.st_ino) in folders:
+    def __init__(self, sources: Sequence[Source], validation: Fraction, *, characters: bool) -> None:
+        self.count = self.size = 0
+        self.characters: set[str] = set()
+        self._sources: list[tuple[Source, bytes]] = []  # each with a hash of its documents
+        hashed, hashes_of_rows = hashlib.sha256(), array("Q")
+        for source in sources:
+            hashed_source, rows, count = hashlib.sha256(), 0, self.count
+            try:
+                for document in source.read():
+                    rows += 1
+                    if not document.pieces:
+                        continue
+                    digest, size = document.digest()
+                    hashed.update(digest)
+                    hashed_source.update(digest)
+                    self.count += 1
+                    self.size += size
+                    if source.rows:
+                        hashes_of_rows.append(_number(digest))
+                    if characters:
+                        self.characters.update(*(piece.text for piece in document.pieces))
+            except NotText as error:
+                if source.listing is None or rows:
+                    raise
+                source.listing.left_out.append((error.kind, error.reason))
                 continue
-            folders[status.st_dev, status.st_ino] = folder
-            for entry in _visible(folder):
-                if stat.S_ISDIR(_mode(entry) or 0):
-                    (links if entry.is_symlink() else below).append(entry)
-    return list(folders.values())
+            self._sources.append((source, hashed_source.digest()))
+            if empty := rows - (self.count - count):
+                warnings.warn(
+                    f"data: skipped {empty:,} of {rows:,} rows of {source.name}: empty", stacklevel=2
+                )
+        self.sha256 = hashed.hexdigest()
+        self._threshold = _lowest_for_validation(hashes_of_rows, validation)
+        self._report(sources)
+
+    def _report(self, sources: Sequence[Source]) -> None:
+        """Says what is left out; InputError if a folder or glob, or the corpus, is left without text."""
+        used = {source.listing for source, _ in self._sources}
+        for listing in dict.fromkeys(source.listing for source in sources):
+            if listing is not None and listing.left_out:
+                if listing not in used:
+                    raise InputError(
+                        f"data: {listing.source} holds no text, expected at least one file with UTF-8 text; "
+                        f"skipped {listing}"
+                    )
+                warnings.warn(f"data: skipped {listing}", stacklevel=2)
+        if not self.count:
+            raise InputError(f"data: {self._sources[0][0].name} has no text, expected at least one document")
+
+    def parts(self) -> Iterator[Iterator[Document]]:
+        """The documents in three parts: rows for training, files without rows, and rows for validation.
+
+        Raises:
+            InputError: A source has changed since it was first read.
+        """
+        rows = [entry for entry in self._sources if entry[0].rows]
+        files = [entry for entry in self._sources if not entry[0].rows]
+        limit = self._threshold
+        yield (row for row, number in self._again(rows) if number < limit)
+        yield (document for document, _ in self._again(files))
+        validation = rows if limit < NO_HASH else []
+        yield (row for row, number in self._again(validation) if number >= limit)
+
+    def texts(self) -> Iterator[str]:
+        """The text of all pieces of all documents, to train a tokenizer on, without <|endoftext|>."""
+        for document, _ in self._again(self._sources):
+            for piece in document.pieces:
+                yield from piece.text.split(END_OF_TEXT)
+
+    def _again(self, sources: Sequence[tuple[Source, bytes]]) -> Iterator[tuple[Document, int]]:
+        """The documents of `sources` and their hashes, each source compared with what it was before."""
+        for source, sha256 in sources:
+            hashed = hashlib.sha256()
+            for document in _documents(source):
+                digest, _ = document.digest()
+                hashed.update(digest)
+                yield document, _number(digest)
+            if hashed.digest() != sha256:
+                raise InputError(f"data: {source.name} changed while it was read, expected a finished file")
 
 
-def _visible(folder: Path, *, hidden: bool = False) -> list[Path]:
-    """The entries of a folder, sorted, without hidden ones, or hidden ones alone."""
-    try:
-        names = os.listdir(folder)
-    except OSError as error:
-        raise InputError(f"data: cannot read {folder}: {error.strerror}") from error
-    return [folder / name for name in sorted(names) if name.startswith(".") == hidden]
+def _documents(source: Source) -> Iterator[Document]:
+    """The documents of a source that are not empty."""
+    return (document for document in source.read() if document.pieces)
 
 
-def _mode(path: Path) -> int | None:
-    """The kind of file that `path` is, links followed; None if nothing has this name.
-
-    Raises:
-        InputError: It cannot be told, or the path is a link to nothing.
-    """
-    try:
-        return path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        if not path.is_symlink():
-            return None
-        raise InputError(f"data: {path} is a link to {os.readlink(path)}, which does not exist") from None
-    except OSError as error:
-        raise InputError(f"data: cannot read {path}: {error.strerror}") from error
+def _number(digest: bytes) -> int:
+    """The first 64 bits of a hash."""
+    return int.from_bytes(digest[:8], "big")
 
 
-def _shakespeare() -> str:
-    place: str | Path = "tinyshakespeare.txt in the cache"
-    try:
-        place = cache_folder() / "tinyshakespeare.txt"
-        return verified_file([place], SHAKESPEARE_URL, SHAKESPEARE_SHA256).decode("utf-8")
-    except OSError as error:
-        raise InputError(
-            f"data: cannot download {SHAKESPEARE_URL} ({error}), expected a network, that file as {place}, "
-            "or --data PATH"
-        ) from error
+def _lowest_for_validation(hashes: array[int], share: Fraction) -> int:
+    """The lowest of the highest hashes, which are about `share` of all, at least one if there are several."""
+    import numpy as np
 
-
-@functools.cache
-def _stdlib() -> list[Document]:
-    """Documentation topics and top-level modules of the running Python that are printable ASCII.
-
-    They are ordered by a hash of their names, so that the last tenth, the validation split, resembles the
-    rest.
-    """
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        topics = {}
-    texts = {f"topics/{name}": text.translate(_TYPOGRAPHY) for name, text in topics.items()}
-    for path in Path(sysconfig.get_path("stdlib")).glob("*.py"):
-        texts[path.name] = path.read_text("utf-8", errors="replace")
-
-    chosen: list[Document] = []
-    length = 0
-    for name in sorted(texts, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        text = texts[name]
-        if (
-            text.isascii()
-            and text.replace("\n", "").isprintable()
-            and 0 < len(text) <= STDLIB_CHARACTERS - length
-        ):
-            chosen.append(Document(name, functools.partial(str, text)))
-            length += len(text)
-    if not chosen:
-        raise InputError(
-            f"data: no standard library sources in {sysconfig.get_path('stdlib')}, expected --data PATH"
-        )
-    return chosen
-
-
-_TYPOGRAPHY = str.maketrans(
-    {"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "--", "…": "...", "°": " degrees", "ß": "ss"}
-)
+    count = max(round(len(hashes) * share), 1) if share and len(hashes) > 1 else 0
+    return int(np.sort(hashes)[-count]) if count else NO_HASH

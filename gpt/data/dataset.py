@@ -4,37 +4,58 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
 from gpt.cli import option
-from gpt.data.corpus import STDLIB, Document, open_corpus
+from gpt.data.corpus import Corpus
+from gpt.data.saved_datasets import saved_split
+from gpt.data.sources import STDLIB, open_sources
 from gpt.data.token_files import (
     BIN_NAMES,
     CHUNK,
+    Tokens,
     bin_files,
     cached_tokens,
     check_id,
     document_begins,
     ids_dtype,
     open_bin,
+    split_at,
 )
-from gpt.data.tokenizers import FILE_NAME, BPETokenizer, CharTokenizer, Tokenizer, fingerprint, load_tokenizer
+from gpt.data.tokenizer_cache import trained_bpe
+from gpt.data.tokenizers import (
+    END_OF_TEXT,
+    FILE_NAME,
+    BPETokenizer,
+    CharTokenizer,
+    Tokenizer,
+    end_of_text,
+    fingerprint,
+    load_tokenizer,
+)
 from gpt.errors import InputError, cannot_write
 from gpt.files import user_path
 from kernels.files import replacing
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from gpt.data.token_files import Ids, Positions
 
 Split = Literal["train", "validation"]
 Stream = Literal["train", "validation", "estimate"]
 
 IGNORED = -100
+FRACTION = 0.1  # of the tokens are for validation, unless something else is given
+USUAL = Fraction(str(FRACTION))
+HELD_OUT = ("validation", "test")  # splits of a saved data set, the first of which is for validation
 _STREAMS: dict[Stream, int] = {"train": 0, "validation": 1, "estimate": 2}
 
 
@@ -45,8 +66,12 @@ class DataConfig:
     data: tuple[str, ...] = option(
         (STDLIB,),
         "stdlib (Python's own sources and documentation), shakespeare (a download), or UTF-8 files, folders, "
-        "globs",
+        "globs; rows of .jsonl, .parquet and Hugging Face data sets",
     )
+    validation: tuple[str, ...] = option(
+        (), "validate on this text, as in --data, and train on all of --data (default: a part of --data)"
+    )
+    validation_fraction: float = option(FRACTION, "the part of --data to validate on")
     tokenizer: str | None = option(
         None,
         "char, gpt2, bpe (trained on the text), or the path of a tokenizer.json (default: char, with a gpt2 "
@@ -54,8 +79,18 @@ class DataConfig:
     )
     bpe_vocab_size: int = option(4096, "the most tokens that --tokenizer bpe learns")
     pack_documents: bool = option(
-        False, "no token attends to, or is predicted from, another document (file) than its own"
+        False, "no token attends to, or is predicted from, another document (file or row) than its own"
     )
+    text_field: str = option("text", "the field of a row that has its text")
+    keep_newlines: bool = option(False, "keep the carriage returns of CRLF")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.validation_fraction < 1:
+            raise InputError(
+                f"data: validation_fraction is {self.validation_fraction}, expected more than 0, less than 1"
+            )
+        if self.validation and self.validation_fraction != FRACTION:
+            raise InputError("data: validation and validation_fraction are both given, expected one of them")
 
 
 class Batch(NamedTuple):
@@ -73,10 +108,17 @@ class Batch(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """A split: its tokens, and the sorted begins of packed documents, if any."""
+    """A split: its tokens, the sorted begins of packed documents, if any, and `untrained` as in `Tokens`."""
 
     tokens: Ids
     documents: Positions | None
+    untrained: Positions
+
+    def are_untrained(self, positions: Positions) -> NDArray[np.bool_]:
+        """Whether the tokens at `positions` are not targets."""
+        import numpy as np
+
+        return np.searchsorted(self.untrained, positions, side="right") % 2 == 1
 
 
 class TokenData:
@@ -88,6 +130,8 @@ class TokenData:
         validation: Ids for validation; all of `tokens` are then for training.
         documents: The sorted positions at which documents begin, counted through `tokens` and then
             `validation`. Documents are then kept separate: see `DataConfig.pack_documents`.
+        untrained: Sorted positions, counted likewise: the tokens before the first are targets, those up to
+            the second are not, and so on in turns. None: all are targets.
         identity: A hash of the corpus and the tokenizer, which a resumed run compares. None computes it from
             the tokens, and checks their ids; with an identity, the caller has checked them.
 
@@ -102,17 +146,27 @@ class TokenData:
         *,
         validation: Ids | None = None,
         documents: Positions | None = None,
+        untrained: Positions | None = None,
         identity: str | None = None,
     ) -> None:
+        import numpy as np
+
         self.tokenizer = tokenizer
-        cut = len(tokens) * 9 // 10 if validation is None else len(tokens)
+        cut = split_at(len(tokens), USUAL) if validation is None else len(tokens)
         validation = tokens[cut:] if validation is None else validation
         later = None if documents is None else documents[documents >= cut] - cut
+        untrained = np.zeros(0, np.int64) if untrained is None else untrained
+        turns = int(np.searchsorted(untrained, cut, side="right"))  # before the validation split
+        begin = np.zeros(turns % 2, np.int64)
         self.identity = identity or _read_ids([tokens[:cut], validation], tokenizer)
         self._parts = {
-            "train": _Part(tokens[:cut], documents),
-            "validation": _Part(validation, later),
+            "train": _Part(tokens[:cut], documents, untrained),
+            "validation": _Part(validation, later, np.concatenate([begin, untrained[turns:] - cut])),
         }
+
+    def __repr__(self) -> str:
+        train, validation = (len(part.tokens) for part in self._parts.values())
+        return f"TokenData({train:,} tokens to train on, {validation:,} to validate, {self.tokenizer!r})"
 
     @classmethod
     def from_text(cls, text: str, tokenizer: Tokenizer | None = None) -> TokenData:
@@ -123,7 +177,7 @@ class TokenData:
         return cls(np.asarray(tokenizer.encode(text), dtype=ids_dtype(tokenizer)), tokenizer)
 
     @classmethod
-    def load(cls, config: DataConfig, tokenizer: Tokenizer | None = None) -> TokenData:
+    def load(cls, config: DataConfig, tokenizer: Tokenizer | None = None, *, split: bool = True) -> TokenData:
         """Loads the corpus that `config` names.
 
         The tokens are cached under a hash of the text and the tokenizer, and memory-mapped.
@@ -131,33 +185,61 @@ class TokenData:
         Args:
             config: The corpus and the tokenizer.
             tokenizer: Used instead of the one that `config` names.
+            split: False leaves all of `config.data` in the train split, in order.
 
         Raises:
             InputError: A source or the tokenizer is missing or damaged, or the tokenizer lacks a character.
         """
-        if files := bin_files(config.data):
-            return cls._load_bins(files, config, tokenizer)
-        documents, text_bytes = [], 0
-        hashed = hashlib.sha256()
-        characters: set[str] = set()
-        for document in open_corpus(config.data):
-            text = document.read()
-            content = text.encode("utf-8")
-            digest = hashlib.sha256(content).digest()
-            documents.append(document.expecting(digest))
-            hashed.update(digest)
-            text_bytes += len(content)
-            if tokenizer is None and config.tokenizer in ("char", None):
-                characters.update(text)
-        tokenizer = tokenizer or _tokenizer(config, characters, documents)
-        identity = hashlib.sha256(f"{hashed.hexdigest()} {fingerprint(tokenizer)}".encode()).hexdigest()
-        tokens, begins = cached_tokens(documents, tokenizer, identity, text_bytes)
-        return cls(tokens, tokenizer, documents=begins if config.pack_documents else None, identity=identity)
-
-    @classmethod
-    def _load_bins(cls, files: Sequence[Path], config: DataConfig, tokenizer: Tokenizer | None) -> TokenData:
         import numpy as np
 
+        config = _with_saved_splits(config)
+        fraction = (
+            Fraction(str(config.validation_fraction)) if split and not config.validation else Fraction()
+        )
+        if bin_files(config.data):
+            return cls._load_bins(config, tokenizer, fraction)
+        characters = tokenizer is None and config.tokenizer in ("char", None)
+        corpora = []
+        for paths in (config.data, config.validation) if config.validation else (config.data,):
+            sources = open_sources(paths, text_field=config.text_field, keep_newlines=config.keep_newlines)
+            corpora.append(Corpus(sources, fraction, characters=characters))
+        chosen = tokenizer or _tokenizer(config, corpora)
+
+        marks = [] if end_of_text(chosen) is None else [END_OF_TEXT]  # between documents
+
+        def tokens(corpus: Corpus) -> Tokens:
+            identity = _identity([corpus.sha256, *marks], chosen, fraction)
+            return cached_tokens(corpus, chosen, identity, fraction)
+
+        first = tokens(corpora[0])
+        validation, begins, untrained = first.ids[first.cut :], first.begins, first.untrained
+        if corpora[1:]:
+            second, count = tokens(corpora[1]), len(first.ids)
+            turn = np.full(len(untrained) % 2, count)  # the first tokens of `second` are targets
+            validation = second.ids
+            begins = np.concatenate([begins, second.begins + count])
+            untrained = np.concatenate([untrained, turn, second.untrained + count])
+        return cls(
+            first.ids[: first.cut],
+            chosen,
+            validation=validation,
+            documents=begins if config.pack_documents else None,
+            untrained=untrained,
+            identity=_identity([*(corpus.sha256 for corpus in corpora), *marks], chosen, fraction),
+        )
+
+    @classmethod
+    def _load_bins(cls, config: DataConfig, tokenizer: Tokenizer | None, fraction: Fraction) -> TokenData:
+        import numpy as np
+
+        files = bin_files(config.data)
+        if config.validation:
+            files += bin_files(config.validation)
+            if len(files) != 2:
+                raise InputError(
+                    f"data: {' '.join(config.data)} with validation {' '.join(config.validation)}, expected "
+                    "one .bin file for each of them"
+                )
         tokenizer = tokenizer or _bin_tokenizer(files[0], config)
         parts, contents = zip(*map(open_bin, files), strict=True)
         for file, content in zip(files, contents, strict=True):
@@ -168,13 +250,13 @@ class TokenData:
             documents = np.concatenate(
                 [document_begins(p, tokenizer) + o for p, o in zip(parts, offsets, strict=False)]
             )
-        hashes = " ".join([*(content.sha256 for content in contents), fingerprint(tokenizer)])
+        cut = len(parts[0]) if parts[1:] else split_at(len(parts[0]), fraction)
         return cls(
-            parts[0],
+            parts[0][:cut],
             tokenizer,
-            validation=parts[1] if parts[1:] else None,
+            validation=parts[1] if parts[1:] else parts[0][cut:],
             documents=documents,
-            identity=hashlib.sha256(hashes.encode()).hexdigest(),
+            identity=_identity([content.sha256 for content in contents], tokenizer, fraction),
         )
 
     def tokens(self, split: Split) -> Ids:
@@ -208,6 +290,8 @@ class TokenData:
     ) -> Batch:
         """Random windows of a split, a function of the arguments: Philox with counter (step, micro_step).
 
+        Windows of packed instructions begin with a document, so that a completion does not lose its prompt,
+        or past the first `block_size` tokens of one.
         The stream "estimate" reads the train split, with windows independent of the training batches.
         """
         import numpy as np
@@ -216,31 +300,47 @@ class TokenData:
         words = np.random.Philox(key=seed, counter=[0, micro_step, step, _STREAMS[stream]]).random_raw(
             batch_size
         )
-        starts = (words % np.uint64(len(part.tokens) - block_size)).astype(np.int64)
+        if part.documents is None or not len(part.untrained):
+            starts = (words % np.uint64(len(part.tokens) - block_size)).astype(np.int64)
+        else:
+            positions = (words % np.uint64(len(part.tokens))).astype(np.int64)
+            begins = _begins(part.documents, positions)
+            starts = np.where(positions - begins < block_size, begins, positions)
         return _windows(part, starts, block_size)
 
-    def windows(self, split: Split, batch_size: int, block_size: int) -> Iterator[Batch]:
-        """The whole split in adjacent windows: each token but the first is a target exactly once."""
+    def windows(
+        self, split: Split, batch_size: int, block_size: int, most: int | None = None
+    ) -> Iterator[Batch]:
+        """Adjacent windows of a split: each token but the first is a target once.
+
+        Of a split with more than `most` batches of windows, as many are taken, spread evenly.
+        """
         import numpy as np
 
         part = self._parts[split]
         starts = np.arange(0, len(part.tokens) - 1, block_size)
+        if most is not None and most * batch_size < len(starts):
+            starts = starts[np.arange(most * batch_size) * len(starts) // (most * batch_size)]
         for i in range(0, len(starts), batch_size):
             yield _windows(part, starts[i : i + batch_size], block_size)
 
-    def bigram_loss(self, check: Callable[[], None] = lambda: None) -> float:
-        """The mean of -log((count(a, b) + 1) / (count(a) + V)) over the pairs (a, b) of the validation split.
+    def bigram_loss(
+        self, batches: Iterable[Batch] | None = None, check: Callable[[], None] = lambda: None
+    ) -> float:
+        """The mean of -log((count(a, b) + 1) / (count(a) + V)) over the pairs (a, b) of input and target.
 
-        Counts are taken on the train split. Memory is proportional to the distinct pairs of the validation
-        split plus V, not to V².
+        Counts are taken on the train split. Memory is proportional to the pairs plus V, not to V².
 
         Args:
-            check: Called for each chunk of the train split; it may raise to end the computation.
+            batches: The inputs and targets; None is the whole validation split.
+            check: Called for each chunk of CHUNK tokens of the train split; it may raise to end the
+                computation.
         """
         import numpy as np
 
         vocab_size = self.tokenizer.vocab_size
-        pairs = [a.astype(np.int64) * vocab_size + b for a, b in self._pairs("validation")]
+        validation = self._pairs("validation") if batches is None else map(_pairs_of, batches)
+        pairs = [a.astype(np.int64) * vocab_size + b for a, b in validation]
         validation_pairs, times = np.unique(np.concatenate(pairs), return_counts=True)
         pair_counts = np.zeros(len(validation_pairs), np.int64)
         token_counts = np.zeros(vocab_size, np.int64)
@@ -256,17 +356,17 @@ class TokenData:
         return float((loss * times).sum() / times.sum())
 
     def _pairs(self, split: Split) -> Iterator[tuple[Ids, Ids]]:
-        """Pairs of adjacent tokens, in chunks, without the pairs that span two packed documents."""
+        """Pairs of adjacent tokens of which the second is a target, in chunks."""
         import numpy as np
 
-        tokens, documents = self._parts[split]
+        tokens, documents, _ = part = self._parts[split]
         for i in range(0, len(tokens) - 1, CHUNK):
             chunk = tokens[i : i + CHUNK + 1]
-            first, second = chunk[:-1], chunk[1:]
+            positions = np.arange(i + 1, i + len(chunk))
+            targets = ~part.are_untrained(positions)
             if documents is not None:
-                within = ~np.isin(np.arange(i + 1, i + len(chunk)), documents)
-                first, second = first[within], second[within]
-            yield first, second
+                targets &= ~np.isin(positions, documents)
+            yield chunk[:-1][targets], chunk[1:][targets]
 
 
 def save_bin(data: TokenData, directory: str | os.PathLike[str]) -> None:
@@ -311,13 +411,13 @@ def _windows(part: _Part, starts: Positions, block_size: int) -> Batch:
     """
     import numpy as np
 
-    tokens, documents = part
+    tokens, documents, _ = part
     positions = starts[:, None] + np.arange(block_size + 1)
     rows = tokens[np.minimum(positions, len(tokens) - 1)].astype(np.int64)
-    missing = positions[:, 1:] >= len(tokens)
+    missing = (positions[:, 1:] >= len(tokens)) | part.are_untrained(positions[:, 1:])
     begins = None
     if documents is not None:
-        begins = np.concatenate(([0], documents))[np.searchsorted(documents, positions, side="right")]
+        begins = _begins(documents, positions)
         missing |= begins[:, 1:] == positions[:, 1:]
     batch = Batch(
         torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(np.where(missing, IGNORED, rows[:, 1:]))
@@ -329,6 +429,19 @@ def _windows(part: _Part, starts: Positions, block_size: int) -> Batch:
     )
 
 
+def _pairs_of(batch: Batch) -> tuple[Ids, Ids]:
+    """The inputs that have a target, and their targets."""
+    kept = batch.targets != IGNORED
+    return batch.inputs[kept].numpy(), batch.targets[kept].numpy()
+
+
+def _begins(documents: Positions, positions: Positions) -> Positions:
+    """The begin of the document that each of `positions` is in."""
+    import numpy as np
+
+    return np.concatenate(([0], documents))[np.searchsorted(documents, positions, side="right")]
+
+
 def _bin_tokenizer(file: Path, config: DataConfig) -> Tokenizer:
     """The tokenizer of a .bin file: the one that `config` names, else the tokenizer.json beside the file."""
     beside = file.with_name(FILE_NAME)
@@ -337,18 +450,40 @@ def _bin_tokenizer(file: Path, config: DataConfig) -> Tokenizer:
         raise InputError(
             f"tokenizer is {given}, expected gpt2 or a path, because {file} does not contain its tokenizer"
         )
-    return _tokenizer(config, set(), []) if config.tokenizer else load_tokenizer(beside)
+    return _tokenizer(config, []) if config.tokenizer else load_tokenizer(beside)
 
 
-def _tokenizer(config: DataConfig, characters: set[str], documents: Sequence[Document]) -> Tokenizer:
-    """The tokenizer that `config` names; "char" uses `characters`, "bpe" is trained on `documents`."""
+def _tokenizer(config: DataConfig, corpora: Sequence[Corpus]) -> Tokenizer:
+    """The tokenizer that `config` names; "char" has the characters of all corpora, "bpe" learns the first."""
     if config.tokenizer is None or config.tokenizer == "char":
-        return CharTokenizer("".join(characters))
+        return CharTokenizer("".join(set().union(*(corpus.characters for corpus in corpora))))
     if config.tokenizer == "gpt2":
         return BPETokenizer.gpt2()
     if config.tokenizer == "bpe":
-        return BPETokenizer.train((document.read() for document in documents), config.bpe_vocab_size)
+        return trained_bpe(corpora[0], config.bpe_vocab_size)
     path = user_path(config.tokenizer, "tokenizer")
     if not os.path.lexists(path):
         raise InputError(f"tokenizer: {config.tokenizer} does not exist, expected char, gpt2, bpe or a path")
     return load_tokenizer(path)
+
+
+def _with_saved_splits(config: DataConfig) -> DataConfig:
+    """`config` with splits of saved data sets in place of their folders.
+
+    These are the train split in `data`, and the validation or test split in `validation`, where it becomes
+    the default.
+    """
+    if config.validation:
+        validation = [saved_split(source, HELD_OUT) or source for source in config.validation]
+    elif config.validation_fraction == FRACTION:
+        validation = [split for source in config.data if (split := saved_split(source, HELD_OUT))]
+    else:
+        validation = []
+    data = [saved_split(source, ["train"]) or source for source in config.data]
+    return replace(config, data=tuple(data), validation=tuple(validation))
+
+
+def _identity(hashes: Iterable[str], tokenizer: Tokenizer, fraction: Fraction) -> str:
+    """A hash of contents, the tokenizer, and the fraction for validation if it is not the default."""
+    words = [*hashes, fingerprint(tokenizer), *([str(fraction)] if fraction != USUAL else [])]
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()

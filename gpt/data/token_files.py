@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import time
+from array import array
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from gpt.data.cache import open_cached, write_cached
-from gpt.data.corpus import Document
-from gpt.data.tokenizers import END_OF_TEXT, Tokenizer
+from gpt.data.corpus import Corpus
+from gpt.data.documents import Document
+from gpt.data.tokenizers import END_OF_TEXT, Tokenizer, end_of_text
 from gpt.errors import InputError
 from gpt.files import open_regular, user_path
 
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     Positions = NDArray[np.int64]
 
 BIN_NAMES = {"train": "train.bin", "validation": "val.bin"}  # nanoGPT's names of the splits
+LAYOUT = 2  # of a cached file
 CHUNK = 1 << 20  # characters tokenized, or tokens looked through, at a time
 SETTLED_NS = 2_000_000_000  # a file changed since then may change again without another time of change
 
@@ -36,30 +41,55 @@ def ids_dtype(tokenizer: Tokenizer) -> np.dtype[np.unsignedinteger[Any]]:
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
 
 
-def cached_tokens(
-    documents: Sequence[Document], tokenizer: Tokenizer, identity: str, text_bytes: int
-) -> tuple[Ids, Positions]:
-    """The tokens of all documents, and the position at which each begins; read from the cache if it has them.
+class Tokens(NamedTuple):
+    """A tokenized corpus.
 
-    The cached file has the ids of all documents, then the end of each document as int64. Its hash is checked
-    each time, and a damaged file is replaced. If the cache cannot be written, the tokens stay in memory.
+    Attributes:
+        ids: (N,) the tokens for training, then those for validation.
+        begins: The sorted positions at which documents begin.
+        untrained: Sorted positions: the tokens before the first are trained on, those up to the second are
+            not, and so on in turns.
+        cut: How many tokens are for training.
+    """
+
+    ids: Ids
+    begins: Positions
+    untrained: Positions
+    cut: int
+
+
+def cached_tokens(corpus: Corpus, tokenizer: Tokenizer, identity: str, validation: Fraction) -> Tokens:
+    """The tokens of all documents; read from the cache if it has them.
+
+    The cached file has the ids, `untrained` and the end of each document as int64, and how many positions
+    each of the two has, and the cut. Its hash is checked each time, and a damaged file is replaced. If the
+    cache cannot be written, the tokens stay in memory.
 
     Args:
-        documents: The texts.
+        corpus: The texts.
         tokenizer: Encodes them.
-        identity: A hash of the texts and the tokenizer, which names the file.
-        text_bytes: The length of all texts in UTF-8.
+        identity: A hash of the texts, the tokenizer and `validation`, which names the file.
+        validation: The share of the tokens that is for validation.
     """
     import numpy as np
+    from tqdm import tqdm
 
-    name, dtype = f"tokens/{identity[:32]}.tokens", ids_dtype(tokenizer)
-    limit = 16 * (text_bytes + len(documents))  # of a file; allows four ids for each byte of text
+    key = hashlib.sha256(f"{LAYOUT} {identity}".encode()).hexdigest()
+    name, dtype = f"tokens/{key[:32]}.tokens", ids_dtype(tokenizer)
+    limit = 32 * (corpus.size + corpus.count + 1)  # of a file; allows four ids for each byte of text
 
     def blocks() -> Iterator[bytes]:
-        ends: list[int] = []
-        for ids in _tokenize(documents, tokenizer, ends):
-            yield np.asarray(ids, dtype).tobytes()
-        yield np.asarray(ends, np.int64).tobytes()
+        encoder = _Encoder(tokenizer)
+        marks = []
+        with tqdm(desc="tokenizing", total=corpus.count, unit=" documents", leave=False, delay=1) as bar:
+            for part in corpus.parts():
+                for document in part:
+                    yield from (np.asarray(ids, dtype).tobytes() for ids in encoder.encode(document))
+                    bar.update()
+                marks.append(encoder.count)
+        cut = marks[0] + split_at(marks[1] - marks[0], validation)
+        yield encoder.untrained.tobytes() + encoder.ends.tobytes()
+        yield np.asarray([len(encoder.untrained), len(encoder.ends), cut], np.int64).tobytes()
 
     cached = open_cached(name, limit)
     if cached is None and write_cached(name, blocks()):
@@ -70,26 +100,62 @@ def cached_tokens(
         content = np.asarray(np.memmap(cached.file, np.uint8, mode="r", shape=(cached.length,)))
         cached.file.close()
 
-    cut = len(content) - 8 * len(documents)
-    ends = np.frombuffer(content[cut:].tobytes(), np.int64)
-    return content[:cut].view(dtype), np.concatenate([np.zeros(1, np.int64), ends[:-1]])
+    def positions(begin: int, end: int) -> Positions:
+        return np.frombuffer(content[begin:end].tobytes(), np.int64)
+
+    last = len(content) - 3 * 8
+    untrained, ends, cut = positions(last, len(content)).tolist()
+    after_untrained = last - 8 * ends
+    after_ids = after_untrained - 8 * untrained
+    return Tokens(
+        content[:after_ids].view(dtype),
+        np.concatenate([np.zeros(1, np.int64), positions(after_untrained, last)[:-1]]),
+        positions(after_ids, after_untrained),
+        cut,
+    )
 
 
-def _tokenize(documents: Sequence[Document], tokenizer: Tokenizer, ends: list[int]) -> Iterator[list[int]]:
-    """Yields the ids in chunks, with a progress bar after a second; appends each document's end to `ends`."""
-    from tqdm import tqdm
+def split_at(count: int, validation: Fraction) -> int:
+    """How many of `count` tokens are for training if the share `validation` is not."""
+    return math.floor(count * (1 - validation))
 
-    count = 0
-    for document in tqdm(documents, desc="tokenizing", unit=" documents", leave=False, delay=1):
-        text = document.read()
-        for start, chunk in _chunks(text):
-            try:
-                ids = tokenizer.encode(chunk)
-            except InputError as error:
-                raise InputError(f"data: {document.name}, from character {start}: {error}") from error
-            count += len(ids)
-            yield ids
-        ends.append(count)
+
+class _Encoder:
+    """Encodes documents and notes what the cached file has besides the ids.
+
+    A document ends with the tokenizer's end-of-text token, if it has one. Where the text has the name of that
+    token, it is the token, and ends a document too.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer, self.end_of_text = tokenizer, end_of_text(tokenizer)
+        self.count = 0
+        self.ends = array("q")
+        self.untrained = array("q")
+
+    def encode(self, document: Document) -> Iterator[list[int]]:
+        """Yields the ids of `document` in chunks."""
+        for piece in document.pieces:
+            for start, chunk in _chunks(piece.text):
+                try:
+                    ids = self.tokenizer.encode(chunk, special=True)
+                except InputError as error:
+                    raise InputError(f"{document.where}, from character {start}: {error}") from error
+                yield self._note(ids, piece.trained)
+        if not self.ends or self.ends[-1] != self.count:
+            if self.end_of_text is None:
+                self.ends.append(self.count)
+            else:
+                yield self._note([self.end_of_text], document.pieces[-1].trained)
+
+    def _note(self, ids: list[int], trained: bool) -> list[int]:
+        """Notes that `ids` follow; returns them."""
+        if trained == (len(self.untrained) % 2 == 1):
+            self.untrained.append(self.count)
+        if self.end_of_text is not None:
+            self.ends.extend(self.count + i + 1 for i, token in enumerate(ids) if token == self.end_of_text)
+        self.count += len(ids)
+        return ids
 
 
 def _chunks(text: str) -> Iterator[tuple[int, str]]:
@@ -213,7 +279,7 @@ def document_begins(ids: Ids, tokenizer: Tokenizer) -> Positions:
     """
     import numpy as np
 
-    end = getattr(tokenizer, "special_tokens", {}).get(END_OF_TEXT)
+    end = end_of_text(tokenizer)
     if end is None:
         raise InputError(
             f"data: pack_documents needs {END_OF_TEXT} in .bin files, expected a tokenizer that has it"

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from gpt.errors import InputError, cannot_write
+from gpt.errors import InputError, cannot_write, shown
 from gpt.files import read_regular, user_path, verified_file
 from kernels.files import cache_folder, write_json
 
@@ -64,6 +64,9 @@ class CharTokenizer:
             )
         _check_unicode(self.characters, "CharTokenizer: characters")
 
+    def __repr__(self) -> str:
+        return f"CharTokenizer({shown(self.characters)}, {self.vocab_size:,} characters)"
+
     @classmethod
     def train(cls, texts: str | Iterable[str]) -> CharTokenizer:
         """A tokenizer with every character that occurs in `texts`."""
@@ -87,7 +90,7 @@ class CharTokenizer:
         except KeyError:
             position, character = next((i, c) for i, c in enumerate(text) if c not in self._ids)
         raise InputError(
-            f"CharTokenizer: character {character!a} (U+{ord(character):04X}) at position {position} of the "
+            f"CharTokenizer: character {character!r} (U+{ord(character):04X}) at position {position} of the "
             f"text, expected one of the tokenizer's {self.vocab_size} characters"
         )
 
@@ -147,6 +150,9 @@ class BPETokenizer:
             "bpe", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=self.special_tokens
         )
 
+    def __repr__(self) -> str:
+        return f"BPETokenizer({self.vocab_size:,} tokens, special ones {shown(self.special_tokens)})"
+
     @classmethod
     def gpt2(cls) -> BPETokenizer:
         """GPT-2's tokenizer with 50,257 tokens, from tiktoken's cache, this package's cache, or a download.
@@ -169,8 +175,9 @@ class BPETokenizer:
             )
         learner = HuggingFaceTokenizer(models.BPE())
         learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        texts = [texts] if isinstance(texts, str) else texts
         learner.train_from_iterator(
-            [texts] if isinstance(texts, str) else texts,
+            (part for text in texts for part in text.split(END_OF_TEXT)),
             trainers.BpeTrainer(
                 vocab_size=vocab_size - 1,
                 initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
@@ -243,12 +250,12 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     content = read_regular(file, "tokenizer", SIZE_LIMIT)
     try:
         text = content.decode("utf-8")
-        return _from_merges(text) if text.startswith("#version") else _from_json(json.loads(text))
+        return _from_merges(text) if text.startswith("#version") else tokenizer_from_json(json.loads(text))
     except (ValueError, RecursionError) as error:
         raise InputError(f"tokenizer: {file} is not a tokenizer that can be used: {error}") from error
 
 
-def _from_json(state: Any) -> Tokenizer:
+def tokenizer_from_json(state: Any) -> Tokenizer:
     """The tokenizer of the content of a tokenizer.json; InputError if it is damaged or of another kind."""
     model = _field(state, "model", dict)
     kind = _field(model, "type", str)
@@ -321,6 +328,11 @@ def first_ids(tokenizer: Tokenizer) -> list[int]:
         return tokenizer.encode("\n")
     except InputError:
         return [0]
+
+
+def end_of_text(tokenizer: Tokenizer) -> int | None:
+    """The id of <|endoftext|>, which ends each document; None if the tokenizer has no such token."""
+    return getattr(tokenizer, "special_tokens", dict[str, int]()).get(END_OF_TEXT)
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

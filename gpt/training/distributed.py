@@ -171,6 +171,11 @@ def join() -> Iterator[Ranks]:
             "sets them"
         )
 
+    # Its functions have the default group of the moment of its import as a default argument. torch._dynamo
+    # imports it; if there were a group by then, the group and its threads would live until the interpreter
+    # exits, where a thread that drops its last tensor aborts the process.
+    import torch.distributed.nn
+
     ranks = Ranks(*(int(os.environ[name]) for name in VARIABLES[:4]))
     if ranks.local_rank < torch.cuda.device_count():
         torch.cuda.set_device(ranks.local_rank)
@@ -190,7 +195,10 @@ def join() -> Iterator[Ranks]:
 
 
 def _leave(ranks: Ranks) -> None:
-    """Disconnects when all ranks are ready: torchrun stops the others as soon as one process fails."""
+    """Disconnects when all ranks are ready: torchrun stops the others as soon as one process fails.
+
+    The end of the process group joins its threads, unless something else still refers to the group.
+    """
     ranks.gather(None)
     dist.destroy_process_group()
 

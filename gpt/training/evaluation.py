@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from gpt.data.dataset import IGNORED, Batch
-from gpt.data.tokenizers import Tokenizer
+from gpt.data.tokenizers import Tokenizer, end_of_text
 from gpt.device import autocast
 from gpt.errors import InputError
 from gpt.model import GPT
@@ -82,8 +82,10 @@ def evaluate(
             bar.update(len(batch.inputs))
 
     lengths = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size)])
+    if (end := end_of_text(tokenizer)) is not None:
+        lengths[end] = 0  # it is not in the text
     size = int(lengths[ids[1:]].sum())  # bytes
-    return Evaluation(nats / count, nats / math.log(2) / size, count)
+    return Evaluation(nats / count, nats / math.log(2) / size if size else math.inf, count)
 
 
 def _windows(ids: Ids, starts: Sequence[int], block_size: int, stride: int) -> Batch:

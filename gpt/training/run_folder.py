@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import shutil
 import socket
 import time
@@ -132,12 +133,14 @@ class RunFolder:
                 "another folder"
             )
 
-    def check(self, model: GPT, *, resume: bool) -> None:
+    def check(self, model: GPT, *, resume: bool, keep_best: bool) -> None:
         """Checks, without writing, that the folder can take a run of `model`.
 
         Raises:
-            InputError: The path is not a folder, holds another run, is not writable or has too little space.
+            InputError: The path is not a folder, holds another run, is not writable or has too little space;
+                or the model could not be loaded from its checkpoints.
         """
+        checkpoint.check_parameters(model)
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"out: {self.path} is not a folder, expected one to write to")
         if not resume:
@@ -147,7 +150,7 @@ class RunFolder:
         if not os.access(parent, os.W_OK):
             raise InputError(f"out: cannot write to {parent}, expected a writable folder")
         checkpoint_bytes = 3 * sum(p.nbytes for p in model.parameters())  # weights and AdamW's two averages
-        needed = (checkpoint.KEPT + 1) * checkpoint_bytes
+        needed = (checkpoint.KEPT + 1 + keep_best) * checkpoint_bytes
         free = shutil.disk_usage(parent).free
         if free < needed:
             raise InputError(
@@ -155,18 +158,19 @@ class RunFolder:
                 "checkpoints"
             )
 
-    def prepare(self, step: int, *, keep_final: bool) -> None:
+    def prepare(self, step: int, best: int | None, *, keep_final: bool) -> None:
         """Truncates the log to `step`, where the run starts or resumes, and sets later checkpoints aside.
 
         Args:
             step: The step of the checkpoint that the run resumes from, or 0.
+            best: The step of the best checkpoint, to be kept; None keeps the newest ones alone.
             keep_final: Keep the final record too: there is nothing left to train.
 
         Raises:
             InputError: The folder cannot be written.
         """
         with self._writing():
-            checkpoint.clean(self.path, step)
+            checkpoint.clean(self.path, step, best)
             run_log.rewrite(
                 self.path / LOG,
                 lambda records: (
@@ -209,24 +213,36 @@ class RunFolder:
             write_tensors(path, tensors)
         return path
 
-    def newest_before(self, step: int) -> Path | None:
-        """The newest valid checkpoint before `step`."""
+    def how_to_go_on(self, step: int) -> str:
+        """The command that goes on from the newest valid checkpoint before `step`, as a sentence's end."""
         for folder in reversed(checkpoint.list_checkpoints(self.path)):
             with suppress(ReportedError):
                 if checkpoint.step_of(folder) < step:
-                    return checkpoint.find_checkpoint(folder)
-        return None
+                    name = checkpoint.find_checkpoint(folder).name
+                    return (
+                        "; to go on from an earlier checkpoint: python -m gpt.train --out "
+                        f"{shlex.quote(str(self.path))} --resume_from {name}"
+                    )
+        return ""
 
     def save(
-        self, model: GPT, tokenizer: Tokenizer, optimizer: Mapping[str, Tensor], state: Mapping[str, Any]
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        optimizer: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        *,
+        best: int | None,
     ) -> Path:
         """Saves a checkpoint with `state` as its state.json, and returns the checkpoint's folder.
+
+        The checkpoint of step `best` is kept besides the newest ones.
 
         Raises:
             InputError: The checkpoint cannot be written. Earlier ones are unchanged.
         """
         return checkpoint.save_checkpoint(
-            self.path, state["step"], model, tokenizer, optimizer=optimizer, state=state
+            self.path, state["step"], model, tokenizer, optimizer=optimizer, state=state, best=best
         )
 
     def checkpoint(self, name: str | None = None) -> Path:

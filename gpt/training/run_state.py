@@ -6,7 +6,7 @@ All of it is checked before anything of a checkpoint is used.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,9 @@ from gpt.files import read_json
 from gpt.training import rng
 
 LARGEST = 2**53  # of a count
+# Settings that earlier versions lacked: a run of one goes on with their defaults. They lacked best_step too.
+ADDED = {"keep_best", "time_limit", "final_eval_batches", "profile", "tensorboard", "checkpoint_activations"}
+ADDED |= {"peak_tflops", "check_memory", "validation", "validation_fraction", "keep_newlines", "text_field"}
 
 
 @dataclass
@@ -29,6 +32,7 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0  # of training, without evaluations and saves
     best_loss: float = math.inf  # lowest validation loss of an evaluation
+    best_step: int = 0  # of that evaluation
     evaluations_since_best: int = 0
 
     def to_state(self) -> dict[str, Any]:
@@ -38,15 +42,18 @@ class Progress:
             "tokens": self.tokens,
             "seconds": self.seconds,
             "best": self.best_loss if math.isfinite(self.best_loss) else None,
+            "best_step": self.best_step,
             "worse": self.evaluations_since_best,
         }
 
-    def note_evaluation(self, loss: float) -> None:
-        """Notes the validation loss of an evaluation."""
-        if loss < self.best_loss:
-            self.best_loss, self.evaluations_since_best = loss, 0
+    def note_evaluation(self, loss: float) -> bool:
+        """Notes the validation loss of an evaluation; returns whether it is the best one."""
+        improved = loss < self.best_loss
+        if improved:
+            self.best_loss, self.best_step, self.evaluations_since_best = loss, self.step, 0
         else:
             self.evaluations_since_best += 1
+        return improved
 
 
 class RunState(NamedTuple):
@@ -76,6 +83,7 @@ def read_state(path: Path) -> RunState:
         tokens=entries.number("tokens", int),
         seconds=entries.number("seconds", float),
         best_loss=math.inf if entries.get("best") is None else entries.number("best", float, low=-math.inf),
+        best_step=entries.number("best_step", int) if "best_step" in entries.content else 0,
         evaluations_since_best=entries.number("worse", int),
     )
     if f"step-{progress.step}" != path.parent.name:
@@ -95,13 +103,19 @@ def read_state(path: Path) -> RunState:
 
     identity = entries.typed("data_identity", str, "a hash")
     train = entries.typed("train", dict, "an object")
-    if names := {field.name for field in fields(TrainConfig)} ^ train.keys():
-        raise InputError(f"{entries.where}train: {min(names)} is unknown or missing, expected this version's")
+    check_names(f"{entries.where}train", train, {field.name for field in fields(TrainConfig)})
     try:
         config = TrainConfig(**train)
     except InputError as error:
         raise InputError(f"{entries.where}{error}") from error
     return RunState(progress, random_states, scaler, identity, config, entries.content)
+
+
+def check_names(where: str, settings: Mapping[str, Any], names: Collection[str]) -> None:
+    """Raises InputError if `settings` has a name that is not one of `names`, or lacks one of them."""
+    unknown, missing = settings.keys() - {*names}, {*names} - settings.keys() - ADDED
+    if wrong := unknown | missing:
+        raise InputError(f"{where}: {min(wrong)} is unknown or missing, expected this version's")
 
 
 class _Entries:

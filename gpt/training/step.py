@@ -7,7 +7,7 @@ first, which then leaves everything as it is; the host reads the result later.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+import kernels
 from gpt.config import TrainConfig
 from gpt.data.dataset import IGNORED, Batch
 from gpt.device import autocast, autocast_dtype
@@ -134,14 +135,15 @@ class TrainStep:
         self._rate = torch.zeros((), dtype=rate_dtype, device=self.device)
         self._failed = torch.zeros((), dtype=torch.bool, device=self.device)
         self._graph = None
-        if captures(self.device) and ranks.size == 1 and forward is None and not config.no_capture:
+        capture = captures(self.device) and not config.no_capture and not kernels.has_hooks(model)
+        if capture and ranks.size == 1 and forward is None:
             self._graph = StepGraph(self._run, self.device)
 
-    def __call__(self, batches: Batches, rate: float, stop: Collection[object] = ()) -> StepResult:
+    def __call__(self, batches: Batches, rate: float, stop: Sized = ()) -> StepResult:
         """Takes one step and reads its result: see `enqueue` and `PendingStep.result`."""
         return self.enqueue(batches, rate, stop).result()
 
-    def enqueue(self, batches: Batches, rate: float, stop: Collection[object] = ()) -> PendingStep:
+    def enqueue(self, batches: Batches, rate: float, stop: Sized = ()) -> PendingStep:
         """Queues one step, without synchronising with the device.
 
         If its loss or gradient is not finite, the device leaves parameters, optimizers and loss scale as they
@@ -216,7 +218,7 @@ class TrainStep:
             drawn.append(self._to_device(batch))
         return drawn
 
-    def _run(self, batches: Batches, stop: Collection[object] = ()) -> Tensor:
+    def _run(self, batches: Batches, stop: Sized = ()) -> Tensor:
         """Takes one step on the device.
 
         Returns:
@@ -240,7 +242,7 @@ class TrainStep:
             self.scaler.update(overflow, self._failed)
             return torch.cat((torch.stack((loss, norm, self._failed.float(), stopping)), norms))
 
-    def _accumulate(self, batches: Batches, stop: Collection[object]) -> tuple[Tensor, Tensor]:
+    def _accumulate(self, batches: Batches, stop: Sized) -> tuple[Tensor, Tensor]:
         """Runs forward and backward passes, with gradients as the mean over the targets of all ranks.
 
         Returns the mean loss and the number of ranks that ask to stop.

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
-import shlex
-import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sized
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,17 +18,18 @@ import torch
 
 import kernels
 from gpt.config import TrainConfig
-from gpt.data.dataset import IGNORED, Batch, Split, Stream, TokenData
-from gpt.data.tokenizers import first_ids
+from gpt.data.dataset import Batch, Split, TokenData
 from gpt.device import peak_flops, pick_device
 from gpt.errors import InputError, NonFiniteError
 from gpt.model import GPT
 from gpt.training import rng
+from gpt.training.display import bar_text, evaluation_line, progress_bar
 from gpt.training.distributed import ALONE, Ranks
+from gpt.training.evaluator import Evaluator
 from gpt.training.optim import learning_rate
 from gpt.training.run_folder import RunFolder
 from gpt.training.run_state import Progress
-from gpt.training.signals import Stopped, StopSignals, stop_signals
+from gpt.training.signals import Stopped, StopRequest
 from gpt.training.step import DrawnBatches, PendingStep, TrainStep
 from gpt.weights.tensors import check_finite
 
@@ -42,7 +40,8 @@ SAMPLE_TOKENS = 500
 class TrainResult:
     """How a run ended.
 
-    `signal` is the signal that stopped the run or its final evaluation, or None. The losses, over the whole
+    `signal` is the signal that stopped the run or its final evaluation, or None; `out_of_time` is True where
+    the time limit did. The losses, over `validation_tokens` tokens, which are `validation_share` of the
     validation split, and the sample exist only for a run that was not stopped.
     """
 
@@ -52,6 +51,9 @@ class TrainResult:
     sample: str | None = None
     checkpoint: Path | None = None
     signal: int | None = None
+    out_of_time: bool = False
+    validation_tokens: int | None = None
+    validation_share: float | None = None
 
 
 class _QueuedStep(NamedTuple):
@@ -115,6 +117,7 @@ class Trainer:
         ranks.check_equal(self._shared_settings(resume))
         with ranks.agreement():
             self._step = TrainStep(model, config, torch.compile(model) if config.compile else None, ranks)
+            self._evaluator = Evaluator(model, self._step, data, config, ranks)
             on_gpu = self.device.type == "cuda"
             self._ahead = 1 if on_gpu else 0  # steps that may be queued; a CPU computes while it queues
             self._peak = peak_flops(torch.cuda.get_device_name(self.device) if on_gpu else "cpu")
@@ -148,7 +151,7 @@ class Trainer:
     def _enter(self, folder: RunFolder, *, resume: bool | str) -> None:
         """Checks and locks the folder, and continues from one of its checkpoints with `resume`."""
         try:
-            folder.check(self.model, resume=bool(resume))
+            folder.check(self.model, resume=bool(resume), keep_best=self.config.keeps_best)
             if self.ranks.rank == 0 and folder.path.is_dir():
                 folder.lock()
             if resume:
@@ -161,6 +164,11 @@ class Trainer:
     def step(self) -> int:
         """Steps taken so far, over all resumes."""
         return self._progress.step
+
+    @property
+    def _best(self) -> int | None:
+        """The step of the best checkpoint, if it is kept."""
+        return self._progress.best_step if self.config.keeps_best else None
 
     @property
     def device(self) -> torch.device:
@@ -191,12 +199,12 @@ class Trainer:
         return self._folder.path
 
     def run(self) -> TrainResult:
-        """Trains until max_steps, until patience runs out, or until Ctrl-C or SIGTERM.
+        """Trains until max_steps, until patience or the time runs out, or until Ctrl-C or SIGTERM.
 
         On a GPU, a step's result is read after the next step is queued, so that the GPU always has work. A
-        signal lets the queued steps finish; the run then saves a checkpoint and returns. The final evaluation
-        comes after the last checkpoint: a signal ends it at once, and a resumed run repeats it. A second
-        signal ends the process.
+        signal, or the end of `time_limit`, which begins here, lets the queued steps finish; the run then
+        saves a checkpoint and returns. The final evaluation comes after the last checkpoint: a signal or the
+        time limit ends it at once, and a resumed run repeats it. A second signal ends the process.
 
         Raises:
             NonFiniteError: A loss, gradient, weight or value of the optimizer is not finite. Nothing of it is
@@ -207,89 +215,99 @@ class Trainer:
         self.claim()
         try:
             if self._folder is not None:
-                self.ranks.on_first(partial(self._folder.prepare, self.step, keep_final=self._is_done()))
-            with stop_signals() as signals:
-                self._train(signals.received)
+                prepare = partial(self._folder.prepare, self.step, self._best, keep_final=self._is_done())
+                self.ranks.on_first(prepare)
+            stop = StopRequest(self.config.time_limit_seconds)
+            with stop.listening():
+                self._train(stop)
                 with suppress(Stopped):
                     if self._is_done():
-                        return self._finish(signals)
-                number = max(self.ranks.gather(signals.received[0] if signals.received else 0))
-                return TrainResult(self.step, checkpoint=self._saved, signal=number)
+                        return self._finish(stop)
+                number = max(self.ranks.gather(stop.signal)) or None
+                return TrainResult(
+                    self.step, checkpoint=self._saved, signal=number, out_of_time=number is None
+                )
         finally:
             if self._folder is not None:
                 self._folder.release()
 
-    def _train(self, received: Sequence[int]) -> None:
-        """Takes the steps that are left, or those that are queued when a rank receives a signal."""
-        from tqdm import tqdm
-
-        progress_bar = tqdm(
-            total=self.config.max_steps,
-            initial=self.step,
-            unit="step",
-            mininterval=0.1 if sys.stderr.isatty() else 10.0,
-            dynamic_ncols=True,
-        )
+    def _train(self, stop: StopRequest) -> None:
+        """Takes the steps that are left, or those that are queued when a rank is to stop."""
+        config, stopped = self.config, False
+        stop.consequence = self._last_step
         self.model.train()
-        stop = False
-        with progress_bar as bar:
-            while not self._is_done() and not stop:
-                self._queue_step(received)
-                ahead = 0 if self._needs_result(received) else self._ahead
-                while len(self._queue) > (0 if stop else ahead):
-                    record, stopped = self._finish_step()
-                    stop |= stopped
-                    bar.set_postfix_str(_bar_text(record), refresh=False)
+        with progress_bar(config.max_steps, self.step, unit="step") as bar:
+            while not self._is_done() and not stopped:
+                self._queue_step(stop)
+                ahead = 0 if self._needs_result(stop) else self._ahead
+                while len(self._queue) > (0 if stopped else ahead):
+                    record, stops = self._finish_step()
+                    stopped |= stops
+                    bar.set_postfix_str(bar_text(record), refresh=False)
                     bar.update()
                 if self._queue:
                     continue
 
-                if self._due(self.config.eval_interval):
+                improved = False
+                if self._due(config.eval_interval):
                     record |= self._estimates()
-                    bar.write(_evaluation_line(record))
-                    self._progress.note_evaluation(record["validation_loss"])
+                    bar.write(evaluation_line(record))
+                    improved = self._progress.note_evaluation(record["validation_loss"])
                 done = self._is_done()
-                if (
-                    done
-                    or self.step == 1
-                    or self._due(self.config.log_interval)
-                    or "validation_loss" in record
-                ):
+                if done and self.step < config.max_steps:
+                    bar.write(f"stopped: {self.ended}")
+                due = done or self.step == 1 or self._due(config.log_interval)
+                if due or "validation_loss" in record:
                     self._write_log(record)
-                if done or stop or self._due(self.config.checkpoint_interval or self.config.eval_interval):
-                    self._save()
+                due = done or stopped or self._due(config.checkpoint_interval or config.eval_interval)
+                if due or (improved and config.keeps_best):
+                    with stop.saving():
+                        self._save()
+
+    def _last_step(self) -> str:
+        """What a signal makes the run do: the next step to be queued learns of it, and is the last one."""
+        step = min(self.step + len(self._queue) + 1, self.config.max_steps)
+        return f"finishing step {step}, then saving; press Ctrl-C again to stop at once"
+
+    @property
+    def ended(self) -> str | None:
+        """Why the run takes no more steps, and what would let it go on; None while it does."""
+        config, progress = self.config, self._progress
+        if progress.step >= config.max_steps:
+            return f"max_steps is {config.max_steps} (a larger --max_steps goes on)"
+        if config.patience is None or progress.evaluations_since_best < config.patience:
+            return None
+        return (
+            f"validation loss has not improved for {progress.evaluations_since_best} evaluations; best "
+            f"{progress.best_loss:.4f} at step {progress.best_step} (a larger --patience goes on)"
+        )
 
     def _is_done(self) -> bool:
-        """Whether no steps are left, or `patience` evaluations in a row have not improved the loss."""
-        patience, progress = self.config.patience, self._progress
-        return progress.step >= self.config.max_steps or (
-            patience is not None and progress.evaluations_since_best >= patience
-        )
+        return self.ended is not None
 
     def evaluate(self, split: Split) -> float:
         """The mean loss over the whole split, in windows of block_size."""
-        return self._mean_loss(self._windows(split))
+        return self._evaluator.evaluate(split)
 
     def estimate(self, split: Split) -> float:
         """The mean loss over `eval_batches` batches, the same batches each time."""
-        stream: Stream = "estimate" if split == "train" else "validation"
-        return self._mean_loss(self._batch(stream, i) for i in range(self.config.eval_batches))
+        return self._evaluator.estimate(split)
 
-    def _queue_step(self, received: Sequence[int]) -> None:
+    def _queue_step(self, stop: Sized) -> None:
         """Queues the step after those that are queued."""
         started = time.perf_counter()
         step = self.step + len(self._queue)
         numbers = list(self.ranks.share(range(self.config.grad_accum)))
-        batches = DrawnBatches(partial(self._batch, "train", step), numbers)
+        batches = DrawnBatches(partial(self._micro_batch, step), numbers)
         tokens = self.config.grad_accum * self.config.batch_size * self.block_size
         rate = learning_rate(step, self.config)
-        self._queue.append(_QueuedStep(self._step.enqueue(batches, rate, received), rate, tokens))
+        self._queue.append(_QueuedStep(self._step.enqueue(batches, rate, stop), rate, tokens))
         self._progress.seconds += time.perf_counter() - started
 
-    def _needs_result(self, received: Sequence[int]) -> bool:
+    def _needs_result(self, stop: Sized) -> bool:
         """Whether something follows the newest step that needs its result, or the state after it."""
         config, step = self.config, self.step + len(self._queue)
-        if step == 1 or step >= config.max_steps or (received and self.ranks.size == 1):
+        if step == 1 or step >= config.max_steps or (stop and self.ranks.size == 1):
             return True
         intervals = config.log_interval, config.eval_interval, config.checkpoint_interval or 0
         return any(interval and step % interval == 0 for interval in intervals)
@@ -297,7 +315,7 @@ class Trainer:
     def _finish_step(self) -> tuple[dict[str, Any], bool]:
         """Reads the result of the oldest queued step; returns its log record, and whether to stop."""
         started = time.perf_counter()
-        queued = self._queue.popleft()
+        queued = self._queue[0]
         try:
             result = queued.step.result()
         except NonFiniteError as error:
@@ -310,6 +328,7 @@ class Trainer:
                 ) from error
 
         progress = self._progress
+        self._queue.popleft()
         progress.step += 1
         progress.tokens += queued.tokens
         progress.seconds += time.perf_counter() - started
@@ -330,52 +349,34 @@ class Trainer:
         }
         return record, result.stop
 
-    def _batch(self, stream: Stream, step: int, micro_step: int = 0) -> Batch:
+    def _micro_batch(self, step: int, number: int) -> Batch:
         config = self.config
         return self.data.batch(
-            stream, config.batch_size, self.block_size, seed=config.seed, step=step, micro_step=micro_step
+            "train", config.batch_size, self.block_size, seed=config.seed, step=step, micro_step=number
         )
 
     def _due(self, interval: int) -> bool:
         return self.step % interval == 0
 
-    def _windows(self, split: Split) -> Iterator[Batch]:
-        return self.data.windows(split, self.config.batch_size, self.block_size)
-
-    def _mean_loss(self, batches: Iterable[Batch], check: Callable[[], None] = lambda: None) -> float:
-        """The mean loss over all targets of `batches`, which the ranks share; each batch calls `check`."""
-        totals, count = [], 0
-        self.model.eval()
-        with torch.no_grad(), self.ranks.agreement():
-            for batch in self.ranks.share(batches):
-                check()
-                targets = int((batch.targets != IGNORED).sum())
-                totals.append(self._step.loss(batch).item() * targets)
-                count += targets
-        self.model.train()
-        totals_of_ranks, counts = zip(*self.ranks.gather((totals, count)), strict=True)
-        # fsum is exact, so the result does not depend on how the batches are spread over ranks.
-        return math.fsum(itertools.chain(*totals_of_ranks)) / max(1, sum(counts))
-
     def _estimates(self) -> dict[str, float]:
         return {"train_estimate": self.estimate("train"), "validation_loss": self.estimate("validation")}
 
-    def _finish(self, signals: StopSignals) -> TrainResult:
+    def _finish(self, stop: StopRequest) -> TrainResult:
         """Evaluates the trained model, completes the log, and samples.
 
         Raises:
-            Stopped: Any rank has received a signal.
+            Stopped: Any rank has received a signal, or has no time left.
         """
-        loss = self._mean_loss(self._windows("validation"), signals.check)
-        if not math.isfinite(loss):
+        stop.consequence = lambda: "the final evaluation is skipped; --resume repeats it, without a step"
+        final = self._evaluator.final_losses(stop.check)
+        if not math.isfinite(final.validation_loss):
             with self.ranks.agreement():
-                raise NonFiniteError(
-                    f"step {self.step}: the final validation loss is {loss}{self._earlier(self.step)}"
-                )
-        bigram = self.ranks.on_first(partial(self.data.bigram_loss, signals.check))
-        record = {"step": self.step, "final": True, "validation_loss": loss, "bigram_loss": bigram}
-        sample = self.ranks.on_first(partial(self._conclude, record, signals.check))
-        return TrainResult(self.step, loss, bigram, sample, self._saved)
+                advice = "" if self._folder is None else self._folder.how_to_go_on(self.step)
+                loss = final.validation_loss
+                raise NonFiniteError(f"step {self.step}: the final validation loss is {loss}{advice}")
+        record = {"step": self.step, "final": True, **final._asdict()}
+        sample = self.ranks.on_first(partial(self._conclude, record, stop.check))
+        return TrainResult(self.step, **final._asdict(), sample=sample, checkpoint=self._saved)
 
     def _write_log(self, record: dict[str, Any]) -> None:
         self._logged = replace(self._progress)
@@ -386,20 +387,9 @@ class Trainer:
         """What is kept of step `step`, which failed, as the end of a sentence: its batches, on rank 0."""
         if self._folder is None:
             return ""
-        batches = [self._batch("train", step - 1, i) for i in range(self.config.grad_accum)]
+        batches = [self._micro_batch(step - 1, i) for i in range(self.config.grad_accum)]
         path = self._folder.keep_batches(step, batches)
-        return f", its batch is in {path}{self._earlier(step)}"
-
-    def _earlier(self, step: int) -> str:
-        """How to go on from before step `step`, as the end of a sentence."""
-        checkpoint = None if self._folder is None else self._folder.newest_before(step)
-        if self._folder is None or checkpoint is None:
-            return ""
-        out = shlex.quote(str(self._folder.path))
-        return (
-            f"; to go on from an earlier checkpoint: python -m gpt.train --out {out} "
-            f"--resume_from {checkpoint.name}"
-        )
+        return f", its batch is in {path}{self._folder.how_to_go_on(step)}"
 
     def _save(self) -> None:
         if self._folder is None:
@@ -417,21 +407,13 @@ class Trainer:
     def _save_finite(self, folder: RunFolder, state: Mapping[str, Any]) -> Path:
         """Saves a checkpoint, unless weights, optimizer or the loss after the last step are not finite."""
         try:
-            if not math.isfinite(loss := self._loss_now()):
+            if not math.isfinite(loss := self._evaluator.loss_now()):
                 # If a weight is the reason, the message names it.
                 check_finite(dict(self.model.named_parameters()), "the model")
                 raise NonFiniteError(f"the loss after the step is {loss}")
-            return folder.save(self.model, self.data.tokenizer, self._step.tensors(), state)
+            return folder.save(self.model, self.data.tokenizer, self._step.tensors(), state, best=self._best)
         except NonFiniteError as error:
             raise NonFiniteError(f"step {self.step}: {error}; not saved{self._kept(self.step)}") from error
-
-    def _loss_now(self) -> float:
-        """The loss of one validation batch."""
-        self.model.eval()
-        with torch.no_grad():
-            loss = self._step.loss(self._batch("validation", 0)).item()
-        self.model.train()
-        return loss
 
     def _restore(self, folder: RunFolder, name: str | None) -> None:
         """Continues from the checkpoint `name`, or from the newest valid one."""
@@ -453,31 +435,7 @@ class Trainer:
         """Completes the log, generates a sample, of which each token calls `check`, and draws the losses."""
         if self._folder is not None:
             self._folder.complete_log(record)
-        self.model.eval()
-        tokenizer = self.data.tokenizer
-        prompt = first_ids(tokenizer)
-        ids = self.model.generate(
-            torch.tensor([prompt], device=self.device),
-            SAMPLE_TOKENS,
-            temperature=0.8,
-            vocab_size=tokenizer.vocab_size,  # the model's may be padded
-            generator=torch.Generator(self.device).manual_seed(self.config.seed),
-            on_token=check,
-        )
-        sample = tokenizer.decode(ids[0, len(prompt) :].tolist())
+        sample = self._evaluator.sample(SAMPLE_TOKENS, check)
         if self._folder is not None:
             self._folder.finish(sample)
         return sample
-
-
-def _bar_text(record: Mapping[str, Any]) -> str:
-    """What the progress bar shows besides steps and remaining time."""
-    mfu = "" if record["mfu"] is None else f", {record['mfu']:.1%} MFU"
-    return f"loss {record['train_loss']:.3f}, {record['tokens_per_second']:,.0f} tokens/s{mfu}"
-
-
-def _evaluation_line(record: Mapping[str, Any]) -> str:
-    return (
-        f"step {record['step']}: train {record['train_estimate']:.4f}, "
-        f"validation {record['validation_loss']:.4f}"
-    )

@@ -50,6 +50,7 @@ def save_model(model: GPT, directory: str | os.PathLike[str], tokenizer: Tokeniz
         NonFiniteError: A weight is infinite or NaN. Nothing is written.
     """
     target = replaceable(directory, "checkpoint")
+    check_parameters(model)
     check_finite(dict(model.named_parameters()), "the model")
     commit(target, lambda folder: _write_model(folder, model, tokenizer))
 
@@ -61,8 +62,10 @@ def save_checkpoint(
     tokenizer: Tokenizer,
     optimizer: Mapping[str, torch.Tensor],
     state: Mapping[str, Any],
+    *,
+    best: int | None = None,
 ) -> Path:
-    """Saves a checkpoint of a run, removes all but the newest KEPT, and returns the new folder.
+    """Saves a checkpoint of a run, removes all but the newest KEPT and the best, and returns the new folder.
 
     Args:
         out: The run's folder.
@@ -70,6 +73,7 @@ def save_checkpoint(
         model, tokenizer: Of the run.
         optimizer: The optimizers' state, by names.
         state: The content of state.json.
+        best: The step of the best checkpoint; None keeps the newest ones alone.
 
     Raises:
         InputError: The checkpoint cannot be written. The earlier ones stay as they were.
@@ -77,6 +81,7 @@ def save_checkpoint(
         NonFiniteError: A weight, or a value of the optimizer, is infinite or NaN. Nothing is written.
     """
     target = out / FOLDER / f"step-{step}"
+    check_parameters(model)
     check_finite(dict(model.named_parameters()), "the model")
     check_finite(optimizer, "the optimizer")
 
@@ -86,8 +91,22 @@ def save_checkpoint(
         write_json(folder / STATE, state, indent=1)
 
     commit(target, write)
-    _tidy(out, target)
+    _tidy(out, target, best)
     return target
+
+
+def check_parameters(model: GPT) -> None:
+    """Raises InputError unless a model made from the config alone has the same parameters.
+
+    Adapters, parametrizations and pruning replace or add parameters that such a model could not load.
+    """
+    expected = {name for name, _ in GPT(model.config, device="meta").named_parameters()}
+    others = sorted(expected ^ {name for name, _ in model.named_parameters()})
+    if others:
+        raise InputError(
+            f"checkpoint: the model and its config differ in {len(others)} parameters, such as {others[0]}, "
+            "expected adapters to be merged, and parametrizations and pruning to be removed"
+        )
 
 
 def load_model(
@@ -200,8 +219,28 @@ def runs_in(folder: Path, where: str) -> str | None:
     return f"holds {held} {newest}"
 
 
-def clean(out: Path, step: int) -> None:
-    """Prepares a run's folder to continue from `step`.
+def find_best_checkpoint(directory: str | os.PathLike[str]) -> Path:
+    """The checkpoint of a run with the lowest validation loss, which the newest valid one names.
+
+    Raises:
+        InputError: The run did not keep it, it is damaged, or the folder is not a run.
+        NonFiniteError: It holds values that are not finite.
+    """
+    newest = find_checkpoint(directory)
+    step = read_json(newest / STATE).get("best_step") if os.path.lexists(newest / STATE) else None
+    for folder in list_checkpoints(user_path(directory, "checkpoint")):
+        if step_of(folder) == step:
+            if (problem := _problem(folder)) is not None:
+                raise problem
+            return folder
+    raise InputError(
+        f"checkpoint: {directory} does not hold the best checkpoint of a run, expected --which newest, or a "
+        "run with --keep_best or --patience"
+    )
+
+
+def clean(out: Path, step: int, best: int | None = None) -> None:
+    """Prepares a run's folder to continue from `step`, with its best checkpoint at `best`.
 
     Puts back or removes what interrupted saves left, renames later checkpoints (damaged ones to
     step-N.damaged, valid ones to step-N.superseded, with a number where that name is taken), and removes
@@ -212,16 +251,20 @@ def clean(out: Path, step: int) -> None:
     for path in list_checkpoints(out):
         if step_of(path) > step:
             path.rename(_free_name(path, "superseded" if _problem(path) is None else "damaged"))
-    _tidy(out, out / FOLDER / f"step-{step}")
+    _tidy(out, out / FOLDER / f"step-{step}", best)
 
 
-def _tidy(out: Path, newest: Path) -> None:
-    """Removes what killed saves left, and all checkpoints but `newest` and the last others, KEPT in all."""
+def _tidy(out: Path, newest: Path, best: int | None) -> None:
+    """Removes what killed saves left, and checkpoints until `newest`, the last others and the best remain.
+
+    They are KEPT in all, and one more if the best, of step `best`, is an older one.
+    """
     with suppress(OSError, ReportedError):
         for path in interrupted(out / FOLDER):
             recover(path)
         for old in [path for path in list_checkpoints(out) if path != newest][: -(KEPT - 1)]:
-            discard(old)
+            if step_of(old) != best:
+                discard(old)
 
 
 def _problem(folder: Path) -> ReportedError | None:

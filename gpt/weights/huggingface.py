@@ -14,7 +14,7 @@ from gpt.data.tokenizers import END_OF_TEXT, FILE_NAME, BPETokenizer, CharTokeni
 from gpt.errors import InputError
 from gpt.model import GPT
 from gpt.names import HUGGING_FACE
-from gpt.weights.checkpoint import CONFIG, MODEL
+from gpt.weights.checkpoint import CONFIG, MODEL, check_parameters
 from gpt.weights.commit import commit, replaceable
 from gpt.weights.tensors import check_finite, write_tensors
 from kernels.files import write_json
@@ -47,6 +47,7 @@ def save_huggingface(
             f"{config.vocab_size} (vocab_size)"
         )
 
+    check_parameters(model)
     check_finite(dict(model.named_parameters()), "the model")
 
     def write(folder: Path) -> None:
@@ -79,7 +80,7 @@ def read_characters(content: Mapping[str, Any]) -> CharTokenizer | None:
 
 def _check_exportable(config: GPTConfig) -> None:
     """Raises InputError for options that Hugging Face's GPT-2 has no setting for."""
-    for name, expected in {"norm": "pre", "final_norm": True, "head_bias": False}.items():
+    for name, expected in {"norm": "pre", "residual": True, "final_norm": True, "head_bias": False}.items():
         if getattr(config, name) != expected:
             raise InputError(
                 f"save_pretrained: {name} is {getattr(config, name)!r}, expected {expected!r} for a GPT-2 "

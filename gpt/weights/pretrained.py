@@ -22,7 +22,13 @@ from gpt.errors import InputError
 from gpt.files import read_json
 from gpt.model import GPT
 from gpt.names import BOOK, HUGGING_FACE, NANOGPT, Layout
-from gpt.weights.checkpoint import CONFIG, find_checkpoint, load_checkpoint_tokenizer, load_model
+from gpt.weights.checkpoint import (
+    CONFIG,
+    find_best_checkpoint,
+    find_checkpoint,
+    load_checkpoint_tokenizer,
+    load_model,
+)
 from gpt.weights.commit import undisturbed
 from gpt.weights.files import Weights, is_own, locate, read_weights, weights_file, weights_size
 from gpt.weights.hashes import verify_listed
@@ -105,10 +111,18 @@ def load_pretrained_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
     return undisturbed(source, lambda: _read_tokenizer(locate(source)))
 
 
-def from_checkpoint(source: str, device: torch.device, load: Callable[[Path], Loaded]) -> Loaded:
+def from_checkpoint(
+    source: str, device: torch.device, load: Callable[[Path], Loaded], *, which: str = "newest"
+) -> Loaded:
     """What load(path) returns for the model that --checkpoint names; of a run, path is one checkpoint.
 
     `load` is called again where the run has removed that checkpoint meanwhile, because it has newer ones.
+
+    Args:
+        source: As in `load_pretrained`.
+        device: Of the model.
+        load: Loads it.
+        which: The checkpoint of a run: "newest" or "best".
 
     Raises:
         InputError: There is no such model, or its weights do not fit into the free memory of `device`.
@@ -117,7 +131,10 @@ def from_checkpoint(source: str, device: torch.device, load: Callable[[Path], Lo
 
     def read() -> Loaded:
         path = locate(source)
-        path = find_checkpoint(path) if is_own(path) else path
+        if which == "best":
+            path = find_best_checkpoint(path)
+        elif is_own(path):
+            path = find_checkpoint(path)
         check_weights("--checkpoint", weights_size(path), device)
         return load(path)
 

@@ -30,7 +30,7 @@ def causal_attention(
         allowed, empty = _mask(tq, tk, key_start, q.device)
         return _attention_with_mask(q, k, v, allowed, empty, scale, dropout_p, seed)
     if key_start is None and (tq == tk or tq == 1):
-        is_causal = tq > 1
+        is_causal = bool(tq == tk)  # of a dynamic length, torch.export would pass on a SymBool
         return F.scaled_dot_product_attention(
             q, k, v, None, dropout_p, is_causal, scale=scale, enable_gqa=grouped
         )

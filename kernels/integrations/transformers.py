@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.models.gpt2 import modeling_gpt2
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.generic import can_return_tuple
 
 import kernels
@@ -180,10 +181,18 @@ def _warn_once(obstacle: str) -> None:
 
 
 class GPT2MLP(modeling_gpt2.GPT2MLP):
-    """dropout(gelu(x c_fc + b) c_proj + b) with `kernels.gelu_ffn`; Conv1D stores transposed weights."""
+    """dropout(gelu(x c_fc + b) c_proj + b) with `kernels.gelu_ffn`; Conv1D stores transposed weights.
+
+    Where a submodule is not plain, as with adapters, transformers' own forward pass runs.
+    """
+
+    fuses: ClassVar = {"c_fc": (Conv1D,), "c_proj": (Conv1D,), "act": tuple(_APPROXIMATE)}
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         up, down = self.c_fc, self.c_proj
+        plain = kernels.is_plain(up, Conv1D) and kernels.is_plain(down, Conv1D)
+        if not plain or not kernels.is_plain(self.act, *_APPROXIMATE):
+            return super().forward(hidden_states)
         approximate = _APPROXIMATE[type(self.act)]
         return self.dropout(
             kernels.gelu_ffn(
@@ -193,12 +202,18 @@ class GPT2MLP(modeling_gpt2.GPT2MLP):
 
 
 class GPT2LMHeadModel(modeling_gpt2.GPT2LMHeadModel):
-    """Computes the training loss with `kernels.linear_cross_entropy`; the output then has no logits."""
+    """Computes the training loss with `kernels.linear_cross_entropy`; the output then has no logits.
+
+    Where `lm_head` is not plain, as with adapters, transformers' own loss runs.
+    """
+
+    fuses: ClassVar = {"lm_head": (nn.Linear,)}
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     @functools.wraps(modeling_gpt2.GPT2LMHeadModel.forward)
     def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
-        if labels is None or self.loss_function is not ForCausalLMLoss or not self.training:
+        standard = self.loss_function is ForCausalLMLoss and kernels.is_plain(self.lm_head, nn.Linear)
+        if labels is None or not standard or not self.training:
             return super().forward(*args, labels=labels, **kwargs)
         outputs = self.transformer(*args, **kwargs)
         loss = _causal_loss(outputs.last_hidden_state, self.lm_head, labels, **kwargs)

@@ -24,6 +24,8 @@ CONFIGS = {
     "gpt2": {},
     "post": {"norm": "post"},
     "post-bare": {"norm": "post", "final_norm": False, "activation": "gelu"},
+    "no-shortcuts": {"residual": False, "final_norm": False},
+    "post-no-shortcuts": {"residual": False, "norm": "post"},
     "untied": {"tie_weights": False, "head_bias": True, "final_norm": False},
     "no-bias": {"bias": False, "qkv_bias": True, "n_inner": 24, "eps": 0.1},
     "relu-wide-heads": {"activation": "relu", "head_dim": 12, "head_bias": True, "qkv_bias": False},

@@ -72,7 +72,7 @@ def test_a_verified_file_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ("content", "message"),
     [
         (None, "checkpoint: cannot read .*file.json: No such file"),
-        ("{", "checkpoint: .*file.json is not a JSON file"),
+        ("{", "checkpoint: .*file.json is not JSON"),
         ("[1]", "checkpoint: .*file.json holds a list, expected a JSON object"),
     ],
 )

@@ -53,11 +53,11 @@ def formula(model: GPT, idx: Tensor) -> Tensor:
     x = w["wte.weight"][idx] + w["wpe.weight"][: len(idx)]
     for b in (f"blocks.{i}" for i in range(c.n_layer)):
         if c.norm == "post":
-            x = norm(x + attention(x, f"{b}.attn"), f"{b}.ln_1")
-            x = norm(x + ffn(x, f"{b}.ffn"), f"{b}.ln_2")
+            x = norm(c.residual * x + attention(x, f"{b}.attn"), f"{b}.ln_1")
+            x = norm(c.residual * x + ffn(x, f"{b}.ffn"), f"{b}.ln_2")
         else:
-            x = x + attention(norm(x, f"{b}.ln_1"), f"{b}.attn")
-            x = x + ffn(norm(x, f"{b}.ln_2"), f"{b}.ffn")
+            x = c.residual * x + attention(norm(x, f"{b}.ln_1"), f"{b}.attn")
+            x = c.residual * x + ffn(norm(x, f"{b}.ln_2"), f"{b}.ffn")
     x = norm(x, "ln_f") if c.final_norm else x
     logits = x @ w["wte.weight" if c.tie_weights else "lm_head.weight"].T
     return logits + w["lm_head.bias"] if c.head_bias else logits
@@ -95,7 +95,7 @@ def test_logits_do_not_depend_on_later_tokens(fields: dict[str, Any]) -> None:
         changed[:, t] = (changed[:, t] + 1) % SMALL.vocab_size
         after = model(changed)
         torch.testing.assert_close(after[:, :t], before[:, :t])
-        assert (after[:, t] - before[:, t]).abs().amax() > 1e-3
+        assert (after[:, t] - before[:, t]).abs().amax() > 1e-9  # small without shortcuts; never rounding
 
 
 @each_config
@@ -277,7 +277,8 @@ def test_autocast(fields: dict[str, Any]) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         loss, logits = model(idx, targets), model(idx)
     assert (loss.dtype, logits.dtype) == (torch.float32, torch.bfloat16)
-    assert set(streams) == {torch.bfloat16 if model.config.norm == "post" else torch.float32}
+    in_full = model.config.norm == "pre" and model.config.residual
+    assert set(streams) == {torch.float32 if in_full else torch.bfloat16}
     torch.testing.assert_close(loss, full, rtol=0.05, atol=0)
     loss.backward()
     assert all(

@@ -51,8 +51,10 @@ def train(tmp_path: Path, *flags: str) -> int:
     return main([f"--data={text}", f"--out={tmp_path / 'run'}", "--device=cpu", *model, *steps, *flags])
 
 
-@pytest.mark.parametrize("norm", ["pre", "post"])
-def test_every_op_is_checked_as_the_model_calls_it(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("norm", "residual"), [("pre", True), ("post", True), ("pre", False)])
+def test_every_op_is_checked_as_the_model_calls_it(
+    norm: str, residual: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An op that preflight omits, or checks with other sizes, options, dtypes or strides."""
     config = GPTConfig(
         vocab_size=37,
@@ -64,6 +66,7 @@ def test_every_op_is_checked_as_the_model_calls_it(norm: str, monkeypatch: pytes
         bias=False,
         activation="gelu",
         norm=norm,
+        residual=residual,
     )
     expected = dict(cases(config, 3, 12, torch.float32))
     seen: dict[str, dict[str, Any]] = {}

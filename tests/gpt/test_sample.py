@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from gpt import GPT, CharTokenizer, GPTConfig, sample
+from gpt.data.instructions import NEXT_TURN
 from gpt.weights.checkpoint import save_model
 
 ROOT = Path(__file__).parents[2]
@@ -124,13 +125,107 @@ def test_ids_past_the_vocabulary_are_never_sampled(
     assert int(model.generate(idx, 20, temperature=50.0).max()) > 2
 
 
+def type_lines(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+def test_each_line_is_continued(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line without a continuation, another one than of --prompt, or an unknown character that ends all."""
+    flags = ("--greedy", "--max_new_tokens", "8")
+    prompts = ["the cat", "a dog", "it rained"]
+    expected = [run_sample(capsys, trained, "--prompt", p, *flags).removeprefix(p) for p in prompts]
+
+    type_lines(monkeypatch, b"\na dog\r\nthe#cat\nit rained")
+    flags = ("--checkpoint", str(trained), "--prompt", "the cat", "--device", "cpu", *flags)
+    assert sample.main([*flags, "--interactive"]) == 0
+    printed, error = capsys.readouterr()
+    assert printed == "".join(expected)
+    assert re.fullmatch(r"gpt\.sample: warning: .*'#'.* at position 3 .*\n", error)
+
+
+@pytest.fixture
+def chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[str]]:
+    """Prompts that a model in tmp_path / "chat" has seen, and the answers to give, one after the other."""
+    tokenizer = CharTokenizer("".join(map(chr, range(32, 127))) + "\n")
+    model = GPT(vocab_size=tokenizer.vocab_size, block_size=120, n_layer=1, n_head=1, n_embd=8)
+    save_model(model, tmp_path / "chat", tokenizer)
+    prompts, answers = list[str](), list[str]()
+
+    def generate(model: GPT, idx: torch.Tensor, max_new_tokens: int, **settings: Any) -> None:
+        prompts.append(tokenizer.decode(idx[0].tolist()))
+        for i in tokenizer.encode(answers.pop(0)):
+            if tokenizer.decode([i]) == "~":
+                raise KeyboardInterrupt
+            settings["on_token"](torch.tensor([i]))
+
+    monkeypatch.setattr(GPT, "generate", generate)
+    return prompts, answers
+
+
+def test_a_conversation_is_kept(
+    chat: tuple[list[str], list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Turns that are forgotten, an answer past its end, or a conversation that outgrows the context."""
+    prompts, answers = chat
+    answers += [f"One.{NEXT_TURN}more", "Two.<|endoftext|>more", "Three."]
+    type_lines(monkeypatch, b"How many?\nAnd now?\nNow?")
+    flags = ("--chat", "--interactive", "--system", "Count.", "--max_new_tokens", "9")
+    assert run_sample(capsys, tmp_path / "chat", *flags) == "One.\nTwo.\nThree.\n"
+
+    system = "### System:\nCount.\n\n### User:\n"
+    first, second, third = (f"{text}\n\n### Assistant:\n" for text in ("How many?", "And now?", "Now?"))
+    assert prompts == [
+        system + first,
+        f"{system}{first}One.\n\n### User:\n{second}",
+        f"{system}{second}Two.\n\n### User:\n{third}",
+    ]
+    assert max(map(len, prompts)) <= 120 - 9
+    answers.append("Four.")
+    assert run_sample(capsys, tmp_path / "chat", "--chat", "--prompt", "And?") == "Four.\n"
+
+
+def test_ctrl_c_ends_an_answer_and_then_the_command(
+    chat: tuple[list[str], list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Ctrl-C during an answer that loses the conversation, or one at the prompt without effect."""
+    prompts, answers = chat
+    answers += ["On~e.", "Two."]
+    lines = iter(["How many?", "", "And now?"])
+
+    def interrupted(prompt: str) -> str:
+        for line in lines:
+            return line
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupted)
+    for stream in (sys.stdin, sys.stdout):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    flags = ["--checkpoint", str(tmp_path / "chat"), "--chat", "--interactive", "--max_new_tokens", "9"]
+    assert sample.main(flags) == 130
+    assert capsys.readouterr() == ("On\nTwo.\n\n", "gpt.sample: stopped by Ctrl-C\n")
+    assert f"On{NEXT_TURN}And now?" in prompts[1]
+
+
 WRONG_SAMPLES = {
     "none": ("", "--checkpoint not given"),
     "missing": ("--checkpoint nowhere", "nowhere no folder"),
     "prompts": ("--checkpoint RUN --prompt a --prompt_file b", "--prompt --prompt_file both"),
     "unseen": ("--checkpoint RUN --prompt the#cat", "'#' position 3"),
     "file": ("--checkpoint RUN --prompt_file nowhere.txt", "nowhere.txt"),
-    "temperature": ("--checkpoint RUN --temperature 0", "temperature 0"),
+    "temperature": ("--checkpoint RUN --temperature 0", "--temperature 0.0 --greedy"),
+    "interactive prompt": ("--checkpoint RUN --interactive --prompt -", "--interactive --prompt"),
+    "interactive samples": ("--checkpoint RUN --interactive --num_samples 2", "--interactive --num_samples"),
+    "chat": ("--checkpoint RUN --chat", "--chat --prompt --interactive"),
+    "system": ("--checkpoint RUN --system a", "--system --chat"),
+    "chat top_k": ("--checkpoint RUN --prompt a --interactive --top_k 0", "top_k 0"),
     "top_k": ("--checkpoint RUN --top_k 0", "top_k 0"),
     "top_p": ("--checkpoint RUN --top_p 1.5", "top_p 1.5"),
     "samples": ("--checkpoint RUN --num_samples 0", "--num_samples 0"),
@@ -147,9 +242,10 @@ WRONG_SAMPLES = {
 }
 
 
+@pytest.mark.parametrize("flag", ["--prompt", "--interactive"])
 @pytest.mark.parametrize("stdin", [None, b"\xff", b"x" * 11, OSError])
 def test_a_wrong_stdin_is_refused(
-    stdin: Any, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    stdin: Any, flag: str, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A traceback where stdin is closed, is not text, has no end or fails."""
 
@@ -157,11 +253,16 @@ def test_a_wrong_stdin_is_refused(
         def read(self, size: int | None = -1) -> bytes:
             raise OSError(21, "Is a directory")
 
+        readline = read
+
     content = Failing() if stdin is OSError else io.BytesIO(stdin)
     monkeypatch.setattr("sys.stdin", None if stdin is None else io.TextIOWrapper(content))
     monkeypatch.setattr(sample, "PROMPT_LIMIT", 10)
-    assert sample.main(["--checkpoint", str(trained), "--device", "cpu", "--prompt", "-"]) == 2
-    assert re.fullmatch(r"gpt\.sample: --prompt: stdin .*\n", capsys.readouterr().err)
+    assert (
+        sample.main(["--checkpoint", str(trained), "--device", "cpu", flag, *["-"][: flag == "--prompt"]])
+        == 2
+    )
+    assert re.fullmatch(rf"gpt\.sample: {flag}: stdin .*\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("case", WRONG_SAMPLES)

@@ -57,11 +57,13 @@ def test_matmuls_are_those_of_the_model() -> None:
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("final_norm", [True, False])
-def test_every_fused_norm_is_counted(norm: str, final_norm: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("residual", [True, False])
+def test_every_fused_norm_is_counted(
+    norm: str, final_norm: bool, residual: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A norm whose bytes are missing, such as the last one."""
-    config = GPTConfig(
-        vocab_size=64, block_size=8, n_layer=3, n_head=2, n_embd=16, norm=norm, final_norm=final_norm
-    )
+    sizes = {"vocab_size": 64, "block_size": 8, "n_layer": 3, "n_head": 2, "n_embd": 16}
+    config = GPTConfig(**sizes, norm=norm, final_norm=final_norm, residual=residual, dropout=0.1)
     calls: dict[str, int] = {}
 
     def counting(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,12 +75,17 @@ def test_every_fused_norm_is_counted(norm: str, final_norm: bool, monkeypatch: p
 
         return counted
 
-    for op in ("layer_norm", "add_layer_norm"):
+    for op in ("layer_norm", "add_layer_norm", "dropout"):
         monkeypatch.setattr(kernels, op, counting(op, getattr(kernels, op)))
-    GPT(config)(torch.zeros(1, 8, dtype=torch.int64))
+    model = GPT(config)
+    model.dropout_seed = 1
+    model(torch.zeros(1, 8, dtype=torch.int64))
+    dropouts = calls.pop("dropout")
     assert st._norms(config) == {op: count for op, count in calls.items() if count}
-    forward = parts(config, 1)["norms forward"].bytes
+    by_name = parts(config, 1)
+    forward = by_name["norms forward"].bytes
     assert forward == 8 * 16 * (4 * calls["layer_norm"] + 12 * calls["add_layer_norm"])
+    assert by_name["dropout forward"].bytes == 8 * 16 * 4 * dropouts
 
 
 def test_bytes_of_the_norms_are_those_of_the_op() -> None:

@@ -76,9 +76,10 @@ def test_swapping_an_op_changes_nothing(op: str) -> None:
         assert verdict.ok, str(verdict)
 
 
-def test_both_backends_draw_the_same_dropout_masks() -> None:
+@pytest.mark.parametrize("residual", [True, False])
+def test_both_backends_draw_the_same_dropout_masks(residual: bool) -> None:
     """Masks that differ between kernel and reference, or forward and backward, under dropout_seed."""
-    config = GPTConfig.from_dict(CONFIG.to_dict() | {"dropout": 0.3})
+    config = GPTConfig.from_dict(CONFIG.to_dict() | {"dropout": 0.3, "residual": residual})
     results = []
     for use_triton in (True, False):
         model = make(config, use_triton=use_triton)

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from gpt import GPT, GPTConfig, TrainConfig, files, train
+from gpt import GPT, GPTConfig, TrainConfig, Trainer, files, train
 from gpt.data.dataset import TokenData
 from gpt.weights.checkpoint import load_model
+from gpt.weights.hashes import write_sums
 from tests.gpt.text import TEXT
 from tests.gpt.training.small_runs import TINY
 
@@ -130,6 +131,80 @@ def test_resume_uses_the_settings_of_the_run(
     Path(text).write_text(TEXT + "the end")
     assert train.main(["--resume", "--out", out, "--max_steps", "9"]) == 2
     assert "the text or the tokenizer is not the one" in capsys.readouterr().err
+
+
+def test_resume_finds_its_data_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A relative --data that is lost in another folder, or an error that does not say where it was sought."""
+    monkeypatch.setattr("gpt.training.trainer.SAMPLE_TOKENS", 2)
+    first, second, out = tmp_path / "first", tmp_path / "second", tmp_path / "run"
+    for folder in (first, second):
+        folder.mkdir()
+    (first / "text.txt").write_text(TEXT)
+    monkeypatch.chdir(first)
+    assert train.main([*TINY, "--max_steps", "1", "--data", "*.txt", "text.txt", "--out", str(out)]) == 0
+
+    resume = ["--out", str(out), "--resume"]
+    monkeypatch.chdir(second)
+    assert train.main([*resume, "--max_steps", "2"]) == 0
+    assert settings(out)["data"] == [f"{first}/*.txt", f"{first}/text.txt"]
+    (first / "text.txt").rename(second / "text.txt")
+    capsys.readouterr()
+    assert train.main([*resume, "--max_steps", "3"]) == 2
+    error = capsys.readouterr().err
+    assert f"data: data is {first}/*.txt, which does not exist in {second}, expected --data PATH" in error
+    assert train.main([*resume, "--max_steps", "3", "--data", "*.txt", "text.txt"]) == 0
+    assert settings(out)["data"] == ["*.txt", "text.txt"]  # as it was typed, for a folder that is moved
+
+    monkeypatch.chdir(first)
+    (second / "text.txt").rename(first / "text.txt")
+    assert train.main([*resume, "--max_steps", "4"]) == 0
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+    (first / "text.txt").unlink()
+    assert train.main([*resume, "--max_steps", "5"]) == 2
+    assert f"does not exist in {first} or in {tmp_path}, expected" in capsys.readouterr().err
+
+
+def test_a_run_of_an_earlier_version_goes_on(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that cannot be resumed because settings were added, or that does not take their defaults."""
+    monkeypatch.setattr("gpt.training.trainer.SAMPLE_TOKENS", 2)
+    out = tmp_path / "run"
+    assert train.main([*TINY, "--max_steps", "1", "--data", text, "--out", str(out)]) == 0
+    file = out / "checkpoints/step-1/state.json"
+    state = json.loads(file.read_text())
+    for added in ("keep_best", "time_limit", "final_eval_batches"):
+        del state["train"][added]
+    del state["working_folder"], state["best_step"]
+    file.write_text(json.dumps(state))
+    write_sums(file.parent)
+    assert train.main(["--out", str(out), "--resume", "--max_steps", "2"]) == 0
+    assert settings(out)["final_eval_batches"] == 1000
+
+
+@pytest.mark.parametrize("reason", ["max_steps", "patience"])
+def test_a_finished_run_says_so(
+    reason: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """A resume without steps that looks as if it had trained, or that does not say what would."""
+    monkeypatch.setattr("gpt.training.trainer.SAMPLE_TOKENS", 2)
+    monkeypatch.setattr(Trainer, "estimate", lambda self, split: 2.0)
+    flags = ["--max_steps", "3"] if reason == "max_steps" else ["--patience", "2", "--eval_interval", "1"]
+    out = tmp_path / "run"
+    assert train.main([*TINY, *flags, "--data", text, "--out", str(out)]) == 0
+    assert "already finished" not in capsys.readouterr().out
+    lower = ["--max_steps", "1"] if reason == "max_steps" else []
+    assert train.main(["--out", str(out), "--resume", *lower]) == 0
+    why = {
+        "max_steps": "max_steps is 1 (a larger --max_steps goes on)",
+        "patience": "validation loss has not improved for 2 evaluations; best 2.0000 at step 1 (a larger "
+        "--patience goes on)",
+    }
+    line = f"already finished at step 3: {why[reason]}; only the final evaluation is repeated\n"
+    assert line in capsys.readouterr().out
 
 
 def test_init_starts_from_a_trained_model(

@@ -154,7 +154,7 @@ def test_files_without_a_json_object_are_refused(content: bytes, tmp_path: Path)
     """A damaged file that raises an exception other than ValueError, or that is read as an object."""
     path = tmp_path / "a.json"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"a\.json (is not a JSON file|holds a \w+, expected a JSON object)"):
+    with pytest.raises(ValueError, match=r"a\.json (is not JSON|holds a \w+, expected a JSON object)"):
         read_json(path)
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "missing.json")

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpt import CharTokenizer, InputError
-from gpt.data import corpus, token_files
+from gpt import BPETokenizer, CharTokenizer, InputError
+from gpt.data import formats, token_files
 from tests.gpt.data.loading import joined, load, write, write_bins
 from tests.gpt.text import TEXT
 
@@ -111,7 +111,7 @@ def test_a_damaged_cache_is_replaced(damage: str, text: Path, encoded: list[str]
 def test_every_byte_of_the_cache_is_checked(tmp_path: Path, cache: Path) -> None:
     """A byte of the ids, of the documents' ends or of the hash that may change unnoticed."""
     write(tmp_path, a=TEXT[:30], b=TEXT[30:37])
-    ids, begins = map(np.array, load(tmp_path, pack_documents=True)._parts["train"])
+    ids, begins, _ = map(np.array, load(tmp_path, pack_documents=True)._parts["train"])
     path = next(cache.rglob("*.tokens"))
     content = path.read_bytes()
     for i in range(len(content)):
@@ -120,7 +120,7 @@ def test_every_byte_of_the_cache_is_checked(tmp_path: Path, cache: Path) -> None
             again = load(tmp_path, pack_documents=True)._parts["train"]
         assert (again.tokens == ids).all()
         assert (again.documents == begins).all()
-    assert len(content) == 2 * 37 + 8 * 2 + 32
+    assert len(content) == 2 * 37 + 8 * 2 + 8 * 3 + 32
 
 
 def disk_full(_: int) -> None:
@@ -195,17 +195,58 @@ def test_a_text_that_changes_while_it_is_read_is_refused(
     text: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tokens of a changed text, cached under the hash of the text before."""
-    read_text = corpus.read_text
+    read_text = formats.read_text
 
     def changing(path: Path) -> str:
         content = read_text(path)
         path.write_text(content[::-1])
         return content
 
-    monkeypatch.setattr(corpus, "read_text", changing)
+    monkeypatch.setattr(formats, "read_text", changing)
     with pytest.raises(InputError, match=r"text\.txt changed while it was read"):
         load(text)
     assert list(cache.rglob("*.tokens")) == []
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the byte-pair encodings that are trained from now on."""
+    sizes: list[int] = []
+    train = BPETokenizer.train
+
+    def counting(texts: Any, vocab_size: int) -> BPETokenizer:
+        sizes.append(vocab_size)
+        return train(texts, vocab_size)
+
+    monkeypatch.setattr(BPETokenizer, "train", counting)
+    return sizes
+
+
+def test_a_tokenizer_is_trained_once(text: Path, trained: list[int], cache: Path) -> None:
+    """Minutes of training at each start, or the tokenizer of another text, size or damaged file."""
+    first = load(text, tokenizer="bpe", bpe_vocab_size=280)
+    again = load(text, tokenizer="bpe", bpe_vocab_size=280)
+    assert again.tokenizer.to_json() == first.tokenizer.to_json()
+    assert again.identity == first.identity
+    assert load(text, tokenizer="bpe", bpe_vocab_size=270).tokenizer.vocab_size == 270
+    load(write(text.parent, other=TEXT[::-1]) / "other.txt", tokenizer="bpe", bpe_vocab_size=280)
+    assert trained == [280, 270, 280]
+    for path in sorted((cache / "tokenizers").iterdir()):
+        content = path.read_bytes()
+        path.write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
+    with pytest.warns(UserWarning, match=DAMAGED):
+        assert load(text, tokenizer="bpe", bpe_vocab_size=280).identity == first.identity
+    assert trained == [280, 270, 280, 280]
+
+
+def test_a_tokenizer_is_trained_without_a_cache(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache that cannot be written and makes training a tokenizer impossible."""
+    monkeypatch.setenv("FUSED_GPT_CACHE", str(text / "below a file"))
+    with pytest.warns(
+        UserWarning, match="cache: cannot write .*; the next start computes it again"
+    ) as caught:
+        assert joined(load(text, tokenizer="bpe", bpe_vocab_size=270)) == f"{TEXT}<|endoftext|>"
+    assert sum("/tokenizers/" in str(warning.message) for warning in caught) == 1
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections import Counter
@@ -13,7 +14,6 @@ import pytest
 import torch
 
 from gpt import BPETokenizer, CharTokenizer, InputError
-from gpt.data.corpus import open_corpus
 from gpt.data.dataset import IGNORED, Batch, DataConfig, TokenData, save_bin
 from tests.gpt.data.loading import BINS, joined, load, write, write_bins
 from tests.gpt.models import random_model
@@ -105,16 +105,27 @@ def test_a_short_corpus_is_refused() -> None:
         data.check(1024)
 
 
-def test_files_folders_and_globs_are_read_in_order(tmp_path: Path) -> None:
-    """Files left out, read twice, or read in an order that depends on the machine."""
-    (tmp_path / "sub").mkdir()
-    write(tmp_path, b=TEXT[:50], a=TEXT[50:90])
-    write(tmp_path / "sub", c=TEXT[90:120])
-    (tmp_path / ".hidden").write_bytes(b"\xff")
-    whole = TEXT[50:90] + TEXT[:50] + TEXT[90:120]
-    assert joined(load(tmp_path)) == whole
-    assert joined(load(tmp_path / "*.txt", tmp_path / "sub")) == whole
-    assert joined(load(tmp_path / "**" / "c.txt")) == TEXT[90:120]
+def hash_of(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()
+
+
+def test_files_are_ordered_by_a_hash_of_their_names(tmp_path: Path) -> None:
+    """Files left out or read twice, a split by the alphabet, or one that depends on the parent folder."""
+    texts = {"a.txt": TEXT[:40], "b.txt": TEXT[40:90], "sub/c.txt": TEXT[90:120], "sub/d.txt": TEXT[120:200]}
+    order = sorted(texts, key=hash_of)
+    assert order != sorted(texts)
+    for parent in ("one", "another"):
+        for name, text in texts.items():
+            (tmp_path / parent / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / parent / name).write_text(text)
+    one, another = (load(tmp_path / parent) for parent in ("one", "another"))
+    assert joined(one) == "".join(texts[name] for name in order)
+    assert another.identity == one.identity
+    assert load(tmp_path / "one" / "**" / "*.txt").identity == one.identity
+    assert joined(load(tmp_path / "one" / "*.txt")) == "".join(
+        texts[name] for name in order if "/" not in name
+    )
+    assert joined(load(tmp_path / "one" / "**" / "c.txt")) == TEXT[90:120]
 
 
 @pytest.mark.parametrize(
@@ -187,7 +198,7 @@ def test_stdlib_is_large_and_plain() -> None:
     assert data.tokenizer.vocab_size <= 96
     assert "def __init__(self" in data.tokenizer.decode(data.tokens("validation").tolist())
     assert load("stdlib").identity == data.identity
-    assert sum(len(document.read()) for document in open_corpus(["stdlib"])) <= 4_000_000
+    assert sum(len(data.tokens(split)) for split in ("train", "validation")) <= 4_000_000
 
 
 def test_shakespeare_without_a_network_names_the_file(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,8 +213,10 @@ def test_shakespeare_without_a_network_names_the_file(cache: Path, monkeypatch: 
 
 
 def documents(tmp_path: Path) -> list[str]:
+    """Writes texts under names whose hashes are in the texts' order."""
     texts = [TEXT[:40], TEXT[40:43], TEXT[43:60], TEXT[60:65], TEXT[65:260]]
-    write(tmp_path, **{f"d{i}": text for i, text in enumerate(texts)})
+    names = sorted((f"d{i}" for i in range(len(texts))), key=lambda name: hash_of(f"{name}.txt"))
+    write(tmp_path, **dict(zip(names, texts, strict=True)))
     return texts
 
 
@@ -364,3 +377,47 @@ def test_save_bin_refuses_a_large_vocabulary(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="save_bin: the vocabulary has 65537 ids, expected at most 65536"):
         save_bin(TokenData.from_text("ab" * 9, Large("ab")), tmp_path)
+
+
+def test_validation_texts_replace_the_split(tmp_path: Path) -> None:
+    """Text of --data that is not trained on, or a validation that reads another text."""
+    write(tmp_path, a=TEXT[:500], b="#" + TEXT[500:700])
+    data = load(tmp_path / "a.txt", validation=(str(tmp_path / "b.txt"),), pack_documents=True)
+    tokens = [data.tokenizer.decode(data.tokens(split).tolist()) for split in ("train", "validation")]
+    assert tokens == [TEXT[:500], "#" + TEXT[500:700]]
+    assert [part.documents.tolist()[0] for part in data._parts.values()] == [0, 0]
+    assert data.identity != load(tmp_path / "a.txt").identity
+    swapped = load(tmp_path / "b.txt", validation=(str(tmp_path / "a.txt"),))
+    assert swapped.identity != data.identity
+
+    bins = write_bins(tmp_path, train=TEXT[:200], other=TEXT[300:350])
+    data = load(bins / "train.bin", validation=(str(bins / "other.bin"),))
+    assert BINS.decode(data.tokens("train").tolist()) == TEXT[:200]
+    assert BINS.decode(data.tokens("validation").tolist()) == TEXT[300:350]
+    with pytest.raises(InputError, match=r"train\.bin with validation .*a\.txt, expected one \.bin file"):
+        load(bins / "train.bin", validation=(str(tmp_path / "a.txt"),))
+
+
+def test_the_validation_fraction_is_used(tmp_path: Path) -> None:
+    """A fraction that is ignored, rounded in binary, or changed at a resume without an error."""
+    write(tmp_path, a=TEXT[:1000])
+    data = load(tmp_path / "a.txt", validation_fraction=0.3)
+    assert [len(data.tokens(split)) for split in ("train", "validation")] == [700, 300]
+    assert data.identity != load(tmp_path / "a.txt").identity
+    assert load(tmp_path / "a.txt", validation_fraction=0.1).identity == load(tmp_path / "a.txt").identity
+    bins = write_bins(tmp_path, train=TEXT[:200])
+    assert len(load(bins / "train.bin", validation_fraction=0.25).tokens("validation")) == 50
+    for fraction in (0.0, 1.0, -1.0):
+        with pytest.raises(InputError, match="expected more than 0, less than 1"):
+            load(tmp_path / "a.txt", validation_fraction=fraction)
+    with pytest.raises(InputError, match="both given"):
+        load(tmp_path / "a.txt", validation_fraction=0.2, validation=("b",))
+
+
+def test_representations_are_readable() -> None:
+    """`<gpt.data.dataset.TokenData object at 0x7f…>` in a notebook."""
+    data = TokenData.from_text("hello\n" * 40)
+    assert repr(data) == (
+        "TokenData(216 tokens to train on, 24 to validate, CharTokenizer('\\nehlo', 5 characters))"
+    )
+    assert repr(BINS) == "BPETokenizer(257 tokens, special ones {'<|endoftext|>': 256})"

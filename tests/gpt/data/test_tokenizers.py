@@ -35,7 +35,7 @@ def test_char_ids_follow_the_sorted_characters() -> None:
 
 def test_char_refuses_an_unknown_character() -> None:
     """An unknown character that is dropped, or an error without the character and its position."""
-    with pytest.raises(InputError, match=r"'\\u2603' \(U\+2603\) at position 3 .* 65 characters"):
+    with pytest.raises(InputError, match=r"'☃' \(U\+2603\) at position 3 .* 65 characters"):
         CharTokenizer(SHAKESPEARE).encode("abc\u2603d")
     with pytest.raises(InputError, match=r"'\\ud800'"):
         CharTokenizer(SHAKESPEARE).encode("\ud800")

@@ -88,6 +88,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return Pair(tmp_path_factory.mktemp("pair"))
 
 
+def test_nothing_keeps_the_process_group(pair: Pair) -> None:
+    """A group whose threads run while the interpreter exits, which now and then aborts a process."""
+    assert pair("group lives") == [False, False]
+
+
 def test_steps_weigh_the_targets_of_all_ranks(pair: Pair) -> None:
     """Ranks with equal weight whatever their targets, or gradients averaged or clipped before the sum."""
     expected = steps()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +65,12 @@ def resume_at_the_end(out: Path, config: Any = CONFIG) -> TrainResult:
 @pytest.mark.parametrize("when", ["evaluation", "bigram", "sample"])
 @pytest.mark.parametrize("what", [fail, terminate])
 def test_an_interrupted_end_is_repeated(
-    what: Callable[..., None], when: str, data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    what: Callable[..., None],
+    when: str,
+    data: TokenData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """Steps that are lost because the end fails, a signal that waits for the end, or another final record."""
     straight = run(data, tmp_path / "straight")
@@ -84,6 +92,9 @@ def test_an_interrupted_end_is_repeated(
             result = run(data, out)
             assert (result.step, result.signal, result.validation_loss) == (8, signal.SIGTERM, None)
             assert result.checkpoint == out / "checkpoints/step-8"
+            assert (
+                "\nstopping: the final evaluation is skipped; --resume repeats it" in capfd.readouterr().err
+            )
     assert checkpoint.find_checkpoint(out).name == "step-8"
     assert [record["step"] for record in read_log(out)] == [*range(1, 9)]
     assert ("final" in read_log(out)[-1]) == (when == "sample")
@@ -91,6 +102,37 @@ def test_an_interrupted_end_is_repeated(
     resumed = resume_at_the_end(out)
     assert replace(resumed, checkpoint=None) == replace(straight, checkpoint=None)
     assert without_times(read_log(out)) == without_times(read_log(tmp_path / "straight"))
+
+
+def test_the_final_evaluation_reads_a_part(data: TokenData, tmp_path: Path) -> None:
+    """A cap without effect, that reads the beginning alone, or that the bigram baseline does not have."""
+    config = replace(CONFIG, final_eval_batches=3, max_steps=1)  # of 19 batches of 2 windows of 16 tokens
+    result = run(data, tmp_path, config)
+    batches = list(data.windows("validation", 2, 16, 3))
+    starts = [0, 96, 192, 304, 400, 496]
+    tokens = data.tokens("validation")
+    windows = [(tokens[i : i + 16].tolist(), tokens[i + 1 : i + 17].tolist()) for i in starts]
+    assert [(b.inputs[i].tolist(), b.targets[i].tolist()) for b in batches for i in range(2)] == windows
+
+    record = read_log(tmp_path)[-1]
+    assert (record["validation_tokens"], record["validation_share"]) == (96, 6 / 38)
+    assert (result.validation_tokens, result.validation_share) == (96, 6 / 38)
+    model = checkpoint.load_model(tmp_path, device="cpu").eval()
+    losses = [model(batch.inputs, batch.targets).item() for batch in batches]
+    assert record["validation_loss"] == pytest.approx(sum(losses) / 3, rel=1e-5)
+    counts = Counter(pairwise(data.tokens("train").tolist()))
+    firsts = Counter(data.tokens("train")[:-1].tolist())
+    probabilities = [
+        (counts[a, b] + 1) / (firsts[a] + data.tokenizer.vocab_size)
+        for inputs, targets in windows
+        for a, b in zip(inputs, targets, strict=True)
+    ]
+    expected = -sum(map(math.log, probabilities)) / len(probabilities)
+    assert record["bigram_loss"] == pytest.approx(expected, rel=1e-12)
+
+    whole = run(data, tmp_path, replace(config, final_eval_batches=None), resume=True)
+    assert (whole.validation_tokens, whole.validation_share) == (len(tokens) - 1, 1.0)
+    assert whole.bigram_loss == data.bigram_loss()
 
 
 def test_a_run_that_patience_ended_stays_at_its_end(

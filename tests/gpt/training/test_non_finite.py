@@ -15,6 +15,7 @@ import torch
 from gpt import InputError, Trainer, train
 from gpt.data.dataset import TokenData
 from gpt.errors import NonFiniteError
+from gpt.training.evaluator import Evaluator, MeanLoss
 from gpt.weights import checkpoint
 from gpt.weights.tensors import read_tensors
 from tests.gpt.text import TEXT
@@ -80,7 +81,7 @@ def test_a_final_loss_that_is_not_finite_is_an_error(
     data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A diverged run that reports success."""
-    monkeypatch.setattr(Trainer, "_mean_loss", lambda *_: math.nan)
+    monkeypatch.setattr(Evaluator, "_mean_loss", lambda *_: MeanLoss(math.nan, 1))
     with pytest.raises(
         NonFiniteError, match=r"^step 8: the final validation loss is nan; to go on from an ear"
     ):

@@ -19,7 +19,7 @@ from gpt.data.dataset import Batch, TokenData
 from gpt.errors import NonFiniteError
 from gpt.files import read_json
 from gpt.training.loss_scale import LossScale
-from gpt.training.step import TrainStep
+from gpt.training.step import PendingStep, StepResult, TrainStep
 from gpt.weights.tensors import read_tensors
 from tests.gpt.text import TEXT
 from tests.gpt.training.small_runs import CONFIG, make_batches, make_model, read_log, stop_at, without_times
@@ -172,13 +172,35 @@ def test_late_results_change_nothing(data: TokenData, tmp_path: Path) -> None:
                 assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_a_signal_stops_a_queue(data: TokenData, tmp_path: Path) -> None:
+def test_a_signal_stops_a_queue(data: TokenData, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A stop that drops a queued step, or that queues further steps."""
     trainer = Trainer(make_model(data), stop_at(data, 4, 1), RARE, out=tmp_path)
     trainer._ahead = 1
     result = trainer.run()
     assert (result.step, result.signal) == (5, signal.SIGINT)
     assert read_json(tmp_path / "checkpoints/step-5/state.json")["step"] == 5
+    assert "\nstopping: finishing step 5, then saving; " in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_signal_names_the_last_step(
+    ahead: int, data: TokenData, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A line that names another step than the last one, if the signal comes while a result is read."""
+    trainer = Trainer(make_model(data), data, RARE)
+    trainer._ahead = ahead
+    read, shown = PendingStep.result, []
+
+    def result(self: PendingStep) -> StepResult:
+        if trainer.step == 3 and not shown:
+            signal.raise_signal(signal.SIGTERM)
+            shown.append(capfd.readouterr().err)
+        return read(self)
+
+    monkeypatch.setattr(PendingStep, "result", result)
+    step = trainer.run().step
+    assert step == 5 + ahead
+    assert f"\nstopping: finishing step {step}, then saving; " in shown[0]
 
 
 def test_the_loss_scale_follows_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ RIGHT = [
     (("best",), None),
     (("best",), -1),
     (("best",), 0.5),
+    (("best_step",), MISSING),  # in earlier versions
     (("rng", "cpu"), None),
     (("rng", "cuda"), None),
     (("scaler",), {}),
@@ -85,7 +86,7 @@ def test_every_entry_of_the_state_is_checked(saved: Path, tmp_path: Path) -> Non
     assert read_state(file).progress.step == 2
 
     accepted, messages = [], []
-    for path in paths({key: entry for key, entry in state.items() if key != "data"}):
+    for path in paths({key: entry for key, entry in state.items() if key not in ("data", "working_folder")}):
         for value in WRONG:
             file.write_text(json.dumps(changed(state, path, value)))
             try:
@@ -112,7 +113,7 @@ def test_every_entry_of_the_data_settings_is_checked(
     given: Any = {"model": {}, "train": {}, "data": {}}
     assert train._from_run(folder, given).data.data == tuple(state["data"]["data"])
     messages = []
-    for path in [("data",), *(("data", name) for name in state["data"])]:
+    for path in [("data",), ("working_folder",), *(("data", name) for name in state["data"])]:
         for value in WRONG:
             (folder / checkpoint.STATE).write_text(json.dumps(changed(state, path, value)))
             try:

@@ -161,13 +161,17 @@ def test_a_sample_has_no_padding_ids(data: TokenData, tmp_path: Path) -> None:
     assert set(result.sample) <= set(TEXT)
 
 
-def test_patience_stops_the_run(data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that stops at its best loss, or that never stops early."""
+def test_patience_stops_the_run(
+    data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that stops at its best loss, that never stops early, or that does not say why it stops."""
     losses = iter([3.0, 2.0, 2.5, 1.9, 1.9, math.nan, 1.8])
     monkeypatch.setattr(Trainer, "estimate", lambda self, split: 0.0 if split == "train" else next(losses))
     result = run(data, tmp_path, replace(CONFIG, max_steps=9, eval_interval=1, patience=2))
     assert result.step == 6
     assert read_log(tmp_path)[-1]["final"] is True
+    reason = "validation loss has not improved for 2 evaluations; best 1.9000 at step 4"
+    assert f"stopped: {reason} (" in capsys.readouterr().out
 
 
 def test_a_resume_keeps_the_gradient_scale(

@@ -70,6 +70,17 @@ def test_a_loaded_model_equals_the_saved_one(name: str, tmp_path: Path) -> None:
     assert torch.equal(loaded(idx), model(idx))
 
 
+def test_a_checkpoint_from_before_a_field_has_its_default(tmp_path: Path) -> None:
+    """A config.json written before GPTConfig had `residual` that is refused, or loads without shortcuts."""
+    model = random_model().eval()
+    save_model(model, tmp_path / "m")
+    fields = json.loads((tmp_path / "m" / "config.json").read_text("utf-8"))
+    assert fields.pop("residual") is True
+    (tmp_path / "m" / "config.json").write_text(json.dumps(fields), "utf-8")
+    rehash(tmp_path / "m")
+    assert load_model(tmp_path / "m").config == model.config
+
+
 def test_the_dtype_is_kept(tmp_path: Path) -> None:
     """A half-precision model that is loaded in float32."""
     save_model(random_model().bfloat16(), tmp_path / "m")
@@ -293,6 +304,7 @@ def test_checkpoints_use_no_pickle() -> None:
         "weights/tensors",
         "data/dataset",
         "data/tokenizers",
+        "training/evaluator",
         "training/optim",
         "training/run_folder",
         "training/step",

@@ -241,6 +241,7 @@ def test_an_export_loads_in_transformers_4(tmp_path: Path) -> None:
     [
         ({"norm": "post"}, "norm is 'post', expected 'pre' for a GPT-2 of transformers"),
         ({"final_norm": False}, "final_norm is False, expected True"),
+        ({"residual": False}, "residual is False, expected True"),
         ({"head_bias": True}, "head_bias is True, expected False"),
         ({"head_dim": 16}, "head_dim is 16, expected n_embd / n_head"),
     ],

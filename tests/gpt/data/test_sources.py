@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import glob
 import os
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,19 @@ from typing import Any
 import pytest
 
 from gpt import InputError
-from gpt.data.corpus import open_corpus
+from gpt.data.sources import open_sources
 from tests.gpt.data.loading import joined, load, write
 from tests.gpt.text import TEXT
 
 
 def names(source: object, below: Path) -> list[str]:
-    return [os.path.relpath(document.name, below) for document in open_corpus([str(source)])]
+    return sorted(os.path.relpath(path, below) for path in paths(source))
+
+
+def paths(source: object) -> list[str]:
+    """The files that `source` names."""
+    documents = [document for file in open_sources([str(source)]) for document in file.read()]
+    return [document.where.removeprefix("data: ") for document in documents]
 
 
 @pytest.fixture
@@ -42,10 +49,10 @@ def test_globs_match_what_glob_matches(pattern: str, tree: Path) -> None:
     """A pattern with another meaning than Python's glob gives it."""
     expected = {path for path in glob.glob(str(tree / pattern), recursive=True) if os.path.isfile(path)}
     if expected:
-        assert {str(document.name) for document in open_corpus([str(tree / pattern)])} == expected
+        assert set(paths(tree / pattern)) == expected
     else:
         with pytest.raises(InputError, match="holds no files"):
-            open_corpus([str(tree / pattern)])
+            open_sources([str(tree / pattern)])
 
 
 @pytest.mark.parametrize("source", ["", "**", "**/*.txt"])
@@ -74,7 +81,7 @@ def test_an_unreadable_folder_is_named(tree: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(os, "listdir", refuse)
     for source in (tree, tree / "**", tree / "*" / "*" / "*.txt"):
         with pytest.raises(InputError, match=rf"^data: cannot read {tree}/s/t: Permission denied$"):
-            open_corpus([str(source)])
+            open_sources([str(source)])
 
 
 def test_an_unreadable_file_is_named(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,9 +154,61 @@ def test_what_cannot_be_text_is_left_out_with_a_line(tmp_path: Path, monkeypatch
     Path("zero").symlink_to("/dev/zero")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket")
-        with pytest.warns(UserWarning, match=r"3 files of \. cannot be text .*; fifo is a FIFO") as caught:
+        with pytest.warns(
+            UserWarning, match=r"skipped 3 of 4 files of \.: 3 not regular files; first: fifo is a FIFO"
+        ) as caught:
             assert joined(load(".")) == TEXT
     assert len(caught) == 1
     for name, kind in (("fifo", "a FIFO"), ("zero", "a character device"), ("socket", "a socket")):
         with pytest.raises(InputError, match=rf"^data: .*{name}.* {kind}"):
             load(name)
+
+
+def test_a_project_folder_is_read(tmp_path: Path) -> None:
+    """A folder of a real project that is refused for a file without text, or left out without a count."""
+    (tmp_path / "__pycache__").mkdir()
+    (tmp_path / ".git").mkdir()
+    files = {
+        "a.py": TEXT[:50].encode(),
+        "empty/__init__.py": b"",
+        "mark.txt": b"\xef\xbb\xbf",
+        "b.png": b"\x89PNG\0",
+        "latin.txt": b"na\xefve",
+        "log.jsonl": b'{"step": 1}\n',
+        "broken.jsonl": b"{",
+        ".git/config": b"[core]",
+        ".gitignore": b"*",
+        "__pycache__/a.pyc": b"\0\0",
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    kinds = {"2 empty", "1 binary", "1 not UTF-8", "2 without rows of text"}
+    for source, count, expected in (
+        (tmp_path, "9 of 10", kinds | {"3 hidden"}),
+        (tmp_path / "**", "6 of 7", kinds),
+    ):
+        line = rf"data: skipped {count} files of {re.escape(str(source))}: (.*); first: .*"
+        with pytest.warns(UserWarning, match=line) as caught:
+            assert joined(load(source)) == TEXT[:50]
+        (listed,) = [re.fullmatch(line, str(warning.message)) for warning in caught]
+        assert listed
+        assert set(listed[1].split(", ")) == expected
+
+
+def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
+    """A traceback, or a run on nothing, where all files of a folder are skipped."""
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(
+        InputError, match=r"holds no text, .*; skipped 1 of 1 .*: 1 empty; first: .*a\.txt is"
+    ):
+        load(tmp_path)
+
+
+def test_marks_and_newlines_are_normalised(tmp_path: Path) -> None:
+    """A byte-order mark or carriage returns among the tokens, or dropped although they are asked for."""
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\r\n")
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "one\\r\\ntwo\\rthree\\r\\n"}\n')
+    for name in ("a.txt", "b.jsonl"):
+        assert joined(load(tmp_path / name)) == "one\ntwo\rthree\n"
+        assert joined(load(tmp_path / name, keep_newlines=True)) == "one\r\ntwo\rthree\r\n"
