@@ -37,7 +37,9 @@ class Options:
     dtype: str = option("auto", "auto is bf16 on a GPU, fp32 on a CPU", choices=("auto", *DTYPES))
     device: str | None = option(None, "cpu or cuda (default: a GPU if there is one)")
     budget: str | None = option(
-        None, "as in 90s or 8m: leave out the least important cases beyond it (default: 1m on a CPU)"
+        None,
+        "as in 90s or 8m: leave out the least important cases beyond it (default: 1m on a CPU, except with "
+        "--quick)",
     )
     json: str | None = option(None, "write every figure to this file, as they come")
     plot: bool = option(False, "draw a PNG into --out")
@@ -61,7 +63,8 @@ def _main(bench: Bench, argv: Sequence[str]) -> int:
     _, values = parser.parse_tables(argv)
     options = Options(**values["options"])
     began, clock = time.monotonic(), Clock(bench_device(options.device))
-    budget = parse_budget(options.budget or (None if clock.on_gpu else CPU_BUDGET))
+    usual = None if clock.on_gpu or options.quick else CPU_BUDGET
+    budget = parse_budget(usual if options.budget is None else options.budget)
     check_names("--op", options.op, [spec.name for spec in bench.specs])
     specs = [spec for spec in bench.specs if not options.op or spec.name in options.op]
 
