@@ -24,6 +24,7 @@ from gpt.data.tokenizers import Tokenizer, load_tokenizer
 from gpt.errors import InputError, ReportedError
 from gpt.files import read_json, user_path
 from gpt.model import GPT
+from gpt.names import HUGGING_FACE
 from gpt.weights.commit import commit, discard, interrupted, present, recover, replaceable
 from gpt.weights.hashes import SUMS, list_folder, verify
 from gpt.weights.tensors import check_finite, check_tensors, copy_tensors, read_tensors, write_tensors
@@ -34,6 +35,9 @@ FOLDER = "checkpoints"
 KEPT = 3
 
 _STEP = re.compile(r"step-(0|[1-9][0-9]*)")
+_PARAMETER = re.compile(
+    rf"(blocks\.[0-9]+\.)?({'|'.join(map(re.escape, HUGGING_FACE.modules))})\.(weight|bias)"
+)
 
 
 def save_model(model: GPT, directory: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> None:
@@ -96,17 +100,13 @@ def save_checkpoint(
 
 
 def check_parameters(model: GPT) -> None:
-    """Raises InputError unless a model made from the config alone has the same parameters.
-
-    Adapters, parametrizations and pruning replace or add parameters that such a model could not load.
-    """
-    expected = {name for name, _ in GPT(model.config, device="meta").named_parameters()}
-    others = sorted(expected ^ {name for name, _ in model.named_parameters()})
-    if others:
-        raise InputError(
-            f"checkpoint: the model and its config differ in {len(others)} parameters, such as {others[0]}, "
-            "expected adapters to be merged, and parametrizations and pruning to be removed"
-        )
+    """Raises InputError for a parameter of an adapter, a parametrization or pruning: none could be loaded."""
+    for name, _ in model.named_parameters():
+        if not _PARAMETER.fullmatch(name):
+            raise InputError(
+                f"checkpoint: the model has a parameter {name}, expected only a GPT's own: merge adapters, "
+                "and remove parametrizations and pruning, before saving"
+            )
 
 
 def load_model(
