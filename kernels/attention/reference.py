@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,14 +30,14 @@ def causal_attention(
     if seed is not None and dropout_p > 0:
         allowed, empty = _mask(tq, tk, key_start, q.device)
         return _attention_with_mask(q, k, v, allowed, empty, scale, dropout_p, seed)
-    if key_start is None and (tq == tk or tq == 1):
-        is_causal = bool(tq == tk)  # of a dynamic length, torch.export would pass on a SymBool
-        return F.scaled_dot_product_attention(
-            q, k, v, None, dropout_p, is_causal, scale=scale, enable_gqa=grouped
-        )
+    options: dict[str, Any] = {"dropout_p": dropout_p, "scale": scale, "enable_gqa": grouped}
+    if key_start is None and tq == tk:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
+    if key_start is None and tq == 1:  # the newest query sees every key
+        return F.scaled_dot_product_attention(q, k, v, **options)
     allowed, empty = _mask(tq, tk, key_start, q.device)
     # A row without keys is NaN in some of torch's kernels: it sees all keys here, then is set to zero.
-    out = F.scaled_dot_product_attention(q, k, v, allowed | empty, dropout_p, scale=scale, enable_gqa=grouped)
+    out = F.scaled_dot_product_attention(q, k, v, allowed | empty, **options)
     return out.masked_fill(empty, 0)
 
 

@@ -1,4 +1,4 @@
-"""The model as a program: torch.export with a batch and a length that vary, and ONNX made from it."""
+"""The model as a program: torch.export and torch.compile with a length that varies, and ONNX."""
 
 from __future__ import annotations
 
@@ -26,6 +26,16 @@ def test_an_export_takes_any_batch_and_length(use_triton: bool | str, gradients:
     for shape in SHAPES:
         idx = tokens(*shape)
         torch.testing.assert_close(program(idx), model(idx))
+
+
+def test_a_compiled_model_takes_any_length() -> None:
+    """torch.compile that fails once the length varies: is_causal of attention is a SymBool."""
+    model = random_model(n_layer=1).eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
+    for shape in SHAPES[::2]:
+        idx = tokens(*shape)
+        torch.testing.assert_close(compiled(idx), model(idx))
 
 
 @pytest.mark.filterwarnings(
