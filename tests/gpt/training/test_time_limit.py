@@ -40,6 +40,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr("gpt.training.trainer.SAMPLE_TOKENS", 2)
+    monkeypatch.setattr("gpt.training.run_folder.plot_log", lambda *_: None)
     clock = Clock()
     monkeypatch.setattr("gpt.training.signals.monotonic", clock)
     return clock
