@@ -21,6 +21,7 @@ EVERY_STEP = replace(CONFIG, eval_interval=1, checkpoint_interval=1, keep_best=T
 @pytest.fixture(autouse=True)
 def losses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpt.training.trainer.SAMPLE_TOKENS", 2)
+    monkeypatch.setattr("gpt.training.run_folder.plot_log", lambda *_: None)
     monkeypatch.setattr(
         Trainer, "estimate", lambda self, split: 0.0 if split == "train" else LOSSES[self.step - 1]
     )
