@@ -69,7 +69,7 @@ class DataConfig:
         "globs; rows of .jsonl, .parquet and Hugging Face data sets",
     )
     validation: tuple[str, ...] = option(
-        (), "validate on this text, as in --data, and train on all of --data (default: a part of --data)"
+        (), "text to validate on, as in --data, all of which is then for training"
     )
     validation_fraction: float = option(FRACTION, "the part of --data to validate on")
     tokenizer: str | None = option(

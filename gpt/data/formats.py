@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import importlib
 import itertools
+import mmap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,8 +123,7 @@ def parquet_rows(path: Path, fields: Sequence[str]) -> Iterator[Row]:
     Raises:
         InputError: pyarrow is not installed, or the file is damaged or has none of `fields`.
     """
-    arrow = _pyarrow(path)
-    with open_regular(path, "data") as file, _damage(arrow, path):
+    with _arrow_file(path) as (arrow, file):
         table = arrow.parquet.ParquetFile(file)
         columns = _columns(path, table.schema_arrow.names, fields)
         yield from _rows(path, table.iter_batches(BATCH, columns=columns))
@@ -135,8 +135,7 @@ def arrow_rows(path: Path, fields: Sequence[str]) -> Iterator[Row]:
     Raises:
         InputError: pyarrow is not installed, or the file is damaged or has none of `fields`.
     """
-    arrow = _pyarrow(path)
-    with open_regular(path, "data") as file, _damage(arrow, path):
+    with _arrow_file(path) as (arrow, file):
         stream = arrow.ipc.open_stream(file)
         columns = _columns(path, stream.schema.names, fields)
         yield from _rows(path, (batch.select(columns) for batch in stream))
@@ -168,25 +167,28 @@ def _no_text(place: str, names: Sequence[str], fields: Sequence[str]) -> NotText
     )
 
 
-def _pyarrow(path: Path) -> Any:
+@contextmanager
+def _arrow_file(path: Path) -> Iterator[tuple[Any, Any]]:
+    """pyarrow, and `path` mapped into memory for it: a damaged length cannot make it allocate more.
+
+    Raises:
+        InputError: pyarrow is not installed, or reports an error inside the block.
+    """
     try:
         importlib.import_module("pyarrow.parquet")
-        return importlib.import_module("pyarrow")
+        arrow = importlib.import_module("pyarrow")
     except ImportError as error:
         raise InputError(
             f"data: {path} needs pyarrow ({first_line(error)}), expected it installed: pip install pyarrow"
         ) from error
-
-
-@contextmanager
-def _damage(arrow: Any, path: Path) -> Iterator[None]:
-    """Reports an error of pyarrow in one line that names the file."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (arrow.ArrowException, OSError, ValueError) as error:
-        raise InputError(f"data: {path} cannot be read as {path.suffix[1:]}: {first_line(error)}") from error
+    with open_regular(path, "data") as file:
+        try:
+            yield arrow, arrow.BufferReader(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        except InputError:
+            raise
+        except (arrow.ArrowException, OSError, ValueError) as error:
+            reason = first_line(error)
+            raise InputError(f"data: {path} cannot be read as {path.suffix[1:]}: {reason}") from error
 
 
 ROWS: dict[str, Callable[[Path, Sequence[str]], Iterator[Row]]] = {

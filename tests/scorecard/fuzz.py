@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import partial
@@ -247,6 +248,28 @@ def _bins(folder: Path) -> Target:
     return attack
 
 
+def _jsonl(folder: Path) -> Target:
+    row = json.dumps({"text": "the cat\n", "prompt": "a", "completion": "b"}).encode()
+    path = folder / "fuzz.jsonl"
+
+    def attack(rng: Random, say: Say) -> None:
+        lines = [row] * rng.randint(0, 2)
+        for _ in range(rng.randint(1, 3)):
+            keys = ("text", "prompt", "completion", "messages")
+            line = hostile.json_bytes(rng, keys) if rng.random() < 0.6 else json_value(row, rng)
+            lines.insert(rng.randint(0, len(lines)), line)
+        content = b"\n".join(lines)
+        say(repr(content[:120]))
+        path.write_bytes(content)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that rows are empty
+            data = answer(lambda: TokenData.load(DataConfig(data=(str(path),))))
+        if not isinstance(data, Refused) and not isinstance(answer(lambda: data.check(1)), Refused):
+            answer(lambda: data.batch("train", 2, 1, seed=1, step=rng.randrange(2**63)))
+
+    return attack
+
+
 def _pickles(folder: Path) -> Target:
     canary = folder / "canary"
     path = folder / "fuzz.pt"
@@ -418,6 +441,7 @@ ROWS: tuple[Row, ...] = (
     ),
     _row("safetensors", "a hostile header is refused and allocates nothing", _safetensors, 100, 1500, 15_000),
     _row("bins", "hostile .bin files are refused, or give batches", _bins, 50, 500, 6000),
+    _row("jsonl", "hostile rows of a .jsonl file are refused, or give batches", _jsonl, 50, 500, 6000),
     _row(
         "pickles",
         "a hostile pickle is refused, runs no code and allocates nothing",

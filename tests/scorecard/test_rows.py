@@ -157,6 +157,7 @@ SABOTAGE: dict[str, tuple[str, Any, int]] = {
     "fuzz-tokenizers": ("tests.scorecard.fuzz.load_tokenizer", broken, 2),
     "fuzz-safetensors": ("tests.scorecard.fuzz.read_weights", broken, 2),
     "fuzz-bins": ("gpt.data.dataset.check_id", nothing, 20),
+    "fuzz-jsonl": ("gpt.data.formats.json_object", broken, 1),
     "fuzz-pickles": ("gpt.weights.files.InputError", RuntimeError, 10),
     "fuzz-json": ("tests.scorecard.fuzz.read_json", lambda path: {"n_layer": 1 / 0}, 2),
     "fuzz-sums": ("gpt.weights.checkpoint.verify", nothing, 10),

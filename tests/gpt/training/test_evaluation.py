@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from gpt import GPT, InputError
 from gpt.training.evaluation import evaluate
+from tests.gpt.data.loading import BINS
 from tests.gpt.models import BYTES, random_byte_model
 from tests.gpt.text import TEXT
 
@@ -37,6 +38,15 @@ def test_every_token_counts_once_with_its_context(length: int, stride: int, mode
     assert evaluation.perplexity == pytest.approx(math.exp(evaluation.loss))
     size = len(BYTES.decode_bytes(ids[1:].tolist()))
     assert evaluation.bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+
+
+def test_the_end_of_a_document_has_no_bytes() -> None:
+    """Bits per byte of a text that counts the name of <|endoftext|>, or that divides by no bytes."""
+    model = GPT({"vocab_size": 257, "block_size": 8, "n_layer": 1, "n_head": 1, "n_embd": 8}, device="cpu")
+    evaluation = evaluate(model.eval(), np.asarray([*b"abc", 256, *b"de", 256], np.uint16), BINS)
+    assert evaluation.tokens == 6
+    assert evaluation.bits_per_byte == pytest.approx(6 * evaluation.loss / math.log(2) / 4)
+    assert evaluate(model, np.asarray([97, 256], np.uint16), BINS).bits_per_byte == math.inf
 
 
 def test_wrong_settings_are_refused(model: GPT) -> None:
