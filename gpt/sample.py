@@ -173,8 +173,8 @@ class _Sampler:
     config: SampleConfig
     generator: torch.Generator
 
-    def write(self, ids: Sequence[int]) -> str:
-        """Prints a continuation of `ids` as it is generated, and a newline; returns it. Ctrl-C may end it."""
+    def write(self, ids: Sequence[int], *, ctrl_c_ends_it: bool = False) -> str:
+        """Prints a continuation of `ids` as it is generated, and a newline; returns it."""
         written: list[str] = []
 
         def write(text: str) -> None:
@@ -202,7 +202,7 @@ class _Sampler:
         except Stopped:
             pass
         except KeyboardInterrupt:
-            if not config.interactive:
+            if not ctrl_c_ends_it:
                 raise
         print()
         return "".join(written)
@@ -228,7 +228,7 @@ def _interact(sampler: _Sampler, prompt: str) -> None:
             except InputError as error:  # a character that the tokenizer does not have
                 warnings.warn(str(error), stacklevel=2)
             else:
-                exchanges = [*asked[:-1], (line, sampler.write(ids))]
+                exchanges = [*asked[:-1], (line, sampler.write(ids, ctrl_c_ends_it=terminal))]
         line = _read_line(terminal)
 
 

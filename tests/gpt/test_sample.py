@@ -211,7 +211,7 @@ def test_ctrl_c_ends_an_answer_and_then_the_command(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Ctrl-C during an answer that loses the conversation, or one at the prompt without effect."""
+    """Ctrl-C that loses the conversation, or that has no effect at the prompt or with a pipe."""
     prompts, answers = chat
     answers += ["On~e.", "Two."]
     lines = iter(["How many?", "", "And now?"])
@@ -228,6 +228,11 @@ def test_ctrl_c_ends_an_answer_and_then_the_command(
     assert sample.main(flags) == 130
     assert capsys.readouterr() == ("On\nTwo.\n\n", "gpt.sample: stopped by Ctrl-C\n")
     assert f"On{NEXT_TURN}And now?" in prompts[1]
+
+    answers += ["On~e.", "Two."]
+    type_lines(monkeypatch, b"How many?\nAnd now?")
+    assert sample.main(flags) == 130
+    assert answers == ["Two."]
 
 
 WRONG_SAMPLES = {
