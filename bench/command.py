@@ -20,6 +20,7 @@ from bench.measure import Ceilings, Clock, self_check
 from bench.record import Report
 from gpt.cli import OptionParser, option, run_command
 from gpt.errors import InputError, unknown
+from gpt.training.profile import profiling
 from kernels.spec import SHORT_DTYPE
 
 DTYPES = {name: dtype for dtype, name in SHORT_DTYPE.items()}
@@ -36,7 +37,9 @@ class Options:
     dtype: str = option("auto", "auto is bf16 on a GPU, fp32 on a CPU", choices=("auto", *DTYPES))
     device: str | None = option(None, "cpu or cuda (default: a GPU if there is one)")
     budget: str | None = option(
-        None, "as in 90s or 8m: leave out the least important cases beyond it (default: 1m on a CPU)"
+        None,
+        "as in 90s or 8m: leave out the least important cases beyond it (default: 1m on a CPU, except with "
+        "--quick)",
     )
     json: str | None = option(None, "write every figure to this file, as they come")
     plot: bool = option(False, "draw a PNG into --out")
@@ -60,7 +63,8 @@ def _main(bench: Bench, argv: Sequence[str]) -> int:
     _, values = parser.parse_tables(argv)
     options = Options(**values["options"])
     began, clock = time.monotonic(), Clock(bench_device(options.device))
-    budget = parse_budget(options.budget or (None if clock.on_gpu else CPU_BUDGET))
+    usual = None if clock.on_gpu or options.quick else CPU_BUDGET
+    budget = parse_budget(usual if options.budget is None else options.budget)
     check_names("--op", options.op, [spec.name for spec in bench.specs])
     specs = [spec for spec in bench.specs if not options.op or spec.name in options.op]
 
@@ -156,26 +160,17 @@ def profile(runner: Runner, race: Race, path: Path) -> None:
     spec, case = race
     contestants = {c.name: c for c in runner.contestants(spec)}
     inputs = spec.make_inputs(case, runner.dtype, runner.clock.device, torch.Generator().manual_seed(0))
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    chosen, order = REFERENCE, "self_cpu_time_total"
-    if runner.clock.on_gpu:
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-        chosen, order = OURS, "self_cuda_time_total"
+    contestant = contestants.get(OURS if runner.clock.on_gpu else REFERENCE) or next(
+        c for c in contestants.values() if c.function is not None
+    )
 
-    contestant = contestants.get(chosen) or next(c for c in contestants.values() if c.function is not None)
     call = lane(spec, contestant, [inputs], "both" if spec.gradients else "forward").calls[0]
+    print(f"\n{contestant.name}: three calls of {spec.name} {case.id}")
     with runner.clock.active(), contestant.context():
         call()
-        runner.clock.synchronize()
-        with torch.profiler.profile(activities=activities) as profiler:
+        with profiling(path, runner.clock.device):
             for _ in range(3):
                 call()
-            runner.clock.synchronize()
-
-    print(f"\n{contestant.name}: three calls of {spec.name} {case.id}")
-    print(profiler.key_averages().table(sort_by=order, row_limit=12, max_name_column_width=60))
-    profiler.export_chrome_trace(str(path))
-    print(f"wrote {path}")
 
 
 def check_names(where: str, names: Sequence[str], valid: Collection[str]) -> None:

@@ -253,7 +253,7 @@ def _peak(clock: Clock, report: Report, dtype: torch.dtype) -> float:
     side = 8192 if clock.on_gpu else 1024
     measured = ceilings.matmul(side, side, side, dtype)
     report.ceilings |= ceilings.measured()
-    stated = peak_flops(report.machine.device) if clock.on_gpu and dtype == torch.bfloat16 else None
+    stated = peak_flops(report.machine.device, dtype) if clock.on_gpu else None
     if stated is None:
         say(
             report,

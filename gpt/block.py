@@ -7,11 +7,13 @@ Shapes: B sequences, T tokens, N = B T rows, C = n_embd, H heads of D = head_siz
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 from gpt.config import GPTConfig
@@ -58,6 +60,9 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return kernels.layer_norm(x, self.weight, self.bias, self.eps)
 
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}, bias={self.bias is not None}"
+
 
 def add(x: Tensor, branch: Tensor, run: Pass, seed: Seed) -> Tensor:
     """x + dropout(branch), or dropout(branch) without shortcuts."""
@@ -94,6 +99,9 @@ class Attention(nn.Module):
             y = run.cache.attend(self.layer, qkv)
         return self.proj(y.reshape(x.shape[0], self.width))  # (B, T, H, D) -> (N, HD) -> (N, C)
 
+    def extra_repr(self) -> str:
+        return f"n_head={self.n_head}, head_size={self.head_size}"
+
 
 class FeedForward(nn.Module):
     """down(activation(up(x))), in one op if the activation is GELU, and `up` and `down` are plain."""
@@ -114,6 +122,9 @@ class FeedForward(nn.Module):
         if kernels.is_plain(up, Linear) and kernels.is_plain(down, Linear):
             return kernels.gelu_ffn(x, up.weight, up.bias, down.weight, down.bias, approximate=approximate)
         return down(F.gelu(up(x), approximate=approximate))
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}"
 
 
 class Block(nn.Module):
@@ -154,3 +165,21 @@ class Block(nn.Module):
         y, x = (self.ln_1(x), x) if branch is None else add_norm(self.ln_1, x, branch, run, seed_1)
         y, x = add_norm(self.ln_2, x, self.attn(y, run), run, seed_2)
         return self.ffn(y), x
+
+    def extra_repr(self) -> str:
+        return f"norm={'post' if self.post else 'pre'!r}"
+
+
+def checkpointed(
+    block: nn.Module, branch: Tensor | None, x: Tensor, run: Pass
+) -> tuple[Tensor | None, Tensor]:
+    """block(branch, x, run), of which only the arguments are kept: the backward pass runs the block again."""
+    # Backward is outside the caller's contexts; torch.compile chooses both passes' backends at once.
+    backend = nullcontext() if torch.compiler.is_compiling() else kernels.same_backend()
+
+    def forward(branch: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        with backend:
+            return block(branch, x, run)
+
+    # The masks of dropout, an adapter's too, are drawn again from the same state of torch's generators.
+    return checkpoint(forward, branch, x, use_reentrant=False)

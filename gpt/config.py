@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import FrozenInstanceError, asdict, dataclass, fields, replace
 from types import NoneType
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 from gpt.cli import option
 from gpt.errors import InputError, shown, unknown
@@ -140,17 +140,57 @@ class GPTConfig:
         attention = 12 * self.n_layer * self.n_head * self.head_size * self.block_size
         return 6 * (counts["total"] - looked_up) + attention
 
-    def training_bytes(self, batch_size: int, value: int = 4) -> int:
-        """16 bytes per parameter, and n_layer (6 C + 4 n_head D + 2 I) values per token of a micro-batch.
+    def training_bytes(
+        self, batch_size: int, value: int = 4, *, fused: bool = True, checkpoint_activations: bool = False
+    ) -> int:
+        """The memory of a training step with AdamW, from the sizes of what it keeps at once.
 
-        A parameter has a float32 weight, gradient and the two averages of AdamW. For a token, a block saves
-        values for its backward pass: inputs and outputs of the norms and additions, q, k, v and the output of
-        attention, and the feed-forward's before and after its activation. A value has `value` bytes: 4 in
-        float32, and 2 in half precision.
+        A parameter takes 16 bytes: a float32 weight, its gradient and AdamW's two averages. In half precision
+        the matrices are kept in 16 bits too. The loss keeps the float32 gradient of the head's weight, and C
+        values per token; with the last norm that is 4 C + 2 value C bytes.
+
+        A block keeps per token two sums of the residual stream in float32, the outputs of its norms, q, k, v
+        and the output of attention, the feed-forward before its activation, and the statistics of norms and
+        softmax:
+
+            8 C + value (2 C + 4 n_head D + I) + 16 + 4 n_head   bytes.
+
+        The references also keep the feed-forward after its activation, value I bytes, and on a CPU compute
+        attention in float32. With `checkpoint_activations`, a block keeps its two inputs, 4 C + value C
+        bytes, and one block at a time has the rest. Dropout of the references, `document_start` and a chunk
+        of logits come on top.
+
+        Args:
+            batch_size: Sequences of block_size tokens in a micro-batch.
+            value: Bytes of a value in the forward pass: 4 in float32, 2 in half precision.
+            fused: For the fused ops; False for the references on a CPU.
+            checkpoint_activations: As of TrainConfig.
         """
-        width = 6 * self.n_embd + 4 * self.n_head * self.head_size + 2 * self.inner_size
-        tokens = batch_size * self.block_size
-        return 16 * self.parameter_counts()["total"] + value * self.n_layer * width * tokens
+        c, hd, inner = self.n_embd, self.n_head * self.head_size, self.inner_size
+        block = 8 * c + value * (2 * c + 4 * hd + inner) + 16 + 4 * self.n_head
+        if not fused:
+            block += value * inner + (4 - value) * 4 * hd + (value < 4) * value * hd
+        inputs = (4 + value) * c
+        blocks = self.n_layer * inputs + block if checkpoint_activations else self.n_layer * block
+
+        counts, head = self.parameter_counts(), self.vocab_size * c
+        matrices = self.n_layer * (4 * c * hd + 2 * c * inner) + head
+        weights = 16 * counts["total"] + (value * matrices if value < 4 else 0) + 4 * head
+        return weights + batch_size * self.block_size * (blocks + 4 * c + 2 * value * c)
+
+
+def _refuse_to_set(config: GPTConfig, name: str, value: object) -> NoReturn:
+    """The error of a frozen dataclass, for Hugging Face's Trainer too: it starts by setting `use_cache`."""
+    hint = (
+        "; Hugging Face's Trainer needs a model of transformers: model.save_pretrained(DIR, "
+        "format='huggingface'), GPT2LMHeadModel.from_pretrained(DIR), kernels.integrations.transformers.fuse"
+    )
+    raise FrozenInstanceError(
+        f"GPTConfig: {name} cannot be set, expected a new config{hint if name == 'use_cache' else ''}"
+    )
+
+
+GPTConfig.__setattr__ = _refuse_to_set  # type: ignore[method-assign, assignment]
 
 
 @dataclass(frozen=True)
@@ -201,6 +241,18 @@ class TrainConfig:
         1000,
         "batches of the final evaluation, spread evenly over the validation split; none reads all of it",
         low=1,
+    )
+    profile: bool = option(
+        False, "write a Chrome trace of three steps into --out, and print the ops that take the longest"
+    )
+    tensorboard: bool = option(False, "write the log for TensorBoard too, into --out")
+    checkpoint_activations: bool = option(
+        False,
+        "keep the inputs of each block alone, and run it again in the backward pass: less memory, slower",
+    )
+    check_memory: bool = option(True, "refuse a model that needs more memory than is free")
+    peak_tflops: float | None = option(
+        None, "dense TFLOP/s of the device in the run's dtype, for MFU (default: a known GPU's)", above=0
     )
     seed: int = option(1337, "of initialisation, batches and dropout", low=0, high=2**63 - 1)
     compile: bool = option(False, "run the model through torch.compile")
@@ -306,6 +358,15 @@ def override(config: Config, overrides: Mapping[str, Any]) -> Config:
         if key not in names:
             raise unknown(type(config).__name__, key, names)
     return replace(config, **overrides)
+
+
+def resolve(config: GPTConfig | Mapping[str, Any] | str | None, overrides: Mapping[str, Any]) -> GPTConfig:
+    """The GPTConfig that the arguments of `GPT` describe."""
+    if config is None:
+        return GPTConfig.from_dict(overrides)
+    if isinstance(config, str):
+        return GPTConfig.preset(config, **overrides)
+    return override(config if isinstance(config, GPTConfig) else GPTConfig.from_dict(config), overrides)
 
 
 def _check(config: GPTConfig | TrainConfig) -> None:

@@ -17,31 +17,58 @@ from gpt.memory import ROOT, Free, free_memory, show_bytes
 class GPU(NamedTuple):
     """What NVIDIA states for the GPU whose device name contains `name`.
 
-    `flops` are dense bfloat16 FLOP/s; `bandwidth` is byte/s of its memory.
+    `flops` are dense bfloat16 FLOP/s with float32 accumulation, which equal those of float16; `bandwidth` is
+    byte/s of its memory; `memory` is in GB, as sold.
     """
 
     name: str
     flops: float
     bandwidth: float
+    memory: int
 
 
-GPUS = (  # the first that matches counts
-    GPU("H100 PCIe", 756e12, 2.0e12),
-    GPU("H100 NVL", 835e12, 3.9e12),
-    GPU("H100", 989e12, 3.35e12),
-    GPU("H200 NVL", 835e12, 4.8e12),
-    GPU("GH200", 989e12, 4.0e12),
-    GPU("H200", 989e12, 4.8e12),
-    GPU("B200", 2250e12, 8.0e12),
-    GPU("A100-SXM4-40GB", 312e12, 1.555e12),
-    GPU("A100-PCIE-40GB", 312e12, 1.555e12),
-    GPU("A100", 312e12, 2.0e12),
-    GPU("A10G", 70e12, 0.6e12),
-    GPU("A10", 125e12, 0.6e12),
-    GPU("L40S", 362e12, 0.864e12),
-    GPU("RTX 4090", 165e12, 1.008e12),
-    GPU("RTX 3090", 71e12, 0.936e12),
+GPUS = (
+    # The datasheets of H100, H200 and GH200; half of the figures with sparsity.
+    GPU("H100", 989e12, 3.35e12, 80),
+    GPU("H100 PCIe", 756e12, 2.0e12, 80),
+    GPU("H100 NVL", 835e12, 3.9e12, 94),
+    GPU("H200", 989e12, 4.8e12, 141),
+    GPU("H200 NVL", 835e12, 4.8e12, 141),
+    GPU("GH200", 989e12, 4.0e12, 96),
+    # The datasheets of HGX B200, GB200 NVL72 and HGX B300, per GPU.
+    GPU("B200", 2250e12, 8.0e12, 180),
+    GPU("GB200", 2500e12, 8.0e12, 186),
+    GPU("B300", 2250e12, 8.0e12, 270),
+    # The datasheets of A100, A30, A10 and A40; AWS's of A10G.
+    GPU("A100", 312e12, 2.0e12, 80),
+    GPU("A100-SXM4-40GB", 312e12, 1.555e12, 40),
+    GPU("A100-PCIE-40GB", 312e12, 1.555e12, 40),
+    GPU("A30", 165e12, 0.933e12, 24),
+    GPU("A10", 125e12, 0.6e12, 24),
+    GPU("A10G", 70e12, 0.6e12, 24),
+    GPU("A40", 149.7e12, 0.696e12, 48),
+    # The datasheets of L4, L40 and L40S; half of the figures with sparsity.
+    GPU("L4", 121e12, 0.3e12, 24),
+    GPU("L40", 181e12, 0.864e12, 48),
+    GPU("L40S", 362e12, 0.864e12, 48),
+    # The rows "with FP32 Accumulate", for which GeForce cards have half their rate, of the whitepapers on the
+    # GA102 (with RTX A6000), Ada and RTX Blackwell architectures.
+    GPU("RTX 3090", 71e12, 0.936e12, 24),
+    GPU("RTX 3090 Ti", 80e12, 1.008e12, 24),
+    GPU("RTX A6000", 154.8e12, 0.768e12, 48),
+    GPU("RTX 4080", 97.5e12, 0.717e12, 16),
+    GPU("RTX 4090", 165e12, 1.008e12, 24),
+    GPU("RTX 5070", 61.7e12, 0.672e12, 12),
+    GPU("RTX 5070 Ti", 87.9e12, 0.896e12, 16),
+    GPU("RTX 5080", 112.6e12, 0.96e12, 16),
+    GPU("RTX 5090", 209.5e12, 1.792e12, 32),
+    # The datasheets of RTX A5000 and RTX 6000 Ada and the whitepaper on RTX PRO Blackwell.
+    GPU("RTX A5000", 111e12, 0.768e12, 24),
+    GPU("RTX 6000 Ada Generation", 364e12, 0.96e12, 48),
+    GPU("RTX PRO 6000 Blackwell Workstation Edition", 503.8e12, 1.792e12, 96),
 )
+# Words of a device name that make it another GPU than the one in the table, or a part of it.
+VARIANTS = {"Ti", "SUPER", "D", "Laptop", "Max-Q", "MIG"}
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -54,19 +81,57 @@ def pick_device(name: str | None) -> torch.device:
     """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device(name)
+    if device.type == "meta":
+        raise InputError("device is 'meta', expected cpu or cuda, which hold values")
+    return device
+
+
+def find_device(name: torch.device | str | None) -> torch.device:
+    """The device `name`, which may be "meta"; None is torch's default.
+
+    Raises:
+        InputError: This machine has no such device.
+    """
+    if name is None:
+        return torch.get_default_device()
     try:
         device = torch.device(name)
-    except (RuntimeError, ValueError) as error:  # its message lists devices that torch can be compiled for
+    except (RuntimeError, ValueError, TypeError) as error:  # it lists what torch can be compiled for
         raise InputError(f"device is {name!r}, expected cpu, cuda, cuda:1, ...") from error
+    shown = str(device)
+    if device.type == "cuda" and torch.version.cuda is None and torch.version.hip is None:
+        raise InputError(
+            f"device is {shown!r}, but this torch is built without CUDA, expected 'cpu', or a build of torch "
+            "with CUDA (pytorch.org/get-started)"
+        )
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"device is {shown!r}, but torch sees no GPU, expected 'cpu', or a GPU that nvidia-smi lists and "
+            "CUDA_VISIBLE_DEVICES, if set, does not hide"
+        )
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, ValueError, ImportError) as error:
         raise InputError(
-            f"device is {name!r}, expected a device of this machine ({first_line(error)})"
+            f"device is {shown!r}, expected a device of this machine ({first_line(error)})"
         ) from error
-    if device.type == "meta":
-        raise InputError("device is 'meta', expected cpu or cuda, which hold values")
     return device
+
+
+def parameter_dtype(name: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype of parameters that `name` means, as in torch.bfloat16 or "bfloat16"; None is torch's default.
+
+    Raises:
+        InputError: It is another one than float32, bfloat16, float16 and float64.
+    """
+    if name is None:
+        return None
+    dtypes = {**_DTYPES, "float64": torch.float64}
+    plain = str(name).removeprefix("torch.")
+    if plain not in dtypes:
+        raise InputError(f"dtype is {plain!r}, expected one of {', '.join(dtypes)}")
+    return dtypes[plain]
 
 
 def autocast_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -98,15 +163,17 @@ def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
-def peak_flops(name: str) -> float | None:
-    """The dense bfloat16 FLOP/s that NVIDIA states for the GPU `name`; None for any other device."""
-    gpu = known_gpu(name)
+def peak_flops(name: str, dtype: torch.dtype) -> float | None:
+    """The dense FLOP/s that NVIDIA states for the GPU `name` in `dtype`; None where GPUS has no figure."""
+    gpu = known_gpu(name) if dtype in (torch.bfloat16, torch.float16) else None
     return None if gpu is None else gpu.flops
 
 
 def known_gpu(name: str) -> GPU | None:
     """The row of GPUS for the device `name`, as in "NVIDIA H200"; None if there is none."""
-    return next((gpu for gpu in GPUS if gpu.name in name), None)
+    matches = [gpu for gpu in GPUS if re.search(rf"(?<!\w){re.escape(gpu.name)}(?!\w)", name)]
+    gpu = max(matches, key=lambda gpu: len(gpu.name), default=None)
+    return None if gpu is None or VARIANTS & set(name.replace(gpu.name, "").split()) else gpu
 
 
 def find_gpu(name: str) -> GPU:
@@ -127,14 +194,26 @@ def _letters(name: str) -> str:
 
 
 def check_memory(config: GPTConfig, train: TrainConfig, device: torch.device, *, root: Path = ROOT) -> None:
-    """Raises InputError where training needs more memory than is free on `device`."""
-    value = autocast_dtype(train.dtype, device).itemsize
+    """Raises InputError where training needs more memory than is free on `device`.
+
+    It counts what `GPTConfig.training_bytes` does: of the fused ops on a GPU, of the references elsewhere.
+    """
+    if not train.check_memory:
+        return
+    needed = config.training_bytes(
+        train.batch_size,
+        autocast_dtype(train.dtype, device).itemsize,
+        fused=device.type == "cuda",
+        checkpoint_activations=train.checkpoint_activations,
+    )
+    advice = "a smaller batch_size" if train.checkpoint_activations else "--checkpoint_activations"
     _check_free(
         f"model: training {config.parameter_counts()['total']:,} parameters with batch_size "
         f"{train.batch_size}",
-        config.training_bytes(train.batch_size, value),
+        needed,
         device,
         root,
+        f" ({advice} takes less; --check_memory false trains all the same)",
     )
 
 
@@ -143,11 +222,11 @@ def check_weights(where: str, size: int, device: torch.device, *, root: Path = R
     _check_free(f"{where}: loading the weights", size, device, root)
 
 
-def _check_free(what: str, needed: int, device: torch.device, root: Path) -> None:
+def _check_free(what: str, needed: int, device: torch.device, root: Path, advice: str = "") -> None:
     free = _free_memory(device, root)
     if free is not None and needed > free.bytes:
         most = f"{show_bytes(free.bytes)} {free.where}"
-        raise InputError(f"{what} takes about {show_bytes(needed)}, expected at most the {most}")
+        raise InputError(f"{what} takes about {show_bytes(needed)}, expected at most the {most}{advice}")
 
 
 def _free_memory(device: torch.device, root: Path) -> Free | None:

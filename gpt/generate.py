@@ -15,7 +15,7 @@ from torch import Tensor
 
 import kernels
 from gpt.errors import InputError
-from gpt.inputs import check_ids, padding, positions
+from gpt.inputs import padding, positions, token_ids
 from gpt.kv_cache import Decoder, Stops
 from gpt.model import GPT
 
@@ -81,6 +81,11 @@ class Settings:
             raise InputError(f"generate: repetition_penalty is {penalty!r}, expected a number in {SCALES}")
         if vocab_size is not None and (not _is_int(vocab_size) or vocab_size <= 0):
             raise InputError(f"generate: vocab_size is {vocab_size!r}, expected an integer > 0 or None")
+        if not isinstance(self.do_sample, bool):
+            raise InputError(
+                f"generate: do_sample is {self.do_sample!r}, expected True or False, as in generate(idx, 50, "
+                "True, 0.8) or generate(idx, 50, temperature=0.8)"
+            )
         if self.do_sample:
             _check_sampling(self.temperature, self.top_k, self.top_p, self.min_p)
 
@@ -115,7 +120,7 @@ def generate(model: GPT, idx: Tensor, max_new_tokens: int, settings: Settings) -
     Raises:
         InputError: max_new_tokens, stop_tokens, the generator or an input does not fit the model.
     """
-    check_ids(idx, model.config.vocab_size, model.wte.weight.device)
+    idx = token_ids(idx, model.config.vocab_size, model.device)
     _check_fit(model, max_new_tokens, settings)
     key_start = None if settings.attention_mask is None else padding(settings.attention_mask, idx)
 
@@ -208,7 +213,7 @@ def _check_fit(model: GPT, max_new_tokens: int, settings: Settings) -> None:
     """Refuses a length, stop tokens or a generator that do not fit the model."""
     if not _is_int(max_new_tokens) or max_new_tokens < 0:
         raise InputError(f"generate: max_new_tokens is {max_new_tokens!r}, expected an integer >= 0")
-    vocab_size, device = model.config.vocab_size, model.wte.weight.device
+    vocab_size, device = model.config.vocab_size, model.device
     for stop in settings.stop_ids:
         if not _is_int(stop) or not 0 <= stop < vocab_size:
             raise InputError(f"generate: stop_tokens has {stop!r}, expected ids in [0, {vocab_size})")

@@ -27,6 +27,9 @@ class TiedHead(nn.Module):
             )
         return kernels.linear(x, weight, self.bias)
 
+    def extra_repr(self) -> str:
+        return f"weight of the token embedding, bias={self.bias is not None}"
+
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """The loss of `kernels.linear_cross_entropy`, from logits (..., V)."""

@@ -111,8 +111,6 @@ def report(config: GPTConfig) -> str:
     ]
     lines = [f"{'':<38}{'parameters':>16}{'MiB in float32':>16}"]
     lines += [f"{name:<38}{count:>16,}{4 * count / MIB:>16,.2f}" for name, count in rows]
-    fixed = config.training_bytes(0)
-    sequence = config.training_bytes(1) - fixed
     return "\n".join(
         [
             *lines,
@@ -120,12 +118,25 @@ def report(config: GPTConfig) -> str:
             f"{config.flops_per_token() / 1e6:,.1f} MFLOP per token, forward and backward, at context T = "
             f"{config.block_size}:",
             "  6 N + 12 n_layer n_head D T, N without embeddings that are only looked up",
-            f"{fixed / MIB:,.0f} MiB to train in float32 with AdamW, {sequence / MIB:,.1f} MiB more per "
-            "sequence of a batch:",
-            "  16 bytes a parameter, 4 n_layer T (6 C + 4 n_head D + 2 I) for backward; one chunk of logits "
-            "comes on top",
+            "",
+            f"{'MiB to train with AdamW and the fused ops':<50}{'model':>12}{'each sequence':>16}",
+            *(
+                _memory(config, name, value, checkpoint_activations)
+                for name, value in (("float32", 4), ("bfloat16", 2))
+                for checkpoint_activations in (False, True)
+            ),
+            "  the formula is in the documentation of GPTConfig.training_bytes",
         ]
     )
+
+
+def _memory(config: GPTConfig, dtype: str, value: int, checkpoint_activations: bool) -> str:
+    """The line of the memory that training takes in one precision."""
+    fixed, one = (
+        config.training_bytes(size, value, checkpoint_activations=checkpoint_activations) for size in (0, 1)
+    )
+    flag = " --checkpoint_activations" if checkpoint_activations else ""
+    return f"  {dtype + flag:<48}{fixed / MIB:>12,.0f}{(one - fixed) / MIB:>16,.1f}"
 
 
 def prediction_report(prediction: Prediction) -> str:
@@ -142,6 +153,7 @@ def prediction_report(prediction: Prediction) -> str:
         )
         for part in prediction.components
     ]
+    memory = prediction.config.training_bytes(prediction.batch_size, 2)
     gaps, host = 1e3 * prediction.gap_seconds, prediction.host_seconds
     issued = f"{prediction.launches:,} Triton launches, {prediction.dispatches:,} other operations"
     micro_batches = f"{prediction.grad_accum} x " if prediction.grad_accum > 1 else ""
@@ -156,6 +168,7 @@ def prediction_report(prediction: Prediction) -> str:
         _row("host", "", "", "", "", f"{1e3 * host:.2f}", issued),
         "",
         f"predicted: {_speed(prediction, prediction.seconds)}",
+        f"memory: about {memory / 2**30:,.1f} GiB, on a GPU of {prediction.gpu.memory} GB",
     ]
     if prediction.captured and host > prediction.gpu_seconds:
         lines.append(f"predicted with --no_capture, without a CUDA graph: {_speed(prediction, host)}")

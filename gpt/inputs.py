@@ -10,23 +10,37 @@ from torch import Tensor
 
 from gpt.errors import InputError
 
+INTEGERS = (torch.int64, torch.int32)
 
-def check_ids(idx: Tensor, vocab_size: int, device: torch.device) -> None:
-    """Raises InputError unless `idx` is int64 (B, T) on `device`, on a CPU with ids in [0, vocab_size)."""
-    if not isinstance(idx, Tensor) or idx.ndim != 2 or idx.dtype != torch.int64 or idx.numel() == 0:
-        raise InputError(f"GPT: idx is {describe(idx)}, expected int64 (B, T) with at least one token")
+
+def token_ids(idx: Tensor, vocab_size: int, device: torch.device) -> Tensor:
+    """`idx` as int64.
+
+    Raises:
+        InputError: It is not int64 or int32 (B, T) on `device`, or on a CPU has ids outside [0, vocab_size).
+    """
+    if not isinstance(idx, Tensor) or idx.ndim != 2 or idx.dtype not in INTEGERS or idx.numel() == 0:
+        raise InputError(
+            f"GPT: idx is {describe(idx)}, expected int64 (B, T) with at least one token{_hint(idx)}"
+        )
     if idx.device != device:
         raise InputError(f"GPT: idx is on {idx.device}, expected {device} (the model's)")
     if _readable(idx):
         low, high = (int(i) for i in idx.aminmax())
         if low < 0 or high >= vocab_size:
             raise InputError(f"GPT: idx has {low if low < 0 else high}, expected ids in [0, {vocab_size})")
+    return idx.long()
 
 
-def check_targets(targets: Tensor, idx: Tensor) -> None:
-    """Raises InputError unless `targets` has idx's shape, dtype and device; the loss checks the values."""
-    if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or not _alike(targets, idx):
+def target_ids(targets: Tensor, idx: Tensor) -> Tensor:
+    """`targets` as int64; the loss checks the values.
+
+    Raises:
+        InputError: It is not int64 or int32, or has another shape or device than `idx`, which is int64.
+    """
+    if not isinstance(targets, Tensor) or targets.dtype not in INTEGERS or not _alike(targets, idx):
         raise InputError(f"GPT: targets is {describe(targets)}, expected {describe(idx)} (idx's)")
+    return targets.long()
 
 
 def padding(attention_mask: Tensor, idx: Tensor) -> Tensor:
@@ -83,6 +97,16 @@ def describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
     return type(value).__name__
+
+
+def _hint(idx: object) -> str:
+    """How to make a batch of what is often passed instead: a list of ids, or a tensor of one row."""
+    if isinstance(idx, Tensor):
+        return ": idx[None] is a batch of one row" if idx.ndim == 1 and idx.numel() else ""
+    if isinstance(idx, (list, tuple)) and idx:
+        rows = "ids" if isinstance(idx[0], (list, tuple)) else "[ids]"
+        return f": torch.tensor({rows}, device=model.device)"
+    return ""
 
 
 def _alike(tensor: Tensor, idx: Tensor) -> bool:

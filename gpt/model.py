@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from gpt.block import SITES, Block, Linear, Norm, Pass, Seed, add, add_norm, dropout
-from gpt.config import GPTConfig, override
+from gpt.block import SITES, Block, Linear, Norm, Pass, Seed, add, add_norm, checkpointed, dropout
+from gpt.config import GPTConfig, resolve
 from gpt.data.tokenizers import Tokenizer
+from gpt.device import find_device, parameter_dtype
 from gpt.errors import InputError, unknown
 from gpt.head import TiedHead, cross_entropy
-from gpt.inputs import check_document_start, check_ids, check_targets, padding, positions
+from gpt.inputs import check_document_start, padding, positions, target_ids, token_ids
 from gpt.kv_cache import KVCache
+from gpt.names import also_named
 from gpt.preflight import preflight
 
 Callback = Callable[["GPT", int], object]
@@ -35,11 +37,11 @@ class GPT(nn.Module):
             overrides are such a dict, and GPTConfig's defaults (GPT-2 124M) apply to the rest.
         use_triton: False for the references, True for kernels wherever they apply, "auto" for the faster of
             the two. It can be changed at any time.
-        device, dtype: Of the parameters. None is torch's default.
+        device, dtype: Of the parameters, also as text, as in "cuda" and "bfloat16". None is torch's default.
         **overrides: Fields of GPTConfig to change.
 
     Raises:
-        InputError: The config is invalid, or use_triton is another value.
+        InputError: The config is invalid, use_triton is another value, or this machine has no such device.
     """
 
     fuses: ClassVar = {"ln_f": (Norm,), "lm_head": (Linear, TiedHead)}
@@ -50,12 +52,13 @@ class GPT(nn.Module):
         *,
         use_triton: bool | str = "auto",
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         **overrides: Any,
     ) -> None:
         super().__init__()
-        self.config = config = _resolve(config, overrides)
+        self.config = config = resolve(config, overrides)
         self.dropout_seed: Seed = None
+        self.checkpoint_activations = False  # True recomputes each block in the backward pass of training
         self.train_loss: list[float] = []  # one entry for each epoch of the last `fit`
         self.validation_loss: list[float] = []
 
@@ -66,7 +69,7 @@ class GPT(nn.Module):
             self.ln_f = Norm(config) if config.final_norm else None
             tied, C, V = config.tie_weights, config.n_embd, config.vocab_size
             self.lm_head = TiedHead(config) if tied else Linear(C, V, bias=config.head_bias)
-        self.to(dtype=dtype).to_empty(device=torch.get_default_device() if device is None else device)
+        self.to(dtype=parameter_dtype(dtype)).to_empty(device=find_device(device))
         self.reset_parameters()
         self.use_triton = use_triton
 
@@ -96,7 +99,17 @@ class GPT(nn.Module):
             raise InputError(f"GPT: use_triton is {value!r}, expected True, False or 'auto'")
         self._use_triton = value
         if value is True:
-            kernels.warn_if_unavailable(self.wte.weight.device, self.wte.weight.dtype)
+            kernels.warn_if_unavailable(self.device, self.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return self.wte.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters."""
+        return self.wte.weight.dtype
 
     @property
     def max_seq_len(self) -> int:
@@ -106,6 +119,9 @@ class GPT(nn.Module):
     def num_parameters(self) -> int:
         """The number of parameters; a tied head counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def extra_repr(self) -> str:
+        return f"{self.num_parameters():,} parameters, use_triton={self.use_triton!r}"
 
     def forward(
         self,
@@ -118,25 +134,24 @@ class GPT(nn.Module):
         """Logits of the next token at every position, or the mean cross-entropy of `targets`.
 
         Args:
-            idx: int64 (B, T), ids in [0, V), T <= block_size.
-            targets: int64 (B, T), the next token of each position; -100 is ignored. They are not shifted
-                here.
+            idx: int64 or int32 (B, T), ids in [0, V), T <= block_size.
+            targets: int64 or int32 (B, T), the next token of each position; -100 is ignored. They are not
+                shifted here.
             attention_mask: (B, T), 0 for padding, 1 for tokens. Padding is on the left. Positions count from
                 the first token.
             document_start: int32 (B, T), the index of the first token of each token's document. Attention
                 stays within a document, and positions restart in each.
 
         Returns:
-            (B, T, V) logits; with targets a float32 scalar, without holding the logits in memory.
+            (B, T, V) logits; with targets the loss alone, a float32 scalar: the logits are never in memory.
 
         Raises:
             InputError: An argument has another type, shape or device; T > block_size; padding is not on the
                 left; both attention_mask and document_start are given. On a CPU also: an id is outside
                 [0, V), or a document_start is after its token.
         """
-        check_ids(idx, self.config.vocab_size, self.wte.weight.device)
-        if targets is not None:
-            check_targets(targets, idx)
+        idx = token_ids(idx, self.config.vocab_size, self.device)
+        targets = None if targets is None else target_ids(targets, idx)
         if idx.shape[1] > self.config.block_size:
             raise InputError(
                 f"GPT: idx has {idx.shape[1]} tokens, expected at most {self.config.block_size} (block_size)"
@@ -177,8 +192,9 @@ class GPT(nn.Module):
         x = self.wte(idx) + self.wpe(position)  # (B, T, C)
         x = dropout(x, dropout_p, seeds[-2]).flatten(0, 1)  # (N, C), N = B T
         branch = None  # (N, C), what the previous block has left to add to x
+        recompute = self.checkpoint_activations and self.training and torch.is_grad_enabled()
         for block in self.blocks:
-            branch, x = block(branch, x, run)
+            branch, x = checkpointed(block, branch, x, run) if recompute else block(branch, x, run)
 
         if self.ln_f is not None:
             x = self.ln_f(x) if branch is None else add_norm(self.ln_f, x, branch, run, seeds[-1])[0]
@@ -211,20 +227,20 @@ class GPT(nn.Module):
         *,
         num_epoch: int = 1,
         learning_rate: float = 1e-3,
-        callbacks: Sequence[Callback] = (),
+        callbacks: Sequence[Callback] | Callback = (),
     ) -> None:
         """Trains with AdamW, on a GPU if there is one, and leaves each epoch's mean loss in the model.
 
         The losses are in `train_loss` and `validation_loss`, one entry for each epoch.
 
         Args:
-            train_loader: Batches (inputs, targets), int64 (B, T) each, as a DataLoader yields them. A target
-                of -100 is ignored.
+            train_loader: Batches (inputs, targets), int64 or int32 (B, T) each, as a DataLoader yields them.
+                A target of -100 is ignored. For several epochs, it must give them at each iteration.
             valid_loader: Batches to validate on after each epoch.
             num_epoch: Passes over `train_loader`.
             learning_rate: Constant.
-            callbacks: Called as callback(model, epoch) after each epoch; epochs count from 1. Training ends
-                when one returns a true value.
+            callbacks: One or several, called as callback(model, epoch) after each epoch; epochs count from 1.
+                Training ends when one returns a true value.
 
         Raises:
             InputError: A setting outside its range, or a loader that yields something else or nothing.
@@ -241,15 +257,16 @@ class GPT(nn.Module):
             callbacks=callbacks,
         )
 
+    @also_named(x="idx", input_ids="idx")
     def generate(
         self,
         idx: Tensor,
         max_new_tokens: int,
-        *,
         do_sample: bool = True,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        *,
         min_p: float | None = None,
         repetition_penalty: float = 1.0,
         vocab_size: int | None = None,
@@ -265,7 +282,7 @@ class GPT(nn.Module):
         order.
 
         Args:
-            idx: int64 (B, T). The model sees its last block_size tokens.
+            idx: int64 or int32 (B, T), also as x= or input_ids=. The model sees its last block_size tokens.
             max_new_tokens: >= 0.
             do_sample: False takes the likeliest token and ignores temperature, top_k, top_p and min_p.
             temperature: Divides the logits, > 0.
@@ -308,15 +325,14 @@ class GPT(nn.Module):
 
     def preflight(self, batch_size: int, seq_len: int, dtype: torch.dtype | None = None) -> kernels.Report:
         """Checks each fused op against its reference at this model's shapes; see `gpt.preflight`."""
-        weight = self.wte.weight
         prefer = self.backend().backend if self._use_triton else "auto"
         return preflight(
             self.config,
-            weight.device,
+            self.device,
             batch_size,
             seq_len,
-            dtype or weight.dtype,
-            weight.dtype,
+            dtype or self.dtype,
+            self.dtype,
             prefer=prefer,
         )
 
@@ -360,7 +376,7 @@ class GPT(nn.Module):
         """Loads a model: see `gpt.weights.pretrained.load_pretrained`."""
         from gpt.weights.pretrained import load_pretrained
 
-        return load_pretrained(source, config, device=device, use_triton=use_triton)
+        return load_pretrained(source, config, device=find_device(device), use_triton=use_triton)
 
 
 def _site_seeds(seed: Seed, count: int) -> Sequence[Seed]:
@@ -370,12 +386,3 @@ def _site_seeds(seed: Seed, count: int) -> Sequence[Seed]:
     if isinstance(seed, Tensor):
         return (seed * GOLDEN + torch.arange(count, device=seed.device)).unbind()
     return [(seed * GOLDEN + i + 2**63) % 2**64 - 2**63 for i in range(count)]
-
-
-def _resolve(config: GPTConfig | Mapping[str, Any] | str | None, overrides: dict[str, Any]) -> GPTConfig:
-    """The GPTConfig that the constructor's arguments describe."""
-    if config is None:
-        return GPTConfig.from_dict(overrides)
-    if isinstance(config, str):
-        return GPTConfig.preset(config, **overrides)
-    return override(config if isinstance(config, GPTConfig) else GPTConfig.from_dict(config), overrides)

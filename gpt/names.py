@@ -1,12 +1,16 @@
-"""The names that other packages use: for the fields of a config, for flags, and for parameters."""
+"""The names that other packages use: for the fields of a config, for flags, arguments and parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import functools
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from gpt.errors import InputError, shown, unknown
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -205,6 +209,24 @@ def habitual(name: str, ours: Collection[str]) -> str | None:
     return next((our for our, theirs in HABITS.items() if our in ours and name in theirs.split()), None)
 
 
+def also_named(**aliases: str) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
+    """A function whose arguments may also be given by other packages' names, as in also_named(x="idx")."""
+
+    def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        @functools.wraps(function)
+        def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            for alias in aliases.keys() & kwargs.keys():
+                if aliases[alias] in kwargs:
+                    name = function.__name__
+                    raise InputError(f"{name}: {alias} and {aliases[alias]} are both given, expected one")
+                kwargs[aliases[alias]] = kwargs.pop(alias)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
 @dataclass(frozen=True)
 class Layout:
     """A package's names for our parameters.
@@ -256,6 +278,9 @@ _GPT2_MODULES = {
 }
 HUGGING_FACE = Layout("Hugging Face", "h", _GPT2_MODULES, transposed=True)
 NANOGPT = Layout("nanoGPT", "h", _GPT2_MODULES, assumed={"activation": "gelu"})
+STATE_DICT = Layout(
+    "fused-gpt", "blocks", {name: (name,) for name in _GPT2_MODULES}
+)  # of GPT, without a config
 BOOK = Layout(
     "LLMs-from-scratch",
     "trf_blocks",

@@ -222,15 +222,20 @@ def _from_preset(run: RunConfig, given: Values) -> Start:
 
 
 def _from_weights(run: RunConfig, given: Values) -> Start:
-    """Starts from the trained model in --init; flags may change its dropout and shorten its context."""
+    """Starts from the trained model in --init; flags may change its dropout and shorten its context.
+
+    For a file that does not state its config, the other flags of the model do.
+    """
     assert run.init is not None
     base = _from_preset(run, {**given, "model": {}, "train": FINE_TUNING | given["train"]})
-    weights = load_pretrained(run.init, device="cpu").float()
+    fixed = {name: value for name, value in given["model"].items() if name not in ("dropout", "block_size")}
+    weights = load_pretrained(run.init, fixed or None, device="cpu").float()
     config = override(weights.config, given["model"])
-    for name, value in given["model"].items():
-        kept = getattr(weights.config, name)
-        if name != "dropout" and value != kept and not (name == "block_size" and value < kept):
-            raise InputError(f"--init: {name} is {value!r}, expected {kept!r} as in {run.init}")
+    if config.block_size > weights.config.block_size:
+        kept = weights.config.block_size
+        raise InputError(
+            f"--init: block_size is {config.block_size}, expected at most {kept} as in {run.init}"
+        )
     tokenizer = None if "tokenizer" in given["data"] else load_pretrained_tokenizer(run.init)
     return Start(config, base.train, base.data, tokenizer, weights)
 

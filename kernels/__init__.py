@@ -6,7 +6,15 @@ of the two a call takes, and why.
 
 from kernels import reference
 from kernels.attention import causal_attention, causal_attention_qkv, decode_attention
-from kernels.dispatch import Choice, FallbackWarning, explain, model_backend, use_backend, warn_if_unavailable
+from kernels.dispatch import (
+    Choice,
+    FallbackWarning,
+    explain,
+    model_backend,
+    same_backend,
+    use_backend,
+    warn_if_unavailable,
+)
 from kernels.ffn import gelu_ffn
 from kernels.linear import linear
 from kernels.loss import linear_cross_entropy
@@ -39,6 +47,7 @@ __all__ = [
     "model_backend",
     "preflight",
     "reference",
+    "same_backend",
     "use_backend",
     "warn_if_unavailable",
     "work",

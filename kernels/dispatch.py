@@ -255,6 +255,16 @@ class model_backend(_Context):
         self._settings = {"model": self.backend}
 
 
+class same_backend(_Context):
+    """Context manager: inside, in any thread, ops take the backends that hold where it is created.
+
+    For work that is done later, such as a block that the backward pass recomputes.
+    """
+
+    def __init__(self) -> None:
+        self._settings = dict(_thread.settings)
+
+
 def warn_if_unavailable(device: torch.device, dtype: torch.dtype) -> None:
     """Gives one FallbackWarning, naming the ops, per reason why Triton cannot run on `device` in `dtype`."""
     reasons: dict[str, list[str]] = {}

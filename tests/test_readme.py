@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
-import importlib
+import importlib.util
 import io
 import os
 import re
@@ -98,7 +98,9 @@ def check(actual: Any, stated: Any, source: str) -> None:
 @pytest.mark.parametrize("document", [name for name in DOCUMENTS if name != "CONTRIBUTING.md"])
 def test_code_runs(document: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A line that fails when typed, or a result that is not the one in the comment after it."""
-    code = "".join(blocks(document, "python")).replace('"cuda"', '"cpu"')
+    installed = importlib.util.find_spec("peft") is not None  # it is not in every set of versions
+    code = "".join(block for block in blocks(document, "python") if installed or "import peft" not in block)
+    code = code.replace('"cuda"', '"cpu"')
     if document == "README.md":
         monkeypatch.setitem(gpt.config._MODEL_PRESETS, "gpt2", gpt.config._MODEL_PRESETS["char-cpu"])
     ids, heads = torch.randint(65, (2, 16)), torch.randn(1, 2, 8, 16)

@@ -19,7 +19,7 @@ FAMILIES = tuple(dict.fromkeys(spec.family for spec in SPECS.values()))
 LEAVES = {"checks", "dispatch", "files", "philox", "linear", "plain", "tolerance", "tuning", "version"}
 GPT_LAYERS = (  # top first: a file imports from its own layer and from those below it
     {""},  # gpt/__init__.py
-    {"train", "sample", "eval", "info"},
+    {"train", "sample", "eval", "info", "__main__"},
     {"training", "generate", "weights"},
     {"model"},
     {"block", "head", "kv_cache", "inputs", "preflight", "step_time", "data"},
@@ -123,7 +123,7 @@ def test_nothing_imports_a_command(path: Path) -> None:
     commands = {
         f"gpt.{other.stem}" for other in sources("gpt") if "__main__" in other.read_text(encoding="utf-8")
     }
-    assert commands == {"gpt.train", "gpt.sample", "gpt.info", "gpt.eval"}
+    assert commands == {"gpt.train", "gpt.sample", "gpt.info", "gpt.eval", "gpt.__main__"}
     assert not commands & imports(path)
 
 

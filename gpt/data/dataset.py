@@ -313,6 +313,7 @@ class TokenData:
     ) -> Iterator[Batch]:
         """Adjacent windows of a split: each token but the first is a target once.
 
+        Of packed instructions, those that two windows share have no targets in the second.
         Of a split with more than `most` batches of windows, as many are taken, spread evenly.
         """
         import numpy as np
@@ -373,7 +374,8 @@ def save_bin(data: TokenData, directory: str | os.PathLike[str]) -> None:
     """Writes `data` for nanoGPT: train.bin and val.bin (raw little-endian uint16 ids), and tokenizer.json.
 
     Raises:
-        InputError: The vocabulary has more ids than 16 bits can hold, or a file cannot be written.
+        InputError: The vocabulary has more ids than 16 bits can hold, the data has prompts that are not
+            trained on, or a file cannot be written.
     """
     import numpy as np
 
@@ -381,8 +383,10 @@ def save_bin(data: TokenData, directory: str | os.PathLike[str]) -> None:
         raise InputError(
             f"save_bin: the vocabulary has {data.tokenizer.vocab_size} ids, expected at most 65536 (uint16)"
         )
-    folder = Path(directory)
     splits: tuple[Split, ...] = ("train", "validation")
+    if any(len(data._parts[split].untrained) for split in splits):
+        raise InputError("save_bin: data has instructions, expected text, as .bin files have no masks")
+    folder = Path(directory)
     try:
         for split in splits:
             with replacing(folder / BIN_NAMES[split]) as file:
@@ -419,6 +423,8 @@ def _windows(part: _Part, starts: Positions, block_size: int) -> Batch:
     if documents is not None:
         begins = _begins(documents, positions)
         missing |= begins[:, 1:] == positions[:, 1:]
+        if len(part.untrained):  # answers that another window has with the whole row before them
+            missing |= (begins < starts[:, None])[:, 1:] & (positions - begins <= block_size)[:, 1:]
     batch = Batch(
         torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(np.where(missing, IGNORED, rows[:, 1:]))
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from gpt.config import TrainConfig
 from gpt.data.dataset import IGNORED, Batch
 from gpt.device import pick_device
-from gpt.errors import InputError
+from gpt.errors import InputError, shown
 from gpt.model import GPT, Callback
 from gpt.training.step import PendingStep, TrainStep
 
@@ -54,11 +54,24 @@ def fit(
     *,
     num_epoch: int,
     learning_rate: float,
-    callbacks: Sequence[Callback],
+    callbacks: Sequence[Callback] | Callback,
 ) -> None:
     """Implements `GPT.fit`, which documents the arguments."""
     if num_epoch < 1:
         raise InputError(f"fit: num_epoch is {num_epoch}, expected at least 1")
+    for name, loader in {"train_loader": train_loader, "valid_loader": valid_loader}.items():
+        if num_epoch > 1 and isinstance(loader, Iterator):
+            raise InputError(
+                f"fit: {name} is a {type(loader).__name__}, which ends after one epoch, expected a list or a "
+                f"DataLoader for {num_epoch} epochs"
+            )
+    callbacks = [callbacks] if callable(callbacks) else list(callbacks)
+    for callback in callbacks:
+        if not callable(callback) or isinstance(callback, type):
+            raise InputError(
+                f"fit: callbacks has {shown(callback)}, expected functions of (model, epoch), such as "
+                "EarlyStopping()"
+            )
     config = TrainConfig(learning_rate=learning_rate, min_lr=0.0)
     model.to(pick_device(config.device))
     step = TrainStep(model, config)

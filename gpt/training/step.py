@@ -135,8 +135,10 @@ class TrainStep:
         self._rate = torch.zeros((), dtype=rate_dtype, device=self.device)
         self._failed = torch.zeros((), dtype=torch.bool, device=self.device)
         self._graph = None
-        capture = captures(self.device) and not config.no_capture and not kernels.has_hooks(model)
-        if capture and ranks.size == 1 and forward is None:
+        model.checkpoint_activations = config.checkpoint_activations
+        # A capture runs no hooks, and cannot read random states, as a recomputation does.
+        captured = not (config.no_capture or config.checkpoint_activations or kernels.has_hooks(model))
+        if captures(self.device) and ranks.size == 1 and forward is None and captured:
             self._graph = StepGraph(self._run, self.device)
 
     def __call__(self, batches: Batches, rate: float, stop: Sized = ()) -> StepResult:

@@ -9,6 +9,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sized
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,11 +23,12 @@ from gpt.data.dataset import Batch, Split, TokenData
 from gpt.device import peak_flops, pick_device
 from gpt.errors import InputError, NonFiniteError
 from gpt.model import GPT
-from gpt.training import rng
+from gpt.training import rng, tensorboard
 from gpt.training.display import bar_text, evaluation_line, progress_bar
 from gpt.training.distributed import ALONE, Ranks
 from gpt.training.evaluator import Evaluator
 from gpt.training.optim import learning_rate
+from gpt.training.profile import TRACE, StepProfile
 from gpt.training.run_folder import RunFolder
 from gpt.training.run_state import Progress
 from gpt.training.signals import Stopped, StopRequest
@@ -74,6 +76,8 @@ class Trainer:
         resume: Continue from the newest valid checkpoint in `out`, or from the one with this name, as in
             "step-100". Later checkpoints are then set aside.
         options: Further entries of a checkpoint's state.json; ready for JSON.
+        on_log: Called on rank 0 with a copy of each record of log.jsonl, after it is written. An exception in
+            it ends the run; earlier checkpoints stay.
         ranks: The processes that train together, from `gpt.training.distributed.join`. They share the
             micro-batches of each step and each evaluation, and rank 0 writes. A run can be resumed with
             another number of processes, but only the same number continues it bit by bit.
@@ -91,6 +95,7 @@ class Trainer:
         out: str | os.PathLike[str] | RunFolder | None = None,
         resume: bool | str = False,
         options: Mapping[str, Any] | None = None,
+        on_log: Callable[[dict[str, Any]], object] | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
         self.config = config = config or TrainConfig()
@@ -103,10 +108,16 @@ class Trainer:
         self._logged = Progress()  # as of the last record of the log
         self._saved: Path | None = None
         self._queue: deque[_QueuedStep] = deque()  # steps whose results have not been read
+        self._on_log = [] if on_log is None else [on_log]
 
         with ranks.agreement():
             ranks.check(config)
             data.check(self.block_size)
+            if self._folder is None and (config.profile or config.tensorboard):
+                wanted = "profile" if config.profile else "tensorboard"
+                raise InputError(f"Trainer: {wanted} is True without out, expected a folder to write to")
+            if config.tensorboard:
+                tensorboard.check_installed()
             if data.tokenizer.vocab_size > model.config.vocab_size:
                 vocab_size, needed = model.config.vocab_size, data.tokenizer.vocab_size
                 raise InputError(
@@ -120,7 +131,10 @@ class Trainer:
             self._evaluator = Evaluator(model, self._step, data, config, ranks)
             on_gpu = self.device.type == "cuda"
             self._ahead = 1 if on_gpu else 0  # steps that may be queued; a CPU computes while it queues
-            self._peak = peak_flops(torch.cuda.get_device_name(self.device) if on_gpu else "cpu")
+            name = torch.cuda.get_device_name(self.device) if on_gpu else "cpu"
+            self._peak = (
+                1e12 * config.peak_tflops if config.peak_tflops else peak_flops(name, self._step.dtype)
+            )
             if ranks.size > 1:
                 rng.seed(config.seed, self.step, ranks.rank)
             if self._folder is not None:
@@ -215,8 +229,11 @@ class Trainer:
         self.claim()
         try:
             if self._folder is not None:
-                prepare = partial(self._folder.prepare, self.step, self._best, keep_final=self._is_done())
-                self.ranks.on_first(prepare)
+                prepare = partial(self._folder.prepare, keep_final=self._is_done(), best=self._best)
+                self.ranks.on_first(partial(prepare, self.step))
+                if self.config.tensorboard:
+                    folder = self._folder.path / tensorboard.FOLDER
+                    self._on_log.append(tensorboard.TensorBoard(folder, self.step + 1))
             stop = StopRequest(self.config.time_limit_seconds)
             with stop.listening():
                 self._train(stop)
@@ -236,8 +253,9 @@ class Trainer:
         config, stopped = self.config, False
         stop.consequence = self._last_step
         self.model.train()
-        with progress_bar(config.max_steps, self.step, unit="step") as bar:
+        with progress_bar(config.max_steps, self.step, unit="step") as bar, self._profile() as profile:
             while not self._is_done() and not stopped:
+                profile.next_step()
                 self._queue_step(stop)
                 ahead = 0 if self._needs_result(stop) else self._ahead
                 while len(self._queue) > (0 if stopped else ahead):
@@ -263,6 +281,12 @@ class Trainer:
                 if due or (improved and config.keeps_best):
                     with stop.saving():
                         self._save()
+
+    def _profile(self) -> StepProfile:
+        """The profile of rank 0's steps, if it is asked for."""
+        wanted = self.config.profile and self.ranks.rank == 0
+        path = self._folder.path / TRACE if wanted and self._folder is not None else None
+        return StepProfile(path, self.device)
 
     def _last_step(self) -> str:
         """What a signal makes the run do: the next step to be queued learns of it, and is the last one."""
@@ -380,8 +404,16 @@ class Trainer:
 
     def _write_log(self, record: dict[str, Any]) -> None:
         self._logged = replace(self._progress)
+        self.ranks.on_first(partial(self._log, record))
+
+    def _log(self, record: dict[str, Any]) -> None:
         if self._folder is not None:
-            self.ranks.on_first(partial(self._folder.append_log, record))
+            self._folder.append_log(record)
+        self._notify(record)
+
+    def _notify(self, record: Mapping[str, Any]) -> None:
+        for on_log in self._on_log:
+            on_log(deepcopy(dict(record)))
 
     def _kept(self, step: int) -> str:
         """What is kept of step `step`, which failed, as the end of a sentence: its batches, on rank 0."""
@@ -435,6 +467,7 @@ class Trainer:
         """Completes the log, generates a sample, of which each token calls `check`, and draws the losses."""
         if self._folder is not None:
             self._folder.complete_log(record)
+        self._notify(record)
         sample = self._evaluator.sample(SAMPLE_TOKENS, check)
         if self._folder is not None:
             self._folder.finish(sample)

@@ -52,9 +52,8 @@ def locate(source: str | os.PathLike[str]) -> Path:
     first, slash, _ = name.partition("/")
     is_here = bool(slash) and os.path.lexists(first)
     if not isinstance(source, str) or is_here or name.endswith(SUFFIXES) or not HUB_NAME.fullmatch(name):
-        held = runs_in(Path(first), "from_pretrained") if is_here and os.path.isdir(first) else None
-        if held:
-            raise InputError(f"from_pretrained: {path} does not exist; {first} {held}")
+        if slash and os.path.isdir(path.parent) and (held := runs_in(path.parent, "from_pretrained")):
+            raise InputError(f"from_pretrained: {path} does not exist; {path.parent} {held}")
         raise InputError(
             f"from_pretrained: {path} does not exist, expected a file, a folder or the name of a model on "
             "the hub"

@@ -21,7 +21,7 @@ from gpt.device import check_weights
 from gpt.errors import InputError
 from gpt.files import read_json
 from gpt.model import GPT
-from gpt.names import BOOK, HUGGING_FACE, NANOGPT, Layout
+from gpt.names import BOOK, FIELD_NAMES, HUGGING_FACE, NANOGPT, STATE_DICT, Layout
 from gpt.weights.checkpoint import (
     CONFIG,
     find_best_checkpoint,
@@ -41,6 +41,9 @@ Loaded = TypeVar("Loaded")
 WRAPPERS = re.compile(r"(?:_orig_mod\.|module\.)*(?:transformer\.)?")
 MASKS = re.compile(r".*\.(?:attn\.(?:masked_)?bias|att\.mask)")  # buffers that some versions save
 HEADS = ("n_head", "n_heads", "num_heads")
+DROPOUTS = {"dropout"} | {
+    a for p in FIELD_NAMES.values() for a, name in p.aliases.items() if name == "dropout"
+}
 UNSEEN = ("n_head", "activation", "eps")  # fields that change the logits but no shape
 # The keys of a config.json that matter. No other key changes a GPT-2.
 HUGGING_FACE_KEYS = (
@@ -76,7 +79,7 @@ def load_pretrained(
         source: A run, a checkpoint, a folder or file of safetensors or of `torch.save`, or the name of a
             model on the Hugging Face hub. Downloads are kept in the hub's own cache.
         config: Fields that the file does not state, in any names that `GPTConfig.from_dict` knows. A bare
-            state_dict does not state the number of heads.
+            state_dict states shapes alone: not the number of heads, nor the options that change no shape.
         device: Of the parameters; None is torch's default. The parameters keep the file's dtype.
         use_triton: As in `GPT`.
 
@@ -89,12 +92,17 @@ def load_pretrained(
         NonFiniteError: A weight is infinite or NaN.
     """
 
+    if not isinstance(config, (GPTConfig, Mapping, NoneType)):
+        raise InputError(
+            f"from_pretrained: config is {type(config).__name__}, expected a GPTConfig, a dict or None"
+        )
+
     def read() -> GPT:
         path = locate(source)
         if is_own(path):
-            if config is not None:
-                raise InputError(f"from_pretrained: {path} states its config itself, expected no config")
-            return load_model(path, device=device, use_triton=use_triton)
+            model = load_model(path, device=device, use_triton=use_triton)
+            _check_stated(model.config, config, path)
+            return model
         file = _recognise(read_weights(weights_file(path)))
         check_finite(file.tensors, file.weights.path)
         return _build(file, _config(file, config), device, use_triton)
@@ -152,7 +160,8 @@ def _read_tokenizer(path: Path) -> Tokenizer:
             characters = read_characters(read_json(file, "tokenizer")) if file.name == FILE_NAME else None
             return characters or load_tokenizer(file)
     raise InputError(
-        f"tokenizer: {folder} holds no tokenizer, expected {FILE_NAME} or merges.txt beside the weights"
+        f"tokenizer: {folder} holds no tokenizer, expected {FILE_NAME} or merges.txt beside the weights "
+        "(gpt.train: or --tokenizer)"
     )
 
 
@@ -225,17 +234,26 @@ def _layout(tensors: Mapping[str, Tensor]) -> Layout | None:
     qkv, embedding = tensors.get("h.0.attn.c_attn.weight"), tensors.get("wte.weight")
     if qkv is not None and embedding is not None and qkv.ndim == embedding.ndim == 2:
         return HUGGING_FACE if qkv.shape[0] == embedding.shape[1] else NANOGPT  # (C, 3 C), or (3 C, C)
+    if "blocks.0.attn.qkv.weight" in tensors:
+        return STATE_DICT
     return BOOK if "trf_blocks.0.att.W_query.weight" in tensors else None
+
+
+def _check_stated(stated: GPTConfig, given: GPTConfig | Mapping[str, Any] | None, path: Path) -> None:
+    """Raises InputError where `given` differs from the config that a checkpoint of this package states."""
+    if not isinstance(given, GPTConfig):
+        given = GPTConfig.from_dict({**stated.to_dict(), **(given or {})})
+    for name, value in stated.to_dict().items():
+        if getattr(given, name) != value:
+            raise InputError(
+                f"from_pretrained: {name} is {getattr(given, name)!r}, expected {value!r} as in {path}"
+            )
 
 
 def _config(file: _ModelFile, given: GPTConfig | Mapping[str, Any] | None) -> GPTConfig:
     """The model's config, from the file's metadata, the tensors' shapes, and for the rest `given`."""
-    if not isinstance(given, (GPTConfig, Mapping, NoneType)):
-        raise InputError(
-            f"from_pretrained: config is {type(given).__name__}, expected a GPTConfig, a dict or None"
-        )
     stated = _stated_fields(file)
-    if given is not None:
+    if isinstance(given, Mapping) and DROPOUTS & given.keys():
         stated.pop("dropout", None)
     if not file.tied:
         stated["tie_weights"] = False
@@ -244,7 +262,8 @@ def _config(file: _ModelFile, given: GPTConfig | Mapping[str, Any] | None) -> GP
     if not isinstance(given, GPTConfig) and not {*HEADS} & {*known, *(given or ())}:
         width = file.first("wte.weight").shape[1]
         raise file.fail(
-            f"does not state the number of heads, expected config={{'n_head': ...}}, a divisor of {width}"
+            f"does not state the number of heads, expected config={{'n_head': ...}}, a divisor of {width} "
+            "(gpt.train: --n_head; gpt.sample, gpt.eval: a folder that save_pretrained wrote)"
         )
     config = given if isinstance(given, GPTConfig) else GPTConfig.from_dict({**known, **(given or {})})
     for name in UNSEEN:

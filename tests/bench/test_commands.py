@@ -54,6 +54,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.measure, "MAX_SETS", 2)
     monkeypatch.setattr(bench.measure, "MAX_SAMPLES", 2)
     monkeypatch.setattr(cases, "CPU_WORK", 10**6)
+    monkeypatch.setattr(bench.command, "CPU_BUDGET", "0.001s")  # without --quick, which has none
     monkeypatch.setattr(dispatch, "interpreting", False)
     monkeypatch.setattr(GPTConfig, "preset", lambda name: TINY)
     monkeypatch.setattr(bench.measure.Ceilings, "copy", lambda self: 1e10)
@@ -222,9 +223,8 @@ def test_a_wrong_model_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("small")
-def test_cases_beyond_the_budget_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cases_beyond_the_budget_are_listed(tmp_path: Path) -> None:
     """A budget that is ignored, or that drops cases without a note."""
-    monkeypatch.setattr(cases, "CPU_WORK", 10**6)
     path = tmp_path / "norm.json"
     flags = ["--device", "cpu", "--budget", "0.001s", "--contestants", "reference", "--json", str(path)]
     assert command(find_bench("norm"), flags) == 0
@@ -235,11 +235,8 @@ def test_cases_beyond_the_budget_are_listed(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("small")
-def test_a_bench_on_a_cpu_has_a_budget(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bench_on_a_cpu_has_a_budget(capsys: pytest.CaptureFixture[str]) -> None:
     """`python -m bench.attention`, as the README has it, that takes half an hour on a CPU."""
-    monkeypatch.setattr(bench.command, "CPU_BUDGET", "0.001s")
     assert command(find_bench("norm"), ["--device", "cpu", "--contestants", "reference"]) == 0
     assert "left out for the budget: add_layer_norm" in capsys.readouterr().out
 

@@ -166,6 +166,8 @@ def test_a_folder_of_runs_is_named(folder: Path, model: Path, capsys: pytest.Cap
 
     with pytest.raises(InputError, match="runs/3 does not exist; runs holds 2 runs, expected one of them"):
         GPT.from_pretrained("runs/3")
+    with pytest.raises(InputError, match=r"does not exist; runs/2/checkpoints holds .*, expected runs/2$"):
+        GPT.from_pretrained("runs/2/checkpoints/step-7")
     shutil.rmtree(folder / "runs" / "1")
     with pytest.raises(InputError, match="runs holds a run, expected runs/2"):
         GPT.from_pretrained("runs")

@@ -21,10 +21,8 @@ def cells(notebook: Path, kind: str) -> list[dict[str, Any]]:
 
 @pytest.mark.filterwarnings("ignore::kernels.FallbackWarning")
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs(
-    notebook: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A cell that fails, or training that does not get below the bigram model's loss."""
+def test_a_notebook_runs(notebook: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cell that fails, training that does not beat the bigram model, or a lesson that its figures deny."""
     monkeypatch.setattr(dispatch, "interpreting", False)  # the references run, as on any CPU
     names: dict[str, Any] = {}
     for number, cell in enumerate(cells(notebook, "code")):
@@ -32,7 +30,7 @@ def test_a_notebook_runs(
         linecache.cache[place] = (len(source), None, source.splitlines(keepends=True), place)
         exec(compile(source, place, "exec"), names)
     assert names["gpt_loss"] < names["bigram_loss"] - 0.5
-    assert "Traceback" not in capsys.readouterr().out
+    assert names["norms"][False][0] < 1e-6 * names["norms"][True][0]
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)

@@ -82,14 +82,15 @@ def test_training_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     """A model that exhausts what is free although the machine has more; a check that ignores the dtype."""
     root = write(tmp_path, **MACHINE, **V1)
     small = GPTConfig(vocab_size=64, block_size=64, n_layer=1, n_head=1, n_embd=32)
-    fixed = small.training_bytes(0)
-    batch = (900_000 - fixed) // (small.training_bytes(1) - fixed)
-    check_memory(small, TrainConfig(batch_size=batch, dtype="float32"), CPU, root=root)
-    check_memory(small, TrainConfig(batch_size=2 * batch, dtype="bfloat16"), CPU, root=root)
-    for dtype, size in (("float32", batch + 1), ("bfloat16", 2 * batch + 2)):
-        message = rf"with batch_size {size} takes about .* KiB, expected at most the 878\.9 KiB free below"
+    for dtype, value in (("float32", 4), ("bfloat16", 2)):
+        fixed, one = (small.training_bytes(size, value, fused=False) for size in (0, 1))
+        batch = (900_000 - fixed) // (one - fixed)
+        check_memory(small, TrainConfig(batch_size=batch, dtype=dtype), CPU, root=root)
+        message = (
+            rf"with batch_size {batch + 1} takes about .* KiB, expected at most the 878\.9 KiB free below"
+        )
         with pytest.raises(InputError, match=message):
-            check_memory(small, TrainConfig(batch_size=size, dtype=dtype), CPU, root=root)
+            check_memory(small, TrainConfig(batch_size=batch + 1, dtype=dtype), CPU, root=root)
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:

@@ -300,6 +300,27 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
         assert random_model().generate(idx, 20, **SETTINGS["all"]).shape == (2, 23)
 
 
+def test_calls_of_other_packages() -> None:
+    """generate(x=...), input_ids=..., or settings by position that are refused or taken for other ones."""
+    model, idx = random_model().eval(), tokens(2, 3)
+    greedy = model.generate(idx, 5, do_sample=False)
+    assert torch.equal(model.generate(x=idx, max_new_tokens=5, do_sample=False), greedy)
+    assert torch.equal(model.generate(input_ids=idx, max_new_tokens=5, do_sample=False), greedy)
+    assert torch.equal(model.generate(idx, 5, False), greedy)
+    drawn = []
+    for call in (
+        lambda: model.generate(idx, 9, True, 0.8, 20, 0.9),
+        lambda: model.generate(idx, 9, temperature=0.8, top_k=20, top_p=0.9),
+    ):
+        torch.manual_seed(2)
+        drawn.append(call())
+    assert torch.equal(*drawn)
+    with pytest.raises(InputError, match="generate: x and idx are both given, expected one"):
+        model.generate(idx=idx, x=idx, max_new_tokens=1)
+    with pytest.raises(InputError, match=r"do_sample is 0\.8, expected True or False, as in generate"):
+        model.generate(idx, 9, 0.8, 200)  # nanoGPT's order: temperature, top_k
+
+
 IDX = torch.zeros(2, 4, dtype=torch.int64)
 
 
@@ -313,6 +334,7 @@ IDX = torch.zeros(2, 4, dtype=torch.int64)
             ({"temperature": t}, "temperature is ")
             for t in (0, 0.0, -1, 1e-320, 1e308, 10**400, math.inf, math.nan, "1")
         ],
+        *[({"do_sample": v}, "do_sample is ") for v in (0.8, 1, None)],
         *[({"top_k": k}, "top_k is ") for k in (0, -3, 2.0, True)],
         *[({"top_p": p}, "top_p is ") for p in (0, -0.1, 1.1, math.nan)],
         *[({"min_p": p}, "min_p is ") for p in (-0.1, 1.1, math.nan)],

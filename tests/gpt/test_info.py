@@ -71,7 +71,7 @@ def test_the_command_predicts_a_step(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--gpu", "h300"], "--gpu is 'h300', expected one of H100 PCIe, H100 NVL, H100, "),
+        (["--gpu", "h300"], "--gpu is 'h300', expected one of H100, H100 PCIe, H100 NVL, "),
         (["--batch_size", "4"], "--gpu is not given, expected a GPU with --batch_size"),
         (["--gpu", "a100", "--batch_size", "0"], "batch_size is 0, expected an integer"),
         (["--gpu", "a100", "--json", "{file}/x"], "--json: cannot write "),

@@ -200,6 +200,57 @@ def test_all_constructors_agree() -> None:
             GPT(**wrong)
 
 
+def test_a_missing_device_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A traceback of torch, or a message that does not say whether torch or the GPU is missing."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for cuda, words in ((None, "this torch is built without CUDA"), ("13.0", "torch sees no GPU")):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        for create in (lambda: GPT(SMALL, device="cuda"), lambda: GPT.from_pretrained("x", device="cuda")):
+            with pytest.raises(
+                InputError, match=f"^device is 'cuda', but {words}, expected 'cpu', or "
+            ) as error:
+                create()
+            assert "\n" not in str(error.value)
+
+
+def test_device_and_dtype() -> None:
+    """A dtype as text that is refused, one that cannot be trained, or a property with another value."""
+    model = GPT(SMALL, dtype="bfloat16", device="meta")
+    assert (model.device, model.dtype) == (torch.device("meta"), torch.bfloat16)
+    assert GPT(SMALL, dtype="float64").dtype == torch.float64
+    for wrong in ("bf16", torch.int8, torch.complex64):
+        with pytest.raises(InputError, match="expected one of float32, bfloat16, float16, float64"):
+            GPT(SMALL, dtype=wrong)
+    with pytest.raises(InputError, match=r"'gpt2-small' is unknown, .*gpt2-medium.*char-cpu"):
+        GPT("gpt2-small")
+
+
+def test_a_model_prints_what_it_is() -> None:
+    """A repr in which a norm, a head or an activation is a bare name."""
+    text = repr(GPT(SMALL, norm="post", use_triton=False, bias=False))
+    for words in (
+        "7,008 parameters, use_triton=False",
+        "2 x Block",
+        "norm='post'",
+        "Norm(16, eps=1e-05, bias=False)",
+        "n_head=2, head_size=8",
+        "activation='gelu_tanh'",
+        "TiedHead(weight of the token embedding, bias=False)",
+    ):
+        assert words in text
+
+
+def test_int32_ids_are_ids() -> None:
+    """Token ids of a memory-mapped file that have to be converted first, or a loss of other targets."""
+    model, idx, targets = random_model(), tokens(2, 6), tokens(2, 6)
+    targets[0, 1] = -100
+    assert torch.equal(model(idx.int()), model(idx))
+    assert torch.equal(model(idx.int(), targets.int()), model(idx, targets))
+    continued = model.generate(idx.int(), 3, do_sample=False)
+    assert torch.equal(continued, model.generate(idx, 3, do_sample=False))
+    assert continued.dtype == torch.int64
+
+
 DROPOUT = {"dropout": 0.4}
 
 
@@ -343,9 +394,10 @@ def changed(tensor: Tensor, value: float, *index: int) -> Tensor:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"idx": [[1, 2]]}, "idx is list, expected int64 (B, T)"),
-        ({"idx": IDX.int()}, "idx is int32 (2, 5) on cpu, expected int64 (B, T)"),
-        ({"idx": IDX[0]}, "idx is int64 (5,) on cpu, expected int64 (B, T)"),
+        ({"idx": [[1, 2]]}, "idx is list, expected int64 (B, T) with at least one token: torch.tensor(ids, "),
+        ({"idx": [1, 2]}, "at least one token: torch.tensor([ids], device=model.device)"),
+        ({"idx": IDX.short()}, "idx is int16 (2, 5) on cpu, expected int64 (B, T)"),
+        ({"idx": IDX[0]}, "(B, T) with at least one token: idx[None] is a batch of one row"),
         ({"idx": IDX[:, :0]}, "expected int64 (B, T) with at least one token"),
         ({"idx": IDX[:0]}, "expected int64 (B, T) with at least one token"),
         ({"idx": IDX.to("meta")}, "idx is on meta, expected cpu (the model's)"),

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
+import runpy
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+
+import pytest
+import torch
 
 import gpt
 import kernels
+from kernels import dispatch
+from kernels.registry import SPECS
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,3 +45,31 @@ def test_a_third_party_kernels_package_is_named(tmp_path: Path) -> None:
 def test_the_version_is_that_of_the_package() -> None:
     """No version to state in a report, or another one than the distribution's."""
     assert gpt.__version__ == kernels.__version__
+
+
+def test_the_package_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    """`python -m gpt` that names a command which does not exist, or is wider than a terminal."""
+    runpy.run_module("gpt", run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    commands = re.findall(r"^  (\S+)  ", "\n".join(lines), re.MULTILINE)
+    assert {"gpt.train", "gpt.sample", "gpt.eval", "gpt.info", "kernels", "bench"} == {*commands}
+    assert all(find_spec(command) for command in commands)
+    assert max(map(len, lines)) <= 80
+
+
+def test_the_kernels_list_their_backends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`python -m kernels` without an op or its reason, or with a traceback where a setting cannot be had."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(dispatch, "interpreting", False)
+    monkeypatch.setattr(dispatch, "triton_version", (3, 7))
+    runpy.run_module("kernels", run_name="__main__")
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"fused-gpt {gpt.__version__}, torch {torch.__version__}, triton ")
+    assert [line.split()[:2] for line in lines] == [[op, "reference"] for op in SPECS]
+    assert all(line.endswith("tensors on cpu need TRITON_INTERPRET=1") for line in lines)
+
+    with kernels.use_backend("triton"):
+        runpy.run_module("kernels", run_name="__main__")
+    assert capsys.readouterr().out.count("cannot be honoured: ") == len(SPECS)

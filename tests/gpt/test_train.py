@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gpt import GPT, GPTConfig, TrainConfig, Trainer, files, train
 from gpt.data.dataset import TokenData
@@ -19,6 +20,7 @@ from gpt.weights.checkpoint import load_model
 from gpt.weights.hashes import write_sums
 from tests.gpt.text import TEXT
 from tests.gpt.training.small_runs import TINY
+from tests.gpt.weights.layouts import BookGPT, V, randomise
 
 ROOT = Path(__file__).parents[2]
 
@@ -253,6 +255,31 @@ def test_init_starts_from_a_trained_model(
         error = capsys.readouterr().err
         assert all(word in error for word in words.split())
     assert not (tmp_path / "no").exists()
+
+
+def test_init_takes_a_bare_state_dict(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The flags of the model that a file of the book does not state and that --init refuses or ignores."""
+    theirs = randomise(BookGPT())
+    torch.save(theirs.state_dict(), tmp_path / "model.pth")
+    out = tmp_path / "run"
+    flags = ["--init", str(tmp_path / "model.pth"), "--data", text, "--tokenizer", "char", "--device", "cpu"]
+    flags += ["--batch_size", "2", "--max_steps", "1", "--out", str(out), "--learning_rate", "1e-9"]
+    for wrong, words in (
+        (
+            [],
+            "does not state the number of heads, expected config={'n_head': ...}, a divisor of 24 "
+            "(gpt.train: --n_head; ",
+        ),
+        (["--n_head", "3", "--n_layer", "5"], "has 2 blocks, expected 5 (n_layer)"),
+    ):
+        assert train.main([*flags, *wrong, "--min_lr", "0"]) == 2
+        assert words in capsys.readouterr().err
+    assert (
+        train.main([*flags, "--n_head", "3", "--dropout", "0.1", "--block_size", "8", "--min_lr", "0"]) == 0
+    )
+    model, idx = load_model(out).eval(), torch.randint(V, (1, 8))
+    assert [model.config.n_head, model.config.dropout, model.config.block_size] == [3, 0.1, 8]
+    torch.testing.assert_close(model(idx), theirs(idx), rtol=1e-3, atol=1e-3)
 
 
 def test_runs_are_numbered(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

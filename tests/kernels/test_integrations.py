@@ -253,7 +253,7 @@ def loss_and_gradients(model: Any, idx: Tensor, **inputs: Any) -> list[Tensor]:
     model.zero_grad()
     loss = model(idx, **inputs).loss
     loss.backward()
-    return [loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
 
 
 LABELS = {
@@ -401,6 +401,39 @@ def test_each_gelu_keeps_its_formula(activation: str) -> None:
     expected = model.double()(idx).logits
     assert fused.fuse(model) == 8
     torch.testing.assert_close(model(idx).logits, expected)
+
+
+@pytest.mark.parametrize("fused_first", [False, True])
+def test_adapters_keep_their_effect(training: Any, fused_first: bool) -> None:
+    """Adapters in the feed-forward or on the head that a fused op reads past."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    layers = {"target_modules": ["c_fc", "c_proj", "lm_head"], "fan_in_fan_out": True}
+    config = peft.LoraConfig(r=2, init_lora_weights=False, **layers)
+    if fused_first:
+        fused.fuse(training)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # lm_head is tied, and not a Conv1D
+        peft.inject_adapter_in_model(config, training)
+
+    idx = torch.randint(V, (2, T))
+    if not fused_first:
+        fused.fuse(training)
+    actual = loss_and_gradients(training, idx, labels=idx)
+    assert len(kernels.explain(training)) == 2 * 2 + 1
+    fused.unfuse(training)
+    torch.testing.assert_close(loss_and_gradients(training, idx, labels=idx), actual)
+
+
+@pytest.mark.parametrize("name", ["lm_head", "transformer.h.1.mlp.c_fc", "transformer.h.1.mlp.act"])
+def test_hooks_run(training: Any, name: str) -> None:
+    """A hook on a module that a fused op reads past, so that the hook never runs."""
+    idx = torch.randint(V, (2, T))
+    fused.fuse(training)
+    training.get_submodule(name).register_forward_hook(lambda *call: 2 * call[-1])
+    assert kernels.explain(training) == {name: "has hooks"}
+    actual = training(idx, labels=idx).loss
+    fused.unfuse(training)
+    torch.testing.assert_close(actual, training(idx, labels=idx).loss)
 
 
 def test_only_gpt2_is_fused() -> None:

@@ -125,6 +125,32 @@ def test_early_stopping(losses: list[float], patience: int, min_delta: float, st
     assert stopping(model, 1) is False
 
 
+def test_one_callback_needs_no_list() -> None:
+    """fit(callbacks=EarlyStopping()) that fails after the first epoch."""
+    model = documented()
+    model.fit(loader(8), num_epoch=3, callbacks=lambda model, epoch: epoch == 2)
+    assert len(model.train_loss) == 2
+
+
+def test_what_cannot_work_is_refused_before_an_epoch() -> None:
+    """An epoch that is trained before a callback or an exhausted iterator fails."""
+    model, pairs = documented(), list(loader(8))
+    for arguments, words in (
+        ({"callbacks": EarlyStopping}, r"callbacks has <class .*such as EarlyStopping\(\)"),
+        ({"callbacks": ["stop"]}, "callbacks has 'stop'"),
+        (
+            {"train_loader": (pair for pair in pairs)},
+            "train_loader is a generator, which ends after one epoch",
+        ),
+        ({"valid_loader": iter(pairs)}, "valid_loader is a list_iterator, which ends after one epoch"),
+    ):
+        with pytest.raises(InputError, match=words):
+            model.fit(**{"train_loader": pairs, "num_epoch": 2, **arguments})
+        assert model.train_loss == []
+    model.fit(iter(pairs))
+    assert len(model.train_loss) == 1
+
+
 def test_wrong_arguments_are_refused() -> None:
     """A traceback from inside the model, or an epoch without targets that counts as trained."""
     model, x = documented(), torch.zeros(2, 4, dtype=torch.long)

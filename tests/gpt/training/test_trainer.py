@@ -120,7 +120,7 @@ def test_mfu_follows_its_formula(
     run(data, tmp_path / "unknown", replace(CONFIG, max_steps=1))
     assert read_log(tmp_path / "unknown")[0]["mfu"] is None
     assert "MFU" not in capsys.readouterr().err
-    monkeypatch.setattr("gpt.training.trainer.peak_flops", lambda device: 1e9)
+    monkeypatch.setattr("gpt.training.trainer.peak_flops", lambda device, dtype: 1e9)
     run(data, tmp_path / "known", replace(CONFIG, max_steps=1))
     record = read_log(tmp_path / "known")[0]
     flops = 6 * (make_model(data).num_parameters() - 16 * 16) + 12 * 1 * 2 * 8 * 16

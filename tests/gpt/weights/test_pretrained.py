@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gpt import GPT, CharTokenizer, GPTConfig, InputError
 from gpt.weights.pretrained import load_pretrained_tokenizer
+from tests.gpt.models import CONFIGS, random_model
 from tests.gpt.weights.layouts import BookGPT, C, H, L, NanoGPT, T, V, randomise
 
 BOOK_CONFIG = {
@@ -131,8 +132,34 @@ def test_own_checkpoints_are_recognised(tmp_path: Path) -> None:
     assert torch.equal(loaded(idx), model(idx))
     assert loaded.use_triton is False
     assert load_pretrained_tokenizer(tmp_path / "own").to_json() == tokenizer.to_json()
-    with pytest.raises(InputError, match="states its config itself, expected no config"):
-        GPT.from_pretrained(tmp_path / "own", {"n_head": H})
+    assert GPT.from_pretrained(tmp_path / "own", {"n_heads": H}).config == model.config
+    for wrong, words in (
+        ({"n_head": 1}, "n_head is 1, expected 3 as in"),
+        (GPTConfig(), "is 50257, expected 53"),
+    ):
+        with pytest.raises(InputError, match=words):
+            GPT.from_pretrained(tmp_path / "own", wrong)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_our_own_state_dict_needs_its_config_alone(name: str, tmp_path: Path) -> None:
+    """torch.save(model.state_dict()) that is of no known layout, or loads into another model."""
+    model = random_model(**CONFIGS[name])
+    path = saved(model.state_dict(), tmp_path / "model.pt")
+    for config in (model.config, model.config.to_dict()):
+        loaded = GPT.from_pretrained(path, config)
+        assert loaded.config == model.config
+        idx = torch.randint(37, (1, 5))
+        assert torch.equal(loaded(idx), model(idx))
+    with pytest.raises(InputError, match=r"\(fused-gpt's layout\) does not state the number of heads"):
+        GPT.from_pretrained(path)
+
+
+def test_a_config_keeps_the_dropout_of_the_file(tmp_path: Path) -> None:
+    """A file whose dropout is lost because the config states something else."""
+    path = saved(nano_checkpoint(NanoGPT()), tmp_path / "ckpt.pt")
+    assert GPT.from_pretrained(path, {"n_head": H}).config.dropout == 0.2
+    assert GPT.from_pretrained(path, {"dropout": 0.5}).config.dropout == 0.5
 
 
 def test_loading_keeps_the_random_state(tmp_path: Path) -> None:
@@ -162,7 +189,7 @@ WRONG: dict[str, tuple[Any, Any, str]] = {
         BookGPT().state_dict(),
         None,
         "(LLMs-from-scratch's layout) does not state the number of heads, expected config={'n_head': "
-        "...}, a divisor of 24",
+        "...}, a divisor of 24 (gpt.train: --n_head; gpt.sample, gpt.eval: a folder that save_pretrained",
     ),
     "no-heads-in-config": (
         BookGPT().state_dict(),
