@@ -168,6 +168,10 @@ def test_pieces_that_are_not_trained_on_are_masked(tmp_path: Path) -> None:
     data = TokenData(
         tokens.ids[: tokens.cut], BINS, validation=tokens.ids[tokens.cut :], untrained=tokens.untrained
     )
+    assert sorted("".join(BINS.decode(data.all_tokens()[data.all_targets()])).split(END)) == [
+        "",
+        *(f" say {i}?" for i in range(5)),
+    ]
     predicted: list[str] = []
     for split in ("train", "validation"):
         for batch in data.windows(split, 4, 10):
