@@ -6,7 +6,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gpt.cli import (
     USE_TRITON,
@@ -18,15 +17,11 @@ from gpt.cli import (
     which_option,
 )
 from gpt.data.dataset import DataConfig, TokenData
-from gpt.data.tokenizers import Tokenizer
 from gpt.device import autocast_dtype, pick_device
 from gpt.errors import InputError
 from gpt.model import GPT
 from gpt.training.evaluation import evaluate
 from gpt.weights.pretrained import from_checkpoint, load_pretrained, load_pretrained_tokenizer
-
-if TYPE_CHECKING:
-    from gpt.data.token_files import Ids
 
 
 @dataclass(frozen=True)
@@ -69,15 +64,20 @@ def _eval(argv: Sequence[str]) -> int:
 
     data = DataConfig(data=config.data, text_field=config.text_field, keep_newlines=config.keep_newlines)
 
-    def load(path: Path) -> tuple[Tokenizer, Ids, GPT]:
-        tokenizer = load_pretrained_tokenizer(path)
-        ids = TokenData.load(data, tokenizer, split=False).all_tokens()
-        return tokenizer, ids, load_pretrained(path, device=device, use_triton=use_triton).eval()
+    def load(path: Path) -> tuple[TokenData, GPT]:
+        text = TokenData.load(data, load_pretrained_tokenizer(path), split=False)
+        return text, load_pretrained(path, device=device, use_triton=use_triton).eval()
 
-    tokenizer, ids, model = from_checkpoint(config.checkpoint, device, load, which=config.which)
+    text, model = from_checkpoint(config.checkpoint, device, load, which=config.which)
 
     evaluation = evaluate(
-        model, ids, tokenizer, stride=config.stride, batch_size=config.batch_size, dtype=dtype
+        model,
+        text.all_tokens(),
+        text.tokenizer,
+        targets=text.all_targets(),
+        stride=config.stride,
+        batch_size=config.batch_size,
+        dtype=dtype,
     )
     print(
         f"loss {evaluation.loss:.4f} nats per token, perplexity {evaluation.perplexity:,.2f}, "

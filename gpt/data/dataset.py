@@ -28,19 +28,15 @@ from gpt.data.token_files import (
     open_bin,
     split_at,
 )
-from gpt.data.tokenizer_cache import trained_bpe
+from gpt.data.tokenizer_choice import choose_tokenizer, tokenizer_of_bin
 from gpt.data.tokenizers import (
     END_OF_TEXT,
-    FILE_NAME,
-    BPETokenizer,
     CharTokenizer,
     Tokenizer,
     end_of_text,
     fingerprint,
-    load_tokenizer,
 )
 from gpt.errors import InputError, cannot_write
-from gpt.files import user_path
 from kernels.files import replacing
 
 if TYPE_CHECKING:
@@ -119,6 +115,14 @@ class _Part(NamedTuple):
         import numpy as np
 
         return np.searchsorted(self.untrained, positions, side="right") % 2 == 1
+
+    def targets(self) -> NDArray[np.bool_]:
+        """Whether each of `tokens` is a target."""
+        import numpy as np
+
+        inside = self.untrained[self.untrained < len(self.tokens)]
+        lengths = np.diff(np.concatenate([[0], inside, [len(self.tokens)]]))
+        return np.repeat(np.arange(len(lengths)) % 2 == 0, lengths)
 
 
 class TokenData:
@@ -203,7 +207,7 @@ class TokenData:
         for paths in (config.data, config.validation) if config.validation else (config.data,):
             sources = open_sources(paths, text_field=config.text_field, keep_newlines=config.keep_newlines)
             corpora.append(Corpus(sources, fraction, characters=characters))
-        chosen = tokenizer or _tokenizer(config, corpora)
+        chosen = tokenizer or choose_tokenizer(config.tokenizer, corpora, config.bpe_vocab_size)
 
         marks = [] if end_of_text(chosen) is None else [END_OF_TEXT]  # between documents
 
@@ -240,7 +244,7 @@ class TokenData:
                     f"data: {' '.join(config.data)} with validation {' '.join(config.validation)}, expected "
                     "one .bin file for each of them"
                 )
-        tokenizer = tokenizer or _bin_tokenizer(files[0], config)
+        tokenizer = tokenizer or tokenizer_of_bin(files[0], config.tokenizer)
         parts, contents = zip(*map(open_bin, files), strict=True)
         for file, content in zip(files, contents, strict=True):
             check_id(content.largest, content.position, tokenizer.vocab_size, str(file))
@@ -268,6 +272,12 @@ class TokenData:
         import numpy as np
 
         return np.concatenate([part.tokens for part in self._parts.values()])
+
+    def all_targets(self) -> NDArray[np.bool_]:
+        """Whether each of `all_tokens` is a target; prompts are not."""
+        import numpy as np
+
+        return np.concatenate([part.targets() for part in self._parts.values()])
 
     def check(self, block_size: int) -> None:
         """Raises InputError if a split is shorter than one window of `block_size` tokens and its targets."""
@@ -446,31 +456,6 @@ def _begins(documents: Positions, positions: Positions) -> Positions:
     import numpy as np
 
     return np.concatenate(([0], documents))[np.searchsorted(documents, positions, side="right")]
-
-
-def _bin_tokenizer(file: Path, config: DataConfig) -> Tokenizer:
-    """The tokenizer of a .bin file: the one that `config` names, else the tokenizer.json beside the file."""
-    beside = file.with_name(FILE_NAME)
-    if config.tokenizer in ("char", "bpe") or (config.tokenizer is None and not os.path.lexists(beside)):
-        given = config.tokenizer or "not given"
-        raise InputError(
-            f"tokenizer is {given}, expected gpt2 or a path, because {file} does not contain its tokenizer"
-        )
-    return _tokenizer(config, []) if config.tokenizer else load_tokenizer(beside)
-
-
-def _tokenizer(config: DataConfig, corpora: Sequence[Corpus]) -> Tokenizer:
-    """The tokenizer that `config` names; "char" has the characters of all corpora, "bpe" learns the first."""
-    if config.tokenizer is None or config.tokenizer == "char":
-        return CharTokenizer("".join(set().union(*(corpus.characters for corpus in corpora))))
-    if config.tokenizer == "gpt2":
-        return BPETokenizer.gpt2()
-    if config.tokenizer == "bpe":
-        return trained_bpe(corpora[0], config.bpe_vocab_size)
-    path = user_path(config.tokenizer, "tokenizer")
-    if not os.path.lexists(path):
-        raise InputError(f"tokenizer: {config.tokenizer} does not exist, expected char, gpt2, bpe or a path")
-    return load_tokenizer(path)
 
 
 def _with_saved_splits(config: DataConfig) -> DataConfig:

@@ -118,6 +118,21 @@ def test_equal_rows_are_in_one_split(tmp_path: Path) -> None:
         assert sorted(split.count(row["text"]) for split in splits) == [0, 2]
 
 
+def test_rows_and_texts_are_split_alike(tmp_path: Path) -> None:
+    """A corpus of both whose validation split has rows alone, or has tokens that are trained on too."""
+    jsonl(tmp_path / "rows.jsonl", *ROWS)
+    write(tmp_path, text="#" * 200 + "=" * 50)
+    data = load(tmp_path)
+    train, validation = (data.tokenizer.decode(data.tokens(s).tolist()) for s in ("train", "validation"))
+    assert train.endswith("#" * 200 + "=" * 25)
+    assert validation.startswith("=" * 25)
+    for row in ROWS:
+        assert [row["text"] in train, row["text"] in validation].count(True) == 1
+    assert sum(row["text"] in validation for row in ROWS) == 4
+    whole = load(tmp_path, validation=(str(tmp_path / "rows.jsonl"),))
+    assert len(whole.tokens("train")) == len(train) + len(validation)
+
+
 def test_rows_are_held_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file of rows that has to fit in memory."""
     alive = most = 0
@@ -153,6 +168,10 @@ def test_pieces_that_are_not_trained_on_are_masked(tmp_path: Path) -> None:
     data = TokenData(
         tokens.ids[: tokens.cut], BINS, validation=tokens.ids[tokens.cut :], untrained=tokens.untrained
     )
+    assert sorted("".join(BINS.decode(data.all_tokens()[data.all_targets()])).split(END)) == [
+        "",
+        *(f" say {i}?" for i in range(5)),
+    ]
     predicted: list[str] = []
     for split in ("train", "validation"):
         for batch in data.windows(split, 4, 10):

@@ -40,6 +40,21 @@ def test_every_token_counts_once_with_its_context(length: int, stride: int, mode
     assert evaluation.bits_per_byte == pytest.approx(nats / math.log(2) / size, rel=1e-5)
 
 
+def test_only_targets_count(model: GPT) -> None:
+    """The loss of prompts in that of the answers, or answers that are left out."""
+    ids = np.asarray(BYTES.encode(TEXT)[:43], np.uint16)
+    answers = np.arange(43) % 7 > 3
+    every, own, rest = (
+        evaluate(model, ids, BYTES, targets=targets, stride=3) for targets in (None, answers, ~answers)
+    )
+    assert [every.tokens, own.tokens, rest.tokens] == [42, answers[1:].sum(), (~answers[1:]).sum()]
+    assert own.loss * own.tokens + rest.loss * rest.tokens == pytest.approx(every.loss * 42, rel=1e-5)
+    size = len(BYTES.decode_bytes(ids[answers].tolist()))
+    assert own.bits_per_byte == pytest.approx(own.loss * own.tokens / math.log(2) / size)
+    with pytest.raises(InputError, match="no tokens to predict"):
+        evaluate(model, ids, BYTES, targets=np.zeros(43, bool))
+
+
 def test_the_end_of_a_document_has_no_bytes() -> None:
     """Bits per byte of a text that counts the name of <|endoftext|>, or that divides by no bytes."""
     model = GPT({"vocab_size": 257, "block_size": 8, "n_layer": 1, "n_head": 1, "n_embd": 8}, device="cpu")
