@@ -61,7 +61,8 @@ def profiling(path: Path, device: torch.device) -> Iterator[None]:
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     _synchronise(device)
-    with torch.profiler.profile(activities=activities) as profiler:
+    # torch 2.11 warns without acc_events, although this profile has a single cycle.
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
         yield
         _synchronise(device)
 

@@ -116,7 +116,7 @@ def test_gradient_norms_are_logged_per_layer(data: TokenData, tmp_path: Path) ->
 def test_mfu_follows_its_formula(
     data: TokenData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An MFU by another formula than the documented one, without a known peak, or missing on the bar."""
+    """An MFU by another formula, without a known peak, against another than the given one, or not shown."""
     run(data, tmp_path / "unknown", replace(CONFIG, max_steps=1))
     assert read_log(tmp_path / "unknown")[0]["mfu"] is None
     assert "MFU" not in capsys.readouterr().err
@@ -126,6 +126,9 @@ def test_mfu_follows_its_formula(
     flops = 6 * (make_model(data).num_parameters() - 16 * 16) + 12 * 1 * 2 * 8 * 16
     assert record["mfu"] == pytest.approx(flops * record["tokens_per_second"] / 1e9)
     assert f"{record['mfu']:.1%} MFU" in capsys.readouterr().err
+    run(data, tmp_path / "given", replace(CONFIG, max_steps=1, peak_tflops=1e-2))
+    record = read_log(tmp_path / "given")[0]
+    assert record["mfu"] == pytest.approx(flops * record["tokens_per_second"] / 1e10)
 
 
 def test_training_learns_without_a_folder(
