@@ -265,7 +265,8 @@ def convert(where: str, expected: Any, value: Any) -> Any:
     Raises:
         InputError: The value is not of that type.
     """
-    for option in get_args(expected) if _is_union(expected) else (expected,):
+    options = get_args(expected) if _is_union(expected) else (expected,)
+    for option in sorted(options, key=lambda option: option is not types.NoneType):  # "none" is a text too
         try:
             return _parse(option, value)
         except ValueError:

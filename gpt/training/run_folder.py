@@ -153,13 +153,13 @@ class RunFolder:
                 "checkpoints"
             )
 
-    def prepare(self, step: int, best: int | None, *, keep_final: bool) -> None:
+    def prepare(self, step: int, *, keep_final: bool, best: int | None = None) -> None:
         """Truncates the log to `step`, where the run starts or resumes, and sets later checkpoints aside.
 
         Args:
             step: The step of the checkpoint that the run resumes from, or 0.
-            best: The step of the best checkpoint, to be kept; None keeps the newest ones alone.
             keep_final: Keep the final record too: there is nothing left to train.
+            best: The step of the best checkpoint, to be kept; None keeps the newest ones alone.
 
         Raises:
             InputError: The folder cannot be written.

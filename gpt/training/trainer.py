@@ -222,8 +222,8 @@ class Trainer:
         self.claim()
         try:
             if self._folder is not None:
-                prepare = partial(self._folder.prepare, self.step, self._best, keep_final=self._is_done())
-                self.ranks.on_first(prepare)
+                prepare = partial(self._folder.prepare, keep_final=self._is_done(), best=self._best)
+                self.ranks.on_first(partial(prepare, self.step))
                 if self.config.tensorboard:
                     folder = self._folder.path / tensorboard.FOLDER
                     self._on_log.append(tensorboard.TensorBoard(folder, self.step + 1))

@@ -138,6 +138,7 @@ def test_resume_finds_its_data_from_another_folder(
 ) -> None:
     """A relative --data that is lost in another folder, or an error that does not say where it was sought."""
     monkeypatch.setattr("gpt.training.trainer.SAMPLE_TOKENS", 2)
+    monkeypatch.setattr("gpt.training.run_folder.plot_log", lambda *_: None)
     first, second, out = tmp_path / "first", tmp_path / "second", tmp_path / "run"
     for folder in (first, second):
         folder.mkdir()
@@ -172,6 +173,7 @@ def test_a_run_of_an_earlier_version_goes_on(
 ) -> None:
     """A run that cannot be resumed because settings were added, or that does not take their defaults."""
     monkeypatch.setattr("gpt.training.trainer.SAMPLE_TOKENS", 2)
+    monkeypatch.setattr("gpt.training.run_folder.plot_log", lambda *_: None)
     out = tmp_path / "run"
     assert train.main([*TINY, "--max_steps", "1", "--data", text, "--out", str(out)]) == 0
     file = out / "checkpoints/step-1/state.json"
@@ -191,6 +193,7 @@ def test_a_finished_run_says_so(
 ) -> None:
     """A resume without steps that looks as if it had trained, or that does not say what would."""
     monkeypatch.setattr("gpt.training.trainer.SAMPLE_TOKENS", 2)
+    monkeypatch.setattr("gpt.training.run_folder.plot_log", lambda *_: None)
     monkeypatch.setattr(Trainer, "estimate", lambda self, split: 2.0)
     flags = ["--max_steps", "3"] if reason == "max_steps" else ["--patience", "2", "--eval_interval", "1"]
     out = tmp_path / "run"

@@ -21,6 +21,7 @@ EVERY_STEP = replace(CONFIG, eval_interval=1, checkpoint_interval=1, keep_best=T
 @pytest.fixture(autouse=True)
 def losses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gpt.training.trainer.SAMPLE_TOKENS", 2)
+    monkeypatch.setattr("gpt.training.run_folder.plot_log", lambda *_: None)
     monkeypatch.setattr(
         Trainer, "estimate", lambda self, split: 0.0 if split == "train" else LOSSES[self.step - 1]
     )
@@ -65,7 +66,7 @@ def test_a_kill_before_the_old_checkpoints_are_removed(
         patch.setattr(checkpoint, "discard", lambda folder: None)
         run(data, tmp_path, replace(EVERY_STEP, max_steps=7))
     assert len(kept(tmp_path)) == 7
-    RunFolder(tmp_path).prepare(7, 2, keep_final=True)
+    RunFolder(tmp_path).prepare(7, keep_final=True, best=2)
     assert kept(tmp_path) == ["step-2", "step-5", "step-6", "step-7"]
 
 

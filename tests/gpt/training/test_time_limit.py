@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from gpt import InputError, TrainConfig, Trainer, train
+from gpt.cli import convert, field_types
 from gpt.data.dataset import Batch, TokenData
 from tests.gpt.text import TEXT
 from tests.gpt.training.small_runs import CONFIG, TINY, read_log, run, without_times
@@ -39,6 +40,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr("gpt.training.trainer.SAMPLE_TOKENS", 2)
+    monkeypatch.setattr("gpt.training.run_folder.plot_log", lambda *_: None)
     clock = Clock()
     monkeypatch.setattr("gpt.training.signals.monotonic", clock)
     return clock
@@ -108,3 +110,4 @@ def test_times_are_understood() -> None:
     for text in ("", "0s", "3", "h", "3x", "-1h", "1.5h", "30m1h", "1h ", "٣h"):
         with pytest.raises(InputError, match=r"^TrainConfig: time_limit is .*, expected a time, as in 1h30m"):
             TrainConfig(time_limit=text)
+    assert convert("--time_limit", field_types(TrainConfig)["time_limit"], "none") is None
