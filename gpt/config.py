@@ -190,6 +190,7 @@ def _refuse_to_set(config: GPTConfig, name: str, value: object) -> NoReturn:
     )
 
 
+# A frozen dataclass cannot define it in its body.
 GPTConfig.__setattr__ = _refuse_to_set  # type: ignore[method-assign, assignment]
 
 
