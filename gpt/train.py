@@ -259,7 +259,10 @@ def _from_run(folder: Path, given: Values) -> Start:
         raise InputError(f"{where}: working_folder is {shown(started)}, expected a path")
     for name in PATHS & settings.keys() - given["data"].keys():
         settings[name] = tuple(_located(source, started, f"{where}: {name}") for source in settings[name])
-    data = DataConfig(**settings)
+    try:
+        data = DataConfig(**settings)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
     model = GPTConfig.from_dict(read_json(folder / checkpoint.CONFIG))
     tokenizer = None if "tokenizer" in given["data"] else checkpoint.load_checkpoint_tokenizer(folder)
     return Start(
