@@ -63,7 +63,7 @@ def loss_and_gradients(model: nn.Module, idx: Tensor) -> dict[str, Tensor]:
     ids=["all-linear", "ffn", "wte", "modules-to-save"],
 )
 def test_every_adapter_trains(settings: dict[str, Any]) -> None:
-    """An adapter that a fused op reads past: no gradient, no effect on the logits, or lost by merging."""
+    """An adapter that a fused op reads past: no gradient, no effect, or lost by merging (bug 28)."""
     model, idx = random_model(), tokens(2, 8)
     plain = model(idx).detach()
     wrapped = adapted(model, **settings)

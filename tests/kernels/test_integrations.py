@@ -405,7 +405,7 @@ def test_each_gelu_keeps_its_formula(activation: str) -> None:
 
 @pytest.mark.parametrize("fused_first", [False, True])
 def test_adapters_keep_their_effect(training: Any, fused_first: bool) -> None:
-    """Adapters in the feed-forward or on the head that a fused op reads past."""
+    """Adapters in the feed-forward or on the head that a fused op reads past (bug 28)."""
     peft = pytest.importorskip("peft", reason="peft is not installed")
     layers = {"target_modules": ["c_fc", "c_proj", "lm_head"], "fan_in_fan_out": True}
     config = peft.LoraConfig(r=2, init_lora_weights=False, **layers)
