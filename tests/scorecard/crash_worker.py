@@ -79,6 +79,7 @@ def _warm_up() -> None:
     """Trains and samples once, so that no trial pays for imports.
 
     Forking stays safe: torch has one thread, its backward pass on a CPU starts none, tqdm's is turned off.
+    tqdm's lock is a semaphore that forks share, and a killed trial may hold it: it becomes a lock of its own.
     """
     import torch
     from tqdm import tqdm
@@ -89,6 +90,7 @@ def _warm_up() -> None:
 
     torch.set_num_threads(1)
     tqdm.monitor_interval = 0
+    tqdm.set_lock(threading.RLock())
     trainer.SAMPLE_TOKENS = 8  # the sample at the end of a run is not what the rows test
     output = io.StringIO()
     with tempfile.TemporaryDirectory(prefix="scorecard-") as folder, redirect_stdout(output):
