@@ -211,7 +211,10 @@ def test_long():
 """
 
 
-@pytest.mark.parametrize("flags", [[], ["-n", "2"]], ids=["one process", "two workers"])
+@pytest.mark.parametrize(
+    "flags",
+    [pytest.param([], id="one process", marks=pytest.mark.slow), pytest.param(["-n", "2"], id="two workers")],
+)
 def test_stopped_tests_report_their_failures(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,6 +53,7 @@ def test_attention_in_bfloat16(architecture: int, match: str, tmp_path: Path) ->
         assert row["stack"] == 0
 
 
+@pytest.mark.slow
 def test_persistent_programs_run_at_once(tmp_path: Path) -> None:
     """More programs than the register file holds at once: the last ones start after the others have ended."""
     rows = report(tmp_path, "--op", "norm", "ffn", "--arch", "90", "--gated", "--match", "_bwd_kernel bf16")
