@@ -41,6 +41,15 @@ def test_gradients_are_equal_bit_by_bit(use_triton: bool, seed: int | None) -> N
     assert all(map(torch.equal, results(model, checkpoint=True, seed=seed), expected))
 
 
+def test_the_dropout_of_an_adapter_is_repeated() -> None:
+    """A module with dropout of its own, in a model without any, that draws another mask the second time."""
+    model = GPT(**SHAPE)
+    ffn = model.blocks[0].ffn
+    ffn.up = torch.nn.Sequential(ffn.up, torch.nn.Dropout(0.5))
+    expected = results(model, checkpoint=False)
+    assert all(map(torch.equal, results(model, checkpoint=True), expected))
+
+
 @pytest.mark.parametrize(("use_triton", "backend"), [(True, "reference"), (False, "triton")])
 def test_the_backward_pass_keeps_the_callers_backend(use_triton: bool, backend: str) -> None:
     """A `use_backend` that ends before the backward pass, which then recomputes with another backend."""
