@@ -160,7 +160,7 @@ class Runner:
             return Admission("absent", contestant.absent)
         try:
             with self.clock.active(), contestant.context():
-                verdicts = oracle.judge(run_case(contestant.function, inputs, spec.gradients))
+                verdicts = oracle.judge(run_case(contestant.function, inputs, spec.gradients, spec.writes))
                 self.clock.synchronize()
         except torch.OutOfMemoryError:
             release(self.clock)

@@ -137,13 +137,13 @@ def changed_names(call: Call, device: torch.device, repeats: int, backend: str =
     inputs = spec.make_inputs(call.case, call.dtype, device, torch.Generator().manual_seed(0))
     changed: dict[str, torch.Tensor] = {}
     with kernels.use_backend(**{spec.name: backend}):
-        first = run_case(spec.function, inputs, spec.gradients)
+        first = run_case(spec.function, inputs, spec.gradients, spec.writes)
         if not repeats:
             return []
         disturb = Disturbance(device)
         for _ in range(repeats):
             disturb()
-            again = run_case(spec.function, inputs, spec.gradients)
+            again = run_case(spec.function, inputs, spec.gradients, spec.writes)
             for name, value in first.items():
                 if value is not None:
                     differs = _differs(value, again[name])

@@ -6,6 +6,7 @@ of the two a call takes, and why.
 
 from kernels import reference
 from kernels.attention import causal_attention, causal_attention_qkv, decode_attention
+from kernels.decode import DECODE_BATCH, decode_block, decode_embedding, decode_head
 from kernels.dispatch import (
     Choice,
     FallbackWarning,
@@ -26,6 +27,7 @@ from kernels.spec import Case
 from kernels.version import __version__
 
 __all__ = [
+    "DECODE_BATCH",
     "Case",
     "Choice",
     "FallbackWarning",
@@ -36,6 +38,9 @@ __all__ = [
     "causal_attention",
     "causal_attention_qkv",
     "decode_attention",
+    "decode_block",
+    "decode_embedding",
+    "decode_head",
     "dropout",
     "explain",
     "gelu_ffn",

@@ -135,6 +135,15 @@ def finite(op: str, name: str, value: Any) -> None:
         raise ValueError(f"{op}: {name} is {value}, expected a finite number")
 
 
+def scale(op: str, value: Any) -> None:
+    """`value`, attention's scale, is None or a positive finite number."""
+    if value is None:
+        return
+    finite(op, "scale", value)
+    if value <= 0:
+        raise ValueError(f"{op}: scale is {value}, expected a positive number")
+
+
 def one_of(op: str, name: str, value: Any, values: Sequence[str]) -> None:
     """`value` is one of `values`."""
     if value not in values:

@@ -213,7 +213,7 @@ class use_backend(_Context):
     Args:
         backend: "triton", "reference" or "auto" for all ops; None leaves the other ops unchanged.
         **per_op: The backend of single ops (``causal_attention=``) or families (``attention=``, ``norm=``,
-            ``ffn=``, ``loss=``).
+            ``ffn=``, ``loss=``, ``decode=``).
 
     Raises:
         ValueError: Unknown backend, op or family.

@@ -179,7 +179,7 @@ def _seconds(
         for _ in range(repeats if device.type == "cuda" else 1):
             _synchronize(device)
             start = time.perf_counter()
-            run_case(spec.function, inputs, spec.gradients)
+            run_case(spec.function, inputs, spec.gradients, spec.writes)
             _synchronize(device)
             fastest = min(fastest, time.perf_counter() - start)
     return fastest

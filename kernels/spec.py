@@ -124,6 +124,7 @@ class OpSpec:
             has no kernel of its own.
         dtypes: The dtypes that the kernels support; float64 runs on the reference only.
         follows_autocast: Whether the first output has the autocast dtype under autocast.
+        writes: The inputs that the op writes, such as caches.
     """
 
     name: str
@@ -139,6 +140,7 @@ class OpSpec:
     builds: Callable[[int], Iterable[Build]] | None = None
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
     follows_autocast: bool = True
+    writes: tuple[str, ...] = ()
 
     def tagged(self, *tags: str) -> tuple[Case, ...]:
         """The cases that carry any of `tags`."""

@@ -16,9 +16,16 @@ from kernels.tolerance import Verdict, compare
 
 
 def run_case(
-    function: Callable[..., Any], inputs: dict[str, Any], gradients: tuple[str, ...], seed: int = 1
+    function: Callable[..., Any],
+    inputs: dict[str, Any],
+    gradients: tuple[str, ...],
+    writes: tuple[str, ...] = (),
+    seed: int = 1,
 ) -> dict[str, torch.Tensor | None]:
     """Outputs and gradients of one call: ``{"out": …, "dq": …}``; several outputs are ``out0``, ``out1``, ….
+
+    An input that the call writes is an output too, as ``out_k_cache``. The call gets a copy of it, so that
+    calls can be repeated with the same inputs.
 
     The gradients are those of ``sum(output * weights)``, where the weights are standard normal values, drawn
     with `seed` on the outputs' device. A scalar output is a mean over rows. Its weight is multiplied by the
@@ -28,17 +35,19 @@ def run_case(
         function: The op or its reference.
         inputs: The keyword arguments of the call.
         gradients: The inputs to differentiate with respect to; inputs that are None are skipped.
+        writes: The inputs that the function writes.
         seed: Seed of the weights.
     """
     leaves = {
         name: value.detach().requires_grad_(name in gradients) if isinstance(value, torch.Tensor) else value
         for name, value in inputs.items()
     }
-    result = function(**leaves)
+    written = {name: leaves[name].clone() for name in writes}
+    result = function(**leaves | written)
     outputs = result if isinstance(result, tuple) else (result,)
     results: dict[str, torch.Tensor | None] = {
         "out" if len(outputs) == 1 else f"out{i}": output.detach() for i, output in enumerate(outputs)
-    }
+    } | {f"out_{name}": value for name, value in written.items()}
 
     wanted = [name for name in gradients if leaves.get(name) is not None]
     if wanted:
@@ -77,9 +86,9 @@ class Oracle:
     ) -> None:
         wanted = spec.gradients if gradients is None else gradients
         self.dtype = dtype
-        self.same_dtype = run_case(spec.reference, inputs, wanted)
+        self.same_dtype = run_case(spec.reference, inputs, wanted, spec.writes)
         wide_inputs = {n: v.to(oracle_dtype) if _is_float(v) else v for n, v in inputs.items()}
-        self.wide = run_case(spec.reference, wide_inputs, wanted)
+        self.wide = run_case(spec.reference, wide_inputs, wanted, spec.writes)
         tensors = [v for v in (*inputs.values(), *self.wide.values()) if _is_float(v)]
         self.scale = max((t.detach().abs().max().item() for t in tensors if t.numel()), default=1.0)
 
@@ -118,5 +127,5 @@ def check(
     """
     inputs = spec.make_inputs(case, dtype, device, torch.Generator(device).manual_seed(seed))
     with dispatch.use_backend(**{spec.name: backend}):
-        results = run_case(spec.function, inputs, spec.gradients)
+        results = run_case(spec.function, inputs, spec.gradients, spec.writes)
     return Oracle(spec, inputs, dtype, oracle_dtype=oracle_dtype).judge(results)

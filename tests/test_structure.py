@@ -164,8 +164,9 @@ def test_only_kernel_files_import_triton(path: Path) -> None:
 def test_a_reference_is_plain_torch(family: str) -> None:
     """A reference that shares code with the kernel that it must judge."""
     allowed = {"torch", "__future__", "typing", "math", "collections"}
+    shared = ("kernels.philox", "kernels.linear", *(f"kernels.{other}.reference" for other in FAMILIES))
     for name in imports(ROOT / "kernels" / family / "reference.py"):
-        assert name.split(".")[0] in allowed or name.startswith(("kernels.philox", "kernels.linear")), name
+        assert name.split(".")[0] in allowed or name.startswith(shared), name
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -276,7 +276,7 @@ def _prepare_decode_attention(
         raise ValueError(f"{op}: q has Tq={sizes['Tq']}, expected at most {sizes['Tmax']} (k_cache's Tmax)")
     _check_heads(op, "k_cache", sizes)
     _check_key_start(op, key_start, None, q=(q, QUERIES))
-    _check_scale(op, scale)
+    checks.scale(op, scale)
     if torch.is_grad_enabled() and (q.requires_grad or k_cache.requires_grad or v_cache.requires_grad):
         raise RuntimeError(
             f"{op}: an input requires a gradient, expected inference (torch.no_grad) or causal_attention"
@@ -298,18 +298,10 @@ def _check_options(
     seed: int | torch.Tensor | None,
     deterministic: bool | None,
 ) -> None:
-    _check_scale(op, scale)
+    checks.scale(op, scale)
     checks.number(op, "dropout_p", dropout_p, 0, 1, open_high=True)
     checks.seed(op, seed, device)
     checks.boolean(op, "deterministic", deterministic)
-
-
-def _check_scale(op: str, scale: float | None) -> None:
-    if scale is None:
-        return
-    checks.finite(op, "scale", scale)
-    if scale <= 0:
-        raise ValueError(f"{op}: scale is {scale}, expected a positive number")
 
 
 def _check_heads(op: str, name: str, sizes: dict[str, int]) -> None:

@@ -32,7 +32,7 @@ def results_of(spec: OpSpec, **sizes: int) -> dict[str, torch.Tensor]:
     case = Case({name: sizes.get(name, size) for name, size in case.sizes.items()}, case.options)
     inputs = spec.make_inputs(case, torch.float32, CPU, torch.Generator().manual_seed(0))
     with kernels.use_backend(**{spec.name: "triton"}):
-        results = run_case(spec.function, inputs, spec.gradients)
+        results = run_case(spec.function, inputs, spec.gradients, spec.writes)
     return {name: value for name, value in results.items() if value is not None}
 
 

@@ -148,9 +148,9 @@ def test_triton_repeats_bit_for_bit_on_the_gpu(spec: OpSpec, case: Case, dtype: 
     """A race: repeating a call gives different bits."""
     inputs = inputs_of(spec, case, dtype, GPU)
     with kernels.use_backend(**{spec.name: "triton"}):
-        first = run_case(spec.function, inputs, spec.gradients)
+        first = run_case(spec.function, inputs, spec.gradients, spec.writes)
         for _ in range(10):
-            again = run_case(spec.function, inputs, spec.gradients)
+            again = run_case(spec.function, inputs, spec.gradients, spec.writes)
             for name, value in first.items():
                 assert value is None or torch.equal(value, again[name]), name
 
@@ -184,7 +184,7 @@ def test_no_input_is_written(spec: OpSpec, backend: str) -> None:
         inputs = inputs_of(spec, case)
         before = {name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
         with kernels.use_backend(**{spec.name: backend}):
-            run_case(spec.function, inputs, spec.gradients)
+            run_case(spec.function, inputs, spec.gradients, spec.writes)
         for name, value in before.items():
             assert torch.equal(value, inputs[name]), name
 
