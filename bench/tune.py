@@ -308,7 +308,7 @@ def neighbours(answer: Any) -> list[Any]:
             for other in neighbours(getattr(answer, name))
         ]
     moves = [
-        answer._replace(**{name: f(getattr(answer, name))})
+        Tile(**answer._asdict() | {name: f(getattr(answer, name))})
         for name in answer._fields[:3]
         for f in (_halve, _double)
     ]

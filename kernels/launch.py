@@ -29,8 +29,16 @@ def cdiv(a: int, b: int) -> int:
 def options(tile: Tile) -> dict[str, Any]:
     """The compiler options of a launch with this tile."""
     # Triton is about to change its default for fused multiply-adds, so the option is explicit.
-    chosen = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
-    return chosen if tile.maxnreg is None else chosen | {"maxnreg": tile.maxnreg}
+    chosen: dict[str, Any] = {
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        "enable_fp_fusion": True,
+    }
+    if tile.maxnreg is not None:
+        chosen["maxnreg"] = tile.maxnreg
+    if tile.pdl:
+        chosen["launch_pdl"] = True
+    return chosen
 
 
 class Launch(NamedTuple):
@@ -43,8 +51,8 @@ class Launch(NamedTuple):
 
     @classmethod
     def of(cls, kernel: Any, grid: tuple[int, ...], available: dict[str, Any], tile: Tile) -> Launch:
-        """Picks the kernel's arguments by name from `available` and the tile's block sizes."""
-        available = available | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+        """Picks the kernel's arguments by name from `available` and the tile."""
+        available = available | {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "PDL": tile.pdl}
         return cls(kernel, grid, {name: available[name] for name in kernel.arg_names}, tile)
 
     def run(self) -> None:

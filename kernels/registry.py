@@ -10,12 +10,13 @@ from typing import NamedTuple
 import torch
 
 from kernels.attention.spec import SPECS as ATTENTION
+from kernels.decode.spec import SPECS as DECODE
 from kernels.ffn.spec import SPECS as FFN
 from kernels.loss.spec import SPECS as LOSS
 from kernels.norm.spec import SPECS as NORM
 from kernels.spec import Case, OpSpec
 
-SPECS: dict[str, OpSpec] = {spec.name: spec for spec in (*ATTENTION, *NORM, *FFN, *LOSS)}
+SPECS: dict[str, OpSpec] = {spec.name: spec for spec in (*ATTENTION, *NORM, *FFN, *LOSS, *DECODE)}
 
 
 class Work(NamedTuple):

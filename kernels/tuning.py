@@ -28,6 +28,9 @@ class Tile(NamedTuple):
     num_warps: int = 4  # per program
     num_stages: int = 2  # of the software pipeline; a loop prefetches from 3 on
     maxnreg: int | None = None  # the most registers per thread; None leaves them to the compiler
+    pdl: bool = (
+        False  # programmatic dependent launch, from sm_90 on: starts before the launch ahead has ended
+    )
 
 
 @functools.cache
@@ -214,6 +217,38 @@ def _concurrent_programs(device: torch.device, num_warps: int, registers: int) -
     """
     multiprocessors = _multiprocessors(device) if device.type == "cuda" else 1
     return multiprocessors * max(1, REGISTERS // (32 * num_warps * registers))
+
+
+DECODE_COLUMNS = 16384  # the longest row of a weight that a program of decoding holds in registers
+
+
+def decode_embedding_tile(c: int) -> Tile:
+    """The tile of decoding's embedding at `c` columns: one program per tile of columns."""
+    return Tile(1, min(256, next_power_of_2(c)), num_warps=1, num_stages=1)
+
+
+@functools.cache
+def decode_linear_tile(architecture: int, itemsize: int, n: int, k: int) -> Tile:
+    """The tile of decoding's matmuls with a weight (n, k): rows and columns of the weight.
+
+    A warp reads 512 bytes of a row at a time, 16 bytes a thread. A row has 1 warp, or as many as it takes for
+    at most 8 reads a thread. A program takes up to 16 rows, as long as there are two programs for each of 132
+    multiprocessors and at most 8 reads a thread, all of which are in flight together. With 168 registers,
+    three programs share a multiprocessor, and hardly a build of the ahead-of-time report for sm_90 spills.
+    """
+    warp = 512 // itemsize  # columns
+    per_row = next_power_of_2(-(-k // (8 * warp)))  # warps
+    reads = -(-k // (per_row * warp))
+    if architecture == 0:
+        return Tile(32, per_row * warp, 16 * per_row, 1)
+
+    def fits(rows: int) -> bool:
+        groups = -(-rows // max(1, 4 // per_row))  # of rows that are read together
+        return n >= 2 * 132 * rows and groups * reads <= 8
+
+    rows = next((rows for rows in (16, 8, 4, 2) if fits(rows)), 1)
+    warps = max(per_row, min(4, per_row * rows))
+    return Tile(rows, per_row * warp, warps, 1, maxnreg=168 if warps <= 8 else None)
 
 
 def next_power_of_2(n: int) -> int:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from kernels import reference, tuning
 from kernels.launch import Launch
+from kernels.registry import SPECS
+from kernels.spec import Case
 
 Outputs = dict[str, Tensor]
 PROGRAMS = 2  # of the kernels whose number of programs is a choice
@@ -139,13 +141,14 @@ def _decode(d: int) -> Callable[..., Sample]:
         cache_len = torch.tensor([keys, keys // 3], dtype=torch.int32)
         key_start = torch.tensor([PADDING, 0], dtype=torch.int32)
         out = torch.empty_like(q)
-        launches = attention_decode(
+        launch = attention_decode(
             q=q,
             k=k,
             v=v,
             cache_len=cache_len,
             key_start=key_start,
             out=out,
+            counter=torch.zeros(b, dtype=torch.int32),
             scale=1 / math.sqrt(d),
             splits=PROGRAMS,
             tile=tile,
@@ -155,7 +158,7 @@ def _decode(d: int) -> Callable[..., Sample]:
             caches = (x.to(dtype) for x in (q, k, v))
             return {"out": reference.decode_attention(*caches, cache_len, key_start=key_start)}
 
-        return Sample(op, label, launches, {"out": out}, expected)
+        return Sample(op, label, [launch], {"out": out}, expected)
 
     return make
 
@@ -354,6 +357,61 @@ def _scale(op: str, label: str, architecture: int) -> Sample:
     return Sample(op, label, [launch], {"out": out}, lambda dtype: {"out": (gradient * scale).to(dtype)})
 
 
+def _decoded(sizes: dict[str, int], **options: Any) -> Callable[..., Sample]:
+    """A sample of an op of one decoded token, from the inputs of its specification."""
+
+    def make(op: str, label: str, architecture: int) -> Sample:
+        spec = SPECS[op]
+        inputs = spec.make_inputs(Case(sizes, options), HALF, torch.device("cpu"), Inputs().generator)
+        out = spec.reference(**inputs)
+
+        def expected(dtype: torch.dtype) -> Outputs:
+            wide = {n: v.to(dtype) if _is_float(v) else v for n, v in inputs.items()}
+            y = spec.reference(**wide)
+            return {"out": y, **{name: wide[name] for name in spec.writes}}
+
+        launches = _DECODE_LAUNCHES[op](inputs, torch.empty_like(out), architecture)
+        actual = {"out": launches[-1].arguments["out_ptr"], **{name: inputs[name] for name in spec.writes}}
+        return Sample(op, label, launches, actual, expected)
+
+    return make
+
+
+def _embedding_launches(inputs: dict[str, Any], out: Tensor, architecture: int) -> list[Launch]:
+    from kernels.decode.embedding import decode_embedding_forward
+
+    tile = tuning.decode_embedding_tile(out.shape[1])
+    return [decode_embedding_forward(**inputs, out=out, tile=tile)]
+
+
+def _block_launches(inputs: dict[str, Any], out: Tensor, architecture: int) -> list[Launch]:
+    from kernels.decode.block import decode_block_forward
+
+    defaults = {"scale": 1 / math.sqrt(inputs["k_cache"].shape[-1]), "eps": 1e-5, "approximate": "tanh"}
+    return decode_block_forward(**{**defaults, **inputs}, out=out, architecture=architecture, splits=PROGRAMS)
+
+
+def _head_launches(inputs: dict[str, Any], out: Tensor, architecture: int) -> list[Launch]:
+    from kernels.decode.linear import decode_linear
+
+    weight = inputs["head_weight"]
+    tile = tuning.decode_linear_tile(architecture, HALF.itemsize, *weight.shape)
+    norm = inputs["norm_weight"], inputs["norm_bias"]
+    launch = decode_linear(
+        x=inputs["x"], weight=weight, bias=inputs["head_bias"], out=out, tile=tile, norm=norm, eps=1e-5
+    )
+    return [launch]
+
+
+def _is_float(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+_DECODE_LAUNCHES = {
+    "decode_embedding": _embedding_launches,
+    "decode_block": _block_launches,
+    "decode_head": _head_launches,
+}
 _ATTENTION: dict[str, dict[str, Any]] = {
     "": {},
     "-start": {"start": True},
@@ -368,6 +426,9 @@ _SAMPLES: dict[str, dict[str, Callable[..., Sample]]] = {
     | {"D64-start-dkdv": _attention(64, start=True, form="dkdv")},
     "causal_attention_qkv": {},  # the kernels of causal_attention
     "decode_attention": {f"D{d}": _decode(d) for d in (64, 128)},
+    "decode_embedding": {"C300": _decoded({"B": 3, "C": 300, "V": 17, "P": 9}, key_start="padding")},
+    "decode_block": {"C160": _decoded({"B": 3, "C": 160, "H": 2, "Tmax": 300, "D": 64, "I": 300})},
+    "decode_head": {"C333": _decoded({"B": 2, "C": 333, "V": 67})},
     "layer_norm": {"C768": _norm(768), "C333": _norm(333), "sum": _norm_sum},
     "add_layer_norm": {
         "C768": _norm(768, residual=True),

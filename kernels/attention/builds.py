@@ -82,15 +82,16 @@ def decode_builds(architecture: int) -> Iterator[Build]:
             k, v = (torch.empty(2, 4, 1024, d, **meta) for _ in range(2))
             cache_len, key_start = (torch.empty(2, device="meta", dtype=torch.int32) for _ in range(2))
             tile = tuning.attention_decode_tile(architecture, dtype.itemsize, d)
-            for launch in attention_decode(
+            launch = attention_decode(
                 q=q,
                 k=k,
                 v=v,
                 cache_len=cache_len,
                 key_start=key_start,
                 out=out,
+                counter=cache_len,
                 scale=0.125,
                 splits=8,
                 tile=tile,
-            ):
-                yield launch.build(f"{SHORT_DTYPE[dtype]}-D{d}")
+            )
+            yield launch.build(f"{SHORT_DTYPE[dtype]}-D{d}")

@@ -1,6 +1,6 @@
 """Decoding: few queries against a long cache.
 
-The keys are split into parts, one program per part; a second kernel joins the parts' outputs.
+The keys are split into parts, one program per part; the last program to finish joins the parts' outputs.
 """
 
 from __future__ import annotations
@@ -17,24 +17,61 @@ from kernels.tuning import Tile
 
 
 @triton.jit
+def _join(
+    part_ptr,
+    lse2_ptr,
+    part,
+    offs_d,
+    mask_m,
+    mask,
+    SPLITS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The output of a tile of queries: the sum of its parts, each weighted by its share of the softmax's sum.
+
+    part: (BLOCK_M,) int64, index of each query's first part. Returns float32 (BLOCK_M, BLOCK_D).
+    """
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    for split in tl.range(SPLITS):
+        lse2 = tl.load(lse2_ptr + part + split, mask=mask_m, other=float("-inf"), cache_modifier=".cg")
+        row_max = tl.maximum(row_max, lse2)
+    shift = tl.where(row_max == float("-inf"), 0.0, row_max)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for split in tl.range(SPLITS):
+        lse2 = tl.load(lse2_ptr + part + split, mask=mask_m, other=float("-inf"), cache_modifier=".cg")
+        offs = (part + split)[:, None] * D + offs_d[None, :]
+        weight = tl.exp2(lse2 - shift)
+        acc += tl.load(part_ptr + offs, mask=mask, other=0.0, cache_modifier=".cg") * weight[:, None]
+        total += weight
+    return acc / tl.where(total == 0, 1.0, total)[:, None]
+
+
+@triton.jit
 def _attention_decode_kernel(
     q_ptr,  # (B, H, Tq, D)
     k_ptr,  # (B, H / GROUPS, Tmax, D)
     v_ptr,  # (B, H / GROUPS, Tmax, D)
     len_ptr,  # (B,) int32, valid keys of each batch
     start_ptr,  # (B,) int32, the first key of each batch; None: key 0
+    out_ptr,  # out: (B, H, Tq, D)
     part_ptr,  # out: (B, H, Tq, SPLITS, D) float32, contiguous, the output over each part of the keys
     lse2_ptr,  # out: (B, H, Tq, SPLITS) float32, contiguous, log2 of the sum of exp2 of a part's logits
+    counter_ptr,  # int32, for each tile of queries: 0 before the launch, then the parts that are stored
     stride_qb, stride_qh, stride_qt,  # q: elements between batches, heads, rows
     stride_kb, stride_kh, stride_kt,  # k: the same
     stride_vb, stride_vh, stride_vt,  # v: the same
+    stride_ob, stride_oh, stride_ot,  # out: the same
     stride_lb,  # len: elements between batches
     stride_sb,  # start: elements between batches
     H,  # query heads
     Tq,  # queries per head
     Tmax,  # keys that the caches have space for
     scale2,  # the softmax's scale * log2(e)
-    SPLITS: tl.constexpr,  # parts of the keys
+    SPLITS: tl.constexpr,  # parts of the keys; with one part, part_ptr, lse2_ptr and counter_ptr are None
     GROUPS: tl.constexpr,  # query heads per key head
     D: tl.constexpr,  # head dimension
     HAS_START: tl.constexpr,  # start_ptr is not None
@@ -42,8 +79,15 @@ def _attention_decode_kernel(
     BLOCK_M: tl.constexpr,  # queries per tile
     BLOCK_N: tl.constexpr,  # keys per tile
     BLOCK_D: tl.constexpr,  # columns per tile, at least D
+    PDL: tl.constexpr,  # whether the launch starts before the one ahead of it has ended
 ):  # fmt: skip
-    """One part of the keys for a tile of the (GROUPS * Tq) queries that read the same key head."""
+    """One part of the keys for a tile of the (GROUPS * Tq) queries that read the same key head.
+
+    The program that stores the last part of a tile joins the tile's parts.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     num_m = tl.cdiv(GROUPS * Tq, BLOCK_M)
     pid = tl.program_id(0)
     split, pid_m = pid % SPLITS, pid // SPLITS % num_m
@@ -90,46 +134,27 @@ def _attention_decode_kernel(
         row_max = new_max
 
     empty = row_max == float("-inf")  # (BLOCK_M,) queries that see no key of this part
-    row_sum = tl.where(empty, 1.0, row_sum)
-    part = ((pid_b * H + pid_h) * Tq + query) * SPLITS + split  # (BLOCK_M,)
-    tl.store(lse2_ptr + part, row_max + tl.log2(row_sum), mask=mask_m)
-    tl.store(part_ptr + part[:, None] * D + offs_d[None, :], acc / row_sum[:, None], mask=mask)
+    out = acc / tl.where(empty, 1.0, row_sum)[:, None]
+    joins = True
+    if SPLITS > 1:
+        part = ((pid_b * H + pid_h) * Tq + query) * SPLITS  # (BLOCK_M,)
+        lse2 = row_max + tl.log2(tl.where(empty, 1.0, row_sum))
+        tl.store(lse2_ptr + part + split, lse2, mask=mask_m)
+        tl.store(part_ptr + (part + split)[:, None] * D + offs_d[None, :], out, mask=mask)
+        # The barrier puts the stores of all threads before the release, which one thread does.
+        tl.debug_barrier()
+        joins = tl.atomic_add(counter_ptr + pid // SPLITS, 1, sem="acq_rel") == SPLITS - 1
+
+    if joins:
+        if SPLITS > 1:
+            out = _join(part_ptr, lse2_ptr, part, offs_d, mask_m, mask, SPLITS, D, BLOCK_M, BLOCK_D)
+        out_rows = pid_b * stride_ob + pid_h * stride_oh + query.to(tl.int64) * stride_ot
+        tl.store(out_ptr + out_rows[:, None] + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _attention_join_kernel(
-    part_ptr,  # (B, H, Tq, SPLITS, D) float32, contiguous
-    lse2_ptr,  # (B, H, Tq, SPLITS) float32, contiguous
-    out_ptr,  # out: (B, H, Tq, D)
-    stride_ob, stride_oh, stride_ot,  # out: elements between batches, heads, rows
-    H,  # query heads
-    Tq,  # queries per head
-    SPLITS: tl.constexpr,  # parts of the keys
-    D: tl.constexpr,  # head dimension
-    BLOCK_D: tl.constexpr,  # columns per tile, at least D
-):  # fmt: skip
-    """The output of one query: the sum of its parts, each weighted by its share of the softmax's sum."""
-    row = tl.program_id(0).to(tl.int64)
-    pid_b, pid_h, query = row // Tq // H, row // Tq % H, row % Tq
-    offs_d = tl.arange(0, BLOCK_D)
-    mask = offs_d < D
-
-    row_max = float("-inf")
-    for split in tl.range(SPLITS):
-        row_max = tl.maximum(row_max, tl.load(lse2_ptr + row * SPLITS + split))
-    shift = tl.where(row_max == float("-inf"), 0.0, row_max)
-
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    total = 0.0
-    for split in tl.range(SPLITS):
-        part = tl.load(part_ptr + (row * SPLITS + split) * D + offs_d, mask=mask, other=0.0)
-        weight = tl.exp2(tl.load(lse2_ptr + row * SPLITS + split) - shift)
-        acc += part * weight
-        total += weight
-
-    out = acc / tl.where(total == 0, 1.0, total)
-    out_ptr += pid_b * stride_ob + pid_h * stride_oh + query * stride_ot
-    tl.store(out_ptr + offs_d, out.to(out_ptr.dtype.element_ty), mask=mask)
+def query_tiles(h: int, hkv: int, tq: int, tile: Tile) -> int:
+    """The tiles of a sequence's queries, each of which has a counter."""
+    return cdiv(h // hkv * tq, tile.block_m) * hkv
 
 
 def attention_decode(
@@ -140,17 +165,20 @@ def attention_decode(
     cache_len: Tensor,
     key_start: Tensor | None,
     out: Tensor,
+    counter: Tensor | None,
     scale: float,
     splits: int,
     tile: Tile,
-) -> list[Launch]:
-    """The launches, in order, that fill `out`, with the keys split into `splits` parts.
+) -> Launch:
+    """The launch that fills `out`, with the keys split into `splits` parts.
 
     q, out: (B, H, Tq, D). k, v: caches (B, Hkv, Tmax, D). The last dimensions are contiguous. cache_len,
-    key_start: int32 (B,), the valid keys and the first key of each batch.
+    key_start: int32 (B,), the valid keys and the first key of each batch. counter: B * query_tiles(...) int32
+    zeros, which the launch changes; None with one part.
     """
     b, h, tq, d = q.shape
     kv_heads, groups = k.shape[1], h // k.shape[1]
+    parts = (b, h, tq, splits)
     arguments = {
         "q_ptr": q,
         "k_ptr": k,
@@ -158,8 +186,9 @@ def attention_decode(
         "len_ptr": cache_len,
         "start_ptr": key_start,
         "out_ptr": out,
-        "part_ptr": q.new_empty((b, h, tq, splits, d), dtype=torch.float32),
-        "lse2_ptr": q.new_empty((b, h, tq, splits), dtype=torch.float32),
+        "part_ptr": q.new_empty((*parts, d), dtype=torch.float32) if splits > 1 else None,
+        "lse2_ptr": q.new_empty(parts, dtype=torch.float32) if splits > 1 else None,
+        "counter_ptr": counter,
         **strides("q", q),
         **strides("k", k),
         **strides("v", v),
@@ -177,8 +206,5 @@ def attention_decode(
         "PRECISION": precision(q.dtype),
         "BLOCK_D": block_d(d),
     }
-    grid = (splits * cdiv(groups * tq, tile.block_m) * b * kv_heads,)
-    return [
-        Launch.of(_attention_decode_kernel, grid, arguments, tile),
-        Launch.of(_attention_join_kernel, (b * h * tq,), arguments, Tile(1, 1, 1, 1)),
-    ]
+    grid = (splits * b * query_tiles(h, kv_heads, tq, tile),)
+    return Launch.of(_attention_decode_kernel, grid, arguments, tile)

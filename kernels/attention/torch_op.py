@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention.backward import attention_backward
-from kernels.attention.decode import attention_decode
+from kernels.attention.decode import attention_decode, query_tiles
 from kernels.attention.forward import attention_forward
 from kernels.philox import dropout_seed
 from kernels.torch_library import refuse, register
@@ -317,22 +317,26 @@ def _decode(
 ) -> Tensor:
     """out of attention_decode."""
     out = _decode_output(q)
-    tile = attention_decode_tile(architecture(q.device), q.element_size(), q.shape[3])
-    splits = attention_decode_splits(q.device, q.shape[0] * k_cache.shape[1], k_cache.shape[2], tile.block_n)
+    b, h, tq, d = q.shape
+    hkv, tmax = k_cache.shape[1:3]
+    tile = attention_decode_tile(architecture(q.device), q.element_size(), d)
+    splits = attention_decode_splits(q.device, b * hkv, tmax, tile.block_n)
+    tiles = b * query_tiles(h, hkv, tq, tile)
+    counter = q.new_zeros(tiles, dtype=torch.int32) if splits > 1 else None
 
     with torch.cuda.device_of(q):
-        for launch in attention_decode(
+        attention_decode(
             q=q,
             k=k_cache,
             v=v_cache,
             cache_len=cache_len,
             key_start=key_start,
             out=out,
+            counter=counter,
             scale=scale,
             splits=splits,
             tile=tile,
-        ):
-            launch.run()
+        ).run()
     return out
 
 

@@ -14,7 +14,7 @@ from kernels import checks
 from kernels.checks import Dims
 from kernels.decode import reference
 from kernels.dispatch import Choice, Op, autocast_dtype
-from kernels.tuning import slower
+from kernels.tuning import DECODE_COLUMNS, slower
 
 _EMBEDDING = Op("decode_embedding", family="decode")
 _BLOCK = Op("decode_block", family="decode")
@@ -73,7 +73,11 @@ def decode_embedding(
     Source:
         Radford et al., "Language Models are Unsupervised Multitask Learners" (GPT-2, 2019), section 2.3.
     """
-    _prepare_decode_embedding(token, cache_len, token_weight, position_weight, key_start)
+    choice = _prepare_decode_embedding(token, cache_len, token_weight, position_weight, key_start)
+    if choice.backend == "triton":
+        from kernels.decode import torch_op
+
+        return torch_op.decode_embedding(token, cache_len, token_weight, position_weight, key_start)
     return reference.decode_embedding(token, cache_len, token_weight, position_weight, key_start=key_start)
 
 
@@ -163,8 +167,8 @@ def decode_block(
         RuntimeError: Gradients are asked for, or ``use_backend("triton")`` cannot be honoured.
 
     Numerics:
-        Statistics, sums, softmax and GELU are float32. The kernels round to x's dtype what they store: q, the
-        caches, attention's output, h, GELU's output and y; and the normalised rows. Sums have a fixed order.
+        Statistics, sums, softmax and GELU are float32. The kernels round to x's dtype only what they store:
+        q, the caches, attention's output, h, GELU's output and y. Sums have a fixed order.
 
     Backend:
         The reference runs for float64, for B > 8, for D > 256, for C, H D or I > 16,384, and wherever
@@ -196,7 +200,11 @@ def decode_block(
         "eps": eps,
         "approximate": approximate,
     }
-    _prepare_decode_block(**arguments)
+    choice = _prepare_decode_block(**arguments)
+    if choice.backend == "triton":
+        from kernels.decode import torch_op
+
+        return torch_op.decode_block(**arguments)
     with _without_autocast(x):
         return reference.decode_block(**arguments)
 
@@ -277,7 +285,11 @@ def decode_head(
         "head_bias": head_bias,
         "eps": eps,
     }
-    _prepare_decode_head(**arguments)
+    choice = _prepare_decode_head(**arguments)
+    if choice.backend == "triton":
+        from kernels.decode import torch_op
+
+        return torch_op.decode_head(**arguments)
     with _without_autocast(x):
         return reference.decode_head(**arguments)
 
@@ -348,7 +360,14 @@ def _choose(op: Op, tensor: torch.Tensor, sizes: dict[str, int]) -> Choice:
 
 def _limit(sizes: dict[str, int]) -> str | None:
     """The reason why the kernels cannot take a call of these sizes; None if they can."""
-    return "there is no kernel yet"
+    if sizes["B"] > DECODE_BATCH:
+        return f"the kernel takes up to {DECODE_BATCH} sequences, not {sizes['B']}"
+    if sizes.get("D", 0) > 256:
+        return f"the kernel takes head dimensions up to 256, not {sizes['D']}"
+    for name in ("C", "HD", "I"):
+        if not 1 <= sizes.get(name, 1) <= DECODE_COLUMNS:
+            return f"the kernel takes {name} in [1, {DECODE_COLUMNS}], not {sizes[name]}"
+    return None
 
 
 def _without_autocast(x: torch.Tensor) -> AbstractContextManager[object]:

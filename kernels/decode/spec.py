@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from kernels.decode import (
     decode_head,
     reference,
 )
-from kernels.spec import Case, ChoiceArgument, NumberArgument, OpSpec, TensorArgument, randn
+from kernels.spec import Build, Case, ChoiceArgument, NumberArgument, OpSpec, TensorArgument, randn
 
 _LENGTHS = {
     "cache_len": TensorArgument(("B",), torch.int32),
@@ -119,6 +120,24 @@ def _block_bytes(case: Case, dtype: torch.dtype, direction: str) -> int:
     return elements * dtype.itemsize if direction == "forward" else 0
 
 
+def _embedding_builds(architecture: int) -> Iterator[Build]:
+    from kernels.decode.builds import embedding_builds
+
+    return embedding_builds()
+
+
+def _block_builds(architecture: int) -> Iterator[Build]:
+    from kernels.decode.builds import block_builds
+
+    return block_builds(architecture)
+
+
+def _head_builds(architecture: int) -> Iterator[Build]:
+    from kernels.decode.builds import head_builds
+
+    return head_builds(architecture)
+
+
 def _block(sizes: str, *tags: str, **options: Any) -> Case:
     """sizes: B C H Hkv Tmax D I."""
     names = ("B", "C", "H", "Hkv", "Tmax", "D", "I")
@@ -157,6 +176,7 @@ DECODE_EMBEDDING = OpSpec(
     bytes=lambda case, dtype, direction: (
         3 * case["B"] * case["C"] * dtype.itemsize if direction == "forward" else 0
     ),
+    builds=_embedding_builds,
     follows_autocast=False,
 )
 
@@ -179,13 +199,13 @@ DECODE_BLOCK = OpSpec(
     make_inputs=_block_inputs,
     gradients=(),
     cases=(
-        _block("2 48 3 3 20 16 96"),
-        _block("1 33 4 2 35 8 70", key_start="padding", bias=False, approximate="none"),
-        _block("3 64 2 1 17 32 40", cache_len="short", scale=0.5),
-        _block("8 20 2 2 1 10 37", "edge", cache_len="short"),
-        _block("5 130 5 1 40 24 300", "edge", cache_len="long", key_start="padding", eps=0.1),
-        _block("1 16 1 1 70 256 1", "edge", approximate="none"),
-        _block("2 300 1 1 3 1 530", "edge", bias=False),
+        _block("2 24 3 3 20 16 40"),
+        _block("1 33 4 2 35 8 50", key_start="padding", bias=False, approximate="none"),
+        _block("3 20 2 1 17 10 7", cache_len="short", scale=0.5),
+        _block("8 9 2 2 1 4 37", "edge", cache_len="short"),
+        _block("4 130 5 1 40 24 70", "edge", cache_len="long", key_start="padding", eps=0.1),
+        _block("1 16 1 1 40 256 1", "edge", approximate="none"),
+        _block("2 1 1 1 3 1 260", "edge", bias=False),
         *(
             _block(f"{b} 96 {h} {hkv} 130 {d} 200", "slow", key_start="padding", approximate=approximate)
             for b, approximate in ((1, "tanh"), (4, "none"), (7, "tanh"))
@@ -206,6 +226,7 @@ DECODE_BLOCK = OpSpec(
     ),
     flops=_block_flops,
     bytes=_block_bytes,
+    builds=_block_builds,
     follows_autocast=False,
     writes=("k_cache", "v_cache"),
 )
@@ -226,10 +247,10 @@ DECODE_HEAD = OpSpec(
     make_inputs=_head_inputs,
     gradients=(),
     cases=(
-        _case("small", B=2, C=48, V=101),
+        _case("small", B=2, C=48, V=67),
         _case("small", {"bias": False}, B=1, C=33, V=40),
         _case("edge", B=8, C=1, V=1),
-        _case("edge", {"bias": False, "eps": 0.1}, B=5, C=600, V=67),
+        _case("edge", {"bias": False, "eps": 0.1}, B=3, C=600, V=35),
         *(_case("slow", B=b, C=c, V=130) for b in (1, 3, 8) for c in (7, 256, 257, 1100)),
         *(_case("gpu", B=b, C=c, V=50257) for b in (1, 8) for c in (768, 1600)),
         *(_case("bench", {"bias": False}, B=b, C=768, V=50257) for b in (1, 8)),
@@ -240,6 +261,7 @@ DECODE_HEAD = OpSpec(
         if direction == "forward"
         else 0
     ),
+    builds=_head_builds,
     follows_autocast=False,
 )
 

@@ -203,11 +203,13 @@ MUTANTS: dict[str, Mutation] = {
     "decoding sees the padding": ("decode", "& (offs_n[None, :] >= first)", ""),
     "the last split is lost": (
         "decode",
-        "tl.range(SPLITS):\n        part",
-        "tl.range(SPLITS - 1):\n        part",
+        "tl.range(SPLITS):\n        lse2",
+        "tl.range(SPLITS - 1):\n        lse2",
     ),
-    "splits count alike": ("decode", "acc += part * weight", "acc += part"),
-    "parts are not normalised": ("decode", "acc / row_sum[:, None], mask=mask", "acc, mask=mask"),
+    "splits count alike": ("decode", '".cg") * weight[:, None]', '".cg")'),
+    "parts are not normalised": ("decode", "acc / tl.where(empty, 1.0, row_sum)[:, None]", "acc"),
+    "the first program joins": ("decode", '"acq_rel") == SPLITS - 1', '"acq_rel") == 0'),
+    "one counter for all tiles": ("decode", "counter_ptr + pid // SPLITS", "counter_ptr"),
     "cache_len past the cache": (
         "decode",
         "tl.minimum(tl.load(len_ptr + pid_b * stride_lb), Tmax)",

@@ -71,7 +71,7 @@ def test_launches_run_on_the_tensors_device(spec: OpSpec, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     monkeypatch.setattr(launch.Launch, "run", checked)
     results_of(spec)
-    assert len(launched) >= 2
+    assert launched
 
 
 @OPS
@@ -111,7 +111,8 @@ def test_float32_matmuls_use_tf32_only_where_torch_allows_it(
         finally:
             torch.backends.cuda.matmul.fp32_precision = "none"
         precisions = {one.arguments.get("PRECISION") for one in launches} - {None}
-        expected = {"tf32" if setting == "tf32" else "ieee"} if spec.family in ("attention", "ffn") else set()
+        multiplies = spec.family in ("attention", "ffn") or spec.name == "decode_block"
+        expected = {"tf32" if setting == "tf32" else "ieee"} if multiplies else set()
         assert precisions == expected
         launches.clear()
 
