@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from gpt.kv_cache import KVCache
 
 Seed = int | Tensor | None
 SITES = 3  # dropout masks of a block: one in attention and one for each of the two branches
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2**64 / φ as int64: its multiples are far apart
 
 
 class Pass(NamedTuple):
@@ -32,6 +33,19 @@ class Pass(NamedTuple):
     dropout_p: float
     seeds: Sequence[Seed]  # one for each dropout mask of the model
     cache: KVCache | None
+
+
+def site_seeds(seed: Seed, layers: int) -> Sequence[Seed]:
+    """seed · GOLDEN + i for dropout mask i of a model, in wrapping int64; an int and a tensor give the same.
+
+    The last two are for the embedding and for the final norm.
+    """
+    count = SITES * layers + 2
+    if seed is None:
+        return [None] * count
+    if isinstance(seed, Tensor):
+        return (seed * GOLDEN + torch.arange(count, device=seed.device)).unbind()
+    return [(seed * GOLDEN + i + 2**63) % 2**64 - 2**63 for i in range(count)]
 
 
 def dropout(x: Tensor, p: float, seed: Seed) -> Tensor:
@@ -118,10 +132,16 @@ class FeedForward(nn.Module):
         up, down = self.up, self.down
         if self.activation == "relu":
             return down(F.relu(up(x)))
-        approximate = "tanh" if self.activation == "gelu_tanh" else "none"
         if kernels.is_plain(up, Linear) and kernels.is_plain(down, Linear):
-            return kernels.gelu_ffn(x, up.weight, up.bias, down.weight, down.bias, approximate=approximate)
-        return down(F.gelu(up(x), approximate=approximate))
+            return kernels.gelu_ffn(
+                x, up.weight, up.bias, down.weight, down.bias, approximate=self.approximate
+            )
+        return down(F.gelu(up(x), approximate=self.approximate))
+
+    @property
+    def approximate(self) -> str:
+        """The approximation of GELU."""
+        return "tanh" if self.activation == "gelu_tanh" else "none"
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"
@@ -165,6 +185,21 @@ class Block(nn.Module):
         y, x = (self.ln_1(x), x) if branch is None else add_norm(self.ln_1, x, branch, run, seed_1)
         y, x = add_norm(self.ln_2, x, self.attn(y, run), run, seed_2)
         return self.ffn(y), x
+
+    def decoding_arguments(self) -> dict[str, Any]:
+        """The arguments of `kernels.decode_block`, which computes a plain pre-norm block for one token."""
+        parts = {
+            "norm_1": self.ln_1,
+            "qkv": self.attn.qkv,
+            "proj": self.attn.proj,
+            "norm_2": self.ln_2,
+            "up": self.ffn.up,
+            "down": self.ffn.down,
+        }
+        arguments: dict[str, Any] = {"eps": self.ln_1.eps, "approximate": self.ffn.approximate}
+        for name, part in parts.items():
+            arguments |= {f"{name}_weight": part.weight, f"{name}_bias": part.bias}
+        return arguments
 
     def extra_repr(self) -> str:
         return f"norm={'post' if self.post else 'pre'!r}"

@@ -1,158 +1,78 @@
-"""The state of decoding: cached keys and values, the step for one more token, and the rows that have stopped.
-
-All counters are on the device, so every step is the same sequence of launches. On a GPU the step is captured
-once as a CUDA graph and replayed, and the host does not synchronise.
-"""
+"""The keys and values of the tokens so far, which decoding reads instead of computing them again."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
 
 import kernels
-from gpt.inputs import positions
 
 
 class KVCache:
-    """The keys and values of every layer, (B, H, Tmax, D) each, allocated by the pass over the prompt.
+    """The keys and values of all layers, in one tensor that the pass over the prompt allocates.
+
+    The counters are on the device, so every decoding step is the same sequence of launches, and a CUDA graph
+    can replay it. The tensors stay where they are when another prompt starts.
 
     Args:
+        layers: The number of layers.
+        batch: B, the number of sequences.
         size: Tmax, the largest number of tokens.
-        idx: The prompt (B, T).
-        key_start: int32 (B,), the number of padding tokens on the left of each row, or None.
+        padded: Whether the prompts may have padding on the left.
+        device: Of the model.
     """
 
-    def __init__(self, size: int, idx: Tensor, key_start: Tensor | None) -> None:
-        batch, tokens = idx.shape
-        self.size, self.key_start = size, key_start
-        self.lengths = torch.full((batch,), tokens, dtype=torch.int32, device=idx.device)
-        self.index = torch.full((1,), tokens, device=idx.device)  # of the next token
-        self._layers: list[tuple[Tensor, Tensor]] = []
+    def __init__(self, layers: int, batch: int, size: int, *, padded: bool, device: torch.device) -> None:
+        self.size = size
+        self.index = torch.zeros(1, dtype=torch.int64, device=device)  # of the newest token
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)  # tokens, the newest included
+        self.key_start = torch.zeros(batch, dtype=torch.int32, device=device) if padded else None
+        self.layers: list[tuple[Tensor, Tensor]] = []  # keys and values (B, H, Tmax, D) of each layer
+        self._count, self._store, self._has_prompt = layers, torch.empty(0), False
+
+    @property
+    def position(self) -> Tensor:
+        """int64 (1,) or (B, 1), the position of the newest token."""
+        return self.index if self.key_start is None else self.index - self.key_start[:, None]
+
+    def start(self, tokens: int, key_start: Tensor | None) -> None:
+        """Empties the cache for a prompt.
+
+        Args:
+            tokens: T, the length of the prompt.
+            key_start: int32 (B,), the number of padding tokens on the left of each row, or None.
+        """
+        self.index.fill_(tokens)
+        self.lengths.fill_(tokens + 1)
+        if self.key_start is not None and key_start is not None:
+            self.key_start.copy_(key_start)
+        self._store.zero_()  # an old value that is not finite would outlast its probability of zero
+        self._has_prompt = False
+
+    def end_prompt(self) -> None:
+        """After the pass over the prompt: each pass from now on has one token."""
+        self._has_prompt = True
+
+    def advance(self) -> None:
+        """Counts one more token."""
+        self.index.add_(1)
+        self.lengths.add_(1)
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
         """Stores the keys and values of qkv (B, T, 3, H, D); returns attention (B, T, H, D) to all stored."""
-        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))  # (B, H, T, D) each
-        if layer == len(self._layers):
-            B, H, T, D = k.shape
-            keys, values = k.new_zeros(B, H, self.size, D), v.new_zeros(B, H, self.size, D)
-            keys[:, :, :T], values[:, :, :T] = k, v
-            self._layers.append((keys, values))
+        if not self.layers:
+            self._allocate(qkv)
+        new = qkv[:, :, 1:].permute(2, 0, 3, 1, 4)  # (2, B, H, T, D), keys and values
+        if not self._has_prompt:
+            self._store[layer, :, :, :, : qkv.shape[1]] = new
             return kernels.causal_attention_qkv(qkv, key_start=self.key_start)
 
-        keys, values = self._layers[layer]
-        keys.index_copy_(2, self.index, k)
-        values.index_copy_(2, self.index, v)
-        y = kernels.decode_attention(q, keys, values, self.lengths, key_start=self.key_start)
+        self._store[layer].index_copy_(3, self.index, new)
+        q = qkv[:, :, 0].transpose(1, 2)  # (B, H, 1, D)
+        y = kernels.decode_attention(q, *self.layers[layer], self.lengths, key_start=self.key_start)
         return y.transpose(1, 2)
 
-
-class Decoder:
-    """Computes the last token's hidden state: of a prompt, then of one more token at a time.
-
-    Args:
-        hidden: `GPT.hidden` of the model, called as hidden(idx, position, key_start, cache=cache).
-        idx: The prompt (B, T), T <= size.
-        size: The largest number of tokens, prompt included.
-        key_start: As in `KVCache`.
-        capture: Whether steps on a GPU may be captured: not if the model has hooks.
-    """
-
-    def __init__(
-        self,
-        hidden: Callable[..., Tensor],
-        idx: Tensor,
-        size: int,
-        key_start: Tensor | None,
-        *,
-        capture: bool = True,
-    ) -> None:
-        self.hidden, self.prompt = hidden, idx
-        self.cache = KVCache(size, idx, key_start)
-        self.token = idx[:, -1:].clone()  # (B, 1)
-        position = positions(idx.shape[1] + 1, key_start, idx.device)
-        self._prompt_position, self.position = position[..., :-1], position[..., -1:].clone()
-        self._captures, self._warm = capture and captures(idx.device), False
-        self._graph: torch.cuda.CUDAGraph | None = None
-
-    def start(self) -> Tensor:
-        """The hidden state (B, C) after the prompt."""
-        states = self.hidden(self.prompt, self._prompt_position, self.cache.key_start, cache=self.cache)
-        self.cache.lengths.add_(1)
-        return states[:, -1]
-
-    def step(self, token: Tensor) -> Tensor:
-        """The hidden state (B, C) after one more `token` (B,). On a GPU, the next step overwrites it."""
-        self.token.copy_(token[:, None])
-        if not self._captures or not self._warm:
-            self._warm = True  # the first step compiles kernels and fills the allocator's pools
-            return self._run()
-
-        if self._graph is None:
-            self._graph = self._capture()
-        self._graph.replay()
-        return self._result
-
-    def _capture(self) -> torch.cuda.CUDAGraph:
-        """A step as a CUDA graph that writes to `_result`. Other threads may use the GPU during capture."""
-        graph, device = torch.cuda.CUDAGraph(), self.token.device
-        with (
-            torch.cuda.device(device),
-            torch.cuda.graph(graph, stream=_capture_stream(device), capture_error_mode="thread_local"),
-        ):
-            self._result = self._run()
-        return graph
-
-    def _run(self) -> Tensor:
-        states = self.hidden(self.token, self.position, None, cache=self.cache)
-        for counter in (self.position, self.cache.index, self.cache.lengths):
-            counter.add_(1)
-        return states[:, -1]
-
-
-def captures(device: torch.device) -> bool:
-    """Whether steps on `device` are captured: on a GPU without autocast.
-
-    Autocast caches casted weights, which the replay of a graph would not update.
-    """
-    return device.type == "cuda" and not torch.is_autocast_enabled("cuda")
-
-
-@cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream of all captures on `device`; torch's default is on the device of the first capture."""
-    return torch.cuda.Stream(device)
-
-
-class Stops:
-    """The rows that have met a stop token, and the step at which the last one did.
-
-    Args:
-        ids: The stop tokens, at least one.
-        batch: B.
-        device: The device of the tokens.
-        synchronise: Whether `all` may synchronise with the device. If not, its answer may be some steps old.
-    """
-
-    def __init__(self, ids: Sequence[int], batch: int, device: torch.device, *, synchronise: bool) -> None:
-        self.ids = torch.tensor(ids, dtype=torch.int64, device=device)
-        self.stopped = torch.zeros(batch, dtype=torch.bool, device=device)
-        self._steps = torch.zeros((), dtype=torch.int64, device=device)
-        self._synchronise = synchronise
-        self._all = torch.zeros((), dtype=torch.bool, pin_memory=not synchronise)
-
-    def update(self, token: Tensor) -> None:
-        """Notes the tokens (B,) of a step."""
-        self._steps += ~self.stopped.all()
-        self.stopped |= (token[:, None] == self.ids).any(1)  # torch.isin can synchronise
-        self._all.copy_(self.stopped.all(), non_blocking=not self._synchronise)
-
-    def all(self) -> bool:
-        """Whether every row has stopped. A late answer is safe: it can only change from False to True."""
-        return bool(self._all)
-
-    def steps(self) -> int:
-        """The number of steps until every row had stopped; synchronises with the device."""
-        return int(self._steps)
+    def _allocate(self, qkv: Tensor) -> None:
+        B, _, _, H, D = qkv.shape
+        self._store = qkv.new_zeros(self._count, 2, B, H, self.size, D)
+        self.layers = [(keys, values) for keys, values in self._store.unbind()]

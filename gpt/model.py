@@ -8,25 +8,25 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 import kernels
-from gpt.block import SITES, Block, Linear, Norm, Pass, Seed, add, add_norm, checkpointed, dropout
+from gpt.block import Block, Linear, Norm, Pass, Seed, add, add_norm, checkpointed, dropout, site_seeds
 from gpt.config import GPTConfig, resolve
 from gpt.data.tokenizers import Tokenizer
 from gpt.device import find_device, parameter_dtype
 from gpt.errors import InputError, unknown
 from gpt.head import TiedHead, cross_entropy
 from gpt.inputs import check_document_start, padding, positions, target_ids, token_ids
+from gpt.kept import clear
 from gpt.kv_cache import KVCache
 from gpt.names import also_named
 from gpt.preflight import preflight
 
 Callback = Callable[["GPT", int], object]
-GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2**64 / φ as int64: its multiples are far apart
 
 
 class GPT(nn.Module):
@@ -186,7 +186,7 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """The input (B, T, C) of the head, for token ids (B, T) at positions (T,) or (B, T)."""
-        seeds = _site_seeds(self.dropout_seed if dropout_p else None, SITES * self.config.n_layer + 2)
+        seeds = site_seeds(self.dropout_seed if dropout_p else None, self.config.n_layer)
         run = Pass(idx.shape, key_start, self.config.residual, dropout_p, seeds, cache)
 
         x = self.wte(idx) + self.wpe(position)  # (B, T, C)
@@ -305,7 +305,8 @@ class GPT(nn.Module):
         Raises:
             InputError: A setting outside its range, or an input that `forward` would refuse.
         """
-        from gpt.generate import Settings, generate
+        from gpt.generate import generate
+        from gpt.sampler import Settings
 
         settings = Settings(
             do_sample=do_sample,
@@ -322,6 +323,15 @@ class GPT(nn.Module):
             on_token=on_token,
         )
         return generate(self, idx, max_new_tokens, settings)
+
+    def clear_cache(self) -> None:
+        """Frees the key-value caches and CUDA graphs that `generate` keeps on a GPU for its next calls."""
+        clear(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """`nn.Module.to`, `half` and the like, which move parameters away from what graphs read."""
+        self.clear_cache()
+        return super()._apply(fn, recurse)
 
     def preflight(self, batch_size: int, seq_len: int, dtype: torch.dtype | None = None) -> kernels.Report:
         """Checks each fused op against its reference at this model's shapes; see `gpt.preflight`."""
@@ -377,12 +387,3 @@ class GPT(nn.Module):
         from gpt.weights.pretrained import load_pretrained
 
         return load_pretrained(source, config, device=find_device(device), use_triton=use_triton)
-
-
-def _site_seeds(seed: Seed, count: int) -> Sequence[Seed]:
-    """seed · GOLDEN + i for dropout mask i, in wrapping int64; an int and a tensor give the same seeds."""
-    if seed is None:
-        return [None] * count
-    if isinstance(seed, Tensor):
-        return (seed * GOLDEN + torch.arange(count, device=seed.device)).unbind()
-    return [(seed * GOLDEN + i + 2**63) % 2**64 - 2**63 for i in range(count)]

@@ -27,8 +27,8 @@ from gpt.data.tokenizers import END_OF_TEXT, Tokenizer, first_ids
 from gpt.device import pick_device
 from gpt.errors import InputError
 from gpt.files import read_limited, read_regular, user_path
-from gpt.generate import LARGEST, SCALES, SMALLEST
 from gpt.model import GPT
+from gpt.sampler import LARGEST, SCALES, SMALLEST
 from gpt.weights.pretrained import from_checkpoint, load_pretrained, load_pretrained_tokenizer
 
 PROMPT_LIMIT = 1 << 24  # bytes

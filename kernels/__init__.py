@@ -10,6 +10,7 @@ from kernels.decode import DECODE_BATCH, decode_block, decode_embedding, decode_
 from kernels.dispatch import (
     Choice,
     FallbackWarning,
+    backend_settings,
     explain,
     model_backend,
     same_backend,
@@ -35,6 +36,7 @@ __all__ = [
     "Work",
     "__version__",
     "add_layer_norm",
+    "backend_settings",
     "causal_attention",
     "causal_attention_qkv",
     "decode_attention",

@@ -18,7 +18,7 @@ import inspect
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, overload
 
@@ -275,6 +275,11 @@ def warn_if_unavailable(device: torch.device, dtype: torch.dtype) -> None:
     for reason, names in reasons.items():
         message = f"use_triton=True: {reason}; the reference runs for {', '.join(names)}"
         warnings.warn(message, FallbackWarning, stacklevel=3)
+
+
+def backend_settings() -> Hashable:
+    """A value that is equal wherever equal calls take the same backend: for a CUDA graph that is kept."""
+    return tuple(sorted(_thread.settings.items())), environment, tuple(_distrusted)
 
 
 def distrust(op: str, reason: str) -> None:

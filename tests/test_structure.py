@@ -20,9 +20,9 @@ LEAVES = {"checks", "dispatch", "files", "philox", "linear", "plain", "tolerance
 GPT_LAYERS = (  # top first: a file imports from its own layer and from those below it
     {""},  # gpt/__init__.py
     {"train", "sample", "eval", "info", "__main__"},
-    {"training", "generate", "weights"},
+    {"training", "generate", "decoding", "sampler", "weights"},
     {"model"},
-    {"block", "head", "kv_cache", "inputs", "preflight", "step_time", "data"},
+    {"block", "head", "kv_cache", "kept", "inputs", "preflight", "step_time", "data"},
     {"config", "names", "device", "files", "cli"},
     {"memory"},
     {"errors", "interrupts"},

@@ -19,9 +19,9 @@ from torch import Tensor
 import kernels
 from gpt.config import TrainConfig
 from gpt.data.dataset import IGNORED, Batch
+from gpt.decoding import captures
 from gpt.device import autocast, autocast_dtype
 from gpt.errors import NonFiniteError
-from gpt.kv_cache import captures
 from gpt.model import GPT
 from gpt.training.capture import TOKENS, StepGraph
 from gpt.training.distributed import ALONE, Ranks

@@ -19,7 +19,7 @@ import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from ttsem import harness, mlir, sanitize
 
-from gpt import kv_cache
+from gpt import decoding
 
 NAMESPACE = "fused_gpt"
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -50,7 +50,7 @@ def session(
             (torch, "is_autocast_enabled", lambda kind="cpu": enabled("cpu")),
             (torch, "get_autocast_dtype", lambda kind="cpu": dtype("cpu")),
             (sys.modules["kernels.preflight"], "CHILD", CHILD),
-            (kv_cache, "captures", lambda device: False),  # there are no CUDA graphs
+            (decoding, "captures", lambda device: False),  # there are no CUDA graphs
         ):
             patch.setattr(owner, name, replacement)
         stack.enter_context(_inside_ops())

@@ -15,6 +15,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kernels.attention import reference as attention
+from kernels.decode import reference as decode
+
+_decode_attention = attention.decode_attention
+
 
 class Recording(TorchDispatchMode):
     """Replaces torch.cuda.CUDAGraph. Values that the host read during capture stay fixed in replays."""
@@ -24,13 +29,16 @@ class Recording(TorchDispatchMode):
         self._operations: list[tuple[Any, Any, Any, Any]] = []
         self._before: dict[int, tuple[Tensor, Tensor]] = {}  # tensors that are written, and their old values
         self._own: dict[int, Tensor] = {}  # memory of the graph, kept alive as in its pool
-        self._random = torch.get_rng_state()
+        self._random = {torch.default_generator: torch.get_rng_state()}
         self.replays = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for argument, value in zip(function._schema.arguments, args, strict=False):
+        if "generator" in kwargs and kwargs["generator"] is not None:
+            assert kwargs["generator"] in self._random, "a generator that is not registered with the graph"
+        for position, argument in enumerate(function._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
+                value = args[position] if position < len(args) else kwargs.get(argument.name)
                 for t in tree_leaves(value):  # a tensor or a list of them
                     if _memory(t) not in self._own and _memory(t) not in self._before:
                         self._before[_memory(t)] = t, t.clone()
@@ -42,9 +50,13 @@ class Recording(TorchDispatchMode):
         self._operations.append((function, args, kwargs, result))
         return result
 
+    def register_generator_state(self, generator: torch.Generator) -> None:
+        self._random[generator] = generator.get_state()
+
     @torch.no_grad()
     def undo(self) -> None:
-        torch.set_rng_state(self._random)
+        for generator, state in self._random.items():
+            generator.set_state(state)
         for tensor, values in self._before.values():
             tensor.copy_(values)
 
@@ -61,7 +73,13 @@ class Stream:
     """Replaces torch.cuda.Stream."""
 
     def __init__(self, device: object = None) -> None:
-        pass
+        self.device = device
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stream) and self.device == other.device
+
+    def __hash__(self) -> int:
+        return hash(self.device)
 
     def wait_stream(self, stream: Stream) -> None:
         pass
@@ -69,6 +87,13 @@ class Stream:
 
 def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+def _on_device(*args: Any, **kwargs: Any) -> Tensor:
+    """The reference of `decode_attention` as on a GPU; on a CPU it reads the lengths on the host."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        return _decode_attention(*args, **kwargs)
 
 
 def fake(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
@@ -87,6 +112,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
         finally:
             graph.undo()
 
+    monkeypatch.setattr(attention, "decode_attention", _on_device)
+    monkeypatch.setattr(decode, "decode_attention", _on_device)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", create)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)

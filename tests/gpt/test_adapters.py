@@ -197,7 +197,7 @@ def test_unmerged_models_are_not_saved(format: str, tmp_path: Path) -> None:
 def test_hooks_run_at_every_captured_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CUDA graph whose replays leave out the hooks, in decoding or in training."""
     graphs = fake(monkeypatch)
-    monkeypatch.setattr("gpt.kv_cache.captures", lambda device: True)
+    monkeypatch.setattr("gpt.decoding.captures", lambda device: True)
     monkeypatch.setattr("gpt.training.step.captures", lambda device: True)
     model, calls = random_model(), []
     model.blocks[0].ffn.up.register_forward_hook(lambda *call: calls.append(1))

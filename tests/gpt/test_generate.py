@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import kernels
 from gpt import GPT, InputError
-from gpt.generate import FIRST_TOKENS, keep_top_p, sample
+from gpt.generate import FIRST_TOKENS
 from gpt.kv_cache import KVCache
+from gpt.sampler import draw, keep_top_p
 from tests.gpt.graphs import fake
 from tests.gpt.models import CONFIGS, SMALL, padded, random_model, tokens
 
@@ -99,15 +101,10 @@ def test_sampling_equals_a_plain_loop(settings: dict[str, Any]) -> None:
 
 def test_the_nucleus_is_the_smallest() -> None:
     """One token too many where the sum equals p exactly, or none where p rounds to 0."""
-    even = torch.zeros(1, 8)
-    assert [int(keep_top_p(even, p).isfinite().sum()) for p in (1e-9, 0.125, 0.2, 0.5, 0.75, 1.0)] == [
-        1,
-        1,
-        2,
-        4,
-        6,
-        8,
-    ]
+    for p, kept in ((1e-9, 1), (0.125, 1), (0.2, 2), (0.5, 4), (0.75, 6), (1.0, 8)):
+        even = torch.zeros(1, 8)
+        keep_top_p(even, 1 - p)
+        assert int(even.isfinite().sum()) == kept
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -163,16 +160,15 @@ def test_ids_past_the_vocabulary_are_not_generated() -> None:
         assert int(model.generate(idx, 20, vocab_size=V + 5, **settings).max()) >= 9
 
 
-def test_sample_equals_multinomial() -> None:
+def test_drawing_equals_multinomial() -> None:
     """Tokens from another distribution, or tokens that were filtered out."""
     logits = torch.randn(3, 50).masked_fill(torch.rand(3, 50) < 0.5, -math.inf)
     for seed in range(50):
         generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
         expected = torch.multinomial(logits.softmax(-1), 1, generator=generators[1])[:, 0]
-        assert torch.equal(sample(logits, generators[0]), expected)
-    counts = (
-        torch.stack([sample(logits[:1], None) for _ in range(4000)]).flatten().bincount(minlength=50) / 4000
-    )
+        assert torch.equal(draw(logits, generators[0]).argmax(-1), expected)
+    samples = torch.stack([draw(logits[:1], None).argmax(-1) for _ in range(4000)]).flatten()
+    counts = samples.bincount(minlength=50) / 4000
     assert (counts - logits[0].softmax(-1)).abs().max() < 0.04
 
 
@@ -260,20 +256,29 @@ def test_generate_changes_no_state() -> None:
 
 def test_the_cache_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache that is filled but not used, or that is larger than the tokens need."""
-    model, idx, passes = random_model(), tokens(2, 4), []
+    passes: list[tuple[int, int | None]] = []
     hidden: Callable[..., Tensor] = GPT.hidden
+    decode_block: Callable[..., Tensor] = kernels.decode_block
 
-    def counting(self: GPT, window: Tensor, *args: Any, cache: KVCache | None = None) -> Tensor:
+    def count_hidden(self: GPT, window: Tensor, *args: Any, cache: KVCache | None = None) -> Tensor:
         passes.append((window.shape[1], None if cache is None else cache.size))
         return hidden(self, window, *args, cache=cache)
 
-    monkeypatch.setattr(GPT, "hidden", counting)
-    model.generate(idx, 3)
-    model.generate(idx, 10)
-    model.generate(idx, 2, use_cache=False)
+    def count_block(x: Tensor, k_cache: Tensor, *args: Any, **options: Any) -> Tensor:
+        passes.append((1, k_cache.shape[2]))
+        return decode_block(x, k_cache, *args, **options)
+
+    monkeypatch.setattr(GPT, "hidden", count_hidden)
+    monkeypatch.setattr(kernels, "decode_block", count_block)
     within = [(4, 7), (1, 7), (1, 7)]
     past = [(4, 12), *[(1, 12)] * 8, (12, None)]
-    assert passes == [*within, *past, (4, None), (5, None)]
+    for fields in ({"n_layer": 1}, {"norm": "post"}):  # by the fused ops, and by the modules
+        model, idx = random_model(**fields), tokens(2, 4)
+        passes.clear()
+        model.generate(idx, 3)
+        model.generate(idx, 10)
+        model.generate(idx, 2, use_cache=False)
+        assert passes == [*within, *past, (4, None), (5, None)]
 
 
 @pytest.mark.interpreter
@@ -284,7 +289,7 @@ def test_a_captured_step_is_right_for_every_token(name: str, monkeypatch: pytest
     settings = {"do_sample": False, "repetition_penalty": 1.5, "attention_mask": mask}
     plain = model.generate(idx, 7, use_cache=False, **settings)
     graphs = fake(monkeypatch)
-    monkeypatch.setattr("gpt.kv_cache.captures", lambda device: True)
+    monkeypatch.setattr("gpt.decoding.captures", lambda device: True)
     assert torch.equal(model.generate(idx, 7, **settings), plain)
     # 7 tokens: the prompt gives the first, and the first step runs without a capture.
     assert [graph.replays for graph in graphs] == [5]

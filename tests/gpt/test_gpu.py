@@ -78,7 +78,7 @@ def test_a_bfloat16_training_step_is_as_close_as_the_references() -> None:
 @pytest.mark.parametrize("settings", [{}, {"n_head": 2, "bias": False}], ids=str)
 def test_cached_generation_equals_uncached(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """A decode kernel that reads the wrong keys, or padding, while the cache grows past one tile."""
-    monkeypatch.setattr("gpt.kv_cache.captures", lambda device: False)
+    monkeypatch.setattr("gpt.decoding.captures", lambda device: False)
     torch.manual_seed(0)
     model = GPT(**SMALL | settings, use_triton=True, device=DEVICE)
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_captured_decoding_equals_eager(use_triton: bool, monkeypatch: pytest.Mo
     mask = torch.ones_like(idx)
     mask[1, :7] = 0
     captured = model.generate(idx, 100, do_sample=False, attention_mask=mask)
-    monkeypatch.setattr("gpt.kv_cache.captures", lambda device: False)
+    monkeypatch.setattr("gpt.decoding.captures", lambda device: False)
     eager = model.generate(idx, 100, do_sample=False, attention_mask=mask)
     assert torch.equal(captured, eager)
     assert captured[:, 20:].unique().numel() > 20

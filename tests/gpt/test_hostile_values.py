@@ -13,9 +13,9 @@ import pytest
 from gpt import DataConfig, GPTConfig, InputError, TrainConfig
 from gpt.cli import CONFIG_LIMIT, OptionParser
 from gpt.eval import EvalConfig
-from gpt.generate import LARGEST, SMALLEST
 from gpt.info import StepOptions
 from gpt.sample import SampleConfig
+from gpt.sampler import LARGEST, SMALLEST
 from gpt.train import RunConfig
 
 CONFIGS = (GPTConfig, TrainConfig, DataConfig, RunConfig, SampleConfig, EvalConfig, StepOptions)
