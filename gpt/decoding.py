@@ -162,17 +162,7 @@ def decoding_step(model: GPT, batch: int) -> Logits:
     For a few sequences and a plain GPT-2, it calls the fused ops of decoding, otherwise the modules one by
     one. It looks the parameters up once, so it is for one `generate`.
     """
-    config = model.config
-    if (
-        batch > kernels.DECODE_BATCH
-        or config.norm != "pre"
-        or not config.residual
-        or config.activation == "relu"
-        or model.ln_f is None
-        or torch.is_autocast_enabled(model.device.type)
-        or not _is_plain(model)
-        or len({p.dtype for p in model.parameters()}) > 1
-    ):
+    if batch > kernels.DECODE_BATCH or not _fuses(model) or model.ln_f is None:
         return lambda token, cache: _logits_of_modules(model, token, cache)
 
     embedding = {"token_weight": model.wte.weight, "position_weight": model.wpe.weight}
@@ -200,6 +190,20 @@ def _logits_of_modules(model: GPT, token: Tensor, cache: KVCache) -> Tensor:
     return model.head(states[:, -1])
 
 
+def _fuses(model: GPT) -> bool:
+    """Whether the fused ops of decoding compute what the modules of `model` do."""
+    config = model.config
+    return (
+        config.norm == "pre"
+        and config.residual
+        and config.activation != "relu"
+        and not torch.is_autocast_enabled(model.device.type)
+        and _is_plain(model)
+        and len({norm.eps for norm in model.modules() if isinstance(norm, Norm)}) == 1
+        and all(p.dtype == model.dtype and p.is_contiguous() for p in model.parameters())
+    )
+
+
 def captures(device: torch.device) -> bool:
     """Whether steps on `device` are captured: on a GPU without autocast.
 
@@ -222,8 +226,16 @@ def _is_plain(model: GPT) -> bool:
 def _state(model: GPT) -> Hashable:
     """What a graph has read of a plain model when it was captured: it is right while this stays equal."""
     parameters = [(p.data_ptr(), p.dtype, p.shape, p.stride()) for p in model.parameters()]
-    modules = [(type(module), id(module), getattr(module, "eps", None)) for module in model.modules()]
+    modules = [(id(module), type(module), *_settings(module)) for module in model.modules()]
     return model.config, tuple(parameters), tuple(modules)
+
+
+def _settings(module: nn.Module) -> Iterator[object]:
+    """The attributes that a module's forward may read, such as `eps`; a GPT's own decide nothing here."""
+    if not isinstance(module, GPT):
+        for name, value in vars(module).items():
+            if name != "training" and isinstance(value, (str, int, float)):
+                yield value
 
 
 @cache

@@ -29,13 +29,14 @@ class Recording(TorchDispatchMode):
         self._operations: list[tuple[Any, Any, Any, Any]] = []
         self._before: dict[int, tuple[Tensor, Tensor]] = {}  # tensors that are written, and their old values
         self._own: dict[int, Tensor] = {}  # memory of the graph, kept alive as in its pool
-        self._random = {torch.default_generator: torch.get_rng_state()}
+        self._random: dict[int, tuple[torch.Generator, Tensor]] = {}  # generators and their old states
+        self.register_generator_state(torch.default_generator)
         self.replays = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if "generator" in kwargs and kwargs["generator"] is not None:
-            assert kwargs["generator"] in self._random, "a generator that is not registered with the graph"
+        generator = kwargs.get("generator")
+        assert generator is None or generator._cdata in self._random, "an unregistered generator"
         for position, argument in enumerate(function._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 value = args[position] if position < len(args) else kwargs.get(argument.name)
@@ -51,11 +52,11 @@ class Recording(TorchDispatchMode):
         return result
 
     def register_generator_state(self, generator: torch.Generator) -> None:
-        self._random[generator] = generator.get_state()
+        self._random[generator._cdata] = generator, generator.get_state()
 
     @torch.no_grad()
     def undo(self) -> None:
-        for generator, state in self._random.items():
+        for generator, state in self._random.values():
             generator.set_state(state)
         for tensor, values in self._before.values():
             tensor.copy_(values)
