@@ -17,6 +17,7 @@ import torch
 
 from gpt import GPT, GPTConfig, TokenData, TrainConfig, Trainer
 from gpt.data.dataset import Batch
+from gpt.decoding import Decoder
 from gpt.files import read_json
 from gpt.preflight import preflight
 from gpt.training.step import PendingStep, StepResult, TrainStep
@@ -103,23 +104,100 @@ def test_preflight_accepts_correct_kernels() -> None:
     assert sorted(report.checked) == sorted(set(SPECS) - {"causal_attention"})  # the model takes packed qkv
 
 
-@pytest.mark.driver("CUDA graphs")
-@pytest.mark.parametrize("use_triton", [True, False])
-def test_captured_decoding_equals_eager(use_triton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph that replays a stale length, position or token, or that reads padding."""
+FILTERS = {"top_k": 200, "top_p": 0.95, "min_p": 0.001, "repetition_penalty": 1.1, "stop_tokens": [7, 11]}
+
+
+def decoding_model(use_triton: bool) -> GPT:
     torch.manual_seed(0)
     model = GPT("gpt2", use_triton=use_triton, device=DEVICE, n_layer=3, block_size=128)
     with torch.no_grad():
         for parameter in model.blocks.parameters():
             parameter.mul_(2)  # untrained blocks change so little that tokens would repeat
-    idx = torch.randint(50257, (3, 20), device=DEVICE)
+    return model
+
+
+@pytest.mark.driver("CUDA graphs")
+@pytest.mark.parametrize("use_triton", [True, False])
+@pytest.mark.parametrize("batch", [3, 9])  # fused ops of decoding, and modules
+@pytest.mark.parametrize("settings", [{"do_sample": False}, {}, FILTERS], ids=["greedy", "plain", "filters"])
+def test_captured_decoding_equals_eager(
+    use_triton: bool, batch: int, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph that replays a stale length, position, token or random state, or that reads padding."""
+    model, idx = decoding_model(use_triton), torch.randint(50257, (batch, 20), device=DEVICE)
     mask = torch.ones_like(idx)
     mask[1, :7] = 0
-    captured = model.generate(idx, 100, do_sample=False, attention_mask=mask)
+
+    def run() -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Three generations, with the weights changed in place, and the random state after them."""
+        generator, ids = torch.Generator(DEVICE).manual_seed(1), []
+        for factor in (1.0, 1.0, 2.0):
+            with torch.no_grad():
+                model.blocks[0].ffn.up.weight.mul_(factor)
+            ids.append(model.generate(idx, 100, attention_mask=mask, generator=generator, **settings))
+        with torch.no_grad():
+            model.blocks[0].ffn.up.weight.div_(2)
+        return ids, generator.get_state()
+
+    captured, state = run()
+    again, _ = run()  # by kept graphs only
     monkeypatch.setattr("gpt.decoding.captures", lambda device: False)
-    eager = model.generate(idx, 100, do_sample=False, attention_mask=mask)
-    assert torch.equal(captured, eager)
-    assert captured[:, 20:].unique().numel() > 20
+    eager, eager_state = run()
+    assert all(map(torch.equal, captured, eager))
+    assert all(map(torch.equal, again, eager))
+    assert torch.equal(state, eager_state)
+    assert captured[0][:, 20:].unique().numel() > 20
+    assert captured[2].shape != captured[1].shape or not torch.equal(captured[2], captured[1])
+
+
+@pytest.mark.driver("CUDA graphs")
+def test_torchs_own_generator_decodes_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that leaves torch's generator where it was, so that each call draws the same tokens."""
+    model, idx = decoding_model(True), torch.randint(50257, (1, 20), device=DEVICE)
+
+    def run() -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        return [model.generate(idx, 40) for _ in range(3)]
+
+    captured = run()
+    monkeypatch.setattr("gpt.decoding.captures", lambda device: False)
+    assert all(map(torch.equal, captured, run()))
+    assert not torch.equal(captured[1], captured[2])
+
+
+@pytest.mark.driver("CUDA graphs and their memory")
+def test_a_kept_graph_outlives_other_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second capture; memory of a graph that other work overwrites; an order of streams that is lost."""
+    model, prompts = decoding_model(True), torch.randint(50257, (3, 2, 20), device=DEVICE)
+    captured, capture = [], Decoder._capture
+    monkeypatch.setattr(Decoder, "_capture", lambda self, *a: captured.append(1) or capture(self, *a))
+    with monkeypatch.context() as patch:
+        patch.setattr("gpt.decoding.captures", lambda device: False)
+        expected = [model.generate(idx, 60, do_sample=False) for idx in prompts]
+
+    def check(idx: torch.Tensor, ids: torch.Tensor) -> None:
+        assert torch.equal(model.generate(idx, 60, do_sample=False), ids)
+
+    check(prompts[0], expected[0])
+    torch.cuda.empty_cache()
+    scratch = [torch.full((1 << 22,), float("nan"), device=DEVICE) for _ in range(20)]
+    check(prompts[1], expected[1])
+    del scratch
+    assert len(captured) == 1
+    ids = [model.generate(idx, 60, do_sample=False) for idx in prompts]  # queued one after the other
+    assert all(map(torch.equal, ids, expected))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    for _ in range(2):
+        with torch.cuda.stream(stream):
+            check(prompts[2], expected[2])
+        check(prompts[1], expected[1])
+    assert len(captured) == 2
+    before = torch.cuda.memory_allocated()
+    model.clear_cache()
+    assert torch.cuda.memory_allocated() < before
+    check(prompts[0], expected[0])
+    assert len(captured) == 3
 
 
 def synchronizations(model: GPT, idx: torch.Tensor, new: int, stop_tokens: list[int] | None) -> list[Path]:
@@ -142,11 +220,10 @@ def test_tokens_do_not_synchronise(stop_tokens: list[int] | None) -> None:
     """A synchronisation for each token although nothing reads the token."""
     model = GPT("gpt2", use_triton=True, device=DEVICE, n_layer=2)
     idx = torch.randint(50000, (2, 16), device=DEVICE)
-    model.generate(idx, 4)  # compiles
+    synchronizations(model, idx, 4, stop_tokens)  # compiles, and captures the graph
     few, many = (synchronizations(model, idx, new, stop_tokens) for new in (5, 40))
     assert many == few
-    ours = [place for place in few if place.parent.name == "gpt"]  # the others belong to the capture
-    assert len(ours) == (2 if stop_tokens else 0)  # stop tokens to the GPU, and the length back
+    assert len(few) == (2 if stop_tokens else 0)  # stop tokens to the GPU, and the length back
 
 
 @pytest.mark.driver("the random state and the matmuls of a GPU")
