@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from kernels.attention import reference as attention
 from kernels.decode import reference as decode
@@ -48,6 +48,7 @@ class Recording(TorchDispatchMode):
         self._own |= {
             _memory(t): t for t in tree_leaves(result) if isinstance(t, Tensor) and _memory(t) not in given
         }
+        args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))  # a graph reads addresses
         self._operations.append((function, args, kwargs, result))
         return result
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import kernels
 from gpt import GPT
 from gpt.decoding import Decoder, captures
-from gpt.sampler import Settings
+from gpt.sampler import Settings, draw
 from tests.gpt.graphs import Recording, fake
 from tests.gpt.models import SMALL, padded, random_model, tokens
 
@@ -125,7 +125,7 @@ def test_more_captured_generation_equals_eager(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.interpreter
 def test_captured_kernels_equal_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that takes from the host what a graph would replay unchanged."""
-    compare_stories(range(10), monkeypatch, use_triton=True)
+    compare_stories(range(4), monkeypatch, use_triton=True)
 
 
 def test_a_second_generation_captures_nothing(graphs: list[Recording]) -> None:
@@ -325,6 +325,29 @@ def test_callbacks_may_draw_and_generate(graphs: list[Recording], monkeypatch: p
     captured = run()
     monkeypatch.setattr("gpt.decoding.captures", lambda device: False)
     assert torch.equal(captured, run())
+
+
+def test_threads_do_not_draw_the_same_noise(graphs: list[Recording], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay that sets a shared generator back to where another thread has drawn from it."""
+    model, generator, logits = random_model(n_layer=1), torch.Generator().manual_seed(3), torch.zeros(1, V)
+    threads, replay = [], Recording.replay
+
+    def draw_meanwhile(graph: Recording) -> None:
+        threads.append(threading.Thread(target=draw, args=(logits, generator)))
+        threads[-1].start()
+        threads[-1].join(0.01)
+        assert threads[-1].is_alive()
+        replay(graph)
+
+    monkeypatch.setattr(Recording, "replay", draw_meanwhile)
+    model.generate(tokens(1, 3), 4, generator=generator)
+    for thread in threads:
+        thread.join()
+    alone = torch.Generator().manual_seed(3)
+    for _ in range(4 + len(threads)):
+        draw(logits, alone)
+    assert len(threads) == 2
+    assert torch.equal(generator.get_state(), alone.get_state())
 
 
 def test_results_are_copies(graphs: list[Recording]) -> None:

@@ -1,15 +1,18 @@
-"""The host work of a training step: kernel launches, dispatched operations and saved bytes per layer."""
+"""The host work of a training step, and the launches of a decoded token."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gpt import GPT
+from gpt.decoding import Decoder
 
 VIEWS = (
     "view",
@@ -42,6 +45,29 @@ class Dispatches(TorchDispatchMode):
     def launching(self) -> list[str]:
         """The operations that would launch something on a GPU."""
         return [name for name in self.names if not name.startswith(VIEWS)]
+
+
+class Launches(TorchDispatchMode):
+    """Lists the operations that launch something on a GPU, those inside of fused ops included."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function.namespace == "fused_gpt":
+            with self:
+                return function._op_dk(torch._C.DispatchKey.CPU, *args, **kwargs)
+        result = function(*args, **kwargs)
+        name = str(function).removeprefix("aten.")
+        if function._schema.is_mutable or (_memory(result) - _memory((args, kwargs)) and "empty" not in name):
+            self.names.append(name)
+        return result
+
+
+def _memory(values: Any) -> set[int]:
+    return {t.untyped_storage().data_ptr() for t in tree_leaves(values) if isinstance(t, torch.Tensor)}
 
 
 def make(n_layer: int, *, use_triton: bool) -> GPT:
@@ -147,3 +173,35 @@ def test_bytes_that_a_layer_saves() -> None:
     activations = (2 + 2 + 3 + 1 + 4) * WIDTH
     statistics = HEADS + 2 * 2
     assert per_layer(saved_bytes, use_triton=True) == 4 * BATCH * TOKENS * (activations + statistics)
+
+
+FILTERS = {"temperature": 0.8, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2}
+
+
+def decoding_launches(n_layer: int, launches: list[str], **settings: Any) -> list[str]:
+    """What a decoding step of one sequence launches on a GPU, all of it in a CUDA graph."""
+    step = Decoder.step
+
+    def record(decoder: Decoder, *arguments: Any) -> None:
+        launches.clear()
+        with Launches(launches):
+            step(decoder, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Decoder, "step", record)
+        patch.setattr(sys.modules["kernels.linear"], "FEW", 0)  # the matmul of a GPU
+        make(n_layer, use_triton=True).generate(torch.zeros(1, 3, dtype=torch.int64), 4, **settings)
+    return list(launches)
+
+
+@pytest.mark.interpreter
+def test_launches_of_sampling(launches: list[str]) -> None:
+    """A setting of sampling that launches more than it needs, or a copy of the logits for each of them."""
+    greedy, sampled, filtered = (
+        len(decoding_launches(1, launches, **settings))
+        for settings in ({"do_sample": False}, {}, {**FILTERS, "stop_tokens": [1, 2]})
+    )
+    # Temperature, softmax, noise, its lower bound, and the division by it.
+    assert sampled - greedy <= 5
+    # Penalty 4 + 1, top-k 3, top-p 7, min-p 5, stop tokens 5.
+    assert filtered - sampled <= 25
