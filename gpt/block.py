@@ -48,6 +48,12 @@ def site_seeds(seed: Seed, layers: int) -> Sequence[Seed]:
     return [(seed * GOLDEN + i + 2**63) % 2**64 - 2**63 for i in range(count)]
 
 
+def fuses_decoding(config: GPTConfig) -> bool:
+    """Whether `kernels.decode_block` and its kin compute this architecture: GPT-2's."""
+    pre = config.norm == "pre" and config.final_norm and config.residual
+    return pre and config.activation != "relu"
+
+
 def dropout(x: Tensor, p: float, seed: Seed) -> Tensor:
     """dropout(x). Without a seed it is torch's own, so that every backend draws the same mask."""
     if p == 0:

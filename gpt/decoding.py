@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from gpt.block import Attention, Block, FeedForward, Linear, Norm
+from gpt.block import Attention, Block, FeedForward, Linear, Norm, fuses_decoding
 from gpt.head import TiedHead
 from gpt.inputs import positions
 from gpt.kept import borrow, fits
@@ -192,11 +192,8 @@ def _logits_of_modules(model: GPT, token: Tensor, cache: KVCache) -> Tensor:
 
 def _fuses(model: GPT) -> bool:
     """Whether the fused ops of decoding compute what the modules of `model` do."""
-    config = model.config
     return (
-        config.norm == "pre"
-        and config.residual
-        and config.activation != "relu"
+        fuses_decoding(model.config)
         and not torch.is_autocast_enabled(model.device.type)
         and _is_plain(model)
         and len({norm.eps for norm in model.modules() if isinstance(norm, Norm)}) == 1

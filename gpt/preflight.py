@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 import kernels
+from gpt.block import fuses_decoding
 from gpt.config import GPTConfig
 
 
@@ -56,13 +57,15 @@ def cases(
         calls.append(("add_layer_norm", {"N": n, "C": c}, {**norm, "residual": parameters, **dropout}))
     if not config.residual or config.norm == "pre" or config.final_norm:
         calls.append(("layer_norm", {"N": n, "C": c}, norm))
+    ffn = {"bias": config.bias, "approximate": "tanh" if config.activation == "gelu_tanh" else "none"}
     if config.activation != "relu":
-        approximate = "tanh" if config.activation == "gelu_tanh" else "none"
-        calls.append(
-            (
-                "gelu_ffn",
-                {"N": n, "C": c, "I": config.inner_size},
-                {"bias": config.bias, "approximate": approximate},
-            )
-        )
+        calls.append(("gelu_ffn", {"N": n, "C": c, "I": config.inner_size}, ffn))
+    if fuses_decoding(config):
+        row = {"B": min(batch_size, kernels.DECODE_BATCH), "C": c}
+        sizes = {"H": config.n_head, "Tmax": config.block_size, "D": config.head_size, "I": config.inner_size}
+        calls += [
+            ("decode_embedding", {**row, "V": config.vocab_size, "P": config.block_size}, {}),
+            ("decode_block", {**row, **sizes}, ffn),
+            ("decode_head", {**row, "V": config.vocab_size}, {"bias": config.head_bias}),
+        ]
     return [(op, kernels.Case(sizes, options)) for op, sizes, options in calls]

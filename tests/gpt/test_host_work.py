@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -190,8 +191,23 @@ def decoding_launches(n_layer: int, launches: list[str], **settings: Any) -> lis
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Decoder, "step", record)
         patch.setattr(sys.modules["kernels.linear"], "FEW", 0)  # the matmul of a GPU
-        make(n_layer, use_triton=True).generate(torch.zeros(1, 3, dtype=torch.int64), 4, **settings)
+        model = GPT(vocab_size=64, block_size=1024, n_layer=n_layer, n_head=2, n_embd=16, use_triton=True)
+        model.generate(torch.zeros(1, 3, dtype=torch.int64), 4, **settings)
     return list(launches)
+
+
+@pytest.mark.interpreter
+def test_launches_of_a_decoded_token(launches: list[str]) -> None:
+    """A copy, a cast, a counter or a sum between the kernels, whose launches bound the time of a token."""
+    deep, shallow = (Counter(decoding_launches(n, launches, do_sample=False)) for n in (12, 11))
+    assert deep - shallow == {"_decode_linear_kernel": 4, "_attention_decode_kernel": 1}
+    assert deep.total() <= 66
+    # The token's choice, its place among the ids, and two counters.
+    assert {name: count for name, count in deep.items() if not name.endswith("_kernel")} == {
+        "argmax.out": 1,
+        "index_copy_.default": 1,
+        "add_.Tensor": 2,
+    }
 
 
 @pytest.mark.interpreter

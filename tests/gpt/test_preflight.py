@@ -83,7 +83,8 @@ def test_every_op_is_checked_as_the_model_calls_it(
     model.dropout_seed = 1
     idx = torch.randint(37, (3, 12))
     model(idx, idx)
-    model.generate(idx[:, :4], 2)
+    model.generate(idx[:, :4], 8)
+    model.generate(torch.zeros(kernels.DECODE_BATCH + 1, 4, dtype=torch.int64), 2)
     assert seen.keys() == expected.keys()
     for op, case in expected.items():
         inputs = preflight.SPECS[op].make_inputs(case, torch.float32, torch.device("cpu"), torch.Generator())
