@@ -50,6 +50,7 @@ class Decoder:
         self.sampler = Sampler(form, batch, config.vocab_size, dtype=dtype, device=device)
         self.nbytes = cache_bytes(model, batch, size)
         self.length = 0  # of the prompt and the tokens after it
+        self.intact = True
         self._ids = torch.zeros(batch, size + 1, dtype=torch.int64, device=device)
         self._captures, self._warm = captures, False
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -64,16 +65,17 @@ class Decoder:
         self, model: GPT, idx: Tensor, key_start: Tensor | None, generator: torch.Generator | None
     ) -> None:
         """Takes a prompt (B, T), T <= size, and chooses the token after it."""
-        T = idx.shape[1]
+        T, self.intact = idx.shape[1], False
         self.cache.start(T, key_start)
         self._ids[:, :T] = idx
         states = model.hidden(idx, positions(T, key_start, idx.device), key_start, cache=self.cache)
         self.cache.end_prompt()
         self._choose(model.head(states[:, -1]), generator)
-        self.length = T + 1
+        self.length, self.intact = T + 1, True
 
     def step(self, logits: Logits, generator: torch.Generator | None) -> None:
         """Chooses the next token. `logits` is what `decoding_step` returns."""
+        self.intact = False
         if not self._captures or not self._warm:
             self._warm = True  # the first step compiles kernels and fills the allocator's pools
             self._run(logits, generator)
@@ -81,7 +83,7 @@ class Decoder:
             if self._graph is None:
                 self._graph = self._capture(logits)
             self._replay(self._graph, generator)
-        self.length += 1
+        self.length, self.intact = self.length + 1, True
 
     def _run(self, logits: Logits, generator: torch.Generator | None) -> None:
         row = logits(self.sampler.token, self.cache)  # (B, V)

@@ -18,21 +18,21 @@ MOST = 4  # decoders of a model
 MOST_BYTES = 1 << 30  # of their key-value caches
 
 
-class Sized(Protocol):
-    """An object that knows its size."""
+class Keepable(Protocol):
+    """What can be kept."""
 
-    @property
-    def nbytes(self) -> int: ...
+    nbytes: int
+    intact: bool  # False after an operation on it was interrupted
 
 
 @dataclass(frozen=True)
 class _Kept:
     key: Hashable
     state: Hashable
-    value: Sized
+    value: Keepable
 
 
-Value = TypeVar("Value", bound=Sized)
+Value = TypeVar("Value", bound=Keepable)
 _models: WeakKeyDictionary[nn.Module, list[_Kept]] = WeakKeyDictionary()
 _lock = threading.Lock()
 
@@ -41,7 +41,7 @@ _lock = threading.Lock()
 def borrow(model: nn.Module, key: Hashable, state: Hashable, make: Callable[[], Value]) -> Iterator[Value]:
     """A value that no other thread uses inside the block: a kept one with this key, else a new one.
 
-    It is kept after the block, unless the block raises. The least recently used values make way for it.
+    It is kept after the block if it is intact. The least recently used values make way for it.
 
     Args:
         model: The owner.
@@ -56,12 +56,14 @@ def borrow(model: nn.Module, key: Hashable, state: Hashable, make: Callable[[], 
         value = None if index is None else values.pop(index).value
     value = make() if value is None else value
 
-    yield value  # type: ignore[misc]  # a key belongs to one type
-
-    with _lock:  # if the model has been cleared since, nothing refers to this list any more
-        values.append(_Kept(key, state, value))
-        while len(values) > MOST or sum(kept.value.nbytes for kept in values) > MOST_BYTES:
-            values.pop(0)
+    try:
+        yield value  # type: ignore[misc]  # a key belongs to one type
+    finally:
+        with _lock:  # if the model has been cleared since, nothing refers to this list any more
+            if value.intact:
+                values.append(_Kept(key, state, value))
+            while len(values) > MOST or sum(kept.value.nbytes for kept in values) > MOST_BYTES:
+                values.pop(0)
 
 
 def fits(nbytes: int) -> bool:

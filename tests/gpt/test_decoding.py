@@ -118,7 +118,7 @@ def test_captured_generation_equals_eager(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.slow
 def test_more_captured_generation_equals_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """As above, in settings that are rarer."""
-    compare_stories(range(50, 300), monkeypatch)
+    compare_stories(range(50, 200), monkeypatch)
 
 
 @pytest.mark.slow
@@ -290,8 +290,8 @@ def test_copies_share_nothing(graphs: list[Recording]) -> None:
     assert len(graphs) == 2
 
 
-def test_a_failed_generation_leaves_nothing(graphs: list[Recording]) -> None:
-    """A decoder whose step was interrupted, or a generator that is not where the tokens are."""
+def test_a_callback_may_raise(graphs: list[Recording]) -> None:
+    """A graph that is lost when a callback ends a generation, or a generator that is not at the last token."""
     model, idx, generator = random_model(n_layer=1), tokens(1, 3), torch.Generator().manual_seed(3)
     steps: list[Tensor] = []
 
@@ -305,6 +305,18 @@ def test_a_failed_generation_leaves_nothing(graphs: list[Recording]) -> None:
     alone = torch.Generator().manual_seed(3)
     assert torch.equal(model.generate(idx, 5, generator=alone)[0, 3:], torch.stack(steps)[:, 0])
     assert torch.equal(alone.get_state(), generator.get_state())
+    assert len(graphs) == 1
+
+
+def test_a_failed_step_leaves_nothing(graphs: list[Recording], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder that is kept although its graph or its step failed."""
+    model, idx = random_model(n_layer=1), tokens(1, 3)
+    expected = keep_decoder(model, idx)
+    with monkeypatch.context() as patch:
+        patch.setattr(Recording, "replay", lambda graph: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            model.generate(idx, 8, do_sample=False)
+    assert torch.equal(keep_decoder(model, idx), expected)
     assert len(graphs) == 2
 
 
