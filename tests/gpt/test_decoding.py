@@ -291,7 +291,7 @@ def test_copies_share_nothing(graphs: list[Recording]) -> None:
 
 
 def test_a_callback_may_raise(graphs: list[Recording]) -> None:
-    """A graph that is lost when a callback ends a generation, or a generator that is not at the last token."""
+    """A graph that is lost when a callback ends a generation, or a generator that is not where tokens end."""
     model, idx, generator = random_model(n_layer=1), tokens(1, 3), torch.Generator().manual_seed(3)
     steps: list[Tensor] = []
 
