@@ -184,6 +184,15 @@ def test_other_modes_are_another_graph(graphs: list[Recording], monkeypatch: pyt
     with torch.inference_mode():
         assert captured() == 1
     assert captured() == 0
+    precision = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.use_deterministic_algorithms(True)
+        assert captured() == 1
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert captured() == 1
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.matmul.fp32_precision = precision
     monkeypatch.setattr("kernels.dispatch._distrusted", {"decode_block": "wrong"})
     assert captured() == 1
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "another")
