@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from ttsem import harness, mlir, sanitize
 
 from gpt import decoding
+from tests.compiled.ordering import without_ordered_reads
 
 NAMESPACE = "fused_gpt"
 CUDA = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -43,6 +44,7 @@ def session(
         enabled, dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
         for owner, name, replacement in (
             (harness, "ir_for_launch", FrontEnd()),
+            (sanitize, "_without_protocol_buffers", lambda log, buffers: without_ordered_reads(log)),
             (torch, "Generator", Generator),
             (torch, "addmm", _addmm_of(torch.addmm)),
             (torch, "autocast", Autocast),
