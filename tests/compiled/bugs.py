@@ -66,6 +66,14 @@ BUGS: dict[str, tuple[Bug, str]] = {
         ),
         "oob_read",
     ),
+    "parts of the keys are joined without acquire and release": (
+        Bug(
+            "attention",
+            ("decode", 'sem="acq_rel"', 'sem="relaxed"'),
+            checks=[values("decode_attention", {"B": 1, "H": 2, "Tq": 1, "Tmax": 70, "D": 16})],
+        ),
+        "race",
+    ),
     "programs add to one row of dweight": (
         Bug(
             "norm",

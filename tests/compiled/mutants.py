@@ -1,6 +1,6 @@
 """Which mutants of the kernels the interpreter kills, and which the execution of compiled kernels kills.
 
-Usage: python -m tests.compiled.mutants [FAMILY ...]    without a family: all four
+Usage: python -m tests.compiled.mutants [FAMILY ...]    without a family: all
 """
 
 from __future__ import annotations

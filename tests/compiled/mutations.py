@@ -8,6 +8,7 @@ import torch
 
 import kernels
 from tests.compiled.outcomes import Check, values
+from tests.kernels import decode_suite
 from tests.planting import Mutation
 
 
@@ -52,6 +53,7 @@ def _untouched_rows_and_padding(launchers: Any) -> None:
 
 
 CHECKS: dict[str, tuple[Check, ...]] = {
+    "decode": tuple(decode_suite.CHECKS.values()),
     "norm": (
         values("layer_norm", {"N": 5, "C": 17}),
         values("layer_norm", {"N": 67, "C": 384}),
@@ -86,6 +88,7 @@ CHECKS: dict[str, tuple[Check, ...]] = {
 }
 
 MUTATIONS: dict[str, dict[str, Mutation]] = {
+    "decode": decode_suite.MUTANTS,
     "norm": {
         "the mean of padded columns": (
             "forward",

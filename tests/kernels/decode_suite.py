@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -13,6 +14,8 @@ import kernels
 from kernels.registry import SPECS
 from kernels.spec import Case, OpSpec
 from kernels.verify import Oracle, run_case
+from tests.memory import guard_allocations, guarded
+from tests.planting import Mutation
 
 Check = Callable[[Any], None]  # takes the launchers, which a check of the public ops ignores
 BLOCK = SPECS["decode_block"]
@@ -61,6 +64,16 @@ def _lengths(launchers: Any) -> None:
         assert_agrees("decode_block", inputs)
 
 
+def _parts(launchers: Any) -> None:
+    """Several parts of the keys of two tiles, in memory that does not start as zeros."""
+    inputs = inputs_of(BLOCK, SIZES | {"B": 1})
+    with pytest.MonkeyPatch.context() as patch:
+        plain = torch.Tensor.new_empty
+        patch.setattr(torch.Tensor, "new_empty", lambda *args, **options: plain(*args, **options).fill_(5))
+        for _ in range(2):
+            assert_agrees("decode_block", inputs)
+
+
 def _embeddings(launchers: Any) -> None:
     """Positions before the first and past the last; strided tokens and weights."""
     inputs = inputs_of(SPECS["decode_embedding"], {"B": 3, "C": 300, "V": 7, "P": 5})
@@ -90,13 +103,114 @@ def _rounds_once(launchers: Any) -> None:
     torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def stays_inside(launchers: Any) -> None:
+    """No access past the end of any tensor, including those that the launchers allocate."""
+    with pytest.MonkeyPatch.context() as patch:
+        guard_allocations(patch)
+        for op, sizes in (
+            ("decode_block", SIZES),
+            ("decode_head", {"B": 3, "C": 33, "V": 35}),
+            ("decode_embedding", {"B": 3, "C": 300, "V": 7, "P": 5}),
+        ):
+            inputs = inputs_of(SPECS[op], sizes, key_start="padding")
+            values = {n: guarded(v) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
+            with kernels.use_backend(decode="triton"):
+                SPECS[op].function(**values)
+
+
 CHECKS: dict[str, Check] = {
     "block": agrees("decode_block", SIZES, key_start="padding"),
     "erf, no biases": agrees("decode_block", SIZES, bias=False, approximate="none", scale=0.3, eps=0.1),
     "strides": _strided,
     "lengths": _lengths,
+    "parts": _parts,
     "embedding": _embeddings,
     "several tiles": agrees("decode_head", {"B": 2, "C": 300, "V": 67}),
     "large means": _large_means,
     "float32 logits": _rounds_once,
+}
+
+MUTANTS: dict[str, Mutation] = {
+    # matmul
+    "columns past the row are read": ("linear", "(i * BLOCK_K + cols < K)[None, :]\n", "True\n"),
+    "rows past the weight are read": ("linear", "mask = (offs_n < N)[:, None] &", "mask ="),
+    "the last tile of a row is lost": (
+        "linear",
+        "for i in tl.static_range(TILES):\n                acc",
+        "for i in tl.static_range(max(1, TILES - 1)):\n                acc",
+    ),
+    "groups share a weight": (
+        "linear",
+        "weights[group * TILES + i].to(tl.float32)\n",
+        "weights[i].to(tl.float32)\n",
+    ),
+    "all sequences read the first row": ("linear", "tl.full([], b, tl.int64) * stride_xb", "0 * stride_xb"),
+    "outputs change places": ("linear", "slots % GROUPS * ROWS", "(GROUPS - 1 - slots % GROUPS) * ROWS"),
+    "x ignores its stride": ("linear", '"stride_xb": x.stride(0)', '"stride_xb": k'),
+    "the weight ignores its stride": ("linear", '"stride_wn": weight.stride(0)', '"stride_wn": k'),
+    "without the bias": (
+        "linear",
+        "bias = tl.load(bias_ptr + offs_n",
+        "bias = 0 * tl.load(bias_ptr + offs_n",
+    ),
+    "without the residual": ("linear", "value += residual", "value += 0"),
+    # norm
+    "masked columns add to the variance": (
+        "linear",
+        "tl.where((i * BLOCK_K + cols < K)[None, :], xs[i] - mean[:, None], 0.0)",
+        "xs[i] - mean[:, None]",
+    ),
+    "a mean over the tile": ("linear", "tl.sum(total, 1) / K", "tl.sum(total, 1) / (TILES * BLOCK_K)"),
+    "eps outside the root": ("linear", "/ K + eps)", "/ K) + eps"),
+    "without the norm's weight": ("linear", " * norm_weights[i].to(tl.float32),)", ",)"),
+    "without the norm's bias": ("linear", "value * rstd + shifts[group]", "value * rstd"),
+    "the norm's bias is scaled": ("linear", "value * rstd + shifts[group]", "(value + shifts[group]) * rstd"),
+    # GELU
+    "always GELU by tanh": ("linear", 'gelu(value, GELU == "tanh")', "gelu(value, True)"),
+    "always GELU by erf": ("linear", 'gelu(value, GELU == "tanh")', "gelu(value, False)"),
+    "no GELU": ("block", "gelu=approximate", "gelu=None"),
+    # caches
+    "written one slot late": ("linear", "Tmax).to(tl.int64) - 1", "Tmax).to(tl.int64) - 0"),
+    "an empty cache is written before its start": ("linear", "tl.maximum(index, 1)", "index"),
+    "a length past the cache": ("linear", "tl.minimum(tl.maximum(index, 1), Tmax)", "tl.maximum(index, 1)"),
+    "keys are written as values": (
+        "linear",
+        "is_q, is_v = head < H, head >= H + HKV",
+        "is_q, is_v = head < H, head >= H",
+    ),
+    "value heads are off by the key heads": (
+        "linear",
+        "(head - H - HKV) * stride_vh",
+        "(head - H) * stride_vh",
+    ),
+    "one length for all": (
+        "linear",
+        '"stride_lb": 0 if cache_len is None else cache_len.stride(0)',
+        '"stride_lb": 0',
+    ),
+    "the counters keep their values": (
+        "linear",
+        "tl.store(counter_ptr + tile, 0)",
+        "tl.store(counter_ptr + tile, 1)",
+    ),
+    "one counter is set": ("linear", "for tile in tl.range(COUNTERS)", "for tile in tl.range(1)"),
+    # block
+    "the first norm twice": (
+        "block",
+        "norm=(norm_2_weight, norm_2_bias)",
+        "norm=(norm_1_weight, norm_1_bias)",
+    ),
+    "the residual is the input": ("block", "residual=h", "residual=x"),
+    "attention sees the padding": ("block", "key_start=key_start", "key_start=None"),
+    # embedding
+    "positions start at one": ("embedding", ".to(tl.int64) - 1", ".to(tl.int64)"),
+    "positions count the padding": ("embedding", "position -= tl.load", "position -= 0 * tl.load"),
+    "a position past the table": (
+        "embedding",
+        "tl.minimum(tl.maximum(position, 0), P - 1)",
+        "tl.maximum(position, 0)",
+    ),
+    "a negative position": ("embedding", "tl.maximum(position, 0)", "position"),
+    "tokens ignore their stride": ("embedding", '"stride_tb": token.stride(0)', '"stride_tb": 1'),
+    "columns past the row are stored": ("embedding", "mask = cols < C", "mask = cols < C + 1"),
 }

@@ -10,8 +10,9 @@ import torch
 import kernels
 from kernels.registry import SPECS
 from kernels.spec import Case
-from tests.kernels.decode_suite import CHECKS, SIZES, assert_agrees, inputs_of
-from tests.memory import guard_allocations, guarded, in_a_fork
+from tests.kernels.decode_suite import CHECKS, MUTANTS, SIZES, assert_agrees, inputs_of, stays_inside
+from tests.memory import in_a_fork
+from tests.planting import planted
 
 pytestmark = pytest.mark.kernels
 BLOCK, HEAD, EMBEDDING = (SPECS[f"decode_{name}"] for name in ("block", "head", "embedding"))
@@ -80,22 +81,9 @@ def test_any_number_of_parts_of_the_keys(join: int, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.interpreter
-def test_no_access_past_the_end_of_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_access_past_the_end_of_a_tensor() -> None:
     """An out-of-bounds load that a masked store hides, or an out-of-bounds store."""
-
-    def run_all() -> None:
-        guard_allocations(monkeypatch)
-        for spec, sizes in (
-            (BLOCK, SIZES),
-            (HEAD, {"B": 3, "C": 33, "V": 35}),
-            (EMBEDDING, {"B": 3, "C": 300, "V": 7, "P": 5}),
-        ):
-            inputs = inputs_of(spec, sizes, key_start="padding")
-            values = {n: guarded(v) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
-            with kernels.use_backend(decode="triton"):
-                spec.function(**values)
-
-    assert in_a_fork(run_all) == ""
+    assert in_a_fork(lambda: stays_inside(None)) == ""
 
 
 @pytest.mark.interpreter
@@ -187,6 +175,35 @@ def test_autocast_changes_nothing() -> None:
         expected = kernels.decode_block(**inputs)
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(kernels.decode_block(**inputs), expected)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [
+        ("the norm's bias is scaled", "block"),
+        ("written one slot late", "block"),
+        ("one counter is set", "parts"),
+    ],
+)
+def test_likely_bugs_are_caught(name: str, check: str) -> None:
+    """A bug that changes results only where a cache, a counter or a bias is not what it is by default."""
+    with planted("decode", MUTANTS[name]), pytest.raises(AssertionError):
+        CHECKS[check](None)
+
+
+@pytest.mark.interpreter
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_are_caught(name: str) -> None:
+    """A mask, a clamp, a stride or a step of the computation whose loss no check catches."""
+
+    def run() -> None:
+        for check in (*CHECKS.values(), stays_inside):
+            check(None)
+
+    with planted("decode", MUTANTS[name]):
+        assert in_a_fork(run) != ""
 
 
 @pytest.mark.gpu
