@@ -279,7 +279,7 @@ class GPT(nn.Module):
         """`idx` continued by up to `max_new_tokens` tokens, without dropout.
 
         The logits pass through vocab_size, repetition_penalty, temperature, top_k, top_p and min_p, in this
-        order.
+        order. On a GPU, the model keeps the CUDA graph of a step for later calls: see `clear_cache`.
 
         Args:
             idx: int64 or int32 (B, T), also as x= or input_ids=. The model sees its last block_size tokens.
