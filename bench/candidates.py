@@ -1,7 +1,8 @@
-"""The forms of attention's kernels that `bench.tune` compares before any other, for 16-bit inputs.
+"""The forms of kernels that `bench.tune` compares before any other.
 
-They trade programs on a multiprocessor against the traffic that larger tiles save: only a GPU can decide.
-`python -m bench.tune --compile_only 90` compiles them without one.
+For attention with 16-bit inputs, they trade programs on a multiprocessor against the traffic that larger tiles
+save: only a GPU can decide. `python -m bench.tune --compile_only 90` compiles these without one. For a decoded
+token, they turn on programmatic dependent launch, which GPUs have from sm_90 on.
 """
 
 from __future__ import annotations
@@ -67,11 +68,14 @@ FORMS: dict[int, dict[int, dict[str, tuple[Tile, ...]]]] = {
 }
 
 
-def forms(function: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[list[dict[str, Tile]]]:
+def forms(function: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[list[dict[str, Any]]]:
     """The changes to try of what a function of kernels/tuning.py returns: a list for each kernel, in order.
 
-    Empty, except for 16-bit attention without dropout at a listed architecture and head dimension.
+    Empty, except for 16-bit attention without dropout at a listed architecture and head dimension, and for
+    the kernels of a decoded token from sm_90 on.
     """
+    if function in ("decode_linear_tile", "attention_decode_tile"):
+        return [[{"pdl": True}]] if arguments[0] >= 90 else []
     if function != "attention_tiles" or keywords.get("dropout"):
         return []
     architecture, itemsize, d = arguments

@@ -332,7 +332,9 @@ def _double(size: int) -> int:
 def _show(answer: Any) -> str:
     """An answer as Python source for kernels/tuning.py."""
     if isinstance(answer, Tile):
-        return f"Tile({', '.join(str(value) for value in answer if value is not None)})"
+        chosen = [(n, v) for n, v in answer._asdict().items() if v != Tile._field_defaults.get(n)]
+        sizes = [str(value) for value in answer[:4]]
+        return f"Tile({', '.join(sizes + [f'{n}={v}' for n, v in chosen if n not in answer._fields[:4]])})"
     if answer is None:
         return "None"
     return f"{type(answer).__name__}({', '.join(f'{n}={_show(v)}' for n, v in answer._asdict().items())})"

@@ -124,10 +124,6 @@ def _decode_linear_kernel(
     if k_ptr is not None:
         index = tl.load(len_ptr + pid_b * stride_lb, mask=pid_b < B, other=1)
         index = tl.minimum(tl.maximum(index, 1), Tmax).to(tl.int64) - 1  # (1, SLOTS)
-    if counter_ptr is not None:  # noqa: SIM102 - known when the kernel is compiled
-        if first == 0:
-            for tile in tl.range(COUNTERS):
-                tl.store(counter_ptr + tile, 0)
 
     shifts = ()  # GROUPS tiles (ROWS,): the weight times the norm's bias
     if norm_weight_ptr is not None:
@@ -177,6 +173,10 @@ def _decode_linear_kernel(
         tl.store(k_ptrs, value, mask=mask & ~is_q & ~is_v)
         v_ptrs = v_ptr + pid_b * stride_vb + (head - H - HKV) * stride_vh + index * stride_vt + offs_d
         tl.store(v_ptrs, value, mask=mask & is_v)
+    if counter_ptr is not None:  # noqa: SIM102 - known when the kernel is compiled
+        if first == 0:
+            for tile in tl.range(COUNTERS):
+                tl.store(counter_ptr + tile, 0)
 
 
 def decode_linear(
