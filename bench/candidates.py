@@ -1,8 +1,8 @@
 """The forms of kernels that `bench.tune` compares before any other.
 
-For attention with 16-bit inputs, they trade programs on a multiprocessor against the traffic that larger tiles
-save: only a GPU can decide. `python -m bench.tune --compile_only 90` compiles these without one. For a decoded
-token, they turn on programmatic dependent launch, which GPUs have from sm_90 on.
+For attention with 16-bit inputs, they trade programs on a multiprocessor against the traffic that larger
+tiles save: only a GPU can decide. `python -m bench.tune --compile_only 90` compiles these without one. For a
+decoded token, they turn on programmatic dependent launch, which GPUs have from sm_90 on.
 """
 
 from __future__ import annotations
