@@ -31,6 +31,7 @@ PICTURE = RESULTS / "speed.svg"
 FILES = (ROOT / "README.md", ROOT / "bench" / "README.md")
 BLOCK = re.compile(r"<!-- bench:(?P<name>[\w-]+) -->\n.*?<!-- /bench:(?P=name) -->", re.DOTALL)
 NO_GPU = "Not measured on a GPU: run `python -m bench` on one."
+PARTS_OF_A_TOKEN = ("decode_block", "decode_embedding", "decode_head")
 HEADLINES = ("both", "forward", "step", "decode")
 COLUMNS = f"| op | case | {OURS} | time over {OURS}'s (above 1: slower) |"
 RULE = "|---|---|---|---|"
@@ -121,7 +122,7 @@ def headlines(reports: dict[Path, Report]) -> tuple[Machine, list[list[Row]]] | 
     """What the summary shows: the machine, and the headline rows of each op.
 
     The machine is the GPU measured last, with the first case of each op; without one it is the CPU measured
-    last, with every case.
+    last, with every case. The ops of one decoded token are left out: `generate` measures the whole token.
     """
     if not reports:
         return None
@@ -129,7 +130,7 @@ def headlines(reports: dict[Path, Report]) -> tuple[Machine, list[list[Row]]] | 
     groups: dict[object, list[Row]] = {}
     for rows in table.races(row for row in report.rows if row.status == "measured"):
         headline = _headline(rows)
-        if headline:
+        if headline and rows[0].op not in PARTS_OF_A_TOKEN:
             key = rows[0].op if report.machine.kind == "cuda" else _race(rows[0])
             groups.setdefault(key, headline)
     return (report.machine, list(groups.values())) if groups else None
