@@ -203,8 +203,8 @@ DECODE_BLOCK = OpSpec(
         _block("1 33 4 2 35 8 50", key_start="padding", bias=False, approximate="none"),
         _block("3 20 2 1 17 10 7", cache_len="short", scale=0.5),
         _block("8 9 2 2 1 4 37", "edge", cache_len="short"),
-        _block("4 130 5 1 40 24 70", "edge", cache_len="long", key_start="padding", eps=0.1),
-        _block("1 16 1 1 40 256 1", "edge", approximate="none"),
+        _block("4 130 5 1 40 24 70", "slow", cache_len="long", key_start="padding", eps=0.1),
+        _block("1 16 1 1 40 256 1", "slow", approximate="none"),
         _block("2 1 1 1 3 1 260", "edge", bias=False),
         *(
             _block(f"{b} 96 {h} {hkv} 130 {d} 200", "slow", key_start="padding", approximate=approximate)

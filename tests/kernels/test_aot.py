@@ -83,6 +83,26 @@ for build in builds("gelu_ffn", 90):
 
 
 @pytest.mark.slow
+def test_a_dependent_launch_reads_its_weights_before_it_waits() -> None:
+    """A kernel that waits for the one before it and only then starts what does not depend on that."""
+    code = """
+import re
+from dataclasses import replace
+from bench.aot import builds, compile_build
+for build in builds("decode_block", 90):
+    if build.label in ("bf16-C768-B1-qkv", "bf16-C768-B1-down"):
+        tile, constants = build.tile._replace(pdl=True), dict(build.constants) | {"PDL": True}
+        text = compile_build(replace(build, tile=tile, constants=constants), 90).asm["ptx"]
+        parts = re.split("griddepcontrol.wait", text)
+        print(*(len(re.findall(r"ld.global.*v4", part)) for part in parts), "launch_dependents" in parts[0])
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["12 3 True", "6 6 True"], done.stdout + done.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_kernel_fits(family: str, architecture: int, tmp_path: Path) -> None:

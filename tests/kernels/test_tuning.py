@@ -96,3 +96,28 @@ def test_chunks_of_the_loss_are_bounded_and_even(multiprocessors: int, width: in
         assert 1 <= rows <= limit
         assert rows == n <= limit or rows % 128 == 0
         assert width > 128256 or not 0 < n % rows < rows // 2
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize(
+    ("n", "k"), [(2304, 768), (768, 3072), (50257, 1600), (1, 1), (40, 16384), (4800, 1600)]
+)
+def test_decoding_reads_its_weights_at_once(n: int, k: int, itemsize: int) -> None:
+    """A tile whose program reads a part of its weights only after the rest, or that idles multiprocessors."""
+    tile = tuning.decode_linear_tile(90, itemsize, n, k)
+    per_row = tile.block_n * itemsize // 512
+    rows = max(1, min(tile.block_m, tile.num_warps // per_row))
+    assert -(-tile.block_m // rows) * -(-k // tile.block_n) <= 8
+    assert tile.block_m == 1 or n // tile.block_m >= 2 * 132
+    assert per_row <= tile.num_warps <= 16
+    assert not tile.pdl
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{"B": 2, "C": 40, "V": 1100}, {"B": 1, "C": 2100, "V": 9}])
+def test_decodings_tiles_of_a_gpu_are_right(sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong results with several warps for each row, or several rows for each program."""
+    from kernels.decode import torch_op
+
+    monkeypatch.setattr(torch_op, "architecture", lambda device: 90)
+    assert_all_ok(check(SPECS["decode_head"], Case(sizes), torch.float32, torch.device("cpu")))
