@@ -114,7 +114,8 @@ def test_stages_follow_the_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sanitizer, "find", lambda: "/usr/bin/compute-sanitizer")
     options = whole.Options(quick=True)
     everything = whole.stages([], options, tmp_path, on_gpu=False)
-    assert [stage.name for stage in everything] == ["attention", "norm", "ffn", "loss", "train", "generate"]
+    families = ["attention", "norm", "ffn", "loss", "decode"]
+    assert [stage.name for stage in everything] == [*families, "train", "generate"]
     line = everything[0].command(61.5)
     assert line[-3:] == ["--quick", "--budget", "61s"]
     (norm,) = whole.stages(["add_layer_norm"], options, tmp_path, on_gpu=False)
@@ -169,7 +170,7 @@ def test_a_full_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         known = {f.name for f in fields(parsers.get(module, bench.command.Options))}
         assert {flag.removeprefix("--") for flag in line if flag.startswith("--")} <= known
         report = Report(module, MACHINE, notes=["a note"], complete=True)
-        if module in ("attention", "norm", "ffn", "loss"):
+        if module in ("attention", "norm", "ffn", "loss", "decode"):
             report = invented(*(spec.name for spec in find_bench(module).specs))
         elif module in ("bench.train", "bench.generate"):
             report.rows = [row for row in models() if row.op == module.removeprefix("bench.")]
@@ -179,7 +180,7 @@ def test_a_full_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(whole, "run_process", stand_in)
     assert run_command("bench", whole.main, ["--device", "cuda", "--out", str(tmp_path)]) == 1
     tools = [f"bench.sanitizer {tool}" for tool in sanitizer.TOOLS]
-    families = ["attention", "norm", "ffn", "loss"]
+    families = ["attention", "norm", "ffn", "loss", "decode"]
     assert ran == ["pytest", "bench.safety", *families, "bench.train", "bench.generate", *tools]
     report = load(tmp_path / "report.json")
     assert report.complete
