@@ -21,6 +21,7 @@ from kernels.ffn import gelu_ffn
 from kernels.linear import linear
 from kernels.loss import linear_cross_entropy
 from kernels.norm import add_layer_norm, dropout, layer_norm
+from kernels.packed import PackedWeight, pack
 from kernels.plain import has_hooks, is_plain
 from kernels.preflight import Report, preflight
 from kernels.registry import Work, work
@@ -32,6 +33,7 @@ __all__ = [
     "Case",
     "Choice",
     "FallbackWarning",
+    "PackedWeight",
     "Report",
     "Work",
     "__version__",
@@ -52,6 +54,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "model_backend",
+    "pack",
     "preflight",
     "reference",
     "same_backend",

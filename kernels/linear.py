@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEW = 8  # up to this many rows, the weight is the left operand of the matmul
+from kernels.packed import FEW, PackedWeight
+
+SMALL = 2**18  # elements; a smaller weight stays in the cache of a core
+PARTS = 8  # for each thread
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = x weightᵀ + bias, as `torch.nn.functional.linear`.
 
-    Without gradients, up to 8 rows of float32 on a CPU are multiplied as weight xᵀ. BLAS distributes the rows
-    of the left operand over the cores. With the weight on the left, all cores share the work of reading it,
-    which decoding does once per token.
+    Without gradients, up to 8 rows on a CPU take a form in which all cores share the work of reading the
+    weight, which decoding does once per token: BLAS reads it on one core for one row. A float32 weight is
+    divided into parts, which a batched matmul distributes over the cores. A `PackedWeight` has its own form.
 
     Args:
         x: (..., C).
@@ -24,20 +29,37 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., O).
     """
-    rows = x.numel() // max(1, x.shape[-1])
+    if isinstance(weight, PackedWeight):
+        return weight.linear(x, bias) if x.ndim == 2 else _of_rows(x, weight, bias)
+    outputs, columns = weight.shape
+    rows = x.numel() // max(1, columns)
     if (
-        torch.is_grad_enabled()
-        or torch.compiler.is_exporting()  # a guard on the number of rows would restrict the export
-        or x.device.type != "cpu"
+        weight.numel() < SMALL
         or x.dtype != torch.float32
-        or not 0 < rows <= FEW
+        or x.device.type != "cpu"
+        or torch.is_grad_enabled()
+        or torch.compiler.is_exporting()  # a guard on the number of rows would restrict the export
         or torch.is_autocast_enabled("cpu")
+        or not 0 < rows <= FEW
+        or not (parts := _parts(outputs, torch.get_num_threads()))
     ):
         return F.linear(x, weight, bias)
+    batch = x.reshape(rows, columns).expand(parts, rows, columns)
+    weights = weight.view(parts, outputs // parts, columns).transpose(1, 2)  # (parts, C, O / parts)
+    if bias is None:
+        y = torch.bmm(batch, weights)  # (parts, rows, O / parts)
+    else:
+        y = torch.baddbmm(bias.view(parts, 1, -1), batch, weights)
+    return y.transpose(0, 1).reshape(*x.shape[:-1], outputs)
 
-    columns = x.reshape(rows, -1)
-    if rows == 1:
-        columns = columns.expand(2, -1).contiguous()  # BLAS runs a matmul with one column on one core
-    columns = columns.T  # (C, rows)
-    y = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)  # (O, rows)
-    return y.T[:rows].reshape(*x.shape[:-1], -1).contiguous()
+
+def _of_rows(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """`weight.linear` for x (..., C)."""
+    return weight.linear(x.reshape(-1, weight.columns), bias).view(*x.shape[:-1], weight.outputs)
+
+
+@lru_cache
+def _parts(outputs: int, threads: int) -> int:
+    """How many equal parts `outputs` are divided into: the fewest from 8 to 32 a thread; 0 if none fits."""
+    least = PARTS * threads
+    return next((parts for parts in range(least, 4 * least + 1) if outputs % parts == 0), 0)

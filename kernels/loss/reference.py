@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from kernels.linear import linear
+
 CHUNK_ELEMENTS = 2**25  # logits held at once: 128 MiB in float32
 
 
@@ -46,7 +48,7 @@ def token_losses(
 ) -> torch.Tensor:
     """The definition: (N,) losses in float32 (float64 for float64) of x (N, C); 0 where the target is
     ignored."""
-    logits = F.linear(x, weight, bias)
+    logits = linear(x, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = F.cross_entropy(
         logits,
@@ -125,7 +127,7 @@ def _dlogits(
 ) -> torch.Tensor:
     """grad ((1 + 2 z lse) softmax(logits) - (1 - ε) onehot - ε / V), 0 for ignored rows; one (rows, V) buffer
     throughout."""
-    logits = F.linear(x, weight, bias)
+    logits = linear(x, weight, bias)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     lse = torch.logsumexp(logits, -1, keepdim=True)
     ignored = targets == options.ignore_index

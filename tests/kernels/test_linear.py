@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import kernels
-from kernels.linear import FEW
+from kernels.linear import FEW, SMALL
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -41,13 +43,32 @@ def test_only_few_float32_rows_leave_torchs_path(monkeypatch: pytest.MonkeyPatch
         return torch.empty(0)
 
     monkeypatch.setattr(F, "linear", recorded)
-    x, weight = torch.randn(1, 8), torch.randn(4, 8)
+    x, weight = torch.randn(1, 8), torch.randn(SMALL // 8, 8)
     with torch.no_grad():
         kernels.linear(x, weight)
         assert not calls
         kernels.linear(x.bfloat16(), weight.bfloat16())
         kernels.linear(x.expand(FEW + 1, -1), weight)
+        kernels.linear(x, weight[1:])
         with torch.autocast("cpu", torch.bfloat16):
             kernels.linear(x, weight)
     kernels.linear(x, weight)
-    assert len(calls) == 4
+    assert len(calls) == 5
+
+
+@pytest.mark.parametrize("outputs", [64, 72, 65, 61])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_parts_of_a_large_weight(outputs: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts that are swapped, or that leave outputs out, where the outputs have no suitable divisor too."""
+    monkeypatch.setattr(sys.modules["kernels.linear"], "SMALL", 0)  # kernels.linear is the function
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    generator = torch.Generator().manual_seed(0)
+    weight, b = (torch.randn(shape, generator=generator) for shape in ((outputs, 48), (outputs,)))
+    for rows in (1, 3, FEW):
+        x = torch.randn(rows, 48, generator=generator)
+        for bias in (b, None):
+            expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+            for w in (weight, weight.T.contiguous().T):
+                with torch.no_grad():
+                    y = kernels.linear(x, w, bias)
+                torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
