@@ -177,13 +177,32 @@ def decoding_step(model: GPT, batch: int) -> Logits:
         "eps": model.ln_f.eps,
     }
 
+    names = "decode_embedding", "decode_block", "decode_head"
+    decode_embedding, decode_block, decode_head = map(_checked_once, names)
+
     def logits(token: Tensor, cache: KVCache) -> Tensor:
-        x = kernels.decode_embedding(token, cache.lengths, **embedding, key_start=cache.key_start)  # (B, C)
+        x = decode_embedding(token, cache.lengths, **embedding, key_start=cache.key_start)  # (B, C)
         for (keys, values), arguments in zip(cache.layers, blocks, strict=True):
-            x = kernels.decode_block(x, keys, values, cache.lengths, **arguments, key_start=cache.key_start)
-        return kernels.decode_head(x, **head)
+            x = decode_block(x, keys, values, cache.lengths, **arguments, key_start=cache.key_start)
+        return decode_head(x, **head)
 
     return logits
+
+
+def _checked_once(op: str) -> Callable[..., Tensor]:
+    """The op; or, if its first call takes the reference, the reference itself, which checks no arguments.
+
+    On a CPU, checking the arguments of a block takes as long as some of its matmuls.
+    """
+    calls: list[Callable[..., Tensor]] = []
+
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        if not calls:
+            backend = kernels.explain(op, *args, **kwargs).backend
+            calls.append(getattr(kernels.reference if backend == "reference" else kernels, op))
+        return calls[0](*args, **kwargs)
+
+    return call
 
 
 def _logits_of_modules(model: GPT, token: Tensor, cache: KVCache) -> Tensor:

@@ -107,6 +107,13 @@ def _attention_with_mask(
     return (p @ v.to(working)).masked_fill(empty, 0).to(q.dtype)
 
 
+def host_lengths(cache_len: torch.Tensor) -> list[int] | None:
+    """The lengths of the sequences, at least one, if the host can read them without synchronising."""
+    if cache_len.device.type != "cpu" or cache_len.numel() == 0 or torch.compiler.is_compiling():
+        return None
+    return cache_len.tolist()
+
+
 def decode_attention(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -120,13 +127,10 @@ def decode_attention(
     q, k_cache, v_cache = (_aligned(x) for x in (q, k_cache, v_cache))
     tq, tmax = q.shape[2], k_cache.shape[2]
     grouped = q.shape[1] != k_cache.shape[1]
-    if (
-        q.device.type == "cpu" and q.shape[0] > 0 and not torch.compiler.is_compiling()
-    ):  # a CPU may look at the lengths
-        shortest, longest = (int(n) for n in cache_len.aminmax())
-        tmax = min(max(longest, tq), tmax)
+    if lengths := host_lengths(cache_len):
+        tmax = min(max(*lengths, tq), tmax)
         k_cache, v_cache = k_cache[:, :, :tmax], v_cache[:, :, :tmax]
-        if tq == 1 <= shortest == longest and key_start is None:
+        if tq == 1 <= min(lengths) == max(lengths) and key_start is None:
             return F.scaled_dot_product_attention(q, k_cache, v_cache, scale=scale, enable_gqa=grouped)
     keys = torch.arange(tmax, device=q.device)
     position = cache_len.clamp(max=tmax)[:, None] - tq + torch.arange(tq, device=q.device)  # (B, Tq)

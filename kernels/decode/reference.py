@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels.attention.reference import decode_attention
+from kernels.attention.reference import decode_attention, host_lengths
 from kernels.ffn.reference import gelu_ffn
 from kernels.linear import linear
 from kernels.norm.reference import layer_norm
@@ -52,11 +52,16 @@ def decode_block(
     b, hkv, tmax, d = k_cache.shape
     width = proj_weight.shape[1]  # of the queries of all heads
     qkv = linear(layer_norm(x, norm_1_weight, norm_1_bias, eps), qkv_weight, qkv_bias)
-    q, k, v = qkv.split((width, hkv * d, hkv * d), 1)
+    q, k, v = torch.split_with_sizes(qkv, (width, hkv * d, hkv * d), 1)
 
-    rows, index = torch.arange(b, device=x.device), cache_len.clamp(1, tmax) - 1
-    k_cache[rows, :, index] = k.view(b, hkv, d)
-    v_cache[rows, :, index] = v.view(b, hkv, d)
+    k, v = k.view(b, hkv, d), v.view(b, hkv, d)
+    lengths = host_lengths(cache_len)
+    if lengths and min(lengths) == max(lengths):  # two copies instead of two scatters
+        index = min(max(lengths[0], 1), tmax) - 1
+        k_cache[:, :, index], v_cache[:, :, index] = k, v
+    else:
+        rows, indices = torch.arange(b, device=x.device), cache_len.clamp(1, tmax) - 1
+        k_cache[rows, :, indices], v_cache[rows, :, indices] = k, v
     y = decode_attention(
         q.view(b, width // d, 1, d), k_cache, v_cache, cache_len, key_start=key_start, scale=scale
     )

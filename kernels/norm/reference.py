@@ -13,10 +13,10 @@ def layer_norm(
 ) -> torch.Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias over the last dimension; see `kernels.layer_norm`."""
     if x.dtype == weight.dtype and (bias is None or bias.dtype == x.dtype):
-        return F.layer_norm(x, weight.shape, weight, bias, eps)
+        return torch.layer_norm(x, weight.shape, weight, bias, eps)
     wide = torch.promote_types(x.dtype, torch.float32)
     wide_bias = None if bias is None else bias.to(wide)
-    return F.layer_norm(x.to(wide), weight.shape, weight.to(wide), wide_bias, eps).to(x.dtype)
+    return torch.layer_norm(x.to(wide), weight.shape, weight.to(wide), wide_bias, eps).to(x.dtype)
 
 
 def add_layer_norm(

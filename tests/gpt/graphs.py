@@ -18,8 +18,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from kernels.attention import reference as attention
 from kernels.decode import reference as decode
 
-_decode_attention = attention.decode_attention
-
 
 class Recording(TorchDispatchMode):
     """Replaces torch.cuda.CUDAGraph. Values that the host read during capture stay fixed in replays."""
@@ -91,13 +89,6 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _on_device(*args: Any, **kwargs: Any) -> Tensor:
-    """The reference of `decode_attention` as on a GPU; on a CPU it reads the lengths on the host."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.compiler, "is_compiling", lambda: True)
-        return _decode_attention(*args, **kwargs)
-
-
 def fake(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
     """Replaces CUDA graphs by recordings; the returned list grows with each one."""
     made: list[Recording] = []
@@ -114,8 +105,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
         finally:
             graph.undo()
 
-    monkeypatch.setattr(attention, "decode_attention", _on_device)
-    monkeypatch.setattr(decode, "decode_attention", _on_device)
+    for reference in (attention, decode):  # on a CPU, they would read the lengths on the host
+        monkeypatch.setattr(reference, "host_lengths", lambda cache_len: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", create)
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "Stream", Stream)

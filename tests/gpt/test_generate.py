@@ -258,7 +258,7 @@ def test_the_cache_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache that is filled but not used, or that is larger than the tokens need."""
     passes: list[tuple[int, int | None]] = []
     hidden: Callable[..., Tensor] = GPT.hidden
-    decode_block: Callable[..., Tensor] = kernels.decode_block
+    decode_block: Callable[..., Tensor] = kernels.reference.decode_block
 
     def count_hidden(self: GPT, window: Tensor, *args: Any, cache: KVCache | None = None) -> Tensor:
         passes.append((window.shape[1], None if cache is None else cache.size))
@@ -269,7 +269,7 @@ def test_the_cache_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
         return decode_block(x, k_cache, *args, **options)
 
     monkeypatch.setattr(GPT, "hidden", count_hidden)
-    monkeypatch.setattr(kernels, "decode_block", count_block)
+    monkeypatch.setattr(kernels.reference, "decode_block", count_block)
     within = [(4, 7), (1, 7), (1, 7)]
     past = [(4, 12), *[(1, 12)] * 8, (12, None)]
     for fields in ({"n_layer": 1}, {"norm": "post"}):  # by the fused ops, and by the modules
