@@ -11,15 +11,17 @@ from gpt.cli import (
     USE_TRITON,
     OptionParser,
     device_option,
+    dtype_option,
     option,
     run_command,
     use_triton_option,
     which_option,
 )
 from gpt.data.dataset import DataConfig, TokenData
-from gpt.device import autocast_dtype, pick_device
+from gpt.device import pick_device
 from gpt.errors import InputError
 from gpt.model import GPT
+from gpt.packing import generation_format
 from gpt.training.evaluation import evaluate
 from gpt.weights.pretrained import from_checkpoint, load_pretrained, load_pretrained_tokenizer
 
@@ -37,7 +39,7 @@ class EvalConfig:
     keep_newlines: bool = option(False, "keep the carriage returns of CRLF")
     stride: int | None = option(None, "tokens by which windows of block_size advance (default: half of it)")
     batch_size: int = option(8, "windows at a time")
-    dtype: str = option("float32", "of autocast", choices=("auto", "float32", "bfloat16", "float16"))
+    dtype: str = dtype_option()
     device: str | None = device_option()
     use_triton: str = use_triton_option()
 
@@ -59,14 +61,15 @@ def _eval(argv: Sequence[str]) -> int:
         raise InputError(f"--batch_size is {config.batch_size}, expected at least 1")
 
     device = pick_device(config.device)
-    dtype = autocast_dtype(config.dtype, device)
+    dtype, quantize = generation_format(config.dtype, device)
     use_triton = USE_TRITON[config.use_triton]
 
     data = DataConfig(data=config.data, text_field=config.text_field, keep_newlines=config.keep_newlines)
 
     def load(path: Path) -> tuple[TokenData, GPT]:
         text = TokenData.load(data, load_pretrained_tokenizer(path), split=False)
-        return text, load_pretrained(path, device=device, use_triton=use_triton).eval()
+        model = load_pretrained(path, device=device, dtype=dtype, quantize=quantize, use_triton=use_triton)
+        return text, model.eval()
 
     text, model = from_checkpoint(config.checkpoint, device, load, which=config.which)
 
@@ -77,7 +80,6 @@ def _eval(argv: Sequence[str]) -> int:
         targets=text.all_targets(),
         stride=config.stride,
         batch_size=config.batch_size,
-        dtype=dtype,
     )
     print(
         f"loss {evaluation.loss:.4f} nats per token, perplexity {evaluation.perplexity:,.2f}, "

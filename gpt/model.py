@@ -24,6 +24,7 @@ from gpt.inputs import check_document_start, padding, positions, target_ids, tok
 from gpt.kept import clear
 from gpt.kv_cache import KVCache
 from gpt.names import also_named
+from gpt.packing import check_conversion
 from gpt.preflight import preflight
 
 Callback = Callable[["GPT", int], object]
@@ -330,6 +331,7 @@ class GPT(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """`nn.Module.to`, `half` and the like, which move parameters away from what graphs read."""
+        check_conversion(self, fn, self.dtype)
         self.clear_cache()
         return super()._apply(fn, recurse)
 
@@ -381,9 +383,13 @@ class GPT(nn.Module):
         config: GPTConfig | Mapping[str, Any] | None = None,
         *,
         device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        quantize: str | None = None,
         use_triton: bool | str = "auto",
     ) -> GPT:
         """Loads a model: see `gpt.weights.pretrained.load_pretrained`."""
         from gpt.weights.pretrained import load_pretrained
 
-        return load_pretrained(source, config, device=find_device(device), use_triton=use_triton)
+        return load_pretrained(
+            source, config, device=find_device(device), dtype=dtype, quantize=quantize, use_triton=use_triton
+        )

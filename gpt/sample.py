@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -11,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from gpt.cli import (
     USE_TRITON,
     OptionParser,
     device_option,
+    dtype_option,
     option,
     run_command,
     use_triton_option,
@@ -28,6 +31,7 @@ from gpt.device import pick_device
 from gpt.errors import InputError
 from gpt.files import read_limited, read_regular, user_path
 from gpt.model import GPT
+from gpt.packing import generation_format
 from gpt.sampler import LARGEST, SCALES, SMALLEST
 from gpt.weights.pretrained import from_checkpoint, load_pretrained, load_pretrained_tokenizer
 
@@ -59,6 +63,8 @@ class SampleConfig:
     )
     seed: int = option(1337, "the same seed gives the same continuations")
     greedy: bool = option(False, "always the likeliest token")
+    verbose: bool = option(False, "print the time to the first token, and tokens per second, to stderr")
+    dtype: str = dtype_option()
     device: str | None = device_option()
     use_triton: str = use_triton_option()
 
@@ -80,12 +86,14 @@ def _sample(argv: Sequence[str]) -> int:
     if config.chat and not prompt and not config.interactive:
         raise InputError("--prompt is not given, expected what a user says to --chat, or --interactive")
     device = pick_device(config.device)
+    dtype, quantize = generation_format(config.dtype, device)
     use_triton = USE_TRITON[config.use_triton]
 
     def load(path: Path) -> tuple[Tokenizer, list[int], GPT]:
         tokenizer = load_pretrained_tokenizer(path)
         ids = _encode(tokenizer, config, [(prompt, None)])
-        return tokenizer, ids, load_pretrained(path, device=device, use_triton=use_triton).eval()
+        model = load_pretrained(path, device=device, dtype=dtype, quantize=quantize, use_triton=use_triton)
+        return tokenizer, ids, model.eval()
 
     tokenizer, ids, model = from_checkpoint(config.checkpoint, device, load, which=config.which)
     sampler = _Sampler(model, tokenizer, config, torch.Generator(device).manual_seed(config.seed))
@@ -181,7 +189,12 @@ class _Sampler:
             written.append(text)
             print(text, end="", flush=True)
 
-        config = self.config
+        config, speed = self.config, _Speed()
+
+        def on_token(token: Tensor) -> None:
+            speed.count()
+            stream.token(token)
+
         stops = (*config.stop, END_OF_TEXT, *([NEXT_TURN] if config.chat else []))
         stream = TextStream(self.tokenizer, write, stops)
         try:
@@ -196,7 +209,7 @@ class _Sampler:
                 repetition_penalty=config.repetition_penalty,
                 vocab_size=self.tokenizer.vocab_size,
                 generator=self.generator,
-                on_token=stream.token,
+                on_token=on_token,
             )
             stream.end()
         except Stopped:
@@ -204,8 +217,34 @@ class _Sampler:
         except KeyboardInterrupt:
             if not ctrl_c_ends_it:
                 raise
-        print()
+        print(flush=True)
+        if config.verbose:
+            print(f"{len(ids):,} tokens of prompt, {speed}", file=sys.stderr)
         return "".join(written)
+
+
+class _Speed:
+    """The times of generated tokens, from the call of `generate` on."""
+
+    def __init__(self) -> None:
+        self._begin = self._first = self._last = time.perf_counter()
+        self._tokens = 0
+
+    def count(self) -> None:
+        """Notes that a token is there."""
+        self._last = time.perf_counter()
+        if self._tokens == 0:
+            self._first = self._last
+        self._tokens += 1
+
+    def __str__(self) -> str:
+        if self._tokens == 0:
+            return "no token generated"
+        text = f"first token after {self._first - self._begin:.3f} s"
+        if self._tokens > 1:
+            more, seconds = self._tokens - 1, self._last - self._first
+            text += f", {more:,} more in {seconds:.2f} s: {more / seconds:,.1f} tokens/s"
+        return text
 
 
 def _interact(sampler: _Sampler, prompt: str) -> None:

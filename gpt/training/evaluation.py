@@ -10,7 +10,6 @@ import torch
 
 from gpt.data.dataset import IGNORED, Batch
 from gpt.data.tokenizers import Tokenizer, end_of_text
-from gpt.device import autocast
 from gpt.errors import InputError
 from gpt.model import GPT
 
@@ -42,7 +41,6 @@ def evaluate(
     targets: NDArray[np.bool_] | None = None,
     stride: int | None = None,
     batch_size: int = 8,
-    dtype: torch.dtype = torch.float32,
 ) -> Evaluation:
     """The loss of every token but the first, in windows of block_size tokens that advance by `stride`.
 
@@ -56,7 +54,6 @@ def evaluate(
         stride: In [1, block_size]; None is half of block_size. A smaller stride gives more context and takes
             longer.
         batch_size: Windows per forward pass.
-        dtype: Of autocast.
 
     Raises:
         InputError: The text has fewer than two tokens or none to predict, or the stride is outside its range.
@@ -79,7 +76,6 @@ def evaluate(
     nats, count = 0.0, 0
     with (
         torch.no_grad(),
-        autocast(dtype, device),
         tqdm(total=len(starts), desc="evaluating", leave=False, delay=2) as bar,
     ):
         for i in range(0, len(starts), batch_size):

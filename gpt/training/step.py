@@ -23,6 +23,7 @@ from gpt.decoding import captures
 from gpt.device import autocast, autocast_dtype
 from gpt.errors import NonFiniteError
 from gpt.model import GPT
+from gpt.packing import refuse_packed
 from gpt.training.capture import TOKENS, StepGraph
 from gpt.training.distributed import ALONE, Ranks
 from gpt.training.loss_scale import LossScale
@@ -121,6 +122,7 @@ class TrainStep:
         forward: Callable[..., Tensor] | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
+        refuse_packed(model, "trained")
         self.names = {p: name for name, p in model.named_parameters() if p.requires_grad}
         self.device = next(iter(self.names)).device
         self.dtype = autocast_dtype(config.dtype, self.device)

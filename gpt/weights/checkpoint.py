@@ -25,6 +25,7 @@ from gpt.errors import InputError, ReportedError
 from gpt.files import read_json, user_path
 from gpt.model import GPT
 from gpt.names import HUGGING_FACE
+from gpt.packing import refuse_packed
 from gpt.weights.commit import commit, discard, interrupted, present, recover, replaceable
 from gpt.weights.hashes import SUMS, list_folder, verify
 from gpt.weights.tensors import check_finite, check_tensors, copy_tensors, read_tensors, write_tensors
@@ -100,7 +101,8 @@ def save_checkpoint(
 
 
 def check_parameters(model: GPT) -> None:
-    """Raises InputError for a parameter of an adapter, a parametrization or pruning: none could be loaded."""
+    """Raises InputError for parameters that could not be loaded: adapters', pruned or quantized ones."""
+    refuse_packed(model, "saved")
     for name, _ in model.named_parameters():
         if not _PARAMETER.fullmatch(name):
             raise InputError(

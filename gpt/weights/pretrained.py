@@ -17,11 +17,12 @@ from torch import Tensor
 
 from gpt.config import GPTConfig
 from gpt.data.tokenizers import FILE_NAME, Tokenizer, load_tokenizer
-from gpt.device import check_weights
+from gpt.device import check_weights, parameter_dtype
 from gpt.errors import InputError
 from gpt.files import read_json
 from gpt.model import GPT
 from gpt.names import BOOK, FIELD_NAMES, HUGGING_FACE, NANOGPT, STATE_DICT, Layout
+from gpt.packing import check_quantize, pack_weights
 from gpt.weights.checkpoint import (
     CONFIG,
     find_best_checkpoint,
@@ -71,6 +72,8 @@ def load_pretrained(
     config: GPTConfig | Mapping[str, Any] | None = None,
     *,
     device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    quantize: str | None = None,
     use_triton: bool | str = "auto",
 ) -> GPT:
     """Loads a model of this package, Hugging Face's GPT-2, nanoGPT or the book, from disk or from the hub.
@@ -80,7 +83,11 @@ def load_pretrained(
             model on the Hugging Face hub. Downloads are kept in the hub's own cache.
         config: Fields that the file does not state, in any names that `GPTConfig.from_dict` knows. A bare
             state_dict states shapes alone: not the number of heads, nor the options that change no shape.
-        device: Of the parameters; None is torch's default. The parameters keep the file's dtype.
+        device: Of the parameters; None is torch's default.
+        dtype: Of the parameters, also as text; None keeps the file's.
+        quantize: Packs the matrices for generation on a CPU, as "bfloat16", or as "int8" with one scale for
+            each output. Activations are then bfloat16, or float32 for int8. Such a model generates faster; it
+            cannot be trained, saved, or moved to another device or dtype.
         use_triton: As in `GPT`.
 
     Returns:
@@ -88,7 +95,8 @@ def load_pretrained(
 
     Raises:
         InputError: Nothing is there; the file is damaged, would run code, claims more bytes than it has, or
-            has no known layout; or a config is missing or contradicts the file.
+            has no known layout; a config is missing or contradicts the file; or `quantize` is another value,
+            or does not fit `dtype` or `device`.
         NonFiniteError: A weight is infinite or NaN.
     """
 
@@ -96,6 +104,8 @@ def load_pretrained(
         raise InputError(
             f"from_pretrained: config is {type(config).__name__}, expected a GPTConfig, a dict or None"
         )
+    dtype = parameter_dtype(dtype)
+    check_quantize(quantize, dtype, torch.get_default_device() if device is None else torch.device(device))
 
     def read() -> GPT:
         path = locate(source)
@@ -107,7 +117,10 @@ def load_pretrained(
         check_finite(file.tensors, file.weights.path)
         return _build(file, _config(file, config), device, use_triton)
 
-    return undisturbed(source, read)
+    model = undisturbed(source, read)
+    if dtype is not None:
+        model.to(dtype)
+    return model if quantize is None else pack_weights(model, quantize)
 
 
 def load_pretrained_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
