@@ -1,11 +1,12 @@
 """`python -m bench.generate`: time to the first token and time per decoded token, at batch sizes 1, 64, 8.
 
 Each decoding step must read every weight and the cache once. "% limit" is the time of that, at the measured
-copy rate, over the time measured.
+copy rate, over the time measured. On a CPU, the same weights in bfloat16 and int8 take part too.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 import warnings
@@ -25,11 +26,14 @@ from gpt.cli import OptionParser, option, run_command
 from gpt.config import GPTConfig
 from gpt.errors import InputError
 from gpt.model import GPT
+from gpt.packing import FORMATS, pack_weights
 from kernels.spec import SHORT_DTYPE
 
 PLAIN = "plain PyTorch"
 NO_CACHE = f"{OURS}, no cache"
 AGREE = {torch.float32: 1e-3, torch.bfloat16: 0.05}  # largest relative RMS error of the kernels' logits
+PACKED = {f"{OURS} {format}": format for format in FORMATS}  # contestants on a CPU
+AGREE_PACKED = 0.05  # with float32
 Generate = Callable[[torch.Tensor, int], Any]
 
 
@@ -111,7 +115,7 @@ def _lengths(options: Options, config: GPTConfig) -> tuple[int, int]:
 def entrants(
     config: GPTConfig, dtype: torch.dtype, clock: Clock, *, no_cache: bool = False
 ) -> list[Contestant]:
-    """Models with random weights; ours is refused as wrong if its kernels and references disagree."""
+    """Models with random weights; ours are refused as wrong if their logits are far from the references'."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the op benches report what cannot run Triton here
@@ -127,6 +131,8 @@ def entrants(
         contestants.append(Contestant(NO_CACHE, _ours(model, model.use_triton, use_cache=False), peer=False))
     if clock.on_gpu:
         contestants.append(Contestant(PLAIN, _ours(model, False), peer=False))
+    else:
+        contestants += [_packed(model, name, format) for name, format in PACKED.items()]
     return [*contestants, optional("transformers", lambda: _transformers(config, dtype, clock.device))]
 
 
@@ -136,6 +142,18 @@ def _ours(model: GPT, use_triton: bool | str, *, use_cache: bool = True) -> Gene
         return model.generate(ids, count, do_sample=False, use_cache=use_cache)
 
     return generate
+
+
+def _packed(model: GPT, name: str, format: str) -> Contestant:
+    """The same weights, packed."""
+    packed = pack_weights(copy.deepcopy(model), format)
+    ids = _ids(model, 64)
+    with torch.no_grad():
+        error = _relative_error(packed(ids), model(ids))
+    if error > AGREE_PACKED:
+        problem = f"the logits have a relative error of {error:.2g}, expected at most {AGREE_PACKED}"
+        return Contestant(name, None, absent=problem, peer=False)
+    return Contestant(name, _ours(packed, "auto"), peer=False)
 
 
 def _transformers(config: GPTConfig, dtype: torch.dtype, device: torch.device) -> Generate:
@@ -165,22 +183,29 @@ def _transformers(config: GPTConfig, dtype: torch.dtype, device: torch.device) -
 def _disagreement(model: GPT, dtype: torch.dtype) -> str:
     """How far the logits of the kernels are from those of the references; "" if they agree."""
     chosen = model.use_triton
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (2, model.config.block_size), generator=generator)
-    ids = ids.to(model.wte.weight.device)
-
+    ids = _ids(model, model.config.block_size if model.device.type == "cuda" else 64)
     with torch.no_grad():
-        actual = model(ids).float()
+        actual = model(ids)
         model.use_triton = False
-        expected = model(ids).float()
+        error = _relative_error(actual, model(ids))
     model.use_triton = chosen
-
-    error = ((actual - expected).norm() / expected.norm()).item()
     return (
         ""
         if error <= AGREE[dtype]
         else f"the kernels' logits have a relative error of {error:.2g}, expected at most {AGREE[dtype]}"
     )
+
+
+def _ids(model: GPT, tokens: int) -> torch.Tensor:
+    """Two rows of random ids, on the model's device."""
+    generator = torch.Generator().manual_seed(0)
+    size = 2, min(tokens, model.config.block_size)
+    return torch.randint(model.config.vocab_size, size, generator=generator).to(model.device)
+
+
+def _relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """The RMS of the difference over the RMS of `expected`."""
+    return ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
 def race(
@@ -203,7 +228,6 @@ def race(
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(config.vocab_size, (batch, prompt), generator=generator).to(clock.device)
     case = f"{config.n_layer}x{config.n_embd}-V{config.vocab_size}-B{batch}-T{prompt}-new{new}"
-    nbytes = decode_bytes(config, batch, prompt + new // 2, dtype.itemsize)
     template = Row(
         op="generate",
         case=case,
@@ -229,10 +253,11 @@ def race(
     for name in names:
         rows.append(replace(template, contestant=name).measured(timings[f"{name}/1"]))
 
-    decoding = replace(
-        template, direction="decode", tokens=batch, bytes=nbytes, limit=nbytes / ceilings.copy()
-    )
     for name in names:
+        sizes = {"bfloat16": (2, 2), "int8": (1, 4)}.get(PACKED.get(name, ""), (dtype.itemsize,) * 2)
+        nbytes = decode_bytes(config, batch, prompt + new // 2, *sizes)
+        limit = nbytes / ceilings.copy()
+        decoding = replace(template, direction="decode", tokens=batch, bytes=nbytes, limit=limit)
         first, whole = timings[f"{name}/1"].median, timings[f"{name}/n"]
         median, low, high = ((seconds - first) / new for seconds in whole[:3])
         rows.append(replace(decoding, contestant=name).measured(Timing(median, low, high, whole.samples)))
@@ -240,8 +265,10 @@ def race(
     return rows
 
 
-def decode_bytes(config: GPTConfig, batch: int, context: int, itemsize: int) -> int:
+def decode_bytes(config: GPTConfig, batch: int, context: int, weight_size: int, cache_size: int) -> int:
     """Bytes that one decoding step reads: every weight, and the cache of `context` tokens in each row.
+
+    The sizes are bytes of an element.
 
     The position embedding and an untied token embedding are left out: only one row of each is read.
     """
@@ -252,7 +279,7 @@ def decode_bytes(config: GPTConfig, batch: int, context: int, itemsize: int) -> 
         - (0 if config.tie_weights else counts["token_embedding"])
     )
     cache = 2 * config.n_layer * config.n_head * config.head_size * batch * context
-    return (weights + cache) * itemsize
+    return weights * weight_size + cache * cache_size
 
 
 def _try(contestant: Contestant, ids: torch.Tensor, clock: Clock) -> tuple[str, str]:

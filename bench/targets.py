@@ -26,6 +26,7 @@ class Target:
     at_least: float | None = None
     at_most: float | None = None
     kind: str = "cuda"
+    contestant: str = OURS
 
     def names(self, op: str, case: str) -> bool:
         """Whether the target covers this op at this case."""
@@ -58,7 +59,9 @@ def judge(target: Target, report: Report) -> Outcome:
     """Judges a report by a target; a report from another kind of machine counts as "not measured"."""
     values = {}
     if report.machine.kind == target.kind:
-        for row in report.find(op=target.op, direction=target.direction, contestant=OURS, status="measured"):
+        for row in report.find(
+            op=target.op, direction=target.direction, contestant=target.contestant, status="measured"
+        ):
             value = _METRICS[target.metric](target, row, report) if target.names(row.op, row.case) else None
             if value is not None:
                 values[row.case] = value

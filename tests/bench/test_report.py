@@ -13,7 +13,7 @@ import pytest
 from bench import readme, table, targets
 from bench.attention import PINNED
 from bench.contestants import COMPILED, OURS, REFERENCE
-from bench.generate import NO_CACHE, PLAIN
+from bench.generate import NO_CACHE, PACKED, PLAIN
 from bench.plot import SHOWN, draw, results_in, speed_figure, speed_svg
 from bench.record import FORMULAS, Report, load
 from bench.targets import Target, judge
@@ -122,6 +122,8 @@ def test_targets_name_existing_ops_and_contestants() -> None:
         COMPILED,
         PLAIN,
         NO_CACHE,
+        OURS,
+        *PACKED,
         "nanoGPT",
         "transformers",
         "liger-kernel",
@@ -133,7 +135,7 @@ def test_targets_name_existing_ops_and_contestants() -> None:
     for target in targets.load():
         assert target.metric in ("speedup", "share", "memory", "tokens_per_second")
         assert (target.at_least is None) != (target.at_most is None)
-        assert set(target.against) <= known
+        assert {*target.against, target.contestant} <= known
         assert bool(target.against) == (target.metric in ("speedup", "memory"))
         if target.op in SPECS:
             assert any(target.names(target.op, case.id) for case in SPECS[target.op].tagged("bench")), (
