@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
@@ -73,6 +74,7 @@ def test_every_op_is_checked_as_the_model_calls_it(
     for op in preflight.SPECS:
         original = getattr(kernels, op)
 
+        @functools.wraps(original)
         def spy(*args: Any, _op: str = op, _original: Any = original, **kwargs: Any) -> Any:
             names = list(preflight.SPECS[_op].arguments)
             seen.setdefault(_op, dict(zip(names, args, strict=False)) | kwargs)
