@@ -133,8 +133,9 @@ def decode_attention(
         if tq == 1 <= min(lengths) == max(lengths) and key_start is None:
             # torch's attention of one query takes two to three times as long in bfloat16.
             wide = torch.float32 if q.dtype == torch.bfloat16 else q.dtype
-            tensors = (x.to(wide) for x in (q, k_cache, v_cache))
-            return F.scaled_dot_product_attention(*tensors, scale=scale, enable_gqa=grouped).to(q.dtype)
+            query, keys, values = q.to(wide), k_cache.to(wide), v_cache.to(wide)
+            out = F.scaled_dot_product_attention(query, keys, values, scale=scale, enable_gqa=grouped)
+            return out.to(q.dtype)
     keys = torch.arange(tmax, device=q.device)
     position = cache_len.clamp(max=tmax)[:, None] - tq + torch.arange(tq, device=q.device)  # (B, Tq)
     allowed = keys <= position[:, :, None]  # (B, Tq, Tmax)
