@@ -73,7 +73,7 @@ def dtype_option() -> Any:
     """The flag --dtype of commands that load a model to read it."""
     return option(
         "auto",
-        "of the weights; auto is the file's. On a CPU, bfloat16 and int8 generate faster than float32",
+        "of the weights; auto is the file's. On a CPU, large models generate faster in bfloat16 and int8",
         choices=("auto", "float32", "bfloat16", "float16", "int8"),
     )
 

@@ -28,9 +28,7 @@ class Tile(NamedTuple):
     num_warps: int = 4  # per program
     num_stages: int = 2  # of the software pipeline; a loop prefetches from 3 on
     maxnreg: int | None = None  # the most registers per thread; None leaves them to the compiler
-    pdl: bool = (
-        False  # programmatic dependent launch, from sm_90 on: starts before the launch ahead has ended
-    )
+    pdl: bool = False  # programmatic dependent launch, from sm_90 on
 
 
 @functools.cache
