@@ -257,6 +257,14 @@ class TrainConfig:
     )
     seed: int = option(1337, "of initialisation, batches and dropout", low=0, high=2**63 - 1)
     compile: bool = option(False, "run the model through torch.compile")
+    parallel: str = option(
+        "ddp",
+        "under torchrun: ddp has the whole model in every process; fsdp shards it, and the optimizer's state",
+        choices=("ddp", "fsdp"),
+    )
+    shard_size: int | None = option(
+        None, "processes that share one copy of the model with fsdp (default: all of them)", low=1
+    )
     no_capture: bool = option(False, "run small steps on a GPU without a CUDA graph")
     device: str | None = option(None, "cpu, cuda, cuda:1, … (default: a GPU if there is one)")
 

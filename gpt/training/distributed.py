@@ -6,8 +6,9 @@ for the CPU.
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,7 +26,6 @@ T = TypeVar("T")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Long, because other ranks wait while rank 0 works alone. When a process exits, torchrun ends the others.
 TIMEOUT = timedelta(days=1)
-BUCKET = 1 << 24  # elements per all-reduce
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,6 @@ class Ranks:
     """The ranks of a run, as one of its processes sees them.
 
     Every rank must make the same calls in the same order. In a run of one process the calls do nothing.
-    Methods that end in an underscore work in place, as torch's do.
 
     Attributes:
         rank: This process, from 0.
@@ -58,6 +57,11 @@ class Ranks:
                 f"processes (--grad_accum {fitting}; a step has batch_size times grad_accum sequences in all)"
             )
         device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if config.shard_size is not None and (config.parallel != "fsdp" or self.size % config.shard_size):
+            raise InputError(
+                f"shard_size is {config.shard_size} with --parallel {config.parallel}, expected a divisor of "
+                f"{self.size}, the number of processes, with --parallel fsdp"
+            )
         if device not in ("cpu", "cuda", f"cuda:{self.local_rank}"):
             raise InputError(
                 f"device is {device!r}, expected cpu or cuda: process {self.rank} uses cuda:{self.local_rank}"
@@ -129,20 +133,6 @@ class Ranks:
             if not self.local_rank:
                 self.gather(None)
 
-    def sum_(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Replaces tensors of one dtype and device by their sums over the ranks, bit-equal on each rank."""
-        for bucket in _buckets(tensors) if self.size > 1 else ():
-            flat = torch.cat([t.flatten() for t in bucket])
-            dist.all_reduce(flat)
-            for t, total in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-                t.copy_(total.view_as(t))
-
-    @torch.no_grad()
-    def broadcast_(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Replaces tensors by those of rank 0."""
-        for tensor in tensors if self.size > 1 else ():
-            dist.broadcast(tensor, 0)
-
 
 ALONE = Ranks()
 
@@ -197,9 +187,11 @@ def join() -> Iterator[Ranks]:
 def _leave(ranks: Ranks) -> None:
     """Disconnects when all ranks are ready: torchrun stops the others as soon as one process fails.
 
-    The end of the process group joins its threads, unless something else still refers to the group.
+    The end of the process group joins its threads, unless something else still refers to the group, as a
+    model that DDP wrapped may do.
     """
     ranks.gather(None)
+    gc.collect()
     dist.destroy_process_group()
 
 
@@ -212,15 +204,3 @@ def _silence() -> Iterator[None]:
         redirect_stderr(nowhere),
     ):
         yield
-
-
-def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Splits `tensors`, in order, into lists of about BUCKET elements."""
-    bucket: list[torch.Tensor] = []
-    for tensor in tensors:
-        bucket.append(tensor)
-        if sum(t.numel() for t in bucket) >= BUCKET:
-            yield bucket
-            bucket = []
-    if bucket:
-        yield bucket

@@ -94,19 +94,19 @@ class Evaluator:
         return FinalLosses(loss, bigram, targets, share)
 
     def loss_now(self) -> float:
-        """The loss of one validation batch, on this rank alone."""
+        """The loss of one validation batch, the same on all ranks."""
         self._model.eval()
         with torch.no_grad():
             loss = self._step.loss(self._batch("validation", 0)).item()
         self._model.train()
         return loss
 
-    def sample(self, tokens: int, check: Callable[[object], None]) -> str:
-        """A text that the model generates, of so many tokens, each of which calls `check`."""
-        self._model.eval()
+    def sample(self, model: GPT, tokens: int, check: Callable[[object], None]) -> str:
+        """A text that `model` generates, of so many tokens, each of which calls `check`."""
+        model.eval()
         tokenizer = self._data.tokenizer
         prompt, device = first_ids(tokenizer), self._step.device
-        ids = self._model.generate(
+        ids = model.generate(
             torch.tensor([prompt], device=device),
             tokens,
             temperature=0.8,
@@ -126,19 +126,37 @@ class Evaluator:
         return self._data.windows(split, self._config.batch_size, self._model.config.block_size, most)
 
     def _mean_loss(self, batches: Iterable[Batch], check: Callable[[], None] = lambda: None) -> MeanLoss:
-        """The mean loss over all targets of `batches`, which the ranks share; each batch calls `check`."""
+        """The mean loss over all targets of `batches`, which the ranks share; each batch calls `check`.
+
+        The ranks compute the same number of losses, because a sharded model needs all of them for each.
+        """
         totals, count = [], 0
         self._model.eval()
-        with torch.no_grad(), self._ranks.agreement():
-            for batch in self._ranks.share(batches):
-                check()
-                targets = int((batch.targets != IGNORED).sum())
-                totals.append(self._step.loss(batch).item() * targets)
-                count += targets
+        with torch.no_grad():
+            for batch, counts in self._rounds(batches, check):
+                loss = self._step.loss(batch).item()
+                if counts:
+                    targets = int((batch.targets != IGNORED).sum())
+                    totals.append(loss * targets)
+                    count += targets
         self._model.train()
-        totals_of_ranks, counts = zip(*self._ranks.gather((totals, count)), strict=True)
+        totals_of_ranks, targets_of_ranks = zip(*self._ranks.gather((totals, count)), strict=True)
         # fsum is exact, so the result does not depend on how the batches are spread over ranks.
-        return MeanLoss(math.fsum(itertools.chain(*totals_of_ranks)) / max(1, sum(counts)), sum(counts))
+        total, targets = math.fsum(itertools.chain(*totals_of_ranks)), sum(targets_of_ranks)
+        return MeanLoss(total / max(1, targets), targets)
+
+    def _rounds(self, batches: Iterable[Batch], check: Callable[[], None]) -> Iterator[tuple[Batch, bool]]:
+        """This rank's share of `batches`, and whether they count: a last batch may be there for others."""
+        remaining = iter(batches)
+        while True:
+            with self._ranks.agreement():
+                group = list(itertools.islice(remaining, self._ranks.size))
+                if group:
+                    check()
+            if not group:
+                return
+            counts = self._ranks.rank < len(group)
+            yield group[self._ranks.rank if counts else 0], counts
 
 
 def _bar(total: int, text: str, unit: str) -> tqdm[Any]:

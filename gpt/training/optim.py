@@ -22,7 +22,8 @@ class Muon(torch.optim.Optimizer):
     """p ← p - lr (0.2 √max(m, n) orthogonal(g + μ v) + weight_decay p), with v ← μ v + g.
 
     The factor 0.2 √max(m, n) gives an update the same root mean square as AdamW's, so that one learning rate
-    fits both (Liu et al. 2025, arXiv 2502.16982). Matrices of the same shape are orthogonalised in one batch.
+    fits both (Liu et al. 2025, arXiv 2502.16982). Matrices of the same shape are orthogonalised in one batch;
+    those that are sharded over processes are gathered for it, and every process orthogonalises all of them.
 
     Args:
         params: Matrices, or groups of matrices. A group's `parts` says how many matrices each parameter
@@ -87,9 +88,10 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_mul_(velocities, momentum)
         torch._foreach_add_(velocities, list(gradients.unbind()))
 
-        stacked = torch.add(gradients, torch.stack(velocities), alpha=group["momentum"])
+        directions = torch.add(gradients, torch.stack(velocities), alpha=group["momentum"])
+        stacked = _whole(directions)
         matrices = stacked.view(-1, stacked.shape[1] // group["parts"], stacked.shape[2])  # (K, m, n)
-        updates = orthogonalize(matrices, group["steps"]).view_as(stacked)
+        updates = _sharded_like(directions, orthogonalize(matrices, group["steps"]).view_as(stacked))
 
         scale = 0.2 * max(matrices.shape[1:]) ** 0.5
         torch._foreach_mul_(parameters, 1 - rate * group["weight_decay"])
@@ -112,6 +114,21 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
         gram = x @ x.mT  # (K, m, m)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x if wide else x.mT).to(matrices.dtype)
+
+
+def _whole(t: Tensor) -> Tensor:
+    """`t`, gathered from all processes if it is sharded."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t  # a DTensor
+
+
+def _sharded_like(like: Tensor, t: Tensor) -> Tensor:
+    """`t`, which every process has, sharded as `like` is."""
+    if not hasattr(like, "full_tensor"):
+        return t
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(like, DTensor)
+    return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None)
 
 
 # The tensors that each optimizer keeps per parameter.

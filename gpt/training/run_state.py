@@ -22,6 +22,7 @@ LARGEST = 2**53  # of a count
 # Settings that earlier versions lacked: a run of one goes on with their defaults. They lacked best_step too.
 ADDED = {"keep_best", "time_limit", "final_eval_batches", "profile", "tensorboard", "checkpoint_activations"}
 ADDED |= {"peak_tflops", "check_memory", "validation", "validation_fraction", "keep_newlines", "text_field"}
+ADDED |= {"parallel", "shard_size"}
 
 
 @dataclass

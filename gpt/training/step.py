@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import kernels
@@ -28,6 +29,7 @@ from gpt.training.capture import TOKENS, StepGraph
 from gpt.training.distributed import ALONE, Ranks
 from gpt.training.loss_scale import LossScale
 from gpt.training.optim import load_state_tensors, make_optimizers, state_tensors, update
+from gpt.training.parallel import accumulating, gradient_norms, shards
 
 
 class Batches(Protocol):
@@ -108,8 +110,9 @@ class TrainStep:
     Args:
         model: The model, on its device, with float32 parameters.
         config: Optimizer, dtype and clipping.
-        forward: Computes the loss instead of the model itself: the compiled model.
-        ranks: The processes that take each step together. Each has its own micro-batches.
+        forward: Computes the loss instead of the model itself: what `parallel.parallelize` returned.
+        ranks: The processes that take each step together. Each has its own micro-batches, as many as the
+            others.
 
     Raises:
         InputError: The device does not support the dtype.
@@ -129,7 +132,7 @@ class TrainStep:
         self.optimizers = make_optimizers(self.names, config)
         self.scaler = LossScale(self.device, enabled=self.dtype == torch.float16)
         self._model, self._forward = model, model if forward is None else forward
-        self._ranks = ranks
+        self._ranks, self._sharded = ranks, shards(config, ranks)
         self._clip = config.grad_clip
 
         # The fused kernel of a GPU reads a float32 rate.
@@ -232,7 +235,8 @@ class TrainStep:
         loss, stopping = self._accumulate(batches, stop)
         self._with_gradients = [name for p, name in self.names.items() if p.grad is not None]
         with torch.no_grad():
-            norms = torch.stack(torch._foreach_norm([p.grad for p in self.names if p.grad is not None]))
+            gradients = [p.grad for p in self.names if p.grad is not None]
+            norms = gradient_norms(gradients, sharded=self._sharded)
             divisor = self.scaler.value if self.scaler.enabled else None
             norms = norms if divisor is None else norms / divisor
             norm = torch.linalg.vector_norm(norms)
@@ -252,24 +256,24 @@ class TrainStep:
         Returns the mean loss and the number of ranks that ask to stop.
         """
         counts = self._move(torch.stack([(batch.targets != IGNORED).sum() for batch in batches]))
-        count = counts.sum()
-        weights = counts / count.clamp(min=1)
+        count, size = counts.sum(), self._ranks.size
+        if size > 1:
+            dist.all_reduce(count)
+        weights = counts * size / count.clamp(min=1)  # the engines average over the ranks
         loss = torch.zeros((), device=self.device)
-        for batch, weight in zip(batches, weights.unbind(), strict=True):
-            part = self.loss(batch, self._forward) * weight
-            self.scaler.scale(part).backward()
+        last = [False] * (len(weights) - 1) + [True]
+        for batch, weight, is_last in zip(batches, weights.unbind(), last, strict=True):
+            with accumulating(self._forward, last=is_last):
+                part = self.loss(batch, self._forward) * weight
+                self.scaler.scale(part).backward()
             loss += part.detach()
-        if self._ranks.size == 1:
+        if size == 1:
             return loss, torch.zeros_like(loss)
 
-        gradients = [p.grad for p in self.names if p.grad is not None]
-        torch._foreach_mul_(gradients, count.float())
-        stopping = torch.full_like(loss, bool(stop))
-        sums = torch.stack((loss * count, count.float(), stopping))
-        self._ranks.sum_([*gradients, sums])
-        total, targets, stopping = sums.unbind()
-        torch._foreach_div_(gradients, targets.clamp_(min=1))
-        return total / targets, stopping
+        sums = torch.stack((loss / size, torch.full_like(loss, bool(stop))))
+        dist.all_reduce(sums)
+        loss, stopping = sums.unbind()
+        return loss, stopping
 
     def _to_device(self, batch: Batch) -> Batch:
         inputs, targets, start = batch

@@ -28,6 +28,7 @@ from gpt.training.display import bar_text, evaluation_line, progress_bar
 from gpt.training.distributed import ALONE, Ranks
 from gpt.training.evaluator import Evaluator
 from gpt.training.optim import learning_rate
+from gpt.training.parallel import parallelize, shards, whole
 from gpt.training.profile import TRACE, StepProfile
 from gpt.training.run_folder import RunFolder
 from gpt.training.run_state import Progress
@@ -79,8 +80,9 @@ class Trainer:
         on_log: Called on rank 0 with a copy of each record of log.jsonl, after it is written. An exception in
             it ends the run; earlier checkpoints stay.
         ranks: The processes that train together, from `gpt.training.distributed.join`. They share the
-            micro-batches of each step and each evaluation, and rank 0 writes. A run can be resumed with
-            another number of processes, but only the same number continues it bit by bit.
+            micro-batches of each step and each evaluation. With parallel="fsdp" the model is sharded in
+            place. A run can be resumed with another number of processes or another `parallel`, but only the
+            same ones continue it bit by bit.
 
     Raises:
         InputError: The model, data, config and folder do not fit together.
@@ -124,10 +126,12 @@ class Trainer:
                     f"Trainer: the model's vocab_size is {vocab_size}, expected at least the tokenizer's "
                     f"{needed}"
                 )
-            self.model = model.to(pick_device(config.device))
-        ranks.check_equal(self._shared_settings(resume))
+            device = pick_device(config.device)
+        self.model = model
+        ranks.check_equal(self._shared_settings(resume, device))
+        forward = parallelize(model, device, config, ranks)
         with ranks.agreement():
-            self._step = TrainStep(model, config, torch.compile(model) if config.compile else None, ranks)
+            self._step = TrainStep(model, config, forward, ranks)
             self._evaluator = Evaluator(model, self._step, data, config, ranks)
             on_gpu = self.device.type == "cuda"
             self._ahead = 1 if on_gpu else 0  # steps that may be queued; a CPU computes while it queues
@@ -140,7 +144,6 @@ class Trainer:
             if self._folder is not None:
                 self._enter(self._folder, resume=resume)
         ranks.check_equal({"step": self.step, "dtype": self.precision})
-        ranks.broadcast_(self.model.parameters())
 
     def __repr__(self) -> str:
         out = None if self._folder is None else str(self._folder.path)
@@ -149,7 +152,7 @@ class Trainer:
             f"out={out!r})"
         )
 
-    def _shared_settings(self, resume: bool | str) -> dict[str, object]:
+    def _shared_settings(self, resume: bool | str, device: torch.device) -> dict[str, object]:
         """What must be the same on all ranks, by the names that an error shows."""
         return {
             "the version of fused-gpt": kernels.__version__,
@@ -157,7 +160,7 @@ class Trainer:
             "resume": resume,
             **self.model.config.to_dict(),
             **self.config.to_dict(),
-            "device": next(self.model.parameters()).device.type,
+            "device": device.type,
             "use_triton": self.model.use_triton,
             "the hash of text and tokenizer": self.data.identity,
         }
@@ -399,7 +402,8 @@ class Trainer:
                 loss = final.validation_loss
                 raise NonFiniteError(f"step {self.step}: the final validation loss is {loss}{advice}")
         record = {"step": self.step, "final": True, **final._asdict()}
-        sample = self.ranks.on_first(partial(self._conclude, record, stop.check))
+        model = whole(self.model, self.ranks) if shards(self.config, self.ranks) else self.model
+        sample = self.ranks.on_first(partial(self._conclude, model, record, stop.check))
         return TrainResult(self.step, **final._asdict(), sample=sample, checkpoint=self._saved)
 
     def _write_log(self, record: dict[str, Any]) -> None:
@@ -463,12 +467,12 @@ class Trainer:
         )
         rng.seed(self.config.seed, self.step, self.ranks.rank)
 
-    def _conclude(self, record: Mapping[str, Any], check: Callable[[object], None]) -> str:
-        """Completes the log, generates a sample, of which each token calls `check`, and draws the losses."""
+    def _conclude(self, model: GPT, record: Mapping[str, Any], check: Callable[[object], None]) -> str:
+        """Completes the log, draws the losses, and lets `model` generate a sample; a token calls `check`."""
         if self._folder is not None:
             self._folder.complete_log(record)
         self._notify(record)
-        sample = self._evaluator.sample(SAMPLE_TOKENS, check)
+        sample = self._evaluator.sample(model, SAMPLE_TOKENS, check)
         if self._folder is not None:
             self._folder.finish(sample)
         return sample

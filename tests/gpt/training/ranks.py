@@ -20,10 +20,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gpt import GPT, InputError, Trainer, train
+from gpt import GPT, InputError, TrainConfig, Trainer, train
 from gpt.data.dataset import TokenData
 from gpt.errors import MachineError, NonFiniteError, ReportedError
-from gpt.training import distributed
+from gpt.training import distributed, parallel
 from gpt.training.distributed import ALONE, Ranks
 from gpt.training.step import TrainStep
 from gpt.weights import checkpoint
@@ -36,10 +36,16 @@ MUON = replace(PLAIN, optimizer="muon")
 RAGGED = ((32, 5, 0, 1), (7, 0, 20, 0))
 
 
+def make_step(model: GPT, config: TrainConfig, ranks: Ranks) -> TrainStep:
+    """The steps of `model`, which `ranks` take together."""
+    forward = parallel.parallelize(model, torch.device("cpu"), config, ranks)
+    return TrainStep(model, config, forward, ranks)
+
+
 def steps(ranks: Ranks = ALONE, out: Path | None = None) -> list[Any]:
     """Loss, gradient norm and clipped gradients of two steps with learning rate 0."""
     model = make_model(TokenData.from_text(TEXT), dropout=0.0)
-    step = TrainStep(model, replace(PLAIN, grad_clip=0.05), ranks=ranks)
+    step = make_step(model, replace(PLAIN, grad_clip=0.05), ranks)
     results = []
     for counts in RAGGED:
         result = step(list(ranks.share(make_batches(*counts))), rate=0.0)
@@ -64,7 +70,7 @@ def curve(ranks: Ranks, out: Path) -> Any:
     before = trainer.evaluate("validation")
     result = trainer.run()
     checkpoint.commit = commit
-    return before, result, len(saved), dict(model.named_parameters())
+    return before, result, len(saved), {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 def interrupted(ranks: Ranks, out: Path) -> Any:
@@ -170,7 +176,7 @@ def non_finite(ranks: Ranks, out: Path) -> Any:
     trainer = Trainer(make_model(data), data, PLAIN, out=out / "inf", ranks=ranks)
     before = [p.detach().clone() for p in trainer.model.parameters()]
     if ranks.rank:
-        trainer._step._forward = lambda *args, **kwargs: trainer.model(*args, **kwargs) * math.inf
+        trainer.model.register_forward_hook(lambda module, args, loss: loss * math.inf)
     with pytest.raises(NonFiniteError) as error:
         trainer.run()
     return str(error.value), all(map(torch.equal, before, trainer.model.parameters()))
@@ -193,7 +199,7 @@ def late(ranks: Ranks, out: Path) -> Any:
         return draw(stream, *args, **kwargs)
 
     data.batch = batch  # type: ignore[method-assign]
-    trainer._step._forward = lambda *args, **kwargs: model(*args, **kwargs) * factor
+    model.register_forward_hook(lambda module, args, loss: loss * factor)
     with pytest.raises(NonFiniteError) as error:
         trainer.run()
     after = (*model.parameters(), *trainer._step.tensors().values())
@@ -205,7 +211,7 @@ def overflow(ranks: Ranks, out: Path) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gpt.training.step.autocast_dtype", lambda name, device: torch.float16)
         model = make_model(TokenData.from_text(TEXT), dropout=0.0)
-        step = TrainStep(model, PLAIN, ranks=ranks)
+        step = make_step(model, PLAIN, ranks)
         before, scale = [p.detach().clone() for p in model.parameters()], step.scaler.get_scale()
         if ranks.rank:
             model.wpe.weight.register_hook(lambda g: g * math.inf)
@@ -229,7 +235,7 @@ SCENARIOS: tuple[Callable[[Ranks, Path], Any], ...] = (
 
 def main(folder: Path, argv: list[str]) -> int:
     """Runs all scenarios, then gpt.train; returns its exit code."""
-    distributed.BUCKET = 1000  # so small that the model needs several buckets
+    parallel.BUCKET_MB = 0.004  # so small that the model needs several buckets
     with distributed.join() as ranks:
         group = weakref.ref(dist.group.WORLD)
         results: dict[str, Any] = {scenario.__name__: scenario(ranks, folder) for scenario in SCENARIOS}
