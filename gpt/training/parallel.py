@@ -46,9 +46,7 @@ def parallelize(
     if shards(config, ranks):
         _shard(model, device, config, ranks)
         return None
-    module = nn.parallel.DistributedDataParallel(
-        model, bucket_cap_mb=BUCKET_MB, gradient_as_bucket_view=True, broadcast_buffers=False
-    )
+    module = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=BUCKET_MB, gradient_as_bucket_view=True)
     _arrange_buckets(module)
     return torch.compile(module) if config.compile else module
 
