@@ -46,25 +46,25 @@ def parallelize(
     if shards(config, ranks):
         _shard(model, device, config, ranks)
         return None
-    module = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=BUCKET_MB, gradient_as_bucket_view=True)
-    _arrange_buckets(module)
+    module = _replicate(model)
     return torch.compile(module) if config.compile else module
 
 
-def _arrange_buckets(module: nn.parallel.DistributedDataParallel) -> None:
-    """Lets DDP divide the gradients into its final buckets.
+def _replicate(model: GPT) -> nn.Module:
+    """`model` in DDP, which has divided the gradients into its final buckets.
 
-    It does so after its first backward pass, in the order of that pass. A sum over ranks is rounded by an
-    element's place in its bucket, so without this the first step after a resume would differ from the same
-    step of a run that was not interrupted.
+    DDP does so after its first backward pass, in the order of that pass. A sum over ranks is rounded by an
+    element's place in its bucket, so without that pass the first step after a resume would differ from the
+    same step of a run that was not interrupted.
     """
-    model = module.module
+    module = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=BUCKET_MB, gradient_as_bucket_view=True)
     training = model.training
     token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     with kernels.use_backend("reference"):
         module.eval()(token, token).backward()
     module.train(training)
     module.zero_grad()
+    return module
 
 
 def _shard(model: GPT, device: torch.device, config: TrainConfig, ranks: Ranks) -> None:

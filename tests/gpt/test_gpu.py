@@ -14,12 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from gpt import GPT, GPTConfig, TokenData, TrainConfig, Trainer
 from gpt.data.dataset import Batch
 from gpt.decoding import Decoder
 from gpt.files import read_json
 from gpt.preflight import preflight
+from gpt.training import parallel
+from gpt.training.distributed import Ranks
 from gpt.training.step import PendingStep, StepResult, TrainStep
 from gpt.weights.tensors import read_tensors
 from kernels.registry import SPECS
@@ -355,3 +358,32 @@ def test_preflight_is_quick() -> None:
     )
     assert report.ok, str(report)
     assert report.seconds < 15
+
+
+@pytest.mark.driver("NCCL")
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_engines_run_on_nccl(engine: str, dtype: str) -> None:
+    """An engine, an optimizer on shards or a norm over them that NCCL or the fused kernels do not take."""
+    data = batches(3, batch=4, length=128)
+    config = TrainConfig(dtype=dtype, parallel=engine)
+
+    def losses(*, grouped: bool) -> list[float]:
+        torch.manual_seed(0)
+        model = GPT("gpt2", vocab_size=VOCABULARY, n_layer=2, use_triton=True, device=DEVICE)
+        forward = None
+        if grouped and engine == "fsdp":
+            parallel._shard(model, DEVICE, config, Ranks())
+        elif grouped:
+            forward = parallel._replicate(model)
+        step = TrainStep(model, config, forward)
+        step._sharded = grouped and engine == "fsdp"
+        return [step([batch], rate=1e-3).loss for batch in data]
+
+    expected = losses(grouped=False)
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        actual = losses(grouped=True)
+    finally:
+        dist.destroy_process_group()
+    assert actual == pytest.approx(expected, rel=1e-5 if dtype == "float32" else 1e-2)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+import bench.parallel
 from gpt import GPT, TrainConfig, Trainer
 from gpt.data.dataset import IGNORED, Batch, TokenData
 from gpt.training import distributed, parallel
@@ -174,8 +175,14 @@ def frozen(ranks: Ranks) -> bool:
     return all(kept)
 
 
+def lanes(ranks: Ranks) -> bench.parallel.Figures:
+    """What bench.parallel measures."""
+    options = bench.parallel.Options(steps=1, batch_size=2)
+    return bench.parallel._measure(options, without_noise().config, ranks)
+
+
 SCENARIOS: dict[int, Sequence[Callable[[Ranks], Any]]] = {
-    2: (engines, compiled, fused),
+    2: (engines, compiled, fused, lanes),
     4: (engines, first_step, overlap, precision, whole_run, frozen),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import bench.parallel
 from gpt import InputError, TrainConfig, Trainer
 from gpt.training.distributed import Ranks
 from tests.gpt.training.parallel_ranks import DATA, ENGINES, TARGETS, UPDATE, Update, update
@@ -131,6 +133,28 @@ def test_a_sharded_run_equals_one_process(results: Results) -> None:
 def test_parameters_without_gradients_are_left(results: Results) -> None:
     """An engine that waits for the gradient of a frozen parameter, or that changes it."""
     assert [rank["frozen"] for rank in results[4]] == [True] * 4
+
+
+def test_bench_times_every_lane(
+    results: Results, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A lane that takes no steps, a percentage of another lane, or figures that are not saved."""
+    figures = results[2][0]["lanes"]
+    assert tuple(figures.seconds) == bench.parallel.LANES
+    assert min(figures.seconds.values()) > 0
+    assert 0 <= figures.ended <= figures.begun <= figures.sums > 1
+
+    seconds = dict(zip(bench.parallel.LANES, (0.1, 0.125, 0.15, 0.1), strict=True))
+    fixed = bench.parallel.Figures(seconds, sums=4, begun=3, ended=2)
+    monkeypatch.setattr(bench.parallel, "_run", lambda *args: fixed)
+    assert bench.parallel.main(["--json", str(tmp_path / "figures.json")]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["apart", "125", "ms", "+25.0%"] in lines
+    assert ["ddp", "150", "ms", "+50.0%", "+20.0%"] in lines
+    assert ["fsdp", "100", "ms", "+0.0%", "-20.0%"] in lines
+    assert lines[-1][:8] == ["DDP:", "3", "of", "4", "sums", "begin,", "2", "end,"]
+    saved = json.loads((tmp_path / "figures.json").read_text())
+    assert saved["figures"]["seconds"] == seconds
 
 
 @pytest.mark.parametrize(("parallel", "size"), [("fsdp", 3), ("ddp", 2), ("fsdp", 8)])

@@ -1,0 +1,185 @@
+"""`python -m bench.parallel`: what a training step of several processes costs, against one process.
+
+Weak scaling: every process takes a micro-batch of the same size. The lanes take turns, one step each:
+
+- one process: process 0 takes a step alone, while the others sleep.
+- apart: all processes take steps of their own at the same time. The difference to one process is what they
+  share on a machine, such as the bandwidth of its memory.
+- ddp, fsdp: all processes take a step together. The difference to apart is what the engine costs.
+
+Under the profiler, it then counts how many of DDP's sums over the processes begin, and how many end, before
+the backward pass has ended.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+from torch.profiler import ProfilerActivity, profile
+
+import kernels.files
+from bench.machine import describe
+from bench.table import duration
+from gpt.cli import OptionParser, option, run_command
+from gpt.config import GPTConfig, TrainConfig
+from gpt.data.dataset import Batch
+from gpt.errors import InputError, cannot_write
+from gpt.files import user_path
+from gpt.model import GPT
+from gpt.training import distributed
+from gpt.training.distributed import ALONE, Ranks
+from gpt.training.parallel import parallelize
+from gpt.training.step import TrainStep
+
+LANES = ("one process", "apart", "ddp", "fsdp")
+WARM_UP = 3  # steps of each lane that are not timed
+SUM, LAST = "gloo:all_reduce", "AccumulateGrad"  # events of the profiler, on a CPU
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags."""
+
+    processes: int = option(2, "processes; on a GPU one for each GPU", low=2)
+    preset: str = option("char-cpu", "of the model")
+    batch_size: int = option(64, "sequences of each process in a step", low=1)
+    steps: int = option(30, "timed steps of each lane", low=1)
+    json: str | None = option(None, "write every figure to this file")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What process 0 measured: the median seconds of a step by lane, and DDP's sums."""
+
+    seconds: dict[str, float]
+    sums: int = 0
+    begun: int = 0  # sums that began before the backward pass had ended
+    ended: int = 0  # sums that ended before it had
+
+
+def main(argv: Sequence[str]) -> int:
+    _, values = OptionParser("python -m bench.parallel", __doc__ or "", options=Options()).parse_tables(argv)
+    options = Options(**values["options"])
+    config = replace(GPTConfig.preset(options.preset), dropout=0.0)
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < options.processes:
+        raise InputError(f"--processes is {options.processes}, expected at most {gpus}, the number of GPUs")
+    path = None if options.json is None else user_path(options.json, "--json")
+
+    figures = _run(options, config)
+    machine = describe(torch.device("cuda" if gpus else "cpu"))
+    print(report(options, figures))
+    if path is not None:
+        content = {"machine": asdict(machine), "options": asdict(options), "figures": asdict(figures)}
+        try:
+            kernels.files.write_json(path, content, indent=1)
+        except OSError as error:
+            raise cannot_write("--json", path, error) from error
+    return 0
+
+
+def report(options: Options, figures: Figures) -> str:
+    """The table of the lanes, and the overlap of DDP."""
+    one, apart = (figures.seconds[lane] for lane in LANES[:2])
+    rows = [
+        f"{lane:<14}{duration(seconds):>10}{seconds / one - 1:>+14.1%}"
+        + (f"{seconds / apart - 1:>+12.1%}" if lane in LANES[2:] else "")
+        for lane, seconds in figures.seconds.items()
+    ]
+    title = (
+        f"{options.processes} processes, {options.preset}, {options.batch_size} sequences in each; medians "
+        f"of {options.steps} steps"
+    )
+    lines = [title, "", f"{'':<14}{'step':>10}{'to one':>14}{'to apart':>12}", *rows]
+    if figures.sums:
+        lines.append(
+            f"\nDDP: {figures.begun} of {figures.sums} sums begin, {figures.ended} end, before the backward "
+            "pass has ended"
+        )
+    return "\n".join(lines)
+
+
+def _run(options: Options, config: GPTConfig) -> Figures:
+    """Starts the processes, and returns what process 0 measured."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context: Any = get_context("spawn")
+    queue = context.SimpleQueue()
+    spawn(_work, (options, config, port, queue), options.processes)
+    figures: Figures = queue.get()
+    return figures
+
+
+def _work(rank: int, options: Options, config: GPTConfig, port: int, queue: Any) -> None:
+    """One of the processes."""
+    size = options.processes
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    os.environ |= {name: str(v) for name, v in zip(names, (rank, size, rank, size, port), strict=True)}
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    torch.set_num_threads(1)
+    with distributed.join() as ranks:
+        figures = _measure(options, config, ranks)
+        if not rank:
+            queue.put(figures)
+
+
+def _measure(options: Options, config: GPTConfig, ranks: Ranks) -> Figures:
+    device = torch.device("cuda", ranks.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    generator = torch.Generator().manual_seed(ranks.rank)
+    ids = torch.randint(
+        config.vocab_size, (options.batch_size, config.block_size + 1), generator=generator
+    ).to(device)
+    batches = [Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())]
+
+    steps: dict[str, TrainStep] = {}
+    for lane in LANES:
+        train = TrainConfig(grad_accum=ranks.size, parallel=lane if lane in LANES[2:] else "ddp")
+        model, together = GPT(config), ranks if lane in LANES[2:] else ALONE
+        steps[lane] = TrainStep(model, train, parallelize(model, device, train, together), together)
+
+    def step(lane: str) -> None:
+        if ranks.rank == 0 or lane != LANES[0]:
+            steps[lane](batches, rate=1e-4)
+
+    samples: dict[str, list[float]] = {lane: [] for lane in LANES}
+    for number in range(WARM_UP + options.steps):
+        for lane in LANES:
+            dist.barrier()
+            started = time.perf_counter()
+            step(lane)
+            dist.barrier()  # the slowest process counts
+            if number >= WARM_UP:
+                samples[lane].append(time.perf_counter() - started)
+    seconds = {lane: statistics.median(times) for lane, times in samples.items()}
+    return Figures(seconds, *_overlap(lambda: step("ddp"))) if device.type == "cpu" else Figures(seconds)
+
+
+def _overlap(step: Callable[[], None]) -> tuple[int, int, int]:
+    """The number of DDP's sums in a step; how many begin, and end, before the last gradient is there."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        step()
+    events = profiled.events() or []
+    last = max(event.time_range.start for event in events if LAST in event.name)
+    sums = sorted((e.time_range for e in events if e.name == SUM), key=lambda times: times.start)
+    buckets = sums[1:-1]  # without those of the number of targets and of the loss
+    return (
+        len(buckets),
+        sum(times.start < last for times in buckets),
+        sum(times.end < last for times in buckets),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("bench.parallel", main))
