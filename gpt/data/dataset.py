@@ -1,4 +1,4 @@
-"""A tokenized corpus, and batches that are a function of (seed, step, micro-step)."""
+"""A tokenized corpus, and batches that are a function of seed and step, however a step is cut."""
 
 from __future__ import annotations
 
@@ -298,8 +298,10 @@ class TokenData:
         step: int,
         micro_step: int = 0,
     ) -> Batch:
-        """Random windows of a split, a function of the arguments: Philox with counter (step, micro_step).
+        """Random windows of a split, a function of the arguments.
 
+        Micro-step n has the sequences [n B, (n + 1) B) of a step, where B is `batch_size`. Sequence i is the
+        window that word i of a Philox stream of (seed, step, stream) names, so it does not depend on B and n.
         Windows of packed instructions begin with a document, so that a completion does not lose its prompt,
         or past the first `block_size` tokens of one.
         The stream "estimate" reads the train split, with windows independent of the training batches.
@@ -307,9 +309,7 @@ class TokenData:
         import numpy as np
 
         part = self._parts["validation" if stream == "validation" else "train"]
-        words = np.random.Philox(key=seed, counter=[0, micro_step, step, _STREAMS[stream]]).random_raw(
-            batch_size
-        )
+        words = _words(seed, step, stream, range(micro_step * batch_size, (micro_step + 1) * batch_size))
         if part.documents is None or not len(part.untrained):
             starts = (words % np.uint64(len(part.tokens) - block_size)).astype(np.int64)
         else:
@@ -404,6 +404,15 @@ def save_bin(data: TokenData, directory: str | os.PathLike[str]) -> None:
         data.tokenizer.save(folder)
     except OSError as error:
         raise cannot_write("save_bin", folder, error) from error
+
+
+def _words(seed: int, step: int, stream: Stream, numbers: range) -> NDArray[np.uint64]:
+    """The words `numbers` of the Philox stream of (seed, step, stream); a counter gives four of them."""
+    import numpy as np
+
+    counter, skipped = divmod(numbers.start, 4)
+    philox = np.random.Philox(key=seed, counter=[counter, 0, step, _STREAMS[stream]])
+    return philox.random_raw(skipped + len(numbers))[skipped:]
 
 
 def _read_ids(parts: Sequence[Ids], tokenizer: Tokenizer) -> str:

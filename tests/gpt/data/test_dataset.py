@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -61,6 +62,48 @@ def test_batches_are_a_function_of_seed_and_step(data: TokenData) -> None:
     assert torch.equal(TokenData.from_text(TEXT).batch("train", **BATCH).inputs, first.inputs)
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert (np.random.get_state()[1] == numpy_state).all()
+
+
+def test_batches_are_those_of_earlier_versions() -> None:
+    """Other windows than earlier versions draw from the same seed, so that no released figure is repeated."""
+    data = TokenData(np.arange(60_000, dtype=np.uint16), BINS, identity="unread")
+    expected = {
+        "train": [27401, 45459, 1902, 53157, 23222, 44437, 19567, 20861, 18537, 34578],
+        "validation": [55422, 57713, 57595, 55489, 58619, 58545, 59193, 54108, 59382, 58992],
+        "estimate": [40333, 9580, 2380, 14880, 40744, 39511, 16315, 16742, 46051, 39312],
+    }
+    for stream, starts in expected.items():
+        batches = [data.batch(stream, 5, 16, seed=1337, step=step) for step in (0, 7)]  # type: ignore[arg-type]
+        assert [start for batch in batches for start in batch.inputs[:, 0].tolist()] == starts
+
+
+def assert_cuts_are_equal(data: TokenData, block_size: int = 12) -> None:
+    """Checks that steps of 8 and of 15 sequences do not depend on how they are cut."""
+
+    def step(batch_size: int, grad_accum: int) -> Batch:
+        batches = [
+            data.batch("train", batch_size, block_size, seed=5, step=7, micro_step=n)
+            for n in range(grad_accum)
+        ]
+        columns = zip(*batches, strict=True)
+        return Batch(*(None if column[0] is None else torch.cat(column) for column in columns))
+
+    for sizes in ((8, 4, 2, 1), (15, 5, 3, 1)):
+        whole, *others = (step(size, sizes[0] // size) for size in sizes)
+        for other in others:
+            for expected, actual in zip(whole, other, strict=True):
+                assert (expected is None and actual is None) or torch.equal(expected, actual)
+
+
+def test_a_step_has_the_same_sequences_however_it_is_cut(data: TokenData, tmp_path: Path) -> None:
+    """Accumulation or more processes that train on other data than one large batch."""
+    documents(tmp_path)
+    packed = load(tmp_path, pack_documents=True)
+    rows = [{"prompt": f"{n} and one is ", "completion": str(n + 1)} for n in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    instructions = load(tmp_path / "rows.jsonl", pack_documents=True)
+    for one in (data, packed, instructions):
+        assert_cuts_are_equal(one)
 
 
 def test_every_window_can_be_drawn(data: TokenData) -> None:

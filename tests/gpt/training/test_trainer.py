@@ -136,7 +136,7 @@ def test_training_learns_without_a_folder(
 ) -> None:
     """A loop whose loss does not fall, or that writes files although no folder is given."""
     monkeypatch.chdir(tmp_path)
-    config = replace(CONFIG, max_steps=150, batch_size=8, eval_interval=1000, learning_rate=2e-2)
+    config = replace(CONFIG, max_steps=250, batch_size=8, eval_interval=1000, learning_rate=2e-2)
     result = Trainer(make_model(data, dropout=0.0), data, config).run()
     assert result.validation_loss is not None
     assert result.validation_loss < data.bigram_loss() - 0.1
