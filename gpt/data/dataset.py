@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,19 +14,18 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 
 from gpt.cli import option
+from gpt.data.bins import open_bins
 from gpt.data.corpus import Corpus
 from gpt.data.saved_datasets import saved_split
+from gpt.data.shards import Shards, shuffled
 from gpt.data.sources import STDLIB, open_sources
 from gpt.data.token_files import (
     BIN_NAMES,
     CHUNK,
     Tokens,
-    bin_files,
     cached_tokens,
     check_id,
-    document_begins,
     ids_dtype,
-    open_bin,
     split_at,
 )
 from gpt.data.tokenizer_choice import choose_tokenizer, tokenizer_of_bin
@@ -51,6 +51,7 @@ Stream = Literal["train", "validation", "estimate"]
 IGNORED = -100
 FRACTION = 0.1  # of the tokens are for validation, unless something else is given
 USUAL = Fraction(str(FRACTION))
+BIGRAM_CHUNKS = 1024  # of CHUNK tokens, the most that the bigram baseline counts
 HELD_OUT = ("validation", "test")  # splits of a saved data set, the first of which is for validation
 _STREAMS: dict[Stream, int] = {"train": 0, "validation": 1, "estimate": 2}
 
@@ -62,7 +63,7 @@ class DataConfig:
     data: tuple[str, ...] = option(
         (STDLIB,),
         "stdlib (Python's own sources and documentation), shakespeare (a download), or UTF-8 files, folders, "
-        "globs; rows of .jsonl, .parquet and Hugging Face data sets",
+        "globs; rows of .jsonl, .parquet and Hugging Face data sets; .bin token files or a folder of them",
     )
     validation: tuple[str, ...] = option(
         (), "text to validate on, as in --data, all of which is then for training"
@@ -106,7 +107,7 @@ class Batch(NamedTuple):
 class _Part(NamedTuple):
     """A split: its tokens, the sorted begins of packed documents, if any, and `untrained` as in `Tokens`."""
 
-    tokens: Ids
+    tokens: Ids | Shards
     documents: Positions | None
     untrained: Positions
 
@@ -129,7 +130,7 @@ class TokenData:
     """A tokenized corpus: the first 90% of its tokens for training, the rest for validation.
 
     Args:
-        tokens: (N,) unsigned ids, as an array or a memory map.
+        tokens: (N,) unsigned ids, as an array, a memory map or `Shards`.
         tokenizer: The tokenizer of the ids, kept for samples and checkpoints.
         validation: Ids for validation; all of `tokens` are then for training.
         documents: The sorted positions at which documents begin, counted through `tokens` and then
@@ -145,10 +146,10 @@ class TokenData:
 
     def __init__(
         self,
-        tokens: Ids,
+        tokens: Ids | Shards,
         tokenizer: Tokenizer,
         *,
-        validation: Ids | None = None,
+        validation: Ids | Shards | None = None,
         documents: Positions | None = None,
         untrained: Positions | None = None,
         identity: str | None = None,
@@ -200,8 +201,22 @@ class TokenData:
         fraction = (
             Fraction(str(config.validation_fraction)) if split and not config.validation else Fraction()
         )
-        if bin_files(config.data):
-            return cls._load_bins(config, tokenizer, fraction)
+
+        def of_bin(file: Path) -> Tokenizer:
+            return tokenizer or tokenizer_of_bin(file, config.tokenizer)
+
+        bins = open_bins(
+            config.data, config.validation, fraction, of_bin, pack_documents=config.pack_documents
+        )
+        if bins is not None:
+            return cls(
+                bins.train,
+                bins.tokenizer,
+                validation=bins.validation,
+                documents=bins.documents,
+                identity=_identity(bins.hashes, bins.tokenizer, fraction),
+            )
+
         characters = tokenizer is None and config.tokenizer in ("char", None)
         corpora = []
         for paths in (config.data, config.validation) if config.validation else (config.data,):
@@ -232,39 +247,8 @@ class TokenData:
             identity=_identity([*(corpus.sha256 for corpus in corpora), *marks], chosen, fraction),
         )
 
-    @classmethod
-    def _load_bins(cls, config: DataConfig, tokenizer: Tokenizer | None, fraction: Fraction) -> TokenData:
-        import numpy as np
-
-        files = bin_files(config.data)
-        if config.validation:
-            files += bin_files(config.validation)
-            if len(files) != 2:
-                raise InputError(
-                    f"data: {' '.join(config.data)} with validation {' '.join(config.validation)}, expected "
-                    "one .bin file for each of them"
-                )
-        tokenizer = tokenizer or tokenizer_of_bin(files[0], config.tokenizer)
-        parts, contents = zip(*map(open_bin, files), strict=True)
-        for file, content in zip(files, contents, strict=True):
-            check_id(content.largest, content.position, tokenizer.vocab_size, str(file))
-        documents = None
-        if config.pack_documents:
-            offsets = [0, *(len(part) for part in parts)]
-            documents = np.concatenate(
-                [document_begins(p, tokenizer) + o for p, o in zip(parts, offsets, strict=False)]
-            )
-        cut = len(parts[0]) if parts[1:] else split_at(len(parts[0]), fraction)
-        return cls(
-            parts[0][:cut],
-            tokenizer,
-            validation=parts[1] if parts[1:] else parts[0][cut:],
-            documents=documents,
-            identity=_identity([content.sha256 for content in contents], tokenizer, fraction),
-        )
-
-    def tokens(self, split: Split) -> Ids:
-        """The ids of a split."""
+    def tokens(self, split: Split) -> Ids | Shards:
+        """The ids of a split; a folder of .bin files is not read before it is indexed, see `Shards`."""
         return self._parts[split].tokens
 
     def all_tokens(self) -> Ids:
@@ -282,9 +266,12 @@ class TokenData:
     def check(self, block_size: int) -> None:
         """Raises InputError if a split is shorter than one window of `block_size` tokens and its targets."""
         for split, part in self._parts.items():
-            if len(part.tokens) <= block_size:
+            length, where = len(part.tokens), ""
+            if isinstance(part.tokens, Shards):
+                length, where = part.tokens.longest(), " in its longest file"
+            if length <= block_size:
                 raise InputError(
-                    f"data: the {split} split has {len(part.tokens)} tokens, "
+                    f"data: the {split} split has {length} tokens{where}, "
                     f"expected at least {block_size + 1} (block_size {block_size} and one more)"
                 )
 
@@ -297,20 +284,33 @@ class TokenData:
         seed: int,
         step: int,
         micro_step: int = 0,
+        grad_accum: int = 1,
     ) -> Batch:
         """Random windows of a split, a function of the arguments.
 
-        Micro-step n has the sequences [n B, (n + 1) B) of a step, where B is `batch_size`. Sequence i is the
-        window that word i of a Philox stream of (seed, step, stream) names, so it does not depend on B and n.
-        Windows of packed instructions begin with a document, so that a completion does not lose its prompt,
-        or past the first `block_size` tokens of one.
+        Micro-step n of `grad_accum` has the sequences [n B, (n + 1) B) of a step, where B is `batch_size`.
+        Sequence i is the window that word i of a Philox stream of (seed, step, stream) names, so it does not
+        depend on how the step is cut. Windows of packed instructions begin with a document, so that a
+        completion does not lose its prompt, or past the first `block_size` tokens of one.
+
+        Of `Shards`, training batches have each window once in an epoch (see `Shards.starts`), in an order
+        that is a function of (seed, epoch): sequence i of a step is number step B `grad_accum` + i of it.
+
         The stream "estimate" reads the train split, with windows independent of the training batches.
         """
         import numpy as np
 
         part = self._parts["validation" if stream == "validation" else "train"]
+        if isinstance(part.tokens, Shards) and stream == "train":
+            first, count = (step * grad_accum + micro_step) * batch_size, part.tokens.windows(block_size)
+            numbers = shuffled(first, batch_size, count, seed)
+            return _windows(part, part.tokens.starts(numbers, block_size), block_size)
+
         words = _words(seed, step, stream, range(micro_step * batch_size, (micro_step + 1) * batch_size))
-        if part.documents is None or not len(part.untrained):
+        if isinstance(part.tokens, Shards):
+            numbers = (words % np.uint64(part.tokens.windows(block_size))).astype(np.int64)
+            starts = part.tokens.starts(numbers, block_size)
+        elif part.documents is None or not len(part.untrained):
             starts = (words % np.uint64(len(part.tokens) - block_size)).astype(np.int64)
         else:
             positions = (words % np.uint64(len(part.tokens))).astype(np.int64)
@@ -329,23 +329,22 @@ class TokenData:
         import numpy as np
 
         part = self._parts[split]
-        starts = np.arange(0, len(part.tokens) - 1, block_size)
-        if most is not None and most * batch_size < len(starts):
-            starts = starts[np.arange(most * batch_size) * len(starts) // (most * batch_size)]
-        for i in range(0, len(starts), batch_size):
-            yield _windows(part, starts[i : i + batch_size], block_size)
+        starts = range(0, len(part.tokens) - 1, block_size)
+        taken = _spread(starts, len(starts) if most is None else most * batch_size)
+        while batch := list(itertools.islice(taken, batch_size)):
+            yield _windows(part, np.array(batch), block_size)
 
     def bigram_loss(
         self, batches: Iterable[Batch] | None = None, check: Callable[[], None] = lambda: None
     ) -> float:
         """The mean of -log((count(a, b) + 1) / (count(a) + V)) over the pairs (a, b) of input and target.
 
-        Counts are taken on the train split. Memory is proportional to the pairs plus V, not to V².
+        Counts are taken on the train split; of more than BIGRAM_CHUNKS chunks of CHUNK tokens, on as many,
+        spread evenly. Memory is proportional to the pairs plus V, not to V².
 
         Args:
             batches: The inputs and targets; None is the whole validation split.
-            check: Called for each chunk of CHUNK tokens of the train split; it may raise to end the
-                computation.
+            check: Called for each chunk of the train split; it may raise to end the computation.
         """
         import numpy as np
 
@@ -367,16 +366,19 @@ class TokenData:
         return float((loss * times).sum() / times.sum())
 
     def _pairs(self, split: Split) -> Iterator[tuple[Ids, Ids]]:
-        """Pairs of adjacent tokens of which the second is a target, in chunks."""
+        """Pairs of adjacent tokens of which the second is a target, in chunks; see `bigram_loss`."""
         import numpy as np
 
         tokens, documents, _ = part = self._parts[split]
-        for i in range(0, len(tokens) - 1, CHUNK):
-            chunk = tokens[i : i + CHUNK + 1]
+        starts = range(0, len(tokens) - 1, CHUNK)
+        for i in _spread(starts, BIGRAM_CHUNKS if split == "train" else len(starts)):
+            chunk = np.asarray(tokens[i : i + CHUNK + 1])
             positions = np.arange(i + 1, i + len(chunk))
             targets = ~part.are_untrained(positions)
             if documents is not None:
                 targets &= ~np.isin(positions, documents)
+            if isinstance(tokens, Shards) and tokens.separator is not None:
+                targets &= chunk[:-1] != tokens.separator
             yield chunk[:-1][targets], chunk[1:][targets]
 
 
@@ -406,6 +408,12 @@ def save_bin(data: TokenData, directory: str | os.PathLike[str]) -> None:
         raise cannot_write("save_bin", folder, error) from error
 
 
+def _spread(items: range, most: int) -> Iterator[int]:
+    """All of `items`, or `most` of them, spread evenly."""
+    count = min(len(items), most)
+    return (items[i * len(items) // count] for i in range(count))
+
+
 def _words(seed: int, step: int, stream: Stream, numbers: range) -> NDArray[np.uint64]:
     """The words `numbers` of the Philox stream of (seed, step, stream); a counter gives four of them."""
     import numpy as np
@@ -415,12 +423,14 @@ def _words(seed: int, step: int, stream: Stream, numbers: range) -> NDArray[np.u
     return philox.random_raw(skipped + len(numbers))[skipped:]
 
 
-def _read_ids(parts: Sequence[Ids], tokenizer: Tokenizer) -> str:
+def _read_ids(parts: Sequence[Ids | Shards], tokenizer: Tokenizer) -> str:
     """A hash of `parts` and the tokenizer; InputError if an id is not in the vocabulary."""
+    import numpy as np
+
     hashed = hashlib.sha256(fingerprint(tokenizer).encode())
     for part in parts:
         for i in range(0, len(part), CHUNK):
-            ids = part[i : i + CHUNK]
+            ids = np.asarray(part[i : i + CHUNK])
             hashed.update(ids.tobytes())
             for position in (int(ids.argmin()), int(ids.argmax())):
                 check_id(int(ids[position]), i + position, tokenizer.vocab_size, "an array of tokens")
@@ -438,9 +448,10 @@ def _windows(part: _Part, starts: Positions, block_size: int) -> Batch:
     positions = starts[:, None] + np.arange(block_size + 1)
     rows = tokens[np.minimum(positions, len(tokens) - 1)].astype(np.int64)
     missing = (positions[:, 1:] >= len(tokens)) | part.are_untrained(positions[:, 1:])
-    begins = None
+    begins = tokens.begins(positions, rows) if isinstance(tokens, Shards) else None
     if documents is not None:
         begins = _begins(documents, positions)
+    if begins is not None:
         missing |= begins[:, 1:] == positions[:, 1:]
         if len(part.untrained):  # answers that another window has with the whole row before them
             missing |= (begins < starts[:, None])[:, 1:] & (positions - begins <= block_size)[:, 1:]

@@ -1,4 +1,4 @@
-"""Token ids on disk: the cache of tokenized text, and nanoGPT's `.bin` files."""
+"""Token ids on disk: the cache of tokenized text, and the `.bin` files of nanoGPT and llm.c."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 BIN_NAMES = {"train": "train.bin", "validation": "val.bin"}  # nanoGPT's names of the splits
 LAYOUT = 2  # of a cached file
 CHUNK = 1 << 20  # characters tokenized, or tokens looked through, at a time
+HEADER = 256 * 4  # bytes of llm.c's header, whose first words are a magic number, a version, a number of ids
+VERSIONS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # by magic number: the version, the dtype of the ids
 SETTLED_NS = 2_000_000_000  # a file changed since then may change again without another time of change
 
 
@@ -192,6 +194,50 @@ def bin_files(sources: Sequence[str]) -> list[Path]:
     return [path for path in paths if path.suffix == ".bin"]
 
 
+class BinForm(NamedTuple):
+    """Where the ids of a .bin file are: after `header` bytes, `number` of them, of `dtype`."""
+
+    header: int
+    dtype: str
+    number: int
+
+
+def bin_form(begin: bytes, size: int, path: Path) -> BinForm:
+    """The form of a .bin file of `size` bytes that begins with `begin`.
+
+    It is nanoGPT's, raw little-endian uint16 ids, or llm.c's, a header and uint16 or uint32 ids.
+
+    Raises:
+        InputError: The file is empty, has a part of an id, or is not what its header states.
+    """
+    import numpy as np
+
+    magic, version, count = np.frombuffer(begin[:12].ljust(12, b"\0"), "<i4").tolist()
+    if magic not in VERSIONS:
+        if not size or size % 2:
+            raise InputError(f"data: {path} has {size} bytes, expected uint16 ids, two bytes each")
+        return BinForm(0, "<u2", size // 2)
+
+    known, dtype = VERSIONS[magic]
+    if version != known:
+        raise InputError(f"data: {path} has llm.c's header of version {version}, expected {known}")
+    expected = HEADER + count * np.dtype(dtype).itemsize
+    if count < 1 or size != expected:
+        raise InputError(
+            f"data: {path} has {size} bytes, expected {expected}, as its header states {count} ids"
+        )
+    return BinForm(HEADER, dtype, count)
+
+
+def read_at(file: IO[bytes], position: int, size: int, path: Path) -> bytes:
+    """Up to `size` bytes of a file, from `position`; InputError if they cannot be read."""
+    try:
+        file.seek(position)
+        return file.read(size)
+    except OSError as error:
+        raise InputError(f"data: cannot read {path}: {error.strerror}") from error
+
+
 class Content(NamedTuple):
     """What reading all of a .bin file shows: the SHA-256, and the largest id with its first position."""
 
@@ -201,7 +247,7 @@ class Content(NamedTuple):
 
 
 def open_bin(path: Path) -> tuple[Ids, Content]:
-    """Maps a file of raw little-endian uint16 ids; reads all of it, unless an earlier start has done so.
+    """Maps a .bin file; reads all of it, unless an earlier start has done so.
 
     The result is cached under the file's device, inode, size and times of change, whatever its path. The
     kernel sets the last of these times, so a changed file is read again even if its modification time was put
@@ -209,26 +255,24 @@ def open_bin(path: Path) -> tuple[Ids, Content]:
     recorded yet, and a change while the run goes on.
 
     Raises:
-        InputError: The file is missing, not a regular file, empty, has an odd number of bytes, or changes
+        InputError: The file is missing, not a regular file, not of a known form (see `bin_form`), or changes
             while it is read.
     """
     import numpy as np
 
     with open_regular(path, "data") as file:
         status = os.fstat(file.fileno())
-        if not status.st_size or status.st_size % 2:
-            raise InputError(f"data: {path} has {status.st_size} bytes, expected uint16 ids, two bytes each")
-        ids = np.asarray(np.memmap(file, "<u2", mode="r"))
-        key = _unread_identity(status)
+        form = bin_form(read_at(file, 0, HEADER, path), status.st_size, path)
+        ids = np.asarray(np.memmap(file, form.dtype, mode="r", offset=form.header))
+        key = (*_unread_identity(status), *([form.dtype] if form.header else []))
         name = f"bins/{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.json"
         if (cached := open_cached(name, limit=1 << 12)) is not None:
             with cached.file:
                 return ids, Content(**json.loads(cached.file.read(cached.length)))
 
-        file.seek(0)
         settled = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns) > SETTLED_NS
-        content = _read_bin(file, path, status.st_size)
-        if _unread_identity(os.fstat(file.fileno())) != key:
+        content = _read_bin(file, path, form)
+        if _unread_identity(os.fstat(file.fileno())) != _unread_identity(status):
             raise InputError(f"data: {path} changed while it was read, expected a finished file")
     if settled:
         write_cached(name, [json.dumps(content._asdict()).encode()])
@@ -240,25 +284,28 @@ def _unread_identity(status: os.stat_result) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _read_bin(file: IO[bytes], path: Path, size: int) -> Content:
-    """Reads all of a .bin file, with a progress bar after a second."""
+def _read_bin(file: IO[bytes], path: Path, form: BinForm) -> Content:
+    """Reads all ids of a .bin file, with a progress bar after a second."""
     import numpy as np
     from tqdm import tqdm
 
-    hashed, largest, position, count = hashlib.sha256(), -1, -1, 0
+    width = np.dtype(form.dtype).itemsize
+    hashed, largest, position = hashlib.sha256(), -1, -1
     with tqdm(
-        desc=f"reading {path.name}", total=size, unit="B", unit_scale=True, leave=False, delay=1
+        desc=f"reading {path.name}",
+        total=form.number * width,
+        unit="B",
+        unit_scale=True,
+        leave=False,
+        delay=1,
     ) as bar:
-        try:
-            while len(block := file.read(2 * CHUNK)) > 1:
-                hashed.update(block)
-                ids = np.frombuffer(block, "<u2", len(block) // 2)
-                if (highest := int(ids.max())) > largest:
-                    largest, position = highest, count + int(ids.argmax())
-                count += len(ids)
-                bar.update(len(block))
-        except OSError as error:
-            raise InputError(f"data: cannot read {path}: {error.strerror}") from error
+        for start in range(0, form.number, CHUNK):
+            block = read_at(file, form.header + start * width, CHUNK * width, path)
+            ids = np.frombuffer(block, form.dtype, len(block) // width)
+            hashed.update(block)
+            if len(ids) and (highest := int(ids.max())) > largest:
+                largest, position = highest, start + int(ids.argmax())
+            bar.update(len(block))
     return Content(hashed.hexdigest(), largest, position)
 
 
@@ -271,18 +318,24 @@ def check_id(i: int, position: int, vocab_size: int, source: str) -> None:
         )
 
 
-def document_begins(ids: Ids, tokenizer: Tokenizer) -> Positions:
-    """The positions at which documents begin: 0, and after each end-of-text token.
+def separator(tokenizer: Tokenizer) -> int:
+    """The id after which the next document begins in .bin files.
 
     Raises:
         InputError: The tokenizer has no end-of-text token.
     """
-    import numpy as np
-
     end = end_of_text(tokenizer)
     if end is None:
         raise InputError(
             f"data: pack_documents needs {END_OF_TEXT} in .bin files, expected a tokenizer that has it"
         )
+    return end
+
+
+def document_begins(ids: Ids, tokenizer: Tokenizer) -> Positions:
+    """The positions at which documents begin: 0, and after each end-of-text token; see `separator`."""
+    import numpy as np
+
+    end = separator(tokenizer)
     begins = [np.flatnonzero(ids[i : i + CHUNK] == end) + i + 1 for i in range(0, len(ids), CHUNK)]
     return np.concatenate([np.zeros(1, np.int64), *begins])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from gpt.config import TrainConfig
-from gpt.data.dataset import IGNORED, Batch, Split, Stream, TokenData
+from gpt.data.dataset import BIGRAM_CHUNKS, IGNORED, Batch, Split, Stream, TokenData
 from gpt.data.token_files import CHUNK
 from gpt.data.tokenizers import first_ids
 from gpt.model import GPT
@@ -84,7 +84,7 @@ class Evaluator:
 
         bigram = math.nan
         if math.isfinite(loss):
-            chunks = _ceil_div(len(data.tokens("train")) - 1, CHUNK)
+            chunks = min(_ceil_div(len(data.tokens("train")) - 1, CHUNK), BIGRAM_CHUNKS)
             with _bar(chunks, "bigram baseline", "chunk") as bar:
                 progress = _both(check, bar.update)
                 bigram = self._ranks.on_first(

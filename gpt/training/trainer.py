@@ -379,7 +379,13 @@ class Trainer:
     def _micro_batch(self, step: int, number: int) -> Batch:
         config = self.config
         return self.data.batch(
-            "train", config.batch_size, self.block_size, seed=config.seed, step=step, micro_step=number
+            "train",
+            config.batch_size,
+            self.block_size,
+            seed=config.seed,
+            step=step,
+            micro_step=number,
+            grad_accum=config.grad_accum,
         )
 
     def _due(self, interval: int) -> bool:

@@ -260,9 +260,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     paths: list[Path] = []
     read_bin = token_files._read_bin
 
-    def counting(file: Any, path: Path, size: int) -> token_files.Content:
+    def counting(file: Any, path: Path, form: token_files.BinForm) -> token_files.Content:
         paths.append(path)
-        return read_bin(file, path, size)
+        return read_bin(file, path, form)
 
     monkeypatch.setattr(token_files, "_read_bin", counting)
     monkeypatch.setattr(token_files, "SETTLED_NS", -(10**12))
@@ -313,8 +313,8 @@ def test_a_bin_file_that_changes_while_it_is_read_is_refused(
     """A file that is still being copied, accepted with a hash of half of it."""
     read_bin = token_files._read_bin
 
-    def growing(file: Any, path: Path, size: int) -> token_files.Content:
-        content = read_bin(file, path, size)
+    def growing(file: Any, path: Path, form: token_files.BinForm) -> token_files.Content:
+        content = read_bin(file, path, form)
         with path.open("ab") as copy:
             copy.write(b"ab")
         return content

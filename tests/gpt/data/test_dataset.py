@@ -82,7 +82,7 @@ def assert_cuts_are_equal(data: TokenData, block_size: int = 12) -> None:
 
     def step(batch_size: int, grad_accum: int) -> Batch:
         batches = [
-            data.batch("train", batch_size, block_size, seed=5, step=7, micro_step=n)
+            data.batch("train", batch_size, block_size, seed=5, step=7, micro_step=n, grad_accum=grad_accum)
             for n in range(grad_accum)
         ]
         columns = zip(*batches, strict=True)
