@@ -251,7 +251,7 @@ class ShardFiles:
         return ids
 
     def _read_file(self, file: int, places: slice | Positions) -> Ids:
-        """The ids at `places` of a file.
+        """The ids at `places` of a file: single windows from a memory map, a slice by reading it.
 
         Raises:
             InputError: The file has another size than before, or an id is not in the vocabulary.
@@ -265,28 +265,41 @@ class ShardFiles:
             raise InputError(
                 f"data: {path} has {size} bytes, expected {self._sizes[file]}, as at the start of the run"
             )
-        ids = self._maps.pop(file) if file in self._maps else self._map(path)
-        self._maps[file] = ids
-        if len(self._maps) > MAPS:
-            self._maps.popitem(last=False)
-
-        values = ids[places]
-        if (largest := int(values.max())) >= self._vocab_size:
-            place = int(values.argmax())
+        ids = self._copy(path, places) if isinstance(places, slice) else self._map(file)[places]
+        if (largest := int(ids.max())) >= self._vocab_size:
+            place = int(ids.argmax())
             position = places.start + place if isinstance(places, slice) else int(places[place])
             check_id(largest, position, self._vocab_size, str(path))
-        return values
+        return ids
 
-    def _map(self, path: Path) -> Ids:
-        """The ids of a file as a memory map, which is closed with the last array of it."""
+    def _copy(self, path: Path, places: slice) -> Ids:
+        """The ids at `places` of a file."""
         import numpy as np
 
+        width = self.dtype.itemsize
+        begin, size = self._header + places.start * width, (places.stop - places.start) * width
         with open_regular(path, "data") as file:
+            return np.frombuffer(read_at(file, begin, size, path), self.dtype)
+
+    def _map(self, file: int) -> Ids:
+        """The ids of a file as a memory map, which is kept while few others are used."""
+        import numpy as np
+
+        if file in self._maps:
+            self._maps.move_to_end(file)
+            return self._maps[file]
+        path = self._paths[file]
+        with open_regular(path, "data") as opened:
             try:
-                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                content = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
             except (OSError, ValueError) as error:
                 raise InputError(f"data: cannot map {path}: {error}") from error
-        return np.frombuffer(content, self.dtype, offset=self._header)
+        if hasattr(mmap, "MADV_RANDOM"):  # else the system may read megabytes ahead of each window
+            content.madvise(mmap.MADV_RANDOM)
+        self._maps[file] = np.frombuffer(content, self.dtype, offset=self._header)
+        if len(self._maps) > MAPS:
+            self._maps.popitem(last=False)
+        return self._maps[file]
 
 
 def shuffled(first: int, size: int, n: int, seed: int) -> Positions:

@@ -188,8 +188,8 @@ def bin_files(sources: Sequence[str]) -> list[Path]:
         return [paths[0] / train, paths[0] / validation]
     if any(path.suffix == ".bin" for path in paths) and len(paths) > 1:
         raise InputError(
-            f"data: {' '.join(sources)} has .bin files among other sources, expected one .bin file, or "
-            f"the folder of {train} and {validation}"
+            f"data: {' '.join(sources)} has .bin files among other sources, expected one .bin file, or a "
+            "folder of them"
         )
     return [path for path in paths if path.suffix == ".bin"]
 

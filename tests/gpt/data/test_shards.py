@@ -7,6 +7,7 @@ import re
 import time
 import tracemalloc
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from gpt import DataConfig, InputError, TokenData
+from gpt import GPT, DataConfig, GPTConfig, InputError, TokenData, TrainConfig, Trainer
 from gpt.data import shards
-from gpt.data.dataset import IGNORED, save_bin
+from gpt.data.dataset import IGNORED, Batch, save_bin
 from gpt.data.shards import MAPS, Shards, permuted, shuffled
 from gpt.data.token_files import HEADER
 from tests.gpt.data.loading import BINS, load
@@ -327,6 +328,38 @@ def test_what_cannot_be_read_at_once_is_refused(folder: Path, monkeypatch: pytes
     for action in (data.all_tokens, lambda: save_bin(data, folder / "out")):
         with pytest.raises(InputError, match="shards has 105 tokens, expected at most 100 to read at once"):
             action()
+
+
+def test_training_sees_each_window_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps whose sequences overlap under accumulation, or a resume that repeats or skips some of them."""
+    drawn: dict[tuple[int, int], list[tuple[int, ...]]] = {}
+    batch = TokenData.batch
+
+    def recorded(self: TokenData, stream: Any, *args: Any, **kwargs: Any) -> Batch:
+        result = batch(self, stream, *args, **kwargs)
+        if stream == "train":
+            rows = [(*x.tolist(), int(y[-1])) for x, y in zip(*result[:2], strict=True)]
+            drawn[kwargs["step"], kwargs["micro_step"]] = rows
+        return result
+
+    write_shard(folder / "fineweb_train_000003.bin", list(range(9)))  # a twelfth window
+    data, config = (
+        load(folder),
+        TrainConfig(batch_size=3, grad_accum=2, seed=3, device="cpu", eval_interval=9),
+    )
+    expected = epoch(data, 0, batch_size=6) + epoch(data, 1, batch_size=6)
+    monkeypatch.setattr(TokenData, "batch", recorded)
+    for steps in (1, 4):
+        model = GPT(GPTConfig(vocab_size=257, block_size=8, n_layer=1, n_head=1, n_embd=8), use_triton=False)
+        config = replace(config, max_steps=steps)
+        Trainer(model, data, config, out=tmp_path / "run", resume=steps > 1).run()
+    assert [row for key in sorted(drawn) for row in drawn[key]] == expected
+
+    write_shard(folder / "fineweb_train_000003.bin", list(range(1, 10)))
+    with pytest.raises(InputError, match="the text or the tokenizer is not the one"):
+        Trainer(model, load(folder), config, out=tmp_path / "run", resume=True)
 
 
 def test_many_files_need_few_open_ones(tmp_path: Path) -> None:
