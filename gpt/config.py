@@ -109,21 +109,29 @@ class GPTConfig:
         """Every field by name, for JSON; `from_dict` reads it back."""
         return asdict(self)
 
-    def parameter_counts(self) -> dict[str, int]:
+    def parameter_counts(self, shards: int = 1) -> dict[str, int]:
         """The number of parameters of each component, and the "total".
 
         "block" is one of the n_layer blocks. A tied "head" counts its bias only.
+
+        Args:
+            shards: Counts what one of so many ranks holds under FSDP: ceil(rows / shards) rows of each
+                parameter. The last ranks may hold fewer, and are padded to this number in every exchange.
         """
+
+        def rows(count: int) -> int:
+            return -(-count // shards)
+
         c, hd, inner = self.n_embd, self.n_head * self.head_size, self.inner_size
-        norm = c * (1 + self.bias)
-        attention = 3 * hd * (c + self.has_qkv_bias) + c * (hd + self.bias)
-        ffn = inner * (c + self.bias) + c * (inner + self.bias)
+        norm = rows(c) * (1 + self.bias)
+        attention = rows(3 * hd) * (c + self.has_qkv_bias) + rows(c) * (hd + self.bias)
+        ffn = rows(inner) * (c + self.bias) + rows(c) * (inner + self.bias)
         counts = {
-            "token_embedding": self.vocab_size * c,
-            "position_embedding": self.block_size * c,
+            "token_embedding": rows(self.vocab_size) * c,
+            "position_embedding": rows(self.block_size) * c,
             "block": 2 * norm + attention + ffn,
             "final_norm": norm * self.final_norm,
-            "head": self.vocab_size * (c * (not self.tie_weights) + self.head_bias),
+            "head": rows(self.vocab_size) * (c * (not self.tie_weights) + self.head_bias),
         }
         counts["total"] = sum(counts.values()) + (self.n_layer - 1) * counts["block"]
         return counts
@@ -141,13 +149,40 @@ class GPTConfig:
         return 6 * (counts["total"] - looked_up) + attention
 
     def training_bytes(
-        self, batch_size: int, value: int = 4, *, fused: bool = True, checkpoint_activations: bool = False
+        self,
+        batch_size: int,
+        value: int = 4,
+        *,
+        fused: bool = True,
+        checkpoint_activations: bool = False,
+        shards: int = 1,
     ) -> int:
-        """The memory of a training step with AdamW, from the sizes of what it keeps at once.
+        """The memory of a training step with AdamW: the sum of `training_memory`, which takes the same."""
+        parts = self.training_memory(
+            batch_size, value, fused=fused, checkpoint_activations=checkpoint_activations, shards=shards
+        )
+        return sum(parts.values())
+
+    def training_memory(
+        self,
+        batch_size: int,
+        value: int = 4,
+        *,
+        fused: bool = True,
+        checkpoint_activations: bool = False,
+        shards: int = 1,
+    ) -> dict[str, int]:
+        """The memory of a training step with AdamW by its parts, from the sizes of what it keeps at once.
 
         A parameter takes 16 bytes: a float32 weight, its gradient and AdamW's two averages. In half precision
         the matrices are kept in 16 bits too. The loss keeps the float32 gradient of the head's weight, and C
-        values per token; with the last norm that is 4 C + 2 value C bytes.
+        values per token; with the last norm that is 4 C + 2 value C bytes. DDP takes no more: the gradients
+        are views of its buckets.
+
+        FSDP keeps the 16 bytes of a rank's own shard of each parameter. What is outside the blocks is
+        gathered in float32 for the whole step, with a whole gradient: 8 bytes. Of the blocks, two are
+        gathered, one of them has a gradient, and one a gradient that is sent in float32:
+        3 value + 4 bytes. The head's matrix alone is kept in 16 bits too.
 
         A block keeps per token two sums of the residual stream in float32, the outputs of its norms, q, k, v
         and the output of attention, the feed-forward before its activation, and the statistics of norms and
@@ -165,6 +200,7 @@ class GPTConfig:
             value: Bytes of a value in the forward pass: 4 in float32, 2 in half precision.
             fused: For the fused ops; False for the references on a CPU.
             checkpoint_activations: As of TrainConfig.
+            shards: The ranks that share the parameters under FSDP; 1 has all of them, as under DDP.
         """
         c, hd, inner = self.n_embd, self.n_head * self.head_size, self.inner_size
         block = 8 * c + value * (2 * c + 4 * hd + inner) + 16 + 4 * self.n_head
@@ -174,9 +210,20 @@ class GPTConfig:
         blocks = self.n_layer * inputs + block if checkpoint_activations else self.n_layer * block
 
         counts, head = self.parameter_counts(), self.vocab_size * c
-        matrices = self.n_layer * (4 * c * hd + 2 * c * inner) + head
-        weights = 16 * counts["total"] + (value * matrices if value < 4 else 0) + 4 * head
-        return weights + batch_size * self.block_size * (blocks + 4 * c + 2 * value * c)
+        own = self.parameter_counts(shards)["total"]
+        matrices = (self.n_layer * (4 * c * hd + 2 * c * inner) if shards == 1 else 0) + head
+        outside = counts["total"] - self.n_layer * counts["block"]
+        gathered = 8 * outside + min(self.n_layer, 2) * value * counts["block"]
+        in_flight = gathered + (value + 4) * counts["block"] if shards > 1 else 0
+        return {
+            "weights": 4 * own,
+            "gradients": 4 * own,
+            "averages of AdamW": 8 * own,
+            "matrices in 16 bits": value * matrices if value < 4 else 0,
+            "gathered, in flight": in_flight,
+            "gradient of the head": 4 * head,
+            "activations": batch_size * self.block_size * (blocks + 4 * c + 2 * value * c),
+        }
 
 
 def _refuse_to_set(config: GPTConfig, name: str, value: object) -> NoReturn:

@@ -18,30 +18,32 @@ class GPU(NamedTuple):
     """What NVIDIA states for the GPU whose device name contains `name`.
 
     `flops` are dense bfloat16 FLOP/s with float32 accumulation, which equal those of float16; `bandwidth` is
-    byte/s of its memory; `memory` is in GB, as sold.
+    byte/s of its memory; `memory` is in GB, as sold. `link` is byte/s of its NVLink in both directions
+    together, where an NVSwitch connects all GPUs of a machine.
     """
 
     name: str
     flops: float
     bandwidth: float
     memory: int
+    link: float | None = None
 
 
 GPUS = (
     # The datasheets of H100, H200 and GH200; half of the figures with sparsity.
-    GPU("H100", 989e12, 3.35e12, 80),
+    GPU("H100", 989e12, 3.35e12, 80, 900e9),
     GPU("H100 PCIe", 756e12, 2.0e12, 80),
     GPU("H100 NVL", 835e12, 3.9e12, 94),
-    GPU("H200", 989e12, 4.8e12, 141),
+    GPU("H200", 989e12, 4.8e12, 141, 900e9),
     GPU("H200 NVL", 835e12, 4.8e12, 141),
     GPU("GH200", 989e12, 4.0e12, 96),
     # The datasheets of HGX B200, GB200 NVL72 and HGX B300, per GPU.
-    GPU("B200", 2250e12, 8.0e12, 180),
-    GPU("GB200", 2500e12, 8.0e12, 186),
-    GPU("B300", 2250e12, 8.0e12, 270),
+    GPU("B200", 2250e12, 8.0e12, 180, 1800e9),
+    GPU("GB200", 2500e12, 8.0e12, 186, 1800e9),
+    GPU("B300", 2250e12, 8.0e12, 270, 1800e9),
     # The datasheets of A100, A30, A10 and A40; AWS's of A10G.
-    GPU("A100", 312e12, 2.0e12, 80),
-    GPU("A100-SXM4-40GB", 312e12, 1.555e12, 40),
+    GPU("A100", 312e12, 2.0e12, 80, 600e9),
+    GPU("A100-SXM4-40GB", 312e12, 1.555e12, 40, 600e9),
     GPU("A100-PCIE-40GB", 312e12, 1.555e12, 40),
     GPU("A30", 165e12, 0.933e12, 24),
     GPU("A10", 125e12, 0.6e12, 24),
@@ -193,10 +195,13 @@ def _letters(name: str) -> str:
     return re.sub(r"[\s_-]", "", name).casefold()
 
 
-def check_memory(config: GPTConfig, train: TrainConfig, device: torch.device, *, root: Path = ROOT) -> None:
+def check_memory(
+    config: GPTConfig, train: TrainConfig, device: torch.device, *, shards: int = 1, root: Path = ROOT
+) -> None:
     """Raises InputError where training needs more memory than is free on `device`.
 
     It counts what `GPTConfig.training_bytes` does: of the fused ops on a GPU, of the references elsewhere.
+    `shards` ranks share the parameters.
     """
     if not train.check_memory:
         return
@@ -205,11 +210,12 @@ def check_memory(config: GPTConfig, train: TrainConfig, device: torch.device, *,
         autocast_dtype(train.dtype, device).itemsize,
         fused=device.type == "cuda",
         checkpoint_activations=train.checkpoint_activations,
+        shards=shards,
     )
     advice = "a smaller batch_size" if train.checkpoint_activations else "--checkpoint_activations"
     _check_free(
         f"model: training {config.parameter_counts()['total']:,} parameters with batch_size "
-        f"{train.batch_size}",
+        f"{train.batch_size}" + (f" in {shards} shards" if shards > 1 else ""),
         needed,
         device,
         root,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -10,11 +11,25 @@ from typing import Any
 
 import kernels.files
 from gpt.cli import OptionParser, option, run_command
+from gpt.cluster import (
+    BASE_SECONDS,
+    HOP_SECONDS,
+    LINK_SHARE,
+    NODE_HOP_SECONDS,
+    NODE_LINK,
+    NODE_LINK_SHARE,
+    PER_NODE,
+    Cluster,
+    ClusterPrediction,
+    Transfer,
+    predict_cluster,
+    rate,
+)
 from gpt.config import PRESETS, GPTConfig, TrainConfig, override
-from gpt.device import find_gpu
+from gpt.device import GPU, find_gpu
 from gpt.errors import InputError, cannot_write
 from gpt.files import read_json, user_path
-from gpt.step_time import DISPATCH_SECONDS, GAP_SECONDS, LAUNCH_SECONDS, Prediction, predict
+from gpt.step_time import DISPATCH_SECONDS, GAP_SECONDS, LAUNCH_SECONDS, Prediction
 from gpt.training.capture import TOKENS
 from gpt.weights import checkpoint
 from gpt.weights.commit import present, undisturbed
@@ -28,7 +43,23 @@ class StepOptions:
 
     gpu: str | None = option(None, "predict a training step on this GPU, for example h200 (default: none)")
     batch_size: int = option(TrainConfig().batch_size, "sequences of block_size tokens in a micro-batch")
-    grad_accum: int = option(TrainConfig().grad_accum, "micro-batches of a step")
+    grad_accum: int | None = option(
+        None, "micro-batches of a step, which --world GPUs divide among them (default: one for each GPU)"
+    )
+    world: int = option(1, "GPUs of a run, one process on each")
+    parallel: str = option(
+        "ddp",
+        "with --world: ddp has the whole model on each GPU, fsdp shards it, and the optimizer's state",
+        choices=("ddp", "fsdp"),
+    )
+    shard_size: int | None = option(None, "GPUs that share one copy of the model with fsdp (default: all)")
+    per_node: int | None = option(None, f"GPUs of a machine (default: {PER_NODE}, or --world if it is less)")
+    link: str | None = option(
+        None,
+        "bandwidth of a GPU within its machine, both directions together, as in 900GB/s (bytes) or 900Gb/s "
+        "(bits) (default: the GPU's NVLink)",
+    )
+    node_link: str = option(NODE_LINK, "bandwidth of a GPU to other machines, in each direction")
     json: str | None = option(None, "write the prediction to this file (default: none)")
 
 
@@ -40,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _info(argv: Sequence[str]) -> int:
     parser = OptionParser(
         "python -m gpt.info",
-        "Parameters by component, bytes, FLOPs and memory of a model; with --gpu, a prediction of its speed.",
+        "Parameters by component, bytes, FLOPs and memory of a model; with --gpu, a prediction of its speed, "
+        "on --world GPUs.",
         arguments="PRESET|DIR",
         model=GPTConfig(),
         step=StepOptions(),
@@ -51,7 +83,9 @@ def _info(argv: Sequence[str]) -> int:
     prediction = _predict(config, flags["step"])
     print(report(config))
     if prediction is not None:
-        print("\n" + prediction_report(prediction))
+        print("\n" + prediction_report(prediction.one))
+        if prediction.cluster.world > 1:
+            print("\n" + cluster_report(prediction))
     return 0
 
 
@@ -68,7 +102,7 @@ def _config(target: str) -> GPTConfig:
     return GPTConfig.preset(target)
 
 
-def _predict(config: GPTConfig, flags: dict[str, Any]) -> Prediction | None:
+def _predict(config: GPTConfig, flags: dict[str, Any]) -> ClusterPrediction | None:
     """The prediction that the flags ask for, if any; --json writes it.
 
     Raises:
@@ -80,20 +114,47 @@ def _predict(config: GPTConfig, flags: dict[str, Any]) -> Prediction | None:
         if flags:
             raise InputError(f"--gpu is not given, expected a GPU with --{next(iter(flags))}")
         return None
-    train = TrainConfig(batch_size=options.batch_size, grad_accum=options.grad_accum)
-    tokens = train.grad_accum * train.batch_size * config.block_size
-    prediction = predict(
-        config, find_gpu(options.gpu), train.batch_size, train.grad_accum, captured=tokens <= TOKENS
+    gpu = find_gpu(options.gpu)
+    cluster = _cluster(options, gpu)
+    grad_accum = cluster.world if options.grad_accum is None else options.grad_accum
+    train = TrainConfig(batch_size=options.batch_size, grad_accum=grad_accum)
+    tokens = train.grad_accum // cluster.world * train.batch_size * config.block_size
+    prediction = predict_cluster(
+        config, gpu, train.batch_size, train.grad_accum, cluster, captured=tokens <= TOKENS
     )
     if options.json is not None:
         path = user_path(options.json, "--json")
+        content = (prediction if cluster.world > 1 else prediction.one).to_dict()
         try:
             if path.exists() and not path.is_file():
                 raise InputError(f"--json: {path} is not a file, expected one to replace or a new one")
-            kernels.files.write_json(path, prediction.to_dict(), indent=1)
+            kernels.files.write_json(path, content, indent=1)
         except OSError as error:
             raise cannot_write("--json", path, error) from error
     return prediction
+
+
+def _cluster(options: StepOptions, gpu: GPU) -> Cluster:
+    """The GPUs that the flags describe.
+
+    Raises:
+        InputError: Flags that contradict each other, a rate without a unit, or no rate of the links within a
+            machine.
+    """
+    link = gpu.link if options.link is None else rate("--link", options.link)
+    cluster = Cluster(
+        world=options.world,
+        link=(link or math.inf) / 2,
+        parallel=options.parallel,
+        shard_size=options.shard_size,
+        per_node=options.per_node,
+        node_link=rate("--node_link", options.node_link),
+    )
+    if link is None and cluster.world > 1:
+        raise InputError(
+            f"--link is not given, expected the bandwidth between {gpu.name} GPUs of a machine, as in 64GB/s"
+        )
+    return cluster
 
 
 def report(config: GPTConfig) -> str:
@@ -200,6 +261,95 @@ def _assumptions(prediction: Prediction) -> list[str]:
         f"  The host takes {1e6 * LAUNCH_SECONDS:g} µs for a launch and {1e6 * DISPATCH_SECONDS:g} µs for "
         "another operation, while the GPU works.",
         "  The fused kernels run under bfloat16 autocast, with AdamW and block_size tokens in each sequence.",
+    ]
+
+
+def cluster_report(prediction: ClusterPrediction) -> str:
+    """What several GPUs keep and send in a step, their speed, and what it assumes."""
+    one, cluster = prediction.one, prediction.cluster
+    shared = f" in groups of {cluster.shards}" if cluster.shard_size not in (None, cluster.world) else ""
+    memory = {name: size for name, size in prediction.memory.items() if size}
+    total, hidden = prediction.transfer_seconds, prediction.transfer_seconds - prediction.exposed_seconds
+    return "\n".join(
+        [
+            f"Prediction, not a measurement: {cluster.world} x {one.gpu.name} with --parallel "
+            f"{cluster.parallel}{shared},",
+            f"each with {one.grad_accum} x {one.batch_size} x {one.config.block_size:,} tokens of a step",
+            "",
+            f"{'memory of each GPU':<56}{'MiB':>12}",
+            *(f"  {name:<54}{size / MIB:>12,.0f}" for name, size in memory.items()),
+            f"  {'total':<54}{sum(memory.values()) / MIB:>12,.0f}",
+            "",
+            _sent("each GPU sends in a step", "times", "GPUs", "GB", "ms", "GB across"),
+            *map(_transfer, prediction.transfers),
+            _sent(
+                "  total",
+                "",
+                "",
+                f"{prediction.sent / 1e9:,.2f}",
+                f"{1e3 * total:,.2f}",
+                f"{prediction.across / 1e9:,.2f}",
+            ),
+            f"  {1e3 * hidden:,.2f} ms of it ({hidden / total:.0%}) hide in the forward and backward passes; "
+            f"{1e3 * prediction.exposed_seconds:,.2f} ms are exposed",
+            "",
+            f"predicted: {1e3 * prediction.seconds:,.1f} ms a step, "
+            f"{prediction.tokens / prediction.seconds:,.0f} tokens/s on all GPUs, "
+            f"{one.mfu(prediction.seconds):.1%} MFU",
+            f"scaling efficiency: {prediction.efficiency:.1%} of {cluster.world} x "
+            f"{one.tokens / one.seconds:,.0f} tokens/s, one GPU alone with its share of the micro-batches",
+            "",
+            *_cluster_assumptions(cluster),
+        ]
+    )
+
+
+def _transfer(transfer: Transfer) -> str:
+    return _sent(
+        f"  {transfer.op}, {transfer.name}",
+        f"{transfer.count:,}",
+        f"{transfer.group:,}",
+        f"{transfer.count * transfer.sent / 1e9:,.2f}",
+        f"{1e3 * transfer.count * transfer.seconds:,.2f}",
+        f"{transfer.count * transfer.across / 1e9:,.2f}",
+    )
+
+
+def _sent(name: str, times: str, group: str, sent: str, seconds: str, across: str) -> str:
+    """A line of the table of what is sent; `across` is the part that goes to other machines."""
+    return f"{name:<40}{times:>8}{group:>8}{sent:>12}{seconds:>12}{across:>14}"
+
+
+def _cluster_assumptions(cluster: Cluster) -> list[str]:
+    """What the prediction for several GPUs assumes."""
+    machines, link, node_link = cluster.world // cluster.gpus, 2 * cluster.link / 1e9, cluster.node_link / 1e9
+    passes = {
+        "ddp": [
+            "  DDP sends a bucket, at least 25 MiB of whole blocks, as soon as the last backward pass has",
+            "  its float32 gradients. Those of the embeddings come last.",
+        ],
+        "fsdp": [
+            "  FSDP2 gathers a block in bfloat16 while the block before it computes, forward and backward,",
+            "  and reduces its float32 gradients while the next one computes, in every micro-batch. What is",
+            "  outside the blocks is float32, and nothing hides it. AdamW updates a GPU's own shard.",
+        ],
+    }
+    hops = (
+        f"{1e6 * HOP_SECONDS:g} µs for each hop of its ring, {1e6 * NODE_HOP_SECONDS:g} µs between machines"
+    )
+    return [
+        "Assumptions:",
+        f"  {machines} machine{'s' * (machines > 1)} of {cluster.gpus} GPUs. Within one, a GPU sends half of "
+        f"{link:,.6g} GB/s ({8 * link:,.6g} Gb/s), its link's",
+        f"  bandwidth in both directions together. NCCL reaches {LINK_SHARE:.0%} of it on an HGX H100 "
+        "(published).",
+        f"  To other machines a GPU sends {node_link:,.6g} GB/s ({8 * node_link:,.6g} Gb/s), of which "
+        f"{NODE_LINK_SHARE:.0%} are assumed.",
+        f"  A collective takes {1e6 * BASE_SECONDS:g} µs, and {hops}",
+        "  (NCCL's source). An all-reduce across machines takes a tree where that has fewer hops.",
+        *passes[cluster.parallel],
+        "  Without a CUDA graph. The engines' work on the host, their copies, and what transfers take away",
+        "  from the GPU's other kernels are not counted.",
     ]
 
 

@@ -22,7 +22,7 @@ GPT_LAYERS = (  # top first: a file imports from its own layer and from those be
     {"train", "sample", "eval", "info", "__main__"},
     {"training", "generate", "decoding", "sampler", "weights"},
     {"model"},
-    {"block", "head", "kv_cache", "kept", "inputs", "packing", "preflight", "step_time", "data"},
+    {"block", "head", "kv_cache", "kept", "inputs", "packing", "preflight", "step_time", "cluster", "data"},
     {"config", "names", "device", "files", "cli"},
     {"memory"},
     {"errors", "interrupts"},

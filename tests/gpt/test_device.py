@@ -145,6 +145,19 @@ def test_a_preset_fits_a_gpu_in_its_precision(
     check_memory(model, replace(train, checkpoint_activations=True), torch.device("cuda"))
 
 
+def test_check_memory_counts_a_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that is refused although its shards fit, or accepted by the size of a smaller shard."""
+    monkeypatch.setattr("gpt.device._free_memory", lambda device, root: Free(40 * 2**30, "free on cuda"))
+    model, train = GPTConfig.preset("gpt2-xl"), TrainConfig(batch_size=12, dtype="bfloat16")
+    check_memory(model, train, torch.device("cuda"), shards=8)
+    larger = replace(train, batch_size=18)
+    for shards in (1, 8):
+        words = f"batch_size 18{' in 8 shards' if shards == 8 else ''} takes about"
+        with pytest.raises(InputError, match=words):
+            check_memory(model, larger, torch.device("cuda"), shards=shards)
+    assert model.training_bytes(18, 2, shards=8) > 40 * 2**30 > model.training_bytes(12, 2, shards=8)
+
+
 def saved_bytes(backend: str, dtype: torch.dtype, n_layer: int, *, checkpoint: bool) -> int:
     """The bytes that a forward pass keeps for backward, without what holds parameters or copies of them."""
     torch.manual_seed(0)
