@@ -9,12 +9,15 @@ import dataclasses
 import glob
 import hashlib
 import os
+import platform
 import shlex
 import shutil
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -48,6 +51,7 @@ from gpt.weights.pretrained import load_pretrained, load_pretrained_tokenizer
 
 TABLES = ("model", "train", "data")
 PATHS = {"data", "validation"}  # the data settings that are paths
+OUT = "out"  # the note of the run's folder
 FINE_TUNING = {"learning_rate": 3e-5, "min_lr": 3e-6}
 
 
@@ -109,8 +113,11 @@ def _train(argv: Sequence[str]) -> int:
 
 
 def _run(argv: Sequence[str], ranks: Ranks) -> int:
+    begun = ranks.noted(OUT)
     with ranks.agreement(), ranks.in_turn():
         run, given = _flags(argv)
+        if begun is not None:  # before torchrun started these processes in place of those that failed
+            run = dataclasses.replace(run, out=begun, resume="auto", resume_from=None)
         folder = RunFolder(None if run.out is None else user_path(run.out, "--out"))
         resume = _resume(run, folder)
         if resume and ranks.rank == 0 and checkpoint.list_checkpoints(folder.path):
@@ -124,6 +131,8 @@ def _run(argv: Sequence[str], ranks: Ranks) -> int:
     # What the trainer cannot see; it compares the rest.
     ranks.check_equal(
         {
+            "the version of Python": ".".join(platform.python_version_tuple()[:2]),
+            "the version of triton": _version("triton"),
             "strict": run.strict,
             "deterministic": run.deterministic,
             "pack_documents": start.data.pack_documents,
@@ -151,6 +160,7 @@ def _run(argv: Sequence[str], ranks: Ranks) -> int:
 
     trainer.claim()
     out = folder.path
+    ranks.note(OUT, str(out.absolute()))
     print(f"out: {out}", flush=True)
     result = trainer.run()
     if result.signal is not None or result.out_of_time:
@@ -290,6 +300,12 @@ def _located(source: str, started: str, where: str) -> str:
     raise InputError(
         f"{where} is {source}, which does not exist in {' or in '.join(folders)}, expected --data PATH"
     )
+
+
+def _version(package: str) -> str | None:
+    with suppress(PackageNotFoundError):
+        return version(package)
+    return None
 
 
 def _hash(model: GPT) -> str:

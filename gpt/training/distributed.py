@@ -7,25 +7,34 @@ for the CPU.
 from __future__ import annotations
 
 import gc
+import json
 import os
+import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
-from typing import TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from gpt.config import TrainConfig
-from gpt.errors import InputError, ReportedError
+from gpt.errors import InputError, ReportedError, shown
+from gpt.training.lost_ranks import lost_ranks_named
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
 
 T = TypeVar("T")
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# Long, because other ranks wait while rank 0 works alone. When a process exits, torchrun ends the others.
-TIMEOUT = timedelta(days=1)
+TIMEOUT, DEFAULT_TIMEOUT = "FUSED_GPT_RANK_TIMEOUT", "1800"  # seconds that a rank waits for another one
+PREPARING = timedelta(days=1)  # the longest that the first rank of a machine may take to prepare the data
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # torchrun sets it
 
 
 @dataclass(frozen=True)
@@ -39,12 +48,14 @@ class Ranks:
         size: The number of processes.
         local_rank: This process among those on its machine, from 0.
         local_size: The number of processes on its machine.
+        store: What torchrun keeps while it restarts processes; None without it.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    store: Store | None = None
 
     def check(self, config: TrainConfig) -> None:
         """Raises InputError if the micro-batches or the devices cannot be divided among the ranks."""
@@ -76,13 +87,24 @@ class Ranks:
         """This rank's share of `items`: those at index rank, rank + size, rank + 2 size, and so on."""
         return islice(items, self.rank, None, self.size)
 
-    def gather(self, value: T) -> list[T]:
+    def gather(self, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
         """The values of all ranks, in rank order."""
         if self.size == 1:
             return [value]
         values: list[T] = [value] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group)
         return values
+
+    def note(self, name: str, value: str) -> None:
+        """Keeps a value for the processes that torchrun starts again if one of these fails."""
+        if self.store is not None and self.rank == 0:
+            self.store.set(f"fused-gpt/{name}", value)
+
+    def noted(self, name: str) -> str | None:
+        """The value that the processes before torchrun's last restart have kept, if any."""
+        if self.store is None or not self.store.check([f"fused-gpt/{name}"]):
+            return None
+        return self.store.get(f"fused-gpt/{name}").decode()
 
     def on_first(self, function: Callable[[], T]) -> T:
         """Calls `function` on rank 0 alone; returns its result on every rank.
@@ -125,13 +147,14 @@ class Ranks:
     @contextmanager
     def in_turn(self) -> Iterator[None]:
         """Runs the block on the first rank of each machine before the others, which then use its caches."""
+        group = dist.new_group(backend="gloo", timeout=PREPARING) if self.size > 1 else None
         if self.local_rank:
-            self.gather(None)
+            self.gather(None, group)
         try:
             yield
         finally:
             if not self.local_rank:
-                self.gather(None)
+                self.gather(None, group)
 
 
 ALONE = Ranks()
@@ -147,13 +170,15 @@ def join() -> Iterator[Ranks]:
     """Connects to the other processes of a `torchrun`, if there are any; "cuda" becomes GPU LOCAL_RANK.
 
     Only rank 0 prints: the output of the others is dropped, and a shared ReportedError ends them silently
-    with its exit code. Any other exception ends its process, and torchrun then ends the rest.
+    with its exit code. Any other exception ends its process, and the others then name its rank.
 
     Raises:
-        InputError: WORLD_SIZE is above 1, but other variables that torchrun sets are missing.
+        InputError: WORLD_SIZE is above 1, but other variables that torchrun sets are missing; or
+            FUSED_GPT_RANK_TIMEOUT is not a number of seconds.
+        MachineError: A rank has ended, or another one has waited for it for FUSED_GPT_RANK_TIMEOUT seconds.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        yield ALONE
+        yield Ranks(store=_store(_timeout())) if dist.is_torchelastic_launched() else ALONE
         return
     if missing := [name for name in VARIABLES if name not in os.environ]:
         raise InputError(
@@ -166,22 +191,65 @@ def join() -> Iterator[Ranks]:
     # exits, where a thread that drops its last tensor aborts the process.
     import torch.distributed.nn
 
-    ranks = Ranks(*(int(os.environ[name]) for name in VARIABLES[:4]))
-    if ranks.local_rank < torch.cuda.device_count():
-        torch.cuda.set_device(ranks.local_rank)
-    nccl = torch.cuda.is_available() and dist.is_nccl_available()
-    dist.init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=TIMEOUT)
-
+    rank, size, local_rank, local_size = (int(os.environ[name]) for name in VARIABLES[:4])
+    if local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank)
     try:
-        with _silence() if ranks.rank else nullcontext():
-            yield ranks
+        with _silence() if rank else nullcontext():
+            timeout = _timeout()
+            store = _store(timeout)
+            ranks = Ranks(rank, size, local_rank, local_size, store)
+            with lost_ranks_named(rank, size, store), _connection(ranks, store, timeout):
+                yield ranks
+    except ReportedError as error:
+        _write_error_file(error)
+        if error.shared and rank:
+            raise SystemExit(error.exit_code) from None
+        raise
+
+
+def _store(timeout: timedelta) -> Store:
+    """The store of torchrun; without it, the one that rank 0 keeps for the others."""
+    from torch.distributed.rendezvous import rendezvous
+
+    return next(rendezvous("env://", timeout=timeout))[0]
+
+
+def _timeout() -> timedelta:
+    """How long a rank waits for another one."""
+    text = os.environ.get(TIMEOUT, DEFAULT_TIMEOUT)
+    if not re.fullmatch(r"0*[1-9]\d{0,8}", text, re.ASCII):
+        raise _shared(InputError(f"{TIMEOUT} is {shown(text)}, expected seconds, as in {DEFAULT_TIMEOUT}"))
+    return timedelta(seconds=int(text))
+
+
+@contextmanager
+def _connection(ranks: Ranks, store: Store, timeout: timedelta) -> Iterator[None]:
+    """Connects the ranks, and at the end of the block, or after a shared error, disconnects them."""
+    # torchrun's store still has the addresses of the processes that it has restarted. Only on one machine
+    # does the number of restarts, by which they are told apart, have the same value in all processes.
+    restarts = os.environ.get(RESTARTS, "0") if ranks.size == ranks.local_size else "0"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo",
+        store=dist.PrefixStore(restarts, store),  # type: ignore[attr-defined]
+        rank=ranks.rank,
+        world_size=ranks.size,
+        timeout=timeout,
+    )
+    try:
+        yield
     except ReportedError as error:
         if error.shared:
             _leave(ranks)
-            if ranks.rank:
-                raise SystemExit(error.exit_code) from None
         raise
     _leave(ranks)
+
+
+def _write_error_file(error: ReportedError) -> None:
+    """Writes the message where torchrun looks for what it prints about a process that has failed."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": str(error), "timestamp": int(time.time())}))
 
 
 def _leave(ranks: Ranks) -> None:

@@ -205,7 +205,7 @@ class Trainer:
         return self.model.preflight(self.config.batch_size, self.block_size, self._step.dtype)
 
     def claim(self) -> Path | None:
-        """Creates and locks the run's folder, unless that has happened, and returns its path.
+        """Creates, locks and prepares the run's folder, unless that has happened, and returns its path.
 
         Raises:
             InputError: Another run uses the folder, or it cannot be written.
@@ -213,6 +213,8 @@ class Trainer:
         if self._folder is None:
             return None
         self._folder.path = self.ranks.on_first(partial(self._folder.claim, new=self._saved is None))
+        prepare = partial(self._folder.prepare, keep_final=self._is_done(), best=self._best)
+        self.ranks.on_first(partial(prepare, self.step))
         return self._folder.path
 
     def run(self) -> TrainResult:
@@ -229,14 +231,11 @@ class Trainer:
             InputError: Another run uses the folder, or it cannot be written.
             MachineError: The disk is full or fails. Earlier checkpoints stay as they were.
         """
-        self.claim()
         try:
-            if self._folder is not None:
-                prepare = partial(self._folder.prepare, keep_final=self._is_done(), best=self._best)
-                self.ranks.on_first(partial(prepare, self.step))
-                if self.config.tensorboard:
-                    folder = self._folder.path / tensorboard.FOLDER
-                    self._on_log.append(tensorboard.TensorBoard(folder, self.step + 1))
+            self.claim()
+            if self._folder is not None and self.config.tensorboard:
+                folder = self._folder.path / tensorboard.FOLDER
+                self._on_log.append(tensorboard.TensorBoard(folder, self.step + 1))
             stop = StopRequest(self.config.time_limit_seconds)
             with stop.listening():
                 self._train(stop)

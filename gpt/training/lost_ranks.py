@@ -1,0 +1,78 @@
+"""What is left of a run after one of its processes ends or hangs: an error that names its rank."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import socket
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from gpt.errors import MachineError, first_line
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+ANSWERS = 10.0  # seconds that ranks have to answer after an exchange between ranks has failed
+ANSWER = "fused-gpt/answer"  # begins the keys with which they answer
+
+
+@contextmanager
+def lost_ranks_named(rank: int, size: int, store: Store) -> Iterator[None]:
+    """Turns the failure of an exchange between ranks in the block into an error that names who is missing.
+
+    One of the ranks that are left prints it.
+
+    Raises:
+        MachineError: A rank has ended, or another one has waited for it for the timeout of the group.
+    """
+    store.delete_key(f"{ANSWER}/{rank}")  # of a process before a restart
+    try:
+        yield
+        return
+    except RuntimeError as error:
+        if "gloo" not in str(error) and not isinstance(error, dist.DistError):
+            raise
+        traceback.clear_frames(error.__traceback__)  # they hold the process group
+        reason = first_line(error)
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()  # closes the connections, so that ranks that wait for this one notice too
+    lost = sorted(_lost(rank, size, store))
+    if len(lost) > 1:
+        message = f"ranks {', '.join(map(str, lost))} of {size} do not answer: they have ended or hang"
+    elif lost:
+        message = f"rank {lost[0]} of {size} does not answer: it has ended or hangs"
+    else:
+        message = f"an exchange between ranks failed, though all {size} answer: {reason}"
+    failure = MachineError(message)
+    failure.shared = rank != min(set(range(size)) - {*lost})
+    raise failure
+
+
+def _lost(rank: int, size: int, store: Store) -> set[int]:
+    """The ranks that do not call this within ANSWERS seconds too."""
+    answers, done = set[int](), threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: done.set())  # torchrun ends what is left
+
+    def ask() -> None:
+        """Writes this rank's key into the store, and looks for those of the others."""
+        with suppress(OSError, RuntimeError):
+            socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), 1).close()
+            store.set(f"{ANSWER}/{rank}", "")
+            while not done.wait(0.1):
+                answers.update(r for r in range(size) if store.check([f"{ANSWER}/{r}"]))
+                if len(answers) == size:
+                    done.set()
+        done.set()
+
+    threading.Thread(target=ask, daemon=True).start()  # it never ends if the store hangs
+    done.wait(ANSWERS)
+    return set(range(size)) - answers if answers else {0}  # without torchrun, rank 0 keeps the store
