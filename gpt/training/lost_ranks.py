@@ -8,8 +8,9 @@ import signal
 import socket
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 ANSWERS = 10.0  # seconds that ranks have to answer after an exchange between ranks has failed
+HURRIED = 1.0  # the same after SIGTERM, with which torchrun ends those that are left
 ANSWER = "fused-gpt/answer"  # begins the keys with which they answer
 
 
@@ -42,10 +44,12 @@ def lost_ranks_named(rank: int, size: int, store: Store) -> Iterator[None]:
         traceback.clear_frames(error.__traceback__)  # they hold the process group
         reason = first_line(error)
 
+    ends = [monotonic() + ANSWERS]
+    signal.signal(signal.SIGTERM, lambda *_: ends.append(monotonic() + HURRIED))
     if dist.is_initialized():
         dist.destroy_process_group()
     gc.collect()  # closes the connections, so that ranks that wait for this one notice too
-    lost = sorted(_lost(rank, size, store))
+    lost = sorted(_lost(rank, size, store, ends))
     if len(lost) > 1:
         message = f"ranks {', '.join(map(str, lost))} of {size} do not answer: they have ended or hang"
     elif lost:
@@ -57,22 +61,20 @@ def lost_ranks_named(rank: int, size: int, store: Store) -> Iterator[None]:
     raise failure
 
 
-def _lost(rank: int, size: int, store: Store) -> set[int]:
-    """The ranks that do not call this within ANSWERS seconds too."""
-    answers, done = set[int](), threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: done.set())  # torchrun ends what is left
+def _lost(rank: int, size: int, store: Store, ends: Sequence[float]) -> set[int]:
+    """The ranks that do not call this too, before the first time in `ends`."""
+    answers = set[int]()
 
     def ask() -> None:
         """Writes this rank's key into the store, and looks for those of the others."""
         with suppress(OSError, RuntimeError):
             socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), 1).close()
             store.set(f"{ANSWER}/{rank}", "")
-            while not done.wait(0.1):
+            while len(answers) < size and monotonic() < min(ends):
                 answers.update(r for r in range(size) if store.check([f"{ANSWER}/{r}"]))
-                if len(answers) == size:
-                    done.set()
-        done.set()
+                sleep(0.1)
 
-    threading.Thread(target=ask, daemon=True).start()  # it never ends if the store hangs
-    done.wait(ANSWERS)
+    thread = threading.Thread(target=ask, daemon=True)  # it never ends if the store hangs
+    thread.start()
+    thread.join(ANSWERS + 1)
     return set(range(size)) - answers if answers else {0}  # without torchrun, rank 0 keeps the store

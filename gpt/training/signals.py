@@ -11,7 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from time import monotonic
 
+import torch.distributed as dist
+
 from gpt.errors import ReportedError
+
+REPEATED = 5.0  # seconds in which torchrun passes on a signal that a scheduler sends to each process too
 
 
 class Stopped(ReportedError):
@@ -34,6 +38,7 @@ class StopRequest:
     def __init__(self, seconds: float | None = None) -> None:
         self.signal = 0
         self.consequence: Callable[[], str] = lambda: "press Ctrl-C again to stop at once"
+        self._noted = 0.0  # when the first signal arrived
         self._end = math.inf if seconds is None else monotonic() + seconds
         self._longest = 0.0  # of the saves, in seconds
 
@@ -67,11 +72,14 @@ class StopRequest:
 
     def _note(self, number: int, _: object) -> None:
         """The handler: notes the first signal, and ends the process at the second (exit code 130 or 143)."""
+        now = monotonic()
         if not self.signal:
-            self.signal = number
+            self.signal, self._noted = number, now
             # Not print: the signal may have interrupted a print. It fails if stderr is closed or no file.
             with suppress(AttributeError, OSError, ValueError):
                 os.write(sys.stderr.fileno(), f"\nstopping: {self.consequence()}\n".encode())
+        elif number == self.signal and dist.is_torchelastic_launched() and now < self._noted + REPEATED:
+            return
         elif number == signal.SIGTERM:
             raise SystemExit(128 + signal.SIGTERM)
         else:
