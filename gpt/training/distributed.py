@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from gpt.config import TrainConfig
-from gpt.errors import InputError, ReportedError, shown
+from gpt.errors import InputError, MachineError, ReportedError, first_line, shown
 from gpt.training.lost_ranks import lost_ranks_named
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def join() -> Iterator[Ranks]:
         MachineError: A rank has ended, or another one has waited for it for FUSED_GPT_RANK_TIMEOUT seconds.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        yield Ranks(store=_store(_timeout())) if dist.is_torchelastic_launched() else ALONE
+        yield Ranks(store=_store(0, _timeout())) if dist.is_torchelastic_launched() else ALONE
         return
     if missing := [name for name in VARIABLES if name not in os.environ]:
         raise InputError(
@@ -197,7 +197,7 @@ def join() -> Iterator[Ranks]:
     try:
         with _silence() if rank else nullcontext():
             timeout = _timeout()
-            store = _store(timeout)
+            store = _store(rank, timeout)
             ranks = Ranks(rank, size, local_rank, local_size, store)
             with lost_ranks_named(rank, size, store), _connection(ranks, store, timeout):
                 yield ranks
@@ -208,11 +208,16 @@ def join() -> Iterator[Ranks]:
         raise
 
 
-def _store(timeout: timedelta) -> Store:
+def _store(rank: int, timeout: timedelta) -> Store:
     """The store of torchrun; without it, the one that rank 0 keeps for the others."""
-    from torch.distributed.rendezvous import rendezvous
-
-    return next(rendezvous("env://", timeout=timeout))[0]
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        return dist.TCPStore(host, port, is_master=server, timeout=timeout, wait_for_workers=False)  # type: ignore[attr-defined]
+    except dist.DistError as error:
+        failure = MachineError(f"rank 0 is not at {host}:{port}: {first_line(error)}")
+        failure.shared = rank > 1  # ranks 0 and 1 print it
+        raise failure from error
 
 
 def _timeout() -> timedelta:

@@ -44,12 +44,14 @@ def lost_ranks_named(rank: int, size: int, store: Store) -> Iterator[None]:
         traceback.clear_frames(error.__traceback__)  # they hold the process group
         reason = first_line(error)
 
-    ends = [monotonic() + ANSWERS]
-    signal.signal(signal.SIGTERM, lambda *_: ends.append(monotonic() + HURRIED))
+    ends: list[float] = []
+    handler = signal.signal(signal.SIGTERM, lambda *_: ends.append(monotonic() + HURRIED))
     if dist.is_initialized():
         dist.destroy_process_group()
     gc.collect()  # closes the connections, so that ranks that wait for this one notice too
+    ends.append(monotonic() + ANSWERS)
     lost = sorted(_lost(rank, size, store, ends))
+    signal.signal(signal.SIGTERM, handler)
     if len(lost) > 1:
         message = f"ranks {', '.join(map(str, lost))} of {size} do not answer: they have ended or hang"
     elif lost:
@@ -70,8 +72,10 @@ def _lost(rank: int, size: int, store: Store, ends: Sequence[float]) -> set[int]
         with suppress(OSError, RuntimeError):
             socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), 1).close()
             store.set(f"{ANSWER}/{rank}", "")
-            while len(answers) < size and monotonic() < min(ends):
+            while True:
                 answers.update(r for r in range(size) if store.check([f"{ANSWER}/{r}"]))
+                if len(answers) == size or monotonic() > min(ends):
+                    return
                 sleep(0.1)
 
     thread = threading.Thread(target=ask, daemon=True)  # it never ends if the store hangs

@@ -1,0 +1,214 @@
+"""The program that test_faults.py runs once: it imports torch, and forks for each rank of each scenario.
+
+`python -m tests.gpt.training.faults FOLDER` writes the exit codes and the output of all ranks to FOLDER.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo  # DDP imports it, too late for the forks
+from matplotlib.figure import Figure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from gpt import train
+from gpt.data.dataset import TokenData
+from gpt.training import lost_ranks, trainer
+from gpt.weights import checkpoint
+from tests.gpt.text import TEXT
+from tests.scorecard.crash_operations import save_curves
+from tests.scorecard.crash_trials import Child
+
+FLAGS = "--n_layer 1 --n_head 1 --n_embd 8 --block_size 8 --batch_size 2 --grad_accum 6 --eval_batches 1"
+FLAGS += " --device cpu --use_triton false --max_steps 8 --eval_interval 4 --checkpoint_interval 2"
+LIMIT = 30.0
+
+
+def nothing() -> None:
+    """What most ranks do before they train."""
+
+
+def at_step(step: int, action: Callable[[], Any]) -> None:
+    """Calls `action` when the first batch of a step is drawn."""
+    plain = TokenData.batch
+
+    def batch(self: TokenData, stream: Any, *args: Any, **kwargs: Any) -> Any:
+        if stream == "train" and kwargs["step"] == step:
+            TokenData.batch = plain  # type: ignore[method-assign]
+            action()
+        return plain(self, stream, *args, **kwargs)
+
+    TokenData.batch = batch  # type: ignore[method-assign]
+
+
+def send(number: int, times: int = 1) -> None:
+    """Sends signals to this process."""
+    for _ in range(times):
+        os.kill(os.getpid(), number)
+
+
+class Scenario:
+    """Runs gpt.train in forked processes, one per rank, without torchrun.
+
+    Args:
+        folder: Where the run and the output go.
+        size: The number of ranks.
+        variables: More of the environment.
+    """
+
+    def __init__(self, folder: Path, size: int, **variables: str) -> None:
+        folder.mkdir()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            variables["MASTER_PORT"] = str(free.getsockname()[1])
+        self.folder, self.size = folder, size
+        sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(size))
+        self.variables = {"MASTER_ADDR": "127.0.0.1", **sizes, **variables}
+
+    def run(self, actions: dict[int, Callable[[], Any]], *flags: str) -> list[dict[str, Any]]:
+        """How the ranks end; `actions` are called first. A rank that is left after LIMIT is killed."""
+        ranks = [
+            Child(
+                lambda rank=rank: self._train(rank, actions.get(rank, nothing), flags),
+                self.folder / f"{rank}",
+            )
+            for rank in range(self.size)
+        ]
+        end = time.monotonic() + LIMIT
+        while sum(rank.ended(0.02) for rank in ranks) < self.size - (self._stopped(actions)):
+            if time.monotonic() > end:
+                break
+        for rank in ranks:
+            if not rank.ended(0):
+                rank.send(signal.SIGKILL)
+        return [asdict(rank.wait()) for rank in ranks]
+
+    @staticmethod
+    def _stopped(actions: dict[int, Callable[[], Any]]) -> int:
+        return sum(action is hang for action in actions.values())
+
+    def _train(self, rank: int, action: Callable[[], Any], flags: tuple[str, ...]) -> int:
+        os.environ.update(self.variables | dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)))
+        lost_ranks.ANSWERS = 2.0
+        action()
+        return train.main([*FLAGS.split(), "--out", str(self.folder / "run"), *flags])
+
+
+def hang() -> None:
+    """Stops this process in the fourth step."""
+    at_step(3, lambda: send(signal.SIGSTOP))
+
+
+def killed() -> None:
+    """Kills this process in the fourth step."""
+    at_step(3, lambda: send(signal.SIGKILL))
+
+
+def fails() -> None:
+    """Raises what nobody expects in the fourth step."""
+    at_step(3, lambda: 1 // 0)
+
+
+def terminated() -> None:
+    """What Slurm and torchrun do: two signals to each process."""
+    at_step(3, lambda: send(signal.SIGTERM, times=2))
+
+
+def other_version() -> None:
+    """Another version of triton."""
+    train.version = lambda package: "9.9"
+
+
+def _steps(out: Path) -> list[int]:
+    folders = checkpoint.list_checkpoints(out)
+    for folder in folders:
+        checkpoint.verify(folder)
+    return [checkpoint.step_of(folder) for folder in folders]
+
+
+def restarted(folder: Path, step: int, *flags: str) -> dict[str, Any]:
+    """A run under torchrun's agent, whose rank 1 is killed in a step of the first attempt."""
+    for path in folder.glob("begun-*"):
+        path.unlink()
+    folder.mkdir(exist_ok=True)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        run_id=folder.name,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=1,
+        monitor_interval=0.1,
+        start_method="fork",
+    )
+    elastic_launch(config, _worker)(str(folder), step, [*FLAGS.split(), *flags])
+    (out,) = (folder / "runs").iterdir()
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    begun = [(path.name, int(path.read_text())) for path in sorted(folder.glob("begun-*"))]
+    return {"out": out.name, "steps": _steps(out), "final": log[-1].get("final"), "begun": begun}
+
+
+def _worker(folder: str, step: int, flags: list[str]) -> None:
+    os.chdir(folder)
+    attempt, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
+    for handle in (1, 2):
+        os.dup2(os.open(f"rank-{rank}-{attempt}-{handle}", os.O_WRONLY | os.O_CREAT), handle)
+    first: list[int] = []
+    plain = TokenData.batch
+
+    def batch(self: TokenData, stream: Any, *args: Any, **kwargs: Any) -> Any:
+        if stream == "train" and not first:
+            first.append(kwargs["step"])
+            Path(f"begun-{attempt}-{rank}").write_text(str(kwargs["step"]))
+        if stream == "train" and (attempt, rank, kwargs["step"]) == ("0", "1", step):
+            send(signal.SIGKILL)
+        return plain(self, stream, *args, **kwargs)
+
+    TokenData.batch = batch  # type: ignore[method-assign]
+    if code := train.main(flags):
+        raise SystemExit(code)
+
+
+def main(folder: Path) -> None:
+    """Runs all scenarios."""
+    torch.set_num_threads(1)
+    os.environ["FUSED_GPT_CACHE"] = str(folder / "cache")
+    text = folder / "text.txt"
+    text.write_text(TEXT)
+    trainer.SAMPLE_TOKENS = 1
+    Figure.savefig = save_curves
+    data = ("--data", str(text))
+    results: dict[str, Any] = {
+        "restart": restarted(folder / "restart", 3, *data),
+        "restart from": restarted(
+            folder / "restart", 7, "--out", "runs/1", "--resume_from", "step-4", "--max_steps", "8"
+        ),
+        "hang": Scenario(folder / "hang", 3, FUSED_GPT_RANK_TIMEOUT="3").run({1: hang}, *data),
+        "kill": Scenario(folder / "kill", 3).run({0: killed}, *data),
+        "bug": Scenario(folder / "bug", 2).run({1: fails}, *data),
+        "terminated": Scenario(folder / "terminated", 2, TORCHELASTIC_RUN_ID="x").run(
+            {0: terminated, 1: terminated}, *data
+        ),
+        "timeout": Scenario(folder / "timeout", 2, FUSED_GPT_RANK_TIMEOUT="soon").run({}, *data),
+        "version": Scenario(folder / "version", 2).run({1: other_version}, *data),
+        "file": Scenario(folder / "file", 2, TORCHELASTIC_ERROR_FILE=str(folder / "error.json")).run(
+            {}, *data, "--grad_accum", "3"
+        ),
+    }
+    results["steps"] = {name: _steps(folder / name / "run") for name in ("hang", "kill", "bug", "terminated")}
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).resolve())
