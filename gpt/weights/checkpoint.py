@@ -1,9 +1,9 @@
 """Checkpoints: folders of safetensors and JSON whose every file is verified by its hash; no pickle.
 
 A checkpoint has model.safetensors, config.json and tokenizer.json; a checkpoint of a run also has
-optimizer.safetensors and state.json. SHA256SUMS lists the hash of every other file. A checkpoint is written
-by `gpt.weights.commit`, so that a crash leaves either the whole checkpoint or none. Its weights, and the
-optimizer's state, are finite.
+optimizer.safetensors and state.json. A sharded run has files of `gpt.weights.sharded` instead of the two
+of tensors. SHA256SUMS lists the hash of every other file. A checkpoint is written by `gpt.weights.commit`, so
+that a crash leaves either the whole checkpoint or none. Its weights, and the optimizer's state, are finite.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Collection, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,12 @@ from gpt.names import HUGGING_FACE
 from gpt.packing import refuse_packed
 from gpt.weights.commit import commit, discard, interrupted, present, recover, replaceable
 from gpt.weights.hashes import SUMS, list_folder, verify
+from gpt.weights.sharded import FILES, read_parts, tensor_files
 from gpt.weights.tensors import check_finite, check_tensors, copy_tensors, read_tensors, write_tensors
 from kernels.files import write_json
 
-MODEL, CONFIG, OPTIMIZER, STATE = "model.safetensors", "config.json", "optimizer.safetensors", "state.json"
+MODEL, OPTIMIZER = FILES
+CONFIG, STATE = "config.json", "state.json"
 FOLDER = "checkpoints"
 KEPT = 3
 
@@ -57,7 +59,9 @@ def save_model(model: GPT, directory: str | os.PathLike[str], tokenizer: Tokeniz
     target = replaceable(directory, "checkpoint")
     check_parameters(model)
     check_finite(dict(model.named_parameters()), "the model")
-    commit(target, lambda folder: _write_model(folder, model, tokenizer))
+    with commit(target) as folder:
+        write_tensors(folder / MODEL, dict(model.named_parameters()))
+        _write_settings(folder, model, tokenizer)
 
 
 def save_checkpoint(
@@ -85,19 +89,46 @@ def save_checkpoint(
         MachineError: The disk is full, or fails. The earlier ones stay as they were.
         NonFiniteError: A weight, or a value of the optimizer, is infinite or NaN. Nothing is written.
     """
+    check_savable(model, optimizer)
+    with new_checkpoint(out, step, model, tokenizer, state, best=best) as folder:
+        write_tensors(folder / MODEL, dict(model.named_parameters()))
+        write_tensors(folder / OPTIMIZER, optimizer)
+    return out / FOLDER / f"step-{step}"
+
+
+@contextmanager
+def new_checkpoint(
+    out: Path,
+    step: int,
+    model: GPT,
+    tokenizer: Tokenizer,
+    state: Mapping[str, Any],
+    *,
+    best: int | None = None,
+) -> Generator[Path]:
+    """Gives a folder for the tensors of a checkpoint. At the end of the block it becomes that checkpoint.
+
+    The arguments and errors are those of `save_checkpoint`. The block may end in another thread, as a save in
+    the background does.
+    """
     target = out / FOLDER / f"step-{step}"
+    with commit(target) as folder:
+        _write_settings(folder, model, tokenizer)
+        write_json(folder / STATE, state, indent=1)
+        yield folder
+    _tidy(out, target, best)
+
+
+def check_savable(model: GPT, optimizer: Mapping[str, torch.Tensor]) -> None:
+    """Checks, before anything is written, that a checkpoint could be loaded; of DTensors, this rank's part.
+
+    Raises:
+        InputError: See `check_parameters`.
+        NonFiniteError: A weight, or a value of the optimizer, is infinite or NaN.
+    """
     check_parameters(model)
     check_finite(dict(model.named_parameters()), "the model")
     check_finite(optimizer, "the optimizer")
-
-    def write(folder: Path) -> None:
-        _write_model(folder, model, tokenizer)
-        write_tensors(folder / OPTIMIZER, optimizer)
-        write_json(folder / STATE, state, indent=1)
-
-    commit(target, write)
-    _tidy(out, target, best)
-    return target
 
 
 def check_parameters(model: GPT) -> None:
@@ -122,7 +153,7 @@ def load_model(
     """
     folder = find_checkpoint(directory, (CONFIG, MODEL))
     config = GPTConfig.from_dict(read_json(folder / CONFIG))
-    tensors = read_tensors(folder / MODEL)
+    tensors = read_parts(folder, MODEL)
     # A model on the meta device allocates nothing, so a config that claims too much is refused first.
     model = GPT(config, device="meta")
     check_tensors(dict(model.named_parameters()), tensors, folder / MODEL)
@@ -169,7 +200,8 @@ def find_checkpoint(directory: str | os.PathLike[str], names: Collection[str] | 
 
     Args:
         directory: A checkpoint, or a run.
-        names: The files that will be read. Of a checkpoint, only these are hashed; None hashes all.
+        names: The files that will be read, or whose shards will be. Of a checkpoint, only these are hashed;
+            None hashes all.
 
     Raises:
         InputError: There is no checkpoint, or no valid one.
@@ -180,7 +212,7 @@ def find_checkpoint(directory: str | os.PathLike[str], names: Collection[str] | 
     if folder is None or not os.path.isdir(folder):
         raise InputError(f"checkpoint: {path} is not a folder, expected a run or a checkpoint")
     if os.path.lexists(folder / SUMS) or os.path.lexists(folder / MODEL):
-        verify(folder, names)
+        verify(folder, names and _with_shards(folder, names))
         return folder
 
     problems: list[ReportedError] = []
@@ -202,6 +234,11 @@ def find_checkpoint(directory: str | os.PathLike[str], names: Collection[str] | 
         )
     kinds = {type(problem) for problem in problems}
     raise (kinds.pop() if len(kinds) == 1 else InputError)("; ".join(map(str, problems)))
+
+
+def _with_shards(folder: Path, names: Collection[str]) -> list[str]:
+    shards = [path.name for path in tensor_files(folder, MODEL)] if MODEL in names else []
+    return [*names, *shards]
 
 
 def runs_in(folder: Path, where: str) -> str | None:
@@ -273,7 +310,7 @@ def _problem(folder: Path) -> ReportedError | None:
     """Why a checkpoint of a run is not valid: a file is damaged, or holds values that are not finite."""
     try:
         verify(folder)
-        for path in (folder / MODEL, folder / OPTIMIZER):
+        for path in (*tensor_files(folder, MODEL), *tensor_files(folder, OPTIMIZER)):
             check_finite(read_tensors(path), path)
     except ReportedError as error:
         return error
@@ -289,8 +326,7 @@ def _free_name(folder: Path, suffix: str) -> Path:
     return path
 
 
-def _write_model(folder: Path, model: GPT, tokenizer: Tokenizer | None) -> None:
-    write_tensors(folder / MODEL, dict(model.named_parameters()))
+def _write_settings(folder: Path, model: GPT, tokenizer: Tokenizer | None) -> None:
     write_json(folder / CONFIG, model.config.to_dict(), indent=1)
     if tokenizer is not None:
         tokenizer.save(folder)

@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -109,23 +109,26 @@ def replaceable(directory: str | os.PathLike[str], where: str) -> Path:
     return target
 
 
-def commit(target: Path, write: Callable[[Path], None]) -> None:
-    """Creates or replaces the folder `target` atomically, with the files that `write` writes and SHA256SUMS.
+@contextmanager
+def commit(target: Path) -> Generator[Path]:
+    """Creates or replaces the folder `target` atomically, with what the block writes and SHA256SUMS.
 
-    Args:
-        target: The folder. If it exists, it stays as it was until the new one is complete and on the disk.
-        write: Writes the files into the folder that it is given.
+    Gives an empty folder to write in, which replaces `target` at the end of the block, once it is complete
+    and on the disk. If the block raises, `target` stays as it was. The block may end in another thread.
 
     Raises:
-        InputError: The path is wrong, or cannot be written to. The folder stays as it was.
-        MachineError: The disk is full, or fails. The folder stays as it was.
+        InputError: The path is wrong, or cannot be written to. `target` stays as it was.
+        MachineError: The disk is full, or fails. `target` stays as it was.
     """
     with _reported(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target):
             _recover(target)
             try:
-                _write(_hidden(_UNFINISHED, target), write)
+                unfinished = _hidden(_UNFINISHED, target)
+                unfinished.mkdir()
+                yield unfinished
+                _complete(unfinished)
                 _exchange(target)
             finally:
                 with suppress(OSError):
@@ -188,7 +191,7 @@ def _reported(target: Path) -> Iterator[None]:
 def _locked(target: Path) -> Iterator[None]:
     """Keeps other processes from saving to `target`. The kernel holds the lock, so a kill frees it."""
     path = target.with_name(f".{target.name}.lock")
-    with FileLock(path, timeout=PATIENCE):
+    with FileLock(path, timeout=PATIENCE, thread_local=False):
         try:
             yield
         finally:
@@ -196,10 +199,8 @@ def _locked(target: Path) -> Iterator[None]:
                 path.unlink()
 
 
-def _write(folder: Path, write: Callable[[Path], None]) -> None:
-    """Creates `folder` with the files of `write` and their hashes, and flushes it to the disk."""
-    folder.mkdir()
-    write(folder)
+def _complete(folder: Path) -> None:
+    """Writes the hashes of the files in `folder`, and flushes it to the disk."""
     write_sums(folder)
     mode = (folder / SUMS).stat().st_mode
     for path in folder.iterdir():

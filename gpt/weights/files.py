@@ -20,6 +20,7 @@ from gpt.weights.archives import check_archive
 from gpt.weights.checkpoint import CONFIG, FOLDER, MODEL, OPTIMIZER, STATE, runs_in
 from gpt.weights.commit import present
 from gpt.weights.hashes import SUMS, list_folder, verify_listed
+from gpt.weights.sharded import tensor_files
 from gpt.weights.tensors import check_names, read_tensors
 
 WEIGHTS = (MODEL, f"{MODEL}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json", "ckpt.pt")
@@ -100,14 +101,16 @@ def weights_size(path: Path) -> int:
     Raises:
         InputError: As `weights_file`, or a file cannot be looked up.
     """
-    file = weights_file(path)
     try:
+        if is_own(path):
+            return sum(file.stat().st_size for file in tensor_files(path, MODEL))
+        file = weights_file(path)
         if file.name.endswith(".index.json"):
             suffix = Path(file.name.removesuffix(".index.json")).suffix
             return sum(shard.stat().st_size for shard in file.parent.glob(f"*{suffix}"))
         return file.stat().st_size
     except OSError as error:
-        raise InputError(f"from_pretrained: cannot read {file}: {error.strerror}") from error
+        raise InputError(f"from_pretrained: cannot read {path}: {error.strerror}") from error
 
 
 def read_weights(path: Path) -> Weights:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -50,7 +49,7 @@ def save_huggingface(
     check_parameters(model)
     check_finite(dict(model.named_parameters()), "the model")
 
-    def write(folder: Path) -> None:
+    with commit(target) as folder:
         # transformers 4 refuses a file without this metadata.
         write_tensors(folder / MODEL, dict(_exported(model)), metadata={"format": "pt"})
         end = tokenizer.special_tokens.get(END_OF_TEXT) if isinstance(tokenizer, BPETokenizer) else None
@@ -61,8 +60,6 @@ def save_huggingface(
                 write_json(folder / FILE_NAME, _word_level(tokenizer), indent=1, ensure_ascii=False)
             settings = _tokenizer_config(config, end)
             write_json(folder / "tokenizer_config.json", settings, indent=1, ensure_ascii=False)
-
-    commit(target, write)
 
 
 def read_characters(content: Mapping[str, Any]) -> CharTokenizer | None:

@@ -50,6 +50,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         raise OSError(str(error)) from error
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor. The class itself is not imported here: that takes a second."""
+    return hasattr(tensor, "to_local")
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor; any other tensor as it is."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+
+
 def check_names(tensors: Mapping[Any, object], source: Path, where: str) -> None:
     """Raises InputError for a name that a message could not show in one line."""
     for name in tensors:
@@ -95,13 +105,14 @@ def check_finite(tensors: Mapping[str, Tensor], source: str | Path) -> None:
     """Checks that no value is infinite or NaN, in one pass over the tensors and without a copy of them.
 
     Args:
-        tensors: The tensors by name; those of an integer dtype are ignored.
+        tensors: The tensors by name; those of an integer dtype are ignored. Of a DTensor, this rank's shard
+            is checked.
         source: The file, or "the model"; the error message begins with it.
 
     Raises:
         NonFiniteError: The message names the first such tensor, and counts its values.
     """
-    for name, tensor in tensors.items():
+    for name, tensor in ((name, local_part(tensor)) for name, tensor in tensors.items()):
         if tensor.dtype not in FLOATS or tensor.numel() == 0:
             continue
         low, high = torch.aminmax(tensor)  # NaN wherever there is one

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from gpt.weights.hashes import write_sums
 def delete_before_renaming() -> None:
     """A folder is removed before the new one has its name."""
 
-    def careless(target: Path, write: Callable[[Path], None]) -> None:
+    @contextmanager
+    def careless(target: Path) -> Iterator[Path]:
         unfinished = target.with_name(f".unfinished-{target.name}")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        write(unfinished)
+        yield unfinished
         write_sums(unfinished)
         shutil.rmtree(target, ignore_errors=True)
         unfinished.rename(target)

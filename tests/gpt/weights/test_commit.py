@@ -19,7 +19,7 @@ from filelock import FileLock
 
 from gpt.errors import InputError, MachineError, ReportedError
 from gpt.weights import commit as commits
-from gpt.weights.commit import commit, discard, interrupted, present, recover, replaceable, undisturbed
+from gpt.weights.commit import discard, interrupted, present, recover, replaceable, undisturbed
 from gpt.weights.hashes import verify
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="os.fork and links are POSIX's")
@@ -44,6 +44,11 @@ def writer(content: str) -> Callable[[Path], None]:
         (folder / "b").write_text(content)
 
     return write
+
+
+def commit(target: Path, write: Callable[[Path], None]) -> None:
+    with commits.commit(target) as folder:
+        write(folder)
 
 
 def content(folder: Path | None) -> str:
