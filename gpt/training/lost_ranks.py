@@ -52,6 +52,8 @@ def lost_ranks_named(rank: int, size: int, store: Store) -> Iterator[None]:
     ends.append(monotonic() + ANSWERS)
     lost = sorted(_lost(rank, size, store, ends))
     signal.signal(signal.SIGTERM, handler)
+    if rank == 0:
+        sleep(0.5)  # without torchrun, rank 0 keeps the store, in which the others may still look
     if len(lost) > 1:
         message = f"ranks {', '.join(map(str, lost))} of {size} do not answer: they have ended or hang"
     elif lost:
@@ -81,4 +83,4 @@ def _lost(rank: int, size: int, store: Store, ends: Sequence[float]) -> set[int]
     thread = threading.Thread(target=ask, daemon=True)  # it never ends if the store hangs
     thread.start()
     thread.join(ANSWERS + 1)
-    return set(range(size)) - answers if answers else {0}  # without torchrun, rank 0 keeps the store
+    return set(range(size)) - answers if answers else {0}
