@@ -115,7 +115,7 @@ def test_sharded_blocks_compute_in_the_dtype_of_the_run(results: Results) -> Non
 
 
 def test_a_sharded_run_equals_one_process(results: Results) -> None:
-    """A rank that evaluates more batches than another, which then waits; a sample of one shard."""
+    """A rank that evaluates more batches than another; a sample of one shard; other data than one process."""
     records: list[dict[str, Any]] = []
     config = replace(CONFIG, grad_accum=4, eval_batches=5)
     expected = Trainer(without_noise(), DATA, config, on_log=records.append).run()
@@ -124,6 +124,12 @@ def test_a_sharded_run_equals_one_process(results: Results) -> None:
         assert [r[name] for r in actual if name in r] == pytest.approx(
             [r[name] for r in records if name in r], rel=1e-5
         )
+    whole_batches: list[dict[str, Any]] = []
+    config = replace(CONFIG, batch_size=8, grad_accum=1)
+    Trainer(without_noise(), DATA, config, on_log=whole_batches.append).run()
+    losses = [[r["train_loss"] for r in log if "train_loss" in r] for log in (actual, whole_batches)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
     assert result.validation_loss == pytest.approx(expected.validation_loss, rel=1e-5)
     assert result.sample == expected.sample
     assert [rank["whole_run"][1].sample for rank in results[4]] == [expected.sample] * 4
