@@ -74,6 +74,9 @@ class Shards:
     def __init__(self, files: ShardFiles, begin: int, end: int, separator: int | None = None) -> None:
         self._files, self._begin, self._end, self.separator = files, begin, end, separator
 
+    def __repr__(self) -> str:
+        return f"Shards({len(self):,} ids)"
+
     def __len__(self) -> int:
         return self._end - self._begin
 
