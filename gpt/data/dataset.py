@@ -51,7 +51,7 @@ Stream = Literal["train", "validation", "estimate"]
 IGNORED = -100
 FRACTION = 0.1  # of the tokens are for validation, unless something else is given
 USUAL = Fraction(str(FRACTION))
-BIGRAM_CHUNKS = 1024  # of CHUNK tokens, the most that the bigram baseline counts
+BIGRAM_CHUNKS = 256  # of CHUNK tokens, the most that the bigram baseline counts
 HELD_OUT = ("validation", "test")  # splits of a saved data set, the first of which is for validation
 _STREAMS: dict[Stream, int] = {"train": 0, "validation": 1, "estimate": 2}
 

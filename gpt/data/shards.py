@@ -173,7 +173,7 @@ class ShardFiles:
         vocab_size: Ids are below it; each is checked when it is read.
 
     Attributes:
-        bounds: The position of the first id of each file, and how many ids all have.
+        bounds: The position of the first id of each file, and the number of all ids.
         dtype: The dtype of the ids.
         sha256: A hash of the name and size of each file and of BLOCKS blocks of it: its begin with the
             header, its end, and those spread evenly between them. It shows files that are missing, added,
