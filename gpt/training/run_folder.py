@@ -14,7 +14,7 @@ import socket
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,8 @@ from gpt.training.plot import plot_log
 from gpt.training.run_state import RunState, read_state
 from gpt.training.step import TrainStep
 from gpt.weights import checkpoint
-from gpt.weights.tensors import check_finite, check_tensors, copy_tensors, read_tensors, write_tensors
+from gpt.weights.sharded import read_parts
+from gpt.weights.tensors import check_finite, check_tensors, copy_tensors, write_tensors
 from kernels.files import replacing
 
 if TYPE_CHECKING:
@@ -245,6 +246,12 @@ class RunFolder:
             self.path, state["step"], model, tokenizer, optimizer=optimizer, state=state, best=best
         )
 
+    def new_checkpoint(
+        self, model: GPT, tokenizer: Tokenizer, state: Mapping[str, Any], *, best: int | None
+    ) -> AbstractContextManager[Path]:
+        """Gives the folder for the tensors of a checkpoint; the end of the block completes it. As `save`."""
+        return checkpoint.new_checkpoint(self.path, state["step"], model, tokenizer, state=state, best=best)
+
     def checkpoint(self, name: str | None = None) -> Path:
         """The checkpoint `name`, as in "step-100"; None is the newest valid one.
 
@@ -262,6 +269,8 @@ class RunFolder:
     def restore(self, folder: Path, model: GPT, step: TrainStep, data: TokenData) -> RunState:
         """Loads the checkpoint in `folder` into `model` and `step`, once all of it has been checked.
 
+        It may be one of whole files or of shards. Of a sharded model, this rank loads its shards.
+
         Raises:
             InputError: It is damaged, or belongs to another text, tokenizer, model or version.
             NonFiniteError: A weight or a value of the optimizer is infinite or NaN.
@@ -269,10 +278,11 @@ class RunFolder:
         weights, optimizer = folder / checkpoint.MODEL, folder / checkpoint.OPTIMIZER
         state = read_state(folder / checkpoint.STATE)
         _check_same_run(folder, state, model, data)
-        parameters, tensors = dict(model.named_parameters()), read_tensors(weights)
+        parameters = dict(model.named_parameters())
+        tensors = read_parts(folder, checkpoint.MODEL, parameters)
         check_tensors(parameters, tensors, weights)
         check_finite(tensors, weights)
-        step.load_tensors(read_tensors(optimizer), optimizer)
+        step.load_tensors(read_parts(folder, checkpoint.OPTIMIZER, parameters), optimizer)
         copy_tensors(parameters, tensors, weights)
         if state.scaler:
             step.scaler.load_state_dict(state.scaler)

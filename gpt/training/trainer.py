@@ -32,9 +32,9 @@ from gpt.training.parallel import parallelize, shards, whole
 from gpt.training.profile import TRACE, StepProfile
 from gpt.training.run_folder import RunFolder
 from gpt.training.run_state import Progress
+from gpt.training.saver import Saver
 from gpt.training.signals import Stopped, StopRequest
 from gpt.training.step import DrawnBatches, PendingStep, TrainStep
-from gpt.weights.tensors import check_finite
 
 SAMPLE_TOKENS = 500
 
@@ -108,7 +108,7 @@ class Trainer:
         self._folder = out if out is None or isinstance(out, RunFolder) else RunFolder(Path(out))
         self._progress = Progress()
         self._logged = Progress()  # as of the last record of the log
-        self._saved: Path | None = None
+        self._saver: Saver | None = None
         self._queue: deque[_QueuedStep] = deque()  # steps whose results have not been read
         self._on_log = [] if on_log is None else [on_log]
 
@@ -171,8 +171,8 @@ class Trainer:
             folder.check(self.model, resume=bool(resume), keep_best=self.config.keeps_best)
             if self.ranks.rank == 0 and folder.path.is_dir():
                 folder.lock()
-            if resume:
-                self._restore(folder, resume if isinstance(resume, str) else None)
+            newest = self._restore(folder, resume if isinstance(resume, str) else None) if resume else None
+            self._saver = Saver(folder, self.ranks, newest, sharded=shards(self.config, self.ranks))
         except BaseException:
             folder.release()
             raise
@@ -239,6 +239,8 @@ class Trainer:
             stop = StopRequest(self.config.time_limit_seconds)
             with stop.listening():
                 self._train(stop)
+                if self._saver is not None:
+                    self._saver.finish()
                 with suppress(Stopped):
                     if self._is_done():
                         return self._finish(stop)
@@ -247,6 +249,8 @@ class Trainer:
                     self.step, checkpoint=self._saved, signal=number, out_of_time=number is None
                 )
         finally:
+            if self._saver is not None:
+                self._saver.close()
             if self._folder is not None:
                 self._folder.release()
 
@@ -281,8 +285,7 @@ class Trainer:
                     self._write_log(record)
                 due = done or stopped or self._due(config.checkpoint_interval or config.eval_interval)
                 if due or (improved and config.keeps_best):
-                    with stop.saving():
-                        self._save()
+                    self._save(stop)
 
     def _profile(self) -> StepProfile:
         """The profile of rank 0's steps, if it is asked for."""
@@ -432,8 +435,14 @@ class Trainer:
         path = self._folder.keep_batches(step, batches)
         return f", its batch is in {path}{self._folder.how_to_go_on(step)}"
 
-    def _save(self) -> None:
-        if self._folder is None:
+    @property
+    def _saved(self) -> Path | None:
+        """The newest checkpoint of the run that is complete."""
+        return None if self._saver is None else self._saver.newest
+
+    def _save(self, stop: StopRequest) -> None:
+        """Saves a checkpoint, unless weights, optimizer or the loss after the last step are not finite."""
+        if self._saver is None:
             return
         state = {
             **self._progress.to_state(),
@@ -443,34 +452,41 @@ class Trainer:
             "train": self.config.to_dict(),
             **self.options,
         }
-        self._saved = self.ranks.on_first(partial(self._save_finite, self._folder, state))
-
-    def _save_finite(self, folder: RunFolder, state: Mapping[str, Any]) -> Path:
-        """Saves a checkpoint, unless weights, optimizer or the loss after the last step are not finite."""
         try:
-            if not math.isfinite(loss := self._evaluator.loss_now()):
-                # If a weight is the reason, the message names it.
-                check_finite(dict(self.model.named_parameters()), "the model")
-                raise NonFiniteError(f"the loss after the step is {loss}")
-            return folder.save(self.model, self.data.tokenizer, self._step.tensors(), state, best=self._best)
+            self._saver.save(
+                self.model,
+                self.data.tokenizer,
+                optimizer=self._step.tensors(),
+                state=state,
+                best=self._best,
+                loss=self._evaluator.loss_now(),
+                timer=stop.saving(),
+            )
         except NonFiniteError as error:
-            raise NonFiniteError(f"step {self.step}: {error}; not saved{self._kept(self.step)}") from error
+            kept = self.ranks.on_first(partial(self._kept, self.step))
+            with self.ranks.agreement():
+                raise NonFiniteError(f"step {self.step}: {error}; not saved{kept}") from error
 
-    def _restore(self, folder: RunFolder, name: str | None) -> None:
-        """Continues from the checkpoint `name`, or from the newest valid one."""
-        self._saved = folder.checkpoint(name)
-        state = folder.restore(self._saved, self.model, self._step, self.data)
+    def _restore(self, folder: RunFolder, name: str | None) -> Path:
+        """Continues from the checkpoint `name`, or from the newest valid one, and returns its path."""
+        path = folder.checkpoint(name)
+        state = folder.restore(path, self.model, self._step, self.data)
         self._progress, random_states = state.progress, state.random_states
         self._logged = replace(self._progress)
-        if len(random_states) == self.ranks.size:
+        saved, now = (
+            f"{size} process(es)" + (f" and --parallel {config.parallel}" if size > 1 else "")
+            for size, config in ((len(random_states), state.train), (self.ranks.size, self.config))
+        )
+        if saved == now:
             rng.set_state(random_states[self.ranks.rank], self.device)
-            return
+            return path
         warnings.warn(
-            f"resume: the run was saved by {len(random_states)} process(es) and continues with "
-            f"{self.ranks.size}: the result is close, but not equal bit by bit, and random numbers differ",
+            f"resume: the run was saved by {saved} and continues with {now}: the result is close, but not "
+            "equal bit by bit, and random numbers differ",
             stacklevel=3,
         )
         rng.seed(self.config.seed, self.step, self.ranks.rank)
+        return path
 
     def _conclude(self, model: GPT, record: Mapping[str, Any], check: Callable[[object], None]) -> str:
         """Completes the log, draws the losses, and lets `model` generate a sample; a token calls `check`."""

@@ -93,7 +93,7 @@ def save_checkpoint(
     with new_checkpoint(out, step, model, tokenizer, state, best=best) as folder:
         write_tensors(folder / MODEL, dict(model.named_parameters()))
         write_tensors(folder / OPTIMIZER, optimizer)
-    return out / FOLDER / f"step-{step}"
+    return step_folder(out, step)
 
 
 @contextmanager
@@ -111,7 +111,7 @@ def new_checkpoint(
     The arguments and errors are those of `save_checkpoint`. The block may end in another thread, as a save in
     the background does.
     """
-    target = out / FOLDER / f"step-{step}"
+    target = step_folder(out, step)
     with commit(target) as folder:
         _write_settings(folder, model, tokenizer)
         write_json(folder / STATE, state, indent=1)
@@ -186,6 +186,11 @@ def list_checkpoints(out: Path) -> list[Path]:
     steps = sorted(int(name.removeprefix("step-")) for name in names if _STEP.fullmatch(name))
     folders = (present(parent / f"step-{step}", "checkpoint") for step in steps)
     return [folder for folder in folders if folder is not None]
+
+
+def step_folder(out: Path, step: int) -> Path:
+    """The folder of the checkpoint of a step."""
+    return out / FOLDER / f"step-{step}"
 
 
 def step_of(folder: Path) -> int:
@@ -290,7 +295,7 @@ def clean(out: Path, step: int, best: int | None = None) -> None:
     for path in list_checkpoints(out):
         if step_of(path) > step:
             path.rename(_free_name(path, "superseded" if _problem(path) is None else "damaged"))
-    _tidy(out, out / FOLDER / f"step-{step}", best)
+    _tidy(out, step_folder(out, step), best)
 
 
 def _tidy(out: Path, newest: Path, best: int | None) -> None:

@@ -52,8 +52,9 @@ def read_parts(folder: Path, name: str, like: Mapping[str, Tensor] | None = None
     Args:
         folder: The checkpoint, of one process or of a sharded run.
         name: The file, as one process writes it.
-        like: Tensors by name. Where one is a DTensor, the result is laid out like it, and this rank reads its
-            own rows alone. The ranks do not communicate.
+        like: The model's parameters by name. Where one is a DTensor, it and its entries of the optimizer's
+            state become DTensors with that layout, and this rank reads its own rows alone. The ranks do not
+            communicate.
 
     Raises:
         InputError: A file cannot be read or is not a safetensors file, or the shards of a tensor are not
@@ -70,8 +71,9 @@ def read_parts(folder: Path, name: str, like: Mapping[str, Tensor] | None = None
     for key, whole in _describe(folder).items():
         if _file(key) != name:
             continue
-        if key in layouts and layouts[key].shape == whole.shape:
-            tensors[key] = torch.empty_like(layouts[key], dtype=whole.dtype)
+        layout = layouts.get(key.partition("/")[0])
+        if layout is not None and layout.shape == whole.shape:
+            tensors[key] = torch.empty_like(layout, dtype=whole.dtype)
         else:
             tensors[key] = torch.empty(whole.shape, dtype=whole.dtype, device="cpu")
     with warnings.catch_warnings():

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from gpt import InputError, TrainConfig, Trainer, train
+from gpt import InputError, TrainConfig, train
 from gpt.cli import convert, field_types
 from gpt.data.dataset import Batch, TokenData
+from gpt.training.run_folder import RunFolder
 from tests.gpt.text import TEXT
 from tests.gpt.training.small_runs import CONFIG, TINY, read_log, run, without_times
 
@@ -71,7 +72,7 @@ def test_a_run_ends_when_its_time_is_up(
     assert first.checkpoint == out / "checkpoints/step-4"
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_save", clock.passes(20, Trainer._save))
+        patch.setattr(RunFolder, "save", clock.passes(20, RunFolder.save))
         second = run(timed(clock), out, replace(config, time_limit="65s"), resume=True)
     assert second.step == 7  # 20 s for steps 5 and 6, 20 s for their checkpoint, 10 s for step 7, 20 s left
 
