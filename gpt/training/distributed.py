@@ -34,6 +34,7 @@ T = TypeVar("T")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TIMEOUT, DEFAULT_TIMEOUT = "FUSED_GPT_RANK_TIMEOUT", "1800"  # seconds that a rank waits for another one
 PREPARING = timedelta(days=1)  # the longest that the first rank of a machine may take to prepare the data
+PRINTING = 2.0  # seconds for rank 0 to print an error, before the end of others lets torchrun end it
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"  # torchrun sets it
 
 
@@ -204,6 +205,7 @@ def join() -> Iterator[Ranks]:
     except ReportedError as error:
         _write_error_file(error)
         if error.shared and rank:
+            time.sleep(PRINTING)
             raise SystemExit(error.exit_code) from None
         raise
 

@@ -12,6 +12,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 import torch._dynamo  # DDP imports it, too late for the forks
 from matplotlib.figure import Figure
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from gpt import train
@@ -32,6 +34,12 @@ from tests.scorecard.crash_trials import Child
 FLAGS = "--n_layer 1 --n_head 1 --n_embd 8 --block_size 8 --batch_size 2 --grad_accum 6 --eval_batches 1"
 FLAGS += " --device cpu --use_triton false --max_steps 8 --eval_interval 4 --checkpoint_interval 2"
 LIMIT = 30.0
+
+
+def lines(errors: str) -> list[str]:
+    """The lines of stderr with which a rank reports an error; warnings are left out."""
+    reports = [line for line in errors.splitlines() if line.startswith("gpt.train: ")]
+    return [line for line in reports if not line.startswith("gpt.train: warning: ")]
 
 
 def nothing() -> None:
@@ -136,15 +144,15 @@ def _steps(out: Path) -> list[int]:
     return [checkpoint.step_of(folder) for folder in folders]
 
 
-def restarted(folder: Path, step: int, *flags: str) -> dict[str, Any]:
-    """A run under torchrun's agent, whose rank 1 is killed in a step of the first attempt."""
-    for path in folder.glob("begun-*"):
+def restarted(folder: Path, step: int, *flags: str, size: int = 2) -> dict[str, Any]:
+    """A run under torchrun's agent, whose last rank is killed in a step of the first attempt."""
+    for path in [*folder.glob("begun-*"), *folder.glob("rank-*")]:
         path.unlink()
     folder.mkdir(exist_ok=True)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=2,
+        nproc_per_node=size,
         run_id=folder.name,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
@@ -152,16 +160,25 @@ def restarted(folder: Path, step: int, *flags: str) -> dict[str, Any]:
         monitor_interval=0.1,
         start_method="fork",
     )
-    elastic_launch(config, _worker)(str(folder), step, [*FLAGS.split(), *flags])
+    with suppress(ChildFailedError):
+        elastic_launch(config, _worker)(str(folder), step, [*FLAGS.split(), *flags])
     (out,) = (folder / "runs").iterdir()
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     begun = [(path.name, int(path.read_text())) for path in sorted(folder.glob("begun-*"))]
-    return {"out": out.name, "steps": _steps(out), "final": log[-1].get("final"), "begun": begun}
+    reports = [lines(path.read_text()) for path in sorted(folder.glob("rank-*-2"))]
+    return {
+        "out": out.name,
+        "steps": _steps(out),
+        "final": log[-1].get("final"),
+        "begun": begun,
+        "reports": reports,
+    }
 
 
 def _worker(folder: str, step: int, flags: list[str]) -> None:
     os.chdir(folder)
     attempt, rank = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
+    last = int(rank) == int(os.environ["WORLD_SIZE"]) - 1
     for handle in (1, 2):
         os.dup2(os.open(f"rank-{rank}-{attempt}-{handle}", os.O_WRONLY | os.O_CREAT), handle)
     first: list[int] = []
@@ -171,7 +188,7 @@ def _worker(folder: str, step: int, flags: list[str]) -> None:
         if stream == "train" and not first:
             first.append(kwargs["step"])
             Path(f"begun-{attempt}-{rank}").write_text(str(kwargs["step"]))
-        if stream == "train" and (attempt, rank, kwargs["step"]) == ("0", "1", step):
+        if stream == "train" and (attempt, kwargs["step"]) == ("0", step) and last:
             send(signal.SIGKILL)
         return plain(self, stream, *args, **kwargs)
 
@@ -194,6 +211,8 @@ def main(folder: Path) -> None:
         "restart from": restarted(
             folder / "restart", 7, "--out", "runs/1", "--resume_from", "step-4", "--max_steps", "8"
         ),
+        "refused": restarted(folder / "restart", 3, *data, "--out", "runs/1"),
+        "alone": restarted(folder / "alone", 3, *data, size=1),
         "hang": Scenario(folder / "hang", 3, FUSED_GPT_RANK_TIMEOUT="3").run({1: hang}, *data),
         "kill": Scenario(folder / "kill", 3).run({0: killed}, *data),
         "bug": Scenario(folder / "bug", 2).run({1: fails}, *data),

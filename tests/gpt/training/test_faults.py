@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("resource", reason="the scenarios fork")
+
+from tests.gpt.training import faults
+
 ROOT = Path(__file__).parents[3]
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="the scenarios fork, on Linux")
@@ -34,9 +38,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def lines(rank: dict[str, Any]) -> list[str]:
-    """The lines on stderr with which a rank reports an error; warnings are left out."""
-    reports = [line for line in rank["errors"].splitlines() if line.startswith("gpt.train: ")]
-    return [line for line in reports if not line.startswith("gpt.train: warning: ")]
+    """The lines with which a rank reports an error."""
+    return faults.lines(rank["errors"])
 
 
 def codes(ranks: list[dict[str, Any]]) -> list[int]:
@@ -97,6 +100,23 @@ def test_restarted_ranks_do_not_go_back(results: dict[str, Any]) -> None:
     again = results["restart from"]
     assert again["begun"] == [["begun-0-0", 4], ["begun-0-1", 4], ["begun-1-0", 6], ["begun-1-1", 6]]
     assert (again["steps"], again["final"]) == ([4, 6, 8], True)
+
+
+def test_a_restarted_process_alone_goes_on(results: dict[str, Any]) -> None:
+    """A run of one process under torchrun that begins again."""
+    alone = results["alone"]
+    assert alone["begun"] == [["begun-0-0", 0], ["begun-1-0", 2]]
+    assert (alone["out"], alone["steps"], alone["final"]) == ("1", [4, 6, 8], True)
+
+
+def test_a_restart_does_not_go_on_with_another_run(results: dict[str, Any]) -> None:
+    """A refused --out whose checkpoints the second attempt goes on from, because it is a restart."""
+    refused = results["refused"]
+    assert refused["begun"] == []
+    first, again, *silent = refused["reports"]
+    assert first == again
+    assert "holds the checkpoints of a run, expected --resume" in first[0]
+    assert silent == [[], []]
 
 
 def test_a_wrong_timeout_is_one_line(results: dict[str, Any]) -> None:
