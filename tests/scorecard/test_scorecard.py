@@ -27,6 +27,7 @@ BROKEN = [  # the row, the function that breaks the code, trials, and what a fai
     ("races_rows:two_resumes", "ignore_locks", 3, ""),
     ("races_rows:random_kills", "forget_the_random_state", 4, "has another run/"),
     ("races_rows:signals", "always_exit_with_0", 8, "compared with an undisturbed one"),
+    ("rank_kills:ddp", "forget_the_random_state", 3, "has another checkpoints/"),
 ]
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="the rows fork, on Linux")
@@ -72,7 +73,7 @@ def test_the_row_holds(name: str, tmp_path: Path) -> None:
 
 @needs_fork
 @needs_shim
-@pytest.mark.parametrize(("function", "sabotage", "trials", "symptom"), BROKEN, ids=[b[1] for b in BROKEN])
+@pytest.mark.parametrize(("function", "sabotage", "trials", "symptom"), BROKEN, ids=[f"{b[0]}-{b[1]}" for b in BROKEN])
 def test_the_row_notices(function: str, sabotage: str, trials: int, symptom: str, tmp_path: Path) -> None:
     """A row that holds whatever the code does."""
     breaking = f"tests.scorecard.crash_sabotage:{sabotage}"
