@@ -43,6 +43,7 @@ from gpt.files import read_json, user_path
 from gpt.model import GPT
 from gpt.training import distributed
 from gpt.training.distributed import Ranks
+from gpt.training.parallel import shards
 from gpt.training.run_folder import PLOT, RunFolder
 from gpt.training.run_state import check_names, read_state
 from gpt.training.trainer import Trainer, TrainResult
@@ -142,7 +143,7 @@ def _run(argv: Sequence[str], ranks: Ranks) -> int:
     with ranks.agreement():
         vocab_size = data.tokenizer.vocab_size if start.weights is None else start.model.vocab_size
         config = override(start.model, {"vocab_size": vocab_size})
-        check_memory(config, start.train, device)
+        check_memory(config, start.train, device, shards=shards(start.train, ranks) or 1)
         torch.manual_seed(start.train.seed)
         model = GPT(config, use_triton=USE_TRITON[run.use_triton], device=device)
         if start.weights is not None:
@@ -325,7 +326,8 @@ def _copy_weights(source: GPT, target: GPT) -> None:
 
 def _introduce(trainer: Trainer, data: DataConfig) -> None:
     config, tokens = trainer.model.config, trainer.data
-    processes = f", {trainer.ranks.size} processes" if trainer.ranks.size > 1 else ""
+    size, engine = trainer.ranks.size, trainer.config.parallel
+    processes = f", {size} processes ({engine})" if size > 1 else ""
     print(
         f"model: {trainer.model.num_parameters() / 1e6:.2f} M parameters, {config.n_layer} layers, "
         f"{config.n_head} heads, {config.n_embd} wide, context {config.block_size}; "

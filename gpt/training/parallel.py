@@ -24,9 +24,9 @@ BUCKET_MB = 25  # of gradients in an all-reduce of DDP
 SHARD, REPLICATE = "shard", "replicate"  # dimensions of the device mesh
 
 
-def shards(config: TrainConfig, ranks: Ranks) -> bool:
-    """Whether the ranks of a run hold shards of its parameters."""
-    return ranks.size > 1 and config.parallel == "fsdp"
+def shards(config: TrainConfig, ranks: Ranks) -> int:
+    """How many ranks share the parameters of a run, as shards; 0 if each has all of them."""
+    return (config.shard_size or ranks.size) if ranks.size > 1 and config.parallel == "fsdp" else 0
 
 
 def parallelize(
@@ -43,8 +43,8 @@ def parallelize(
     model.to(device)
     if ranks.size == 1:
         return torch.compile(model) if config.compile else None
-    if shards(config, ranks):
-        _shard(model, device, config, ranks)
+    if size := shards(config, ranks):
+        _shard(model, device, config, size=size, copies=ranks.size // size)
         return None
     module = _replicate(model)
     return torch.compile(module) if config.compile else module
@@ -67,8 +67,8 @@ def _replicate(model: GPT) -> nn.Module:
     return module
 
 
-def _shard(model: GPT, device: torch.device, config: TrainConfig, ranks: Ranks) -> None:
-    """Shards each block, and what is outside the blocks, over groups of `shard_size` ranks.
+def _shard(model: GPT, device: torch.device, config: TrainConfig, *, size: int, copies: int) -> None:
+    """Shards each block, and what is outside the blocks, over groups of `size` ranks: `copies` groups.
 
     The blocks compute in the run's dtype with weights that are gathered in it; gradients are reduced in
     float32. What is outside the blocks stays float32, and so does the residual stream.
@@ -79,8 +79,7 @@ def _shard(model: GPT, device: torch.device, config: TrainConfig, ranks: Ranks) 
     for parameter in model.parameters():
         dist.broadcast(parameter.detach(), 0)
 
-    size = config.shard_size or ranks.size
-    dims = {SHARD: size} if size == ranks.size else {REPLICATE: ranks.size // size, SHARD: size}
+    dims = {SHARD: size} if copies == 1 else {REPLICATE: copies, SHARD: size}
     mesh = init_device_mesh(device.type, tuple(dims.values()), mesh_dim_names=tuple(dims))
     dtype = autocast_dtype(config.dtype, device)
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)

@@ -132,7 +132,7 @@ class TrainStep:
         self.optimizers = make_optimizers(self.names, config)
         self.scaler = LossScale(self.device, enabled=self.dtype == torch.float16)
         self._model, self._forward = model, model if forward is None else forward
-        self._ranks, self._sharded = ranks, shards(config, ranks)
+        self._ranks, self._sharded = ranks, bool(shards(config, ranks))
         self._clip = config.grad_clip
 
         # The fused kernel of a GPU reads a float32 rate.

@@ -105,6 +105,7 @@ class Trainer:
         self.block_size = model.config.block_size
         self.options = dict(options or {})
         self.ranks = ranks
+        self._sharded = bool(shards(config, ranks))
         self._folder = out if out is None or isinstance(out, RunFolder) else RunFolder(Path(out))
         self._progress = Progress()
         self._logged = Progress()  # as of the last record of the log
@@ -172,7 +173,7 @@ class Trainer:
             if self.ranks.rank == 0 and folder.path.is_dir():
                 folder.lock()
             newest = self._restore(folder, resume if isinstance(resume, str) else None) if resume else None
-            self._saver = Saver(folder, self.ranks, newest, sharded=shards(self.config, self.ranks))
+            self._saver = Saver(folder, self.ranks, newest, sharded=self._sharded)
         except BaseException:
             folder.release()
             raise
@@ -410,7 +411,7 @@ class Trainer:
                 loss = final.validation_loss
                 raise NonFiniteError(f"step {self.step}: the final validation loss is {loss}{advice}")
         record = {"step": self.step, "final": True, **final._asdict()}
-        model = whole(self.model, self.ranks) if shards(self.config, self.ranks) else self.model
+        model = whole(self.model, self.ranks) if self._sharded else self.model
         sample = self.ranks.on_first(partial(self._conclude, model, record, stop.check))
         return TrainResult(self.step, **final._asdict(), sample=sample, checkpoint=self._saved)
 

@@ -22,7 +22,6 @@ from gpt.decoding import Decoder
 from gpt.files import read_json
 from gpt.preflight import preflight
 from gpt.training import parallel
-from gpt.training.distributed import Ranks
 from gpt.training.step import PendingStep, StepResult, TrainStep
 from gpt.weights.tensors import read_tensors
 from kernels.registry import SPECS
@@ -373,7 +372,7 @@ def test_engines_run_on_nccl(engine: str, dtype: str) -> None:
         model = GPT("gpt2", vocab_size=VOCABULARY, n_layer=2, use_triton=True, device=DEVICE)
         forward = None
         if grouped and engine == "fsdp":
-            parallel._shard(model, DEVICE, config, Ranks())
+            parallel._shard(model, DEVICE, config, size=1, copies=1)
         elif grouped:
             forward = parallel._replicate(model)
         step = TrainStep(model, config, forward)
