@@ -167,6 +167,17 @@ def test_a_broken_gate_fails_the_command(tmp_path: Path, capsys: pytest.CaptureF
     assert [key.place for key in keys(["layer_norm"], [90])] == [0, 1]
 
 
+def test_sm_89_has_the_figures_of_sm_86() -> None:
+    """A gated build of sm_89 whose machine code differs: .ci/run compiles those of sm_86 for both."""
+    for table in ratchet.TABLES.glob("*.json"):
+        rows = ratchet.load(table, "the table")
+        figures = [
+            [replace(row, architecture=0, programs=0) for row in rows if row.architecture == sm]
+            for sm in (86, 89)
+        ]
+        assert figures[0] == figures[1] != []
+
+
 @pytest.mark.usefixtures("declared")
 def test_figures_are_recorded_and_compared(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -33,16 +33,19 @@ def report(folder: Path, *arguments: str) -> list[dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8"))["builds"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "match"),
     [
-        (90, "bf16-D64-start"),
-        pytest.param(90, "bf16-D64", marks=pytest.mark.slow),
-        pytest.param(80, "bf16-D64", marks=pytest.mark.slow),
+        (90, "bf16-D64"),
+        (80, "bf16-D64"),
     ],
 )
 def test_attention_in_bfloat16(architecture: int, match: str, tmp_path: Path) -> None:
-    """A kernel of attention at D = 64 spills, exceeds shared memory, or has no MMA (on sm_90 HGMMA)."""
+    """A kernel of attention at D = 64 spills, exceeds shared memory, or has no MMA (on sm_90 HGMMA).
+
+    `python -m bench.aot --gated`, which .ci/run ends with, gates the same builds.
+    """
     flags = ("--op", "attention", "--arch", str(architecture), "--gated", "--match", match)
     rows = report(tmp_path, *flags)
     assert {row["kernel"] for row in rows} >= {
