@@ -177,8 +177,16 @@ def test_a_full_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         report.save(line[line.index("--json") + 1])
         return {"bench.sanitizer": 1, "ffn": None}.get(module, 0)
 
+    pictures: list[tuple[Path, int]] = []
+
+    def draw(report: Report, path: Path) -> bool:  # test_report.py draws a picture, which takes seconds
+        pictures.append((path, len(report.rows)))
+        return bool(report.rows)
+
+    monkeypatch.setattr(whole, "draw", draw)
     monkeypatch.setattr(whole, "run_process", stand_in)
     assert run_command("bench", whole.main, ["--device", "cuda", "--out", str(tmp_path)]) == 1
+    assert pictures[-1] == (tmp_path / "report.png", len(load(tmp_path / "report.json").rows))
     tools = [f"bench.sanitizer {tool}" for tool in sanitizer.TOOLS]
     families = ["attention", "norm", "ffn", "loss", "decode"]
     assert ran == ["pytest", "bench.safety", *families, "bench.train", "bench.generate", *tools]
@@ -195,7 +203,7 @@ def test_a_full_run_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert any(note.startswith("ffn: stopped after") for note in report.notes)
     text = (tmp_path / "report.md").read_text("utf-8")
     assert re.search(r"training GPT-2 124M, tokens/s +≥ 600,000 +655,360 +met", text)
-    assert (tmp_path / "report.png").stat().st_size > 10_000
+    assert "report.png" in text
 
     monkeypatch.setattr(sanitizer, "find", lambda: None)  # now only tests fail, and they are stopped as well
     flags = ["norm", "--device", "cuda", "--out", str(tmp_path / "norm")]
