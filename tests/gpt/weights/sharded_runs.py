@@ -43,7 +43,7 @@ from gpt.weights import checkpoint, commit
 from tests.gpt.text import TEXT
 from tests.gpt.training.small_runs import CONFIG, make_model, stop_at
 
-SHORT = replace(CONFIG, grad_accum=4, optimizer="muon", max_steps=5, final_eval_batches=1)
+SHORT = replace(CONFIG, grad_accum=4, optimizer="muon", max_steps=5, final_eval_batches=1, keep_best=True)
 FSDP, DDP = (replace(SHORT, parallel=name) for name in ("fsdp", "ddp"))
 STOPPED = 3  # the step after which the stopped run goes on
 STAGES = ("half written", "written", "set aside", "renamed")
