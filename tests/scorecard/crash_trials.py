@@ -156,6 +156,9 @@ def _digest(path: Path) -> str:
     if path.name in ("state.json", "log.jsonl"):
         records = [_without_times(json.loads(line)) for line in _documents(path.name, content)]
         content = json.dumps(records).encode()
+    if path.suffix == ".safetensors":  # the library writes the entries of the header's metadata in any order
+        end = 8 + int.from_bytes(content[:8], "little")
+        content = json.dumps(json.loads(content[8:end]), sort_keys=True).encode() + content[end:]
     return hashlib.sha256(content).hexdigest()
 
 

@@ -74,7 +74,7 @@ def test_the_row_holds(name: str, tmp_path: Path) -> None:
 @needs_fork
 @needs_shim
 @pytest.mark.parametrize(
-    ("function", "sabotage", "trials", "symptom"), BROKEN, ids=[f"{b[0]}-{b[1]}" for b in BROKEN]
+    ("function", "sabotage", "trials", "symptom"), BROKEN, ids=[f"{row[0]}-{row[1]}" for row in BROKEN]
 )
 def test_the_row_notices(function: str, sabotage: str, trials: int, symptom: str, tmp_path: Path) -> None:
     """A row that holds whatever the code does."""
