@@ -156,10 +156,18 @@ def _digest(path: Path) -> str:
     if path.name in ("state.json", "log.jsonl"):
         records = [_without_times(json.loads(line)) for line in _documents(path.name, content)]
         content = json.dumps(records).encode()
-    if path.suffix == ".safetensors":  # the library writes the entries of the header's metadata in any order
-        end = 8 + int.from_bytes(content[:8], "little")
-        content = json.dumps(json.loads(content[8:end]), sort_keys=True).encode() + content[end:]
+    if path.suffix == ".safetensors":
+        content = _ordered_header(content)
     return hashlib.sha256(content).hexdigest()
+
+
+def _ordered_header(content: bytes) -> bytes:
+    """A safetensors file with a sorted header: the libraries write its metadata, also JSON, in any order."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    metadata = header.get("__metadata__", {})
+    header["__metadata__"] = {k: json.loads(v) if v.startswith("{") else v for k, v in metadata.items()}
+    return json.dumps(header, sort_keys=True).encode() + content[end:]
 
 
 def _documents(name: str, content: bytes) -> list[bytes]:

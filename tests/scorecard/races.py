@@ -33,6 +33,7 @@ ROWS: tuple[Row, ...] = (
     _row("two-resumes", "one resumes as if alone; the other ends with 2 and names its process", 9, 2, 45),
     _row("reader-beside-trainer", "gpt.sample, eval and info of a run in progress end with 0", 30, 3, 150),
     Row("rank-kills", KILLED_RANK, functools.partial(race, "rank_kills:ddp"), 25, 2, 250),
+    Row("rank-kills-fsdp", KILLED_RANK, functools.partial(race, "rank_kills:fsdp"), 15, 1, 250),
     _row("two-cache-builders", "both get the tokens of the text; the cache is whole", 20, 2, 100),
     _row("exporter-beside-reader", "a reader has the old or the new model whole", 40, 4, 200),
 )
