@@ -200,6 +200,7 @@ def run(size: int, rank: int, folder: Path, port: int) -> None:
 
 def main(folder: str) -> int:
     """Forks the processes, which save their results in `folder`; returns 1 if one fails."""
+    import torch._dynamo
     import torch.distributed.checkpoint.state_dict
     import torch.distributed.fsdp  # noqa: F401  # here, so that the processes do not have to
 

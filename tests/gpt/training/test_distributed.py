@@ -176,7 +176,9 @@ def test_another_number_of_processes_can_resume(pair: Pair, tmp_path: Path) -> N
     shutil.copytree(source, tmp_path / "checkpoints/step-8")
     draws = []
     for _ in range(2):
-        with pytest.warns(UserWarning, match=r"saved by 2 process\(es\) and --parallel ddp and continues with 1 "):
+        with pytest.warns(
+            UserWarning, match=r"saved by 2 process\(es\) and --parallel ddp and continues with 1 "
+        ):
             trainer = Trainer(make_model(data), data, replace(MUON, max_steps=9), out=tmp_path, resume=True)
         draws.append(torch.rand(3))
         step, parameters = trainer.step, dict(trainer.model.named_parameters())
