@@ -259,7 +259,8 @@ class TrainStep:
         count, size = counts.sum(), self._ranks.size
         if size > 1:
             dist.all_reduce(count)
-        weights = counts * size / count.clamp(min=1)  # the engines average over the ranks
+            counts = counts * size  # the engines average over the ranks
+        weights = counts / count.clamp(min=1)
         loss = torch.zeros((), device=self.device)
         last = [False] * (len(weights) - 1) + [True]
         for batch, weight, is_last in zip(batches, weights.unbind(), last, strict=True):
