@@ -5,7 +5,9 @@ Weak scaling: every process takes a micro-batch of the same size. The lanes take
 - one process: process 0 takes a step alone, while the others sleep.
 - apart: all processes take steps of their own at the same time. The difference to one process is what they
   share on a machine, such as the bandwidth of its memory.
-- ddp, fsdp: all processes take a step together. The difference to apart is what the engine costs.
+- plain DDP: a loop of PyTorch alone, DDP, clipping and AdamW, with the same model.
+- ddp, fsdp: all processes take a step of the trainer together. The difference of ddp to plain DDP is what the
+  trainer costs, the difference to apart is what the engine and the exchange cost.
 
 Under the profiler, it then counts how many of DDP's sums over the processes begin, and how many end, before
 the backward pass has ended.
@@ -20,12 +22,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 import kernels.files
@@ -34,15 +38,17 @@ from bench.table import duration
 from gpt.cli import OptionParser, option, run_command
 from gpt.config import GPTConfig, TrainConfig
 from gpt.data.dataset import Batch
+from gpt.device import autocast, autocast_dtype
 from gpt.errors import InputError, cannot_write
 from gpt.files import user_path
 from gpt.model import GPT
 from gpt.training import distributed
 from gpt.training.distributed import ALONE, Ranks
-from gpt.training.parallel import parallelize
+from gpt.training.parallel import BUCKET_MB, parallelize
 from gpt.training.step import TrainStep
 
-LANES = ("one process", "apart", "ddp", "fsdp")
+LANES = ("one process", "apart", "plain DDP", "ddp", "fsdp")
+ENGINES = LANES[3:]
 WARM_UP = 3  # steps of each lane that are not timed
 SUM, LAST = "gloo:all_reduce", "AccumulateGrad"  # events of the profiler, on a CPU
 
@@ -91,17 +97,16 @@ def main(argv: Sequence[str]) -> int:
 
 def report(options: Options, figures: Figures) -> str:
     """The table of the lanes, and the overlap of DDP."""
-    one, apart = (figures.seconds[lane] for lane in LANES[:2])
     rows = [
-        f"{lane:<14}{duration(seconds):>10}{seconds / one - 1:>+14.1%}"
-        + (f"{seconds / apart - 1:>+12.1%}" if lane in LANES[2:] else "")
-        for lane, seconds in figures.seconds.items()
+        f"{lane:<14}{duration(seconds):>10}"
+        + "".join(f"{seconds / figures.seconds[base] - 1:>+15.1%}" for base in LANES[: min(number, 3)])
+        for number, (lane, seconds) in enumerate(figures.seconds.items())
     ]
     title = (
         f"{options.processes} processes, {options.preset}, {options.batch_size} sequences in each; medians "
         f"of {options.steps} steps"
     )
-    lines = [title, "", f"{'':<14}{'step':>10}{'to one':>14}{'to apart':>12}", *rows]
+    lines = [title, "", f"{'':<14}{'step':>10}" + "".join(f"{'to ' + base:>15}" for base in LANES[:3]), *rows]
     if figures.sums:
         lines.append(
             f"\nDDP: {figures.begun} of {figures.sums} sums begin, {figures.ended} end, before the backward "
@@ -143,30 +148,45 @@ def _measure(options: Options, config: GPTConfig, ranks: Ranks) -> Figures:
     ).to(device)
     batches = [Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())]
 
-    steps: dict[str, TrainStep] = {}
-    for lane in LANES:
-        train = TrainConfig(grad_accum=ranks.size, parallel=lane if lane in LANES[2:] else "ddp")
-        model, together = GPT(config), ranks if lane in LANES[2:] else ALONE
-        steps[lane] = TrainStep(model, train, parallelize(model, device, train, together), together)
-
-    def step(lane: str) -> None:
-        if ranks.rank == 0 or lane != LANES[0]:
-            steps[lane](batches, rate=1e-4)
+    steps = {LANES[2]: _plain(GPT(config).to(device), batches[0])}
+    for lane in LANES[:2] + ENGINES:
+        train = TrainConfig(grad_accum=ranks.size, parallel=lane if lane in ENGINES else "ddp")
+        model, together = GPT(config), ranks if lane in ENGINES else ALONE
+        step = TrainStep(model, train, parallelize(model, device, train, together), together)
+        steps[lane] = partial(step, batches, rate=1e-4)
 
     samples: dict[str, list[float]] = {lane: [] for lane in LANES}
     for number in range(WARM_UP + options.steps):
         for lane in LANES:
             dist.barrier()
             started = time.perf_counter()
-            step(lane)
+            if ranks.rank == 0 or lane != LANES[0]:
+                steps[lane]()
             dist.barrier()  # the slowest process counts
             if number >= WARM_UP:
                 samples[lane].append(time.perf_counter() - started)
     seconds = {lane: statistics.median(times) for lane, times in samples.items()}
-    return Figures(seconds, *_overlap(lambda: step("ddp"))) if device.type == "cpu" else Figures(seconds)
+    return Figures(seconds, *_overlap(steps["ddp"])) if device.type == "cpu" else Figures(seconds)
 
 
-def _overlap(step: Callable[[], None]) -> tuple[int, int, int]:
+def _plain(model: GPT, batch: Batch) -> Callable[[], object]:
+    """A step of PyTorch's own loop: DDP, clipping, AdamW, and the loss on the host."""
+    module = DistributedDataParallel(model, bucket_cap_mb=BUCKET_MB, gradient_as_bucket_view=True)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        with autocast(autocast_dtype("auto", model.device), model.device):
+            loss = module(batch.inputs, batch.targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        return float(loss)
+
+    return step
+
+
+def _overlap(step: Callable[[], object]) -> tuple[int, int, int]:
     """The number of DDP's sums in a step; how many begin, and end, before the last gradient is there."""
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         step()

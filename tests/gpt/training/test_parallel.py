@@ -150,14 +150,15 @@ def test_bench_times_every_lane(
     assert min(figures.seconds.values()) > 0
     assert 0 <= figures.ended <= figures.begun <= figures.sums > 1
 
-    seconds = dict(zip(bench.parallel.LANES, (0.1, 0.125, 0.15, 0.1), strict=True))
+    seconds = dict(zip(bench.parallel.LANES, (0.1, 0.125, 0.12, 0.15, 0.1), strict=True))
     fixed = bench.parallel.Figures(seconds, sums=4, begun=3, ended=2)
     monkeypatch.setattr(bench.parallel, "_run", lambda *args: fixed)
     assert bench.parallel.main(["--json", str(tmp_path / "figures.json")]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["apart", "125", "ms", "+25.0%"] in lines
-    assert ["ddp", "150", "ms", "+50.0%", "+20.0%"] in lines
-    assert ["fsdp", "100", "ms", "+0.0%", "-20.0%"] in lines
+    assert ["plain", "DDP", "120", "ms", "+20.0%", "-4.0%"] in lines
+    assert ["ddp", "150", "ms", "+50.0%", "+20.0%", "+25.0%"] in lines
+    assert ["fsdp", "100", "ms", "+0.0%", "-20.0%", "-16.7%"] in lines
     assert lines[-1][:8] == ["DDP:", "3", "of", "4", "sums", "begin,", "2", "end,"]
     saved = json.loads((tmp_path / "figures.json").read_text())
     assert saved["figures"]["seconds"] == seconds
