@@ -154,10 +154,13 @@ def precision(ranks: Ranks) -> Any:
 
 
 def whole_run(ranks: Ranks) -> Any:
-    """A run of the trainer under FSDP2 with uneven evaluations, and its sample."""
+    """A run under FSDP2 with uneven evaluations; ranks but the first begin with other weights."""
     records: list[dict[str, Any]] = []
     config = replace(CONFIG, grad_accum=4, parallel="fsdp", eval_batches=5)
-    trainer = Trainer(without_noise(), DATA, config, on_log=records.append, ranks=ranks)
+    model = without_noise()
+    if ranks.rank:
+        nn.init.ones_(model.wte.weight)
+    trainer = Trainer(model, DATA, config, on_log=records.append, ranks=ranks)
     local = {name: p.to_local().shape for name, p in trainer.model.named_parameters()}  # type: ignore[operator]
     return records, trainer.run(), local
 

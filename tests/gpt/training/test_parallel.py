@@ -115,7 +115,7 @@ def test_sharded_blocks_compute_in_the_dtype_of_the_run(results: Results) -> Non
 
 
 def test_a_sharded_run_equals_one_process(results: Results) -> None:
-    """A rank that evaluates more batches than another; a sample of one shard; other data than one process."""
+    """A rank with other weights or more evaluations; a sample of one shard; other data than one process."""
     records: list[dict[str, Any]] = []
     config = replace(CONFIG, grad_accum=4, eval_batches=5)
     expected = Trainer(without_noise(), DATA, config, on_log=records.append).run()
