@@ -27,7 +27,14 @@ BROKEN = [  # the row, the function that breaks the code, trials, and what a fai
     ("races_rows:two_resumes", "ignore_locks", 3, ""),
     ("races_rows:random_kills", "forget_the_random_state", 4, "has another run/"),
     ("races_rows:signals", "always_exit_with_0", 8, "compared with an undisturbed one"),
-    ("rank_kills:ddp", "forget_the_random_state", 3, "has another checkpoints/"),
+    pytest.param(
+        "rank_kills:ddp",
+        "forget_the_random_state",
+        3,
+        "has another checkpoints/",
+        marks=pytest.mark.slow,
+        id="rank_kills:ddp-forget_the_random_state",
+    ),
 ]
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="the rows fork, on Linux")
@@ -60,7 +67,14 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> list[Row]:
 
 
 @needs_fork
-@pytest.mark.parametrize("name", [row.name for row in ROWS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        # test_sharded.py kills a sharded run too, at each stage of a save.
+        pytest.param(row.name, marks=pytest.mark.slow) if row.name == "rank-kills-fsdp" else row.name
+        for row in ROWS
+    ],
+)
 def test_the_row_holds(name: str, tmp_path: Path) -> None:
     """A promise of the README that does not hold."""
     (row,) = (row for row in ROWS if row.name == name)
@@ -73,9 +87,7 @@ def test_the_row_holds(name: str, tmp_path: Path) -> None:
 
 @needs_fork
 @needs_shim
-@pytest.mark.parametrize(
-    ("function", "sabotage", "trials", "symptom"), BROKEN, ids=[f"{row[0]}-{row[1]}" for row in BROKEN]
-)
+@pytest.mark.parametrize(("function", "sabotage", "trials", "symptom"), BROKEN)
 def test_the_row_notices(function: str, sabotage: str, trials: int, symptom: str, tmp_path: Path) -> None:
     """A row that holds whatever the code does."""
     breaking = f"tests.scorecard.crash_sabotage:{sabotage}"
