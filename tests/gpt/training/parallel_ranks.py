@@ -28,6 +28,7 @@ from tests.gpt.training.small_runs import CONFIG, make_model
 
 DATA = TokenData.from_text(TEXT)
 TARGETS = (16, 1, 0, 7, 16, 0, 3, 11)  # of the sequences of a step
+RATE = 1e-3
 UPDATE = replace(CONFIG, warmup_steps=0, grad_clip=0.05, max_steps=100)
 ENGINES = {
     "ddp": UPDATE,
@@ -70,9 +71,9 @@ def update(
         step = make_step(without_noise() if model is None else model, config, ranks)
         numbers = list(ranks.share(range(len(TARGETS) // batch_size)))
         batches = DrawnBatches(partial(draw, batch_size), numbers)
-        first = step(batches, rate=1e-3)
+        first = step(batches, rate=RATE)
         gradients = [full(p.grad) for p in step.names if p.grad is not None]
-        second = step(batches, rate=1e-3)
+        second = step(batches, rate=RATE)
     return Update(
         [first.loss, second.loss],
         [first.gradient_norm, second.gradient_norm],

@@ -17,7 +17,7 @@ import torch
 import bench.parallel
 from gpt import InputError, TrainConfig, Trainer
 from gpt.training.distributed import Ranks
-from tests.gpt.training.parallel_ranks import DATA, ENGINES, TARGETS, UPDATE, Update, update
+from tests.gpt.training.parallel_ranks import DATA, ENGINES, RATE, TARGETS, UPDATE, Update, update
 from tests.gpt.training.ranks import without_noise
 from tests.gpt.training.small_runs import CONFIG, make_model
 
@@ -50,7 +50,8 @@ def assert_close(actual: Update, expected: Update) -> None:
         ulp = torch.finfo(torch.float32).eps * theirs.abs().max().item()
         torch.testing.assert_close(ours, theirs, rtol=0, atol=16 * ulp)
     for ours, theirs in zip(actual.parameters, expected.parameters, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        # AdamW divides a gradient by its own size, so the rounding of a tiny one shows: 0.5% of two steps.
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0.005 * 2 * RATE)
 
 
 @cache
