@@ -233,8 +233,8 @@ def _timeout() -> timedelta:
 @contextmanager
 def _connection(ranks: Ranks, store: Store, timeout: timedelta) -> Iterator[None]:
     """Connects the ranks, and at the end of the block, or after a shared error, disconnects them."""
-    # torchrun's store still has the addresses of the processes that it has restarted. Only on one machine
-    # does the number of restarts, by which they are told apart, have the same value in all processes.
+    # torchrun's store still has the addresses of the processes that it has restarted. The number of restarts
+    # separates them; on several machines it may differ between processes, so it is not used there.
     restarts = os.environ.get(RESTARTS, "0") if ranks.size == ranks.local_size else "0"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo",

@@ -21,6 +21,7 @@ from gpt import InputError, TrainConfig, Trainer
 from gpt.data.dataset import TokenData
 from gpt.errors import MachineError, NonFiniteError
 from gpt.files import read_json
+from gpt.training import distributed
 from gpt.training.distributed import Ranks, join
 from gpt.training.run_folder import LOCK
 from gpt.weights import checkpoint
@@ -284,6 +285,16 @@ def test_one_process_needs_no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
         with join() as ranks:
             assert ranks == Ranks()
         assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("text", ["0", "00", "-1", "1.5", "", " 5", "1" * 11])
+def test_a_timeout_is_a_number_of_seconds(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A timeout of zero, which ends every run, or one that overflows."""
+    monkeypatch.setenv(distributed.TIMEOUT, text)
+    with pytest.raises(InputError, match=r"FUSED_GPT_RANK_TIMEOUT is .*, expected seconds, as in 1800"):
+        distributed._timeout()
+    monkeypatch.setenv(distributed.TIMEOUT, "60")
+    assert distributed._timeout().total_seconds() == 60
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
