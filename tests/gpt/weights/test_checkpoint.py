@@ -364,7 +364,8 @@ def kill_saves(tmp_path: Path, kills: int) -> None:
             assert (load_model(path).wpe.weight == step).all()
         assert set(committed[-checkpoint.KEPT + 1 :]) <= set(steps)
         checkpoint.clean(out, steps[-1] if steps else 0)
-        assert len(list((out / "checkpoints").iterdir())) == len(checkpoints)
+        # A kill between the rename of a new one and the removal of the oldest leaves one too many.
+        assert set(names(out)) == {f"step-{step}" for step in steps[-checkpoint.KEPT :]}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX's")
