@@ -9,8 +9,8 @@ Weak scaling: every process takes a micro-batch of the same size. The lanes take
 - ddp, fsdp: all processes take a step of the trainer together. The difference of ddp to plain DDP is what the
   trainer costs, the difference to apart is what the engine and the exchange cost.
 
-Under the profiler, it then counts how many of DDP's sums over the processes begin, and how many end, before
-the backward pass has ended.
+Under the profiler, it then counts how many of DDP's sums over the processes are started, and how many have
+ended, before the last gradient of the backward pass is there.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from gpt.training.step import TrainStep
 LANES = ("one process", "apart", "plain DDP", "ddp", "fsdp")
 ENGINES = LANES[3:]
 WARM_UP = 3  # steps of each lane that are not timed
-SUM, LAST = "gloo:all_reduce", "AccumulateGrad"  # events of the profiler, on a CPU
+CALL, SUM, LAST = "c10d::allreduce_", "gloo:all_reduce", "AccumulateGrad"  # profiler events, on a CPU
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class Figures:
 
     seconds: dict[str, float]
     sums: int = 0
-    begun: int = 0  # sums that began before the backward pass had ended
-    ended: int = 0  # sums that ended before it had
+    started: int = 0  # before the last gradient was there
+    ended: int = 0  # before it was
 
 
 def main(argv: Sequence[str]) -> int:
@@ -109,8 +109,8 @@ def report(options: Options, figures: Figures) -> str:
     lines = [title, "", f"{'':<14}{'step':>10}" + "".join(f"{'to ' + base:>15}" for base in LANES[:3]), *rows]
     if figures.sums:
         lines.append(
-            f"\nDDP: {figures.begun} of {figures.sums} sums begin, {figures.ended} end, before the backward "
-            "pass has ended"
+            f"\nDDP: {figures.started} of {figures.sums} sums are started, {figures.ended} have ended, "
+            "before the last gradient is there"
         )
     return "\n".join(lines)
 
@@ -166,7 +166,7 @@ def _measure(options: Options, config: GPTConfig, ranks: Ranks) -> Figures:
             if number >= WARM_UP:
                 samples[lane].append(time.perf_counter() - started)
     seconds = {lane: statistics.median(times) for lane, times in samples.items()}
-    return Figures(seconds, *_overlap(steps["ddp"])) if device.type == "cpu" else Figures(seconds)
+    return Figures(seconds, *overlap(steps["ddp"])) if device.type == "cpu" else Figures(seconds)
 
 
 def _plain(model: GPT, batch: Batch) -> Callable[[], object]:
@@ -186,19 +186,16 @@ def _plain(model: GPT, batch: Batch) -> Callable[[], object]:
     return step
 
 
-def _overlap(step: Callable[[], object]) -> tuple[int, int, int]:
-    """The number of DDP's sums in a step; how many begin, and end, before the last gradient is there."""
+def overlap(step: Callable[[], object]) -> tuple[int, int, int]:
+    """The number of DDP's sums in a step; how many are started, and have ended, before the last gradient."""
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         step()
     events = profiled.events() or []
     last = max(event.time_range.start for event in events if LAST in event.name)
-    sums = sorted((e.time_range for e in events if e.name == SUM), key=lambda times: times.start)
-    buckets = sums[1:-1]  # without those of the number of targets and of the loss
-    return (
-        len(buckets),
-        sum(times.start < last for times in buckets),
-        sum(times.end < last for times in buckets),
-    )
+    starts = sorted(event.time_range.start for event in events if event.name == CALL)
+    ends = sorted(event.time_range.end for event in events if event.name == SUM)
+    # Without the first and the last: the sums of the number of targets and of the loss.
+    return len(starts) - 2, sum(t < last for t in starts[1:-1]), sum(t < last for t in ends[1:-1])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -28,8 +27,8 @@ from gpt.data.dataset import TokenData
 from gpt.training import lost_ranks, trainer
 from gpt.weights import checkpoint
 from tests.gpt.text import TEXT
+from tests.gpt.training.forks import fork_ranks
 from tests.scorecard.crash_operations import save_curves
-from tests.scorecard.crash_trials import Child
 
 FLAGS = "--n_layer 1 --n_head 1 --n_embd 8 --block_size 8 --batch_size 2 --grad_accum 6 --eval_batches 1"
 FLAGS += " --device cpu --use_triton false --max_steps 8 --eval_interval 4 --checkpoint_interval 2"
@@ -75,23 +74,16 @@ class Scenario:
     """
 
     def __init__(self, folder: Path, size: int, **variables: str) -> None:
-        folder.mkdir()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            variables["MASTER_PORT"] = str(free.getsockname()[1])
-        self.folder, self.size = folder, size
-        sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(size))
-        self.variables = {"MASTER_ADDR": "127.0.0.1", **sizes, **variables}
+        self.folder, self.size, self.variables = folder, size, variables
 
     def run(self, actions: dict[int, Callable[[], Any]], *flags: str) -> list[dict[str, Any]]:
         """How the ranks end; `actions` are called first. A rank that is left after LIMIT is killed."""
-        ranks = [
-            Child(
-                lambda rank=rank: self._train(rank, actions.get(rank, nothing), flags),
-                self.folder / f"{rank}",
-            )
-            for rank in range(self.size)
-        ]
+        ranks = fork_ranks(
+            lambda rank: self._train(actions.get(rank, nothing), flags),
+            self.size,
+            self.folder,
+            **self.variables,
+        )
         end = time.monotonic() + LIMIT
         while sum(rank.ended(0.02) for rank in ranks) < self.size - (self._stopped(actions)):
             if time.monotonic() > end:
@@ -105,8 +97,7 @@ class Scenario:
     def _stopped(actions: dict[int, Callable[[], Any]]) -> int:
         return sum(action is hang for action in actions.values())
 
-    def _train(self, rank: int, action: Callable[[], Any], flags: tuple[str, ...]) -> int:
-        os.environ.update(self.variables | dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)))
+    def _train(self, action: Callable[[], Any], flags: tuple[str, ...]) -> int:
         lost_ranks.ANSWERS = 2.0
         action()
         return train.main([*FLAGS.split(), "--out", str(self.folder / "run"), *flags])

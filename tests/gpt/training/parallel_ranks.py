@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,8 +10,10 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+import torch._dynamo  # these are imported here, so that the forks need not do it
+import torch.distributed.checkpoint.state_dict
+import torch.distributed.fsdp
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 import bench.parallel
 from gpt import GPT, TrainConfig, Trainer
@@ -23,6 +22,7 @@ from gpt.training import distributed, parallel
 from gpt.training.distributed import ALONE, Ranks
 from gpt.training.step import DrawnBatches
 from tests.gpt.text import TEXT
+from tests.gpt.training.forks import check_succeeded, fork_ranks
 from tests.gpt.training.ranks import make_step, without_noise
 from tests.gpt.training.small_runs import CONFIG, make_model
 
@@ -121,20 +121,13 @@ def first_step(ranks: Ranks) -> list[bool]:
     return [all(map(torch.equal, gradients[0], later)) for later in gradients[1:]]
 
 
-def overlap(ranks: Ranks) -> tuple[int, int]:
-    """How many of DDP's sums are started before the last matmul of the backward pass; how many there are."""
+def overlap(ranks: Ranks) -> list[tuple[int, int, int]]:
+    """What bench.parallel counts of DDP's sums, in steps with one and two micro-batches on each rank."""
     model = make_model(DATA, dropout=0.0, n_layer=3, n_embd=32)
     step = make_step(model, UPDATE, ranks)
     batches = [draw(1, n) for n in ranks.share(range(8))]
     step(batches, rate=1e-3)
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        step(batches, rate=1e-3)
-    events = profiled.events()
-    assert events is not None
-    last = max(e.time_range.start for e in events if "AddmmBackward" in e.name or "MmBackward" in e.name)
-    sums = sorted(e.time_range.start for e in events if e.name == "c10d::allreduce_")
-    buckets = sums[1:-1]  # the first is of the number of targets, the last of the losses
-    return sum(start < last for start in buckets), len(buckets)
+    return [bench.parallel.overlap(partial(step, batches[:n], rate=1e-3)) for n in (1, 2)]
 
 
 def precision(ranks: Ranks) -> Any:
@@ -191,34 +184,16 @@ SCENARIOS: dict[int, Sequence[Callable[[Ranks], Any]]] = {
 }
 
 
-def run(size: int, rank: int, folder: Path, port: int) -> None:
+def run(size: int, folder: Path, rank: int) -> None:
     """Runs the scenarios of `size` processes as one of them."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    os.environ |= {name: str(value) for name, value in zip(names, (rank, size, rank, size), strict=True)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     parallel.BUCKET_MB = 0.004  # type: ignore[assignment]  # so small that the model needs several buckets
     with distributed.join() as ranks:
         results = {scenario.__name__: scenario(ranks) for scenario in SCENARIOS[size]}
     torch.save(results, folder / f"{size}-{rank}.pt")
 
 
-def main(folder: str) -> int:
-    """Forks the processes, which save their results in `folder`; returns 1 if one fails."""
-    import torch._dynamo
-    import torch.distributed.checkpoint.state_dict
-    import torch.distributed.fsdp  # noqa: F401  # here, so that the processes do not have to
-
-    failed = False
+def main(folder: str) -> None:
+    """Forks the processes. Rank R of N saves its results in N-R.pt in `folder`."""
+    out = Path(folder)
     for size in SCENARIOS:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        children = []
-        for rank in range(size):
-            if not (child := os.fork()):
-                run(size, rank, Path(folder), port)
-                sys.exit()
-            children.append(child)
-        for child in children:
-            failed |= os.waitpid(child, 0)[1] != 0
-    return int(failed)
+        check_succeeded(fork_ranks(partial(run, size, out), size, out / f"{size}"))

@@ -1,23 +1,25 @@
-"""The program that test_distributed.py runs in two processes.
+"""The program that test_distributed.py runs: two processes that share a model, each with its own copy.
 
-`python -m tests.gpt.training.ranks FOLDER FLAGS` runs all scenarios, saves their results in FOLDER, and then
-runs gpt.train with FLAGS.
+`python -m tests.gpt.training.ranks FOLDER FLAGS` imports torch once, and forks the ranks. They run all
+scenarios and save their results in FOLDER; then two others run gpt.train with FLAGS.
 """
 
 from __future__ import annotations
 
+import json
 import math
-import os
 import signal
 import sys
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # DDP imports it; here, so that the forks need not do it
 import torch.distributed as dist
 
 from gpt import GPT, InputError, TrainConfig, Trainer, train
@@ -29,6 +31,7 @@ from gpt.training.step import TrainStep
 from gpt.weights import checkpoint
 from gpt.weights.checkpoint import save_model
 from tests.gpt.text import TEXT
+from tests.gpt.training.forks import check_succeeded, fork_ranks, wait_for
 from tests.gpt.training.small_runs import CONFIG, TINY, disk_full, make_batches, make_model, stop_at
 
 PLAIN = replace(CONFIG, grad_accum=4)
@@ -233,17 +236,22 @@ SCENARIOS: tuple[Callable[[Ranks, Path], Any], ...] = (
 )
 
 
-def main(folder: Path, argv: list[str]) -> int:
-    """Runs all scenarios, then gpt.train; returns its exit code."""
+def run(folder: Path, rank: int) -> None:
+    """Runs all scenarios as one of the ranks."""
     parallel.BUCKET_MB = 0.004  # so small that the model needs several buckets
     with distributed.join() as ranks:
         group = weakref.ref(dist.group.WORLD)
         results: dict[str, Any] = {scenario.__name__: scenario(ranks, folder) for scenario in SCENARIOS}
     results["group lives"] = group() is not None
-    torch.save(results, folder / f"rank-{ranks.rank}.pt")
-    os.environ["MASTER_PORT"] = os.environ["SECOND_PORT"]
-    return train.main(argv)
+    torch.save(results, folder / f"rank-{rank}.pt")
+
+
+def main(folder: Path, argv: list[str]) -> None:
+    """Forks the ranks for all scenarios, then for gpt.train."""
+    check_succeeded(fork_ranks(partial(run, folder), 2, folder / "output"))
+    ends = wait_for(fork_ranks(lambda rank: train.main(argv), 2, folder / "command"))
+    (folder / "command.json").write_text(json.dumps(list(map(asdict, ends))))
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))
+    main(Path(sys.argv[1]), sys.argv[2:])

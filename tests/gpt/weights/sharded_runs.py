@@ -6,17 +6,18 @@ scenarios. Rank N of a group saves its results in FOLDER/GROUP-N.pt.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from gpt.training.saver import Saver
 from gpt.training.trainer import TrainResult
 from gpt.weights import checkpoint, commit
 from tests.gpt.text import TEXT
+from tests.gpt.training.forks import fork_ranks, wait_for
 from tests.gpt.training.small_runs import CONFIG, make_model, stop_at
 
 SHORT = replace(CONFIG, grad_accum=4, optimizer="muon", max_steps=5, final_eval_batches=1, keep_best=True)
@@ -261,10 +263,9 @@ GROUPS: dict[str, tuple[int, Mapping[str, Callable[[Ranks, Path], Any]]]] = {
 }
 
 
-def run_rank(group: str, rank: int, port: int, out: Path) -> None:
+def run_rank(group: str, out: Path, rank: int) -> None:
     """Runs the scenarios of a group in this process."""
     size, scenarios = GROUPS[group]
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
     dist.init_process_group("gloo")
     ranks = Ranks(rank, size, rank, size)
     results = {name: scenario(ranks, out) for name, scenario in scenarios.items()}
@@ -272,28 +273,16 @@ def run_rank(group: str, rank: int, port: int, out: Path) -> None:
     dist.barrier()
 
 
-def run_group(group: str, out: Path) -> list[int]:
-    """Forks the ranks of a group, and returns how each of them ended, as `os.waitstatus_to_exitcode` does."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    children = []
-    for rank in range(GROUPS[group][0]):
-        if not (child := os.fork()):
-            try:
-                run_rank(group, rank, port, out)
-                os._exit(0)
-            except BaseException:
-                if group not in STAGES:
-                    sys.excepthook(*sys.exc_info())
-                os._exit(1)
-        children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+def main(out: Path) -> None:
+    """Forks the ranks of each group, and saves how each of them ended."""
+    torch.set_num_threads(1)
+    training.SAMPLE_TOKENS = 4
+    ends = {}
+    for group, (size, _) in GROUPS.items():
+        ranks = fork_ranks(partial(run_rank, group, out), size, out / f"{group}-output")
+        ends[group] = [asdict(rank) for rank in wait_for(ranks)]
+    (out / "ends.json").write_text(json.dumps(ends))
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    training.SAMPLE_TOKENS = 4
-    folder = Path(sys.argv[1])
-    ends = {group: run_group(group, folder) for group in GROUPS}
-    torch.save(ends, folder / "ends.pt")
+    main(Path(sys.argv[1]))
