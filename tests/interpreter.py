@@ -1,17 +1,20 @@
-"""Patches for Triton's interpreter: right results in bfloat16, and faster launches.
+"""Patches for Triton's interpreter: right results in bfloat16, checks of overflow, and faster launches.
 
 The conftest calls `patch_interpreter` once, before any kernel runs. Triton 3.6 to 3.9 store bfloat16 values
-as uint16 bits and then multiply, add and compare those bits; conversions from float32 truncate.
+as uint16 bits and then multiply, add and compare those bits; conversions from float32 truncate. They compute
+what a check of integer overflow needs, and then ignore the result, for which a kernel must have debug=True.
 `test_interpreter.py` tests the patched results, and fails once Triton no longer needs the patch.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceOps, TensorHandle
 
@@ -23,6 +26,8 @@ def patch_interpreter() -> None:
     for name in ("cast_impl", "create_fp_to_fp", "create_dot", "binary_op"):
         setattr(InterpreterBuilder, name, _PATCHES[name])
     ReduceOps.sum = _sum
+    TritonSemantic.binary_op_sanitize_overflow_impl = _check_overflow
+    interpreter._get_np_dtype = _numpy_dtype
     _patch_language_once()
     kernels.dispatch.trust_interpreted_bfloat16 = True
 
@@ -80,6 +85,29 @@ def _sum(self: ReduceOps, values: Any) -> Any:
         return _plain_sum(self, values)
     total = np.sum(_widen(values.handle).data, axis=self.axis, keepdims=self.keep_dims)
     return self.to_tensor(_narrow(total).data, tl.bfloat16)
+
+
+_scalar_dtype = cache(interpreter._get_np_dtype)
+
+
+def _numpy_dtype(dtype: Any) -> np.dtype[Any]:
+    """The dtype in which the interpreter stores values; its own function makes a table in each call."""
+    scalar = dtype.scalar
+    return np.dtype(np.uint64) if isinstance(scalar, tl.pointer_type) else _scalar_dtype(scalar)
+
+
+_EXACT = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+
+
+def _check_overflow(self: TritonSemantic[Any], a: tl.tensor, b: tl.tensor, operation: Any) -> None:
+    """Raises OverflowError if a signed integer of less than 64 bits overflows; unsigned ones may."""
+    scalar = a.type.scalar
+    if scalar.is_int_unsigned() or scalar.int_bitwidth >= 64:
+        return
+    exact = _EXACT[operation.__name__](a.handle.data.astype(np.int64), b.handle.data.astype(np.int64))
+    low, high = scalar.get_int_min_value(), scalar.get_int_max_value()
+    if exact.min() < low or high < exact.max():
+        raise OverflowError(f"{operation.__name__} overflows {scalar}")
 
 
 _PATCHES = {

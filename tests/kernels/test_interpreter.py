@@ -1,4 +1,4 @@
-"""The patched interpreter computes bfloat16 as torch does; a test detects when the patch is obsolete."""
+"""The patched interpreter: bfloat16 as in torch, and errors for overflows. Is the patch still needed?"""
 
 from __future__ import annotations
 
@@ -82,6 +82,30 @@ def test_rounding_of_special_values() -> None:
     torch.testing.assert_close(out, source.bfloat16(), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize(
+    ("op", "a", "b"),
+    [("add", 2**31 - 9, 9), ("sub", 9 - 2**31, 10), ("mul", 2**16, 2**15), ("mul", -(2**16), 2**15 + 1)],
+)
+def test_overflow_is_an_error(op: str, a: int, b: int) -> None:
+    """An offset that wraps to another address, which a small tensor or a mask hides."""
+    left, right = torch.full((2, 16, 16), b, dtype=torch.int32)
+    left[15, 15] = a
+    out = torch.empty_like(left)
+    with pytest.raises(triton.runtime.errors.InterpreterError, match=f"{op} overflows int32"):
+        _arithmetic_kernel[(1,)](left, right, out, OP=op, N=16)
+    right[15, 15] -= 1
+    _arithmetic_kernel[(1,)](left, right, out, OP=op, N=16)
+    torch.testing.assert_close(out, EXPECTED[op](left, right), rtol=0, atol=0)
+
+
+def test_unsigned_integers_wrap() -> None:
+    """A random number generator that cannot run, because it is defined modulo 2**32."""
+    left = torch.full((16, 16), 2**32 - 1, dtype=torch.int64)
+    out = torch.empty(16, 16, dtype=torch.uint32)
+    _arithmetic_kernel[(1,)](left.to(torch.uint32), left.to(torch.uint32), out, OP="add", N=16)
+    assert out.tolist() == [[2**32 - 2] * 16] * 16
+
+
 CANARY = """
 import torch
 from tests.kernels.test_interpreter import EXPECTED, _arithmetic_kernel
@@ -90,16 +114,19 @@ for op in ("cast", "dot", "add"):
     out = torch.empty_like(a)
     _arithmetic_kernel[(1,)](a, b, out, OP=op, N=16)
     print(op, torch.equal(out, EXPECTED[op](a, b)))
+a = torch.full((16, 16), 2**31 - 1, dtype=torch.int32)
+_arithmetic_kernel[(1,)](a, a, a, OP="add", N=16)
+print("overflow", a[0, 0].item())
 """
 
 
 def test_triton_still_needs_the_patch() -> None:
     """A patch that Triton no longer needs.
 
-    If this fails, Triton computes bfloat16 correctly: remove the patch from tests/interpreter.py, and
-    `trust_interpreted_bfloat16` from kernels/dispatch.py.
+    If this fails, Triton computes bfloat16 correctly or checks for overflow: remove that part of
+    tests/interpreter.py, and for bfloat16 `trust_interpreted_bfloat16` from kernels/dispatch.py.
     """
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-c", CANARY]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["cast", "False", "dot", "False", "add", "False"]
+    assert done.stdout.split() == ["cast", "False", "dot", "False", "add", "False", "overflow", "-2"]
