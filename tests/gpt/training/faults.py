@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import sys
 import time
@@ -123,9 +124,14 @@ def terminated() -> None:
     at_step(3, lambda: send(signal.SIGTERM, times=2))
 
 
-def other_version() -> None:
+def other_triton() -> None:
     """Another version of triton."""
     train.version = lambda package: "9.9"
+
+
+def other_python() -> None:
+    """Another version of Python, of which the last number does not count."""
+    platform.python_version_tuple = lambda: ("9", "9", "0")
 
 
 def _steps(out: Path) -> list[int]:
@@ -211,7 +217,8 @@ def main(folder: Path) -> None:
             {0: terminated, 1: terminated}, *data
         ),
         "timeout": Scenario(folder / "timeout", 2, FUSED_GPT_RANK_TIMEOUT="soon").run({}, *data),
-        "version": Scenario(folder / "version", 2).run({1: other_version}, *data),
+        "triton": Scenario(folder / "triton", 2).run({1: other_triton}, *data),
+        "Python": Scenario(folder / "python", 2).run({1: other_python}, *data),
         "file": Scenario(folder / "file", 2, TORCHELASTIC_ERROR_FILE=str(folder / "error.json")).run(
             {}, *data, "--grad_accum", "3"
         ),

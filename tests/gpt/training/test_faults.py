@@ -128,11 +128,12 @@ def test_a_wrong_timeout_is_one_line(results: dict[str, Any]) -> None:
     assert second["errors"] == ""
 
 
-def test_a_rank_with_another_version_is_refused(results: dict[str, Any]) -> None:
-    """Machines whose kernels are compiled by two versions of triton."""
-    first, second = results["version"]
+@pytest.mark.parametrize("name", ["triton", "Python"])
+def test_a_rank_with_another_version_is_refused(name: str, results: dict[str, Any]) -> None:
+    """Machines whose kernels are compiled by two versions of triton, or which run two versions of Python."""
+    first, second = results[name]
     assert codes([first, second]) == [2, 2]
-    assert lines(first)[0].startswith("gpt.train: rank 1: the version of triton is '9.9', expected ")
+    assert lines(first)[0].startswith(f"gpt.train: rank 1: the version of {name} is '9.9', expected ")
     assert second["errors"] == ""
 
 
