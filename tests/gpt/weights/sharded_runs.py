@@ -154,9 +154,9 @@ def background(ranks: Ranks, out: Path) -> Any:
     """Changes the weights while they are being saved; then a value that is not finite on rank 1 alone."""
     saves = Saves(ranks, out / "background")
     before = whole(dict(saves.model.named_parameters()))
-    changed = threading.Event()
+    changed, in_time = threading.Event(), []
     with pytest.MonkeyPatch.context() as patch:
-        replacing_write(patch, lambda: changed.wait(20) or None)
+        replacing_write(patch, lambda: in_time.append(changed.wait(20)))
         saves.save(1)
         visible = checkpoint.list_checkpoints(out / "background")
         with torch.no_grad():
@@ -171,7 +171,7 @@ def background(ranks: Ranks, out: Path) -> Any:
     with pytest.raises(ReportedError) as error:
         saves.save(2)
     saves.saver.close()
-    return before, visible, saves.saver.newest, (type(error.value), str(error.value))
+    return in_time, before, visible, saves.saver.newest, (type(error.value), str(error.value))
 
 
 def failing(ranks: Ranks, out: Path) -> Any:

@@ -113,8 +113,10 @@ def test_other_ranks_resume_the_same_state(name: str, made: SimpleNamespace) -> 
 
 
 def test_training_goes_on_while_a_checkpoint_is_saved(made: SimpleNamespace) -> None:
-    """A checkpoint with weights from after its step, or one that is visible before it is complete."""
-    before, visible, newest, _ = made.two[0]["background"]
+    """A save for which training waits, with weights from after its step, or visible before it is complete."""
+    for rank in range(2):
+        assert made.two[rank]["background"][0] == [True]
+    _, before, visible, newest, _ = made.two[0]["background"]
     assert visible == []
     assert_equal(read_parts(newest, FILES[0]), before)
 
@@ -122,7 +124,7 @@ def test_training_goes_on_while_a_checkpoint_is_saved(made: SimpleNamespace) -> 
 def test_a_value_of_one_rank_that_is_not_finite_is_not_saved(made: SimpleNamespace) -> None:
     """A sharded checkpoint with a NaN, or an error on one rank alone, at which the others wait for ever."""
     for rank in range(2):
-        kind, message = made.two[rank]["background"][3]
+        kind, message = made.two[rank]["background"][-1]
         assert kind is NonFiniteError
         assert "the model: blocks.0.ffn.up.weight holds 1 of" in message
     assert os.listdir(made.folder / "background/checkpoints") == ["step-1"]
