@@ -10,7 +10,9 @@ Weak scaling: every process takes a micro-batch of the same size. The lanes take
   trainer costs, the difference to apart is what the engine and the exchange cost.
 
 Under the profiler, it then counts how many of DDP's sums over the processes are started, and how many have
-ended, before the last gradient of the backward pass is there.
+ended, before the last gradient of the backward pass is there. At the end it saves a checkpoint of the fsdp
+lane twice, in a temporary folder, and times the second save: until training would go on, and until the
+checkpoint is complete. No training goes on beside it.
 """
 
 from __future__ import annotations
@@ -19,11 +21,14 @@ import os
 import socket
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,10 +39,11 @@ from torch.profiler import ProfilerActivity, profile
 
 import kernels.files
 from bench.machine import describe
-from bench.table import duration
+from bench.table import duration, size
 from gpt.cli import OptionParser, option, run_command
 from gpt.config import GPTConfig, TrainConfig
 from gpt.data.dataset import Batch
+from gpt.data.tokenizers import CharTokenizer
 from gpt.device import autocast, autocast_dtype
 from gpt.errors import InputError, cannot_write
 from gpt.files import user_path
@@ -45,6 +51,8 @@ from gpt.model import GPT
 from gpt.training import distributed
 from gpt.training.distributed import ALONE, Ranks
 from gpt.training.parallel import BUCKET_MB, parallelize
+from gpt.training.run_folder import RunFolder
+from gpt.training.saver import Saver
 from gpt.training.step import TrainStep
 
 LANES = ("one process", "apart", "plain DDP", "ddp", "fsdp")
@@ -66,9 +74,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Figures:
-    """What process 0 measured: the median seconds of a step by lane, and DDP's sums."""
+    """What process 0 measured: the median seconds of a step by lane, a sharded save, and DDP's sums."""
 
     seconds: dict[str, float]
+    saved: tuple[int, float, float]  # bytes; seconds until training goes on; until the checkpoint is complete
     sums: int = 0
     started: int = 0  # before the last gradient was there
     ended: int = 0  # before it was
@@ -106,10 +115,15 @@ def report(options: Options, figures: Figures) -> str:
         f"{options.processes} processes, {options.preset}, {options.batch_size} sequences in each; medians "
         f"of {options.steps} steps"
     )
+    nbytes, blocked, complete = figures.saved
     lines = [title, "", f"{'':<14}{'step':>10}" + "".join(f"{'to ' + base:>15}" for base in LANES[:3]), *rows]
+    lines.append(
+        f"\nfsdp: a checkpoint of {size(nbytes)} blocks training for {duration(blocked)}, "
+        f"and is complete after {duration(complete)}"
+    )
     if figures.sums:
         lines.append(
-            f"\nDDP: {figures.started} of {figures.sums} sums are started, {figures.ended} have ended, "
+            f"DDP: {figures.started} of {figures.sums} sums are started, {figures.ended} have ended, "
             "before the last gradient is there"
         )
     return "\n".join(lines)
@@ -166,7 +180,8 @@ def _measure(options: Options, config: GPTConfig, ranks: Ranks) -> Figures:
             if number >= WARM_UP:
                 samples[lane].append(time.perf_counter() - started)
     seconds = {lane: statistics.median(times) for lane, times in samples.items()}
-    return Figures(seconds, *overlap(steps["ddp"])) if device.type == "cpu" else Figures(seconds)
+    saved = _save(model, step, ranks)
+    return Figures(seconds, saved, *(overlap(steps["ddp"]) if device.type == "cpu" else ()))
 
 
 def _plain(model: GPT, batch: Batch) -> Callable[[], object]:
@@ -181,9 +196,36 @@ def _plain(model: GPT, batch: Batch) -> Callable[[], object]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
-        return float(loss)
+        return float(loss.detach())
 
     return step
+
+
+def _save(model: GPT, step: TrainStep, ranks: Ranks) -> tuple[int, float, float]:
+    """What the second save of a sharded model and its optimizer's state takes: see `Figures.saved`."""
+    with tempfile.TemporaryDirectory() if ranks.rank == 0 else nullcontext("") as name:
+        folder = Path(ranks.gather(name)[0])
+        saver = Saver(RunFolder(folder), ranks, None, sharded=True)
+        for number in (1, 2):
+            dist.barrier()
+            started = time.perf_counter()
+            saver.save(
+                model,
+                CharTokenizer("a"),
+                step.tensors(),
+                {"step": number},
+                best=None,
+                loss=0.0,
+                timer=nullcontext(),
+            )
+            blocked = time.perf_counter() - started
+            saver.finish()
+            complete = time.perf_counter() - started
+        assert saver.newest is not None
+        nbytes = sum(file.stat().st_size for file in saver.newest.iterdir())
+        saver.close()
+        dist.barrier()
+    return nbytes, blocked, complete
 
 
 def overlap(step: Callable[[], object]) -> tuple[int, int, int]:

@@ -151,9 +151,12 @@ def test_bench_times_every_lane(
     assert tuple(figures.seconds) == bench.parallel.LANES
     assert min(figures.seconds.values()) > 0
     assert 0 <= figures.ended <= figures.started < figures.sums
+    nbytes, blocked, complete = figures.saved
+    assert nbytes > 3 * 4 * sum(p.numel() for p in without_noise().parameters())
+    assert 0 < blocked < complete
 
     seconds = dict(zip(bench.parallel.LANES, (0.1, 0.125, 0.12, 0.15, 0.1), strict=True))
-    fixed = bench.parallel.Figures(seconds, sums=4, started=3, ended=2)
+    fixed = bench.parallel.Figures(seconds, (3 * 2**22, 0.5, 2.0), sums=4, started=3, ended=2)
     monkeypatch.setattr(bench.parallel, "_run", lambda *args: fixed)
     assert bench.parallel.main(["--json", str(tmp_path / "figures.json")]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -161,6 +164,9 @@ def test_bench_times_every_lane(
     assert ["plain", "DDP", "120", "ms", "+20.0%", "-4.0%"] in lines
     assert ["ddp", "150", "ms", "+50.0%", "+20.0%", "+25.0%"] in lines
     assert ["fsdp", "100", "ms", "+0.0%", "-20.0%", "-16.7%"] in lines
+    assert " ".join(lines[-2]) == (
+        "fsdp: a checkpoint of 12.0 MiB blocks training for 500 ms, and is complete after 2.00 s"
+    )
     assert lines[-1][:10] == ["DDP:", "3", "of", "4", "sums", "are", "started,", "2", "have", "ended,"]
     saved = json.loads((tmp_path / "figures.json").read_text())
     assert saved["figures"]["seconds"] == seconds
