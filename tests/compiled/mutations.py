@@ -1,4 +1,4 @@
-"""Mutations of the kernels of norm, ffn and loss, and the checks that run on every mutant of a family."""
+"""Mutations of the kernels of decode, norm, ffn and loss, and the checks that run on each of them."""
 
 from __future__ import annotations
 
