@@ -100,7 +100,7 @@ def test_a_new_thread_starts_without_settings() -> None:
         assert together(lambda barrier: reason()) == [UNSET]
 
 
-@pytest.mark.kernels
+@pytest.mark.interpreter  # a session of ttsem holds in one thread
 def test_models_in_two_threads_run_their_own_backends(choices: list[tuple[int, str]]) -> None:
     """A model that runs the backend of a model in another thread."""
     idx = torch.zeros(1, 4, dtype=torch.int64)
@@ -230,7 +230,7 @@ def test_a_block_ends_in_the_thread_that_entered_it() -> None:
         assert reason() == "use_backend('reference')"
 
 
-@pytest.mark.kernels
+@pytest.mark.interpreter  # a session of ttsem holds in one thread
 def test_compiled_functions_follow_the_settings_of_their_thread() -> None:
     """A compiled function that runs the backend it was compiled with, or that compiles for each thread."""
     graphs: list[str] = []
