@@ -65,7 +65,7 @@ class Bug:
         return in_a_fork(run)
 
     def _check(self) -> None:
-        with planted(self.family, *self.mutations) as launchers, small_tiles(atomic=self.atomic):
+        with planted(self.family, *self.mutations) as launchers, tiles_for_mutants(atomic=self.atomic):
             for run in self.checks:
                 run(launchers)
 
@@ -82,7 +82,7 @@ def values(op: str, sizes: dict[str, int], **options: Any) -> Check:
 
 
 @contextmanager
-def small_tiles(*, atomic: bool) -> Iterator[None]:
+def tiles_for_mutants(*, atomic: bool) -> Iterator[None]:
     """While open, ops take small tiles and few programs; with `atomic`, backward takes its atomic form."""
     from kernels.attention import torch_op
 
@@ -92,10 +92,16 @@ def small_tiles(*, atomic: bool) -> Iterator[None]:
         return plain(*args, **options)._replace(atomic=Tile(32, 16) if atomic else None)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_op, "architecture", lambda device: 0)
+        take_small_tiles(patch)
         patch.setattr(torch_op, "attention_tiles", tiles)
-        patch.setattr("kernels.tuning._multiprocessors", lambda device: 2)
         yield
+
+
+def take_small_tiles(patch: pytest.MonkeyPatch) -> None:
+    """Makes ops take the interpreter's tiles and few programs, so that small tensors have several of each."""
+    for family in ("attention", "decode", "ffn"):
+        patch.setattr(f"kernels.{family}.torch_op.architecture", lambda device: 0)
+    patch.setattr("kernels.tuning._multiprocessors", lambda device: 2)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from ttsem import sanitize
 
+from tests.compiled.outcomes import take_small_tiles
 from tests.compiled.session import ARCHITECTURE, session
 
 
@@ -57,9 +58,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiles and program counts of the interpreter, in tests that are about logic."""
     if request.node.get_closest_marker("kernels"):
-        for family in ("attention", "ffn"):
-            monkeypatch.setattr(f"kernels.{family}.torch_op.architecture", lambda device: 0)
-        monkeypatch.setattr("kernels.tuning._multiprocessors", lambda device: 2)
+        take_small_tiles(monkeypatch)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from ttsem import harness, mlir, sanitize
 
 from gpt import decoding
+from kernels.registry import SPECS
 from tests.compiled.ordering import without_ordered_reads
 
 NAMESPACE = "fused_gpt"
@@ -126,7 +127,7 @@ def _inside_ops() -> Iterator[None]:
     torch.library is such a call: inside it the tensors would say that they are on the CPU, so the op would
     take the tiles of the interpreter, and `torch.empty` would not return NaN.
     """
-    for family in ("attention", "norm", "ffn", "loss"):
+    for family in {spec.family for spec in SPECS.values()}:
         importlib.import_module(f"kernels.{family}.torch_op")  # registers the ops
 
     mode = _get_current_function_mode_stack()[-1]
@@ -145,8 +146,8 @@ def _inside_ops() -> Iterator[None]:
 def _entering(mode: TorchFunctionMode, op: Any) -> Callable[..., Any]:
     """An implementation of `op` that enters `mode` and calls the one for CUDA, which is the same function."""
 
-    def call(*args: Any) -> Any:
+    def call(*args: Any, **options: Any) -> Any:
         with mode:
-            return op.redispatch(CUDA, *args)
+            return op.redispatch(CUDA, *args, **options)
 
     return call
