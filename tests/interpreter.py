@@ -2,7 +2,7 @@
 
 The conftest calls `patch_interpreter` once, before any kernel runs. Triton 3.6 to 3.9 store bfloat16 values
 as uint16 bits and then multiply, add and compare those bits; conversions from float32 truncate. They compute
-what a check of integer overflow needs, and then ignore the result, for which a kernel must have debug=True.
+whether integers overflow, which takes a quarter of a launch, and do not report it.
 `test_interpreter.py` tests the patched results, and fails once Triton no longer needs the patch.
 """
 

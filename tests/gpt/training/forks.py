@@ -8,9 +8,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import pytest
+
 from tests.scorecard.crash_trials import Child, Ended
 
 LIMIT = 120.0  # seconds
+needs_fork = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="the ranks are forked, on Linux")
 
 
 def fork_ranks(run: Callable[[int], int | None], size: int, folder: Path, **variables: str) -> list[Child]:

@@ -27,6 +27,7 @@ from gpt.training.run_folder import LOCK
 from gpt.weights import checkpoint
 from gpt.weights.tensors import read_tensors
 from tests.gpt.text import TEXT
+from tests.gpt.training.forks import needs_fork
 from tests.gpt.training.ranks import MUON, PLAIN, steps, without_noise
 from tests.gpt.training.small_runs import make_model, read_log
 
@@ -37,6 +38,8 @@ SHAPE = (
 )
 TINY = SHAPE.split()
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
+
+pytestmark = needs_fork
 
 
 class Pair:
@@ -275,7 +278,6 @@ def test_a_timeout_is_a_number_of_seconds(text: str, monkeypatch: pytest.MonkeyP
     assert distributed._timeout().total_seconds() == 60
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
 def test_torchrun_stops_and_saves(tmp_path: Path) -> None:
     """A command that fails under torchrun, prints everything twice, or does not save on SIGTERM."""
     (tmp_path / "text.txt").write_text(TEXT)
@@ -324,7 +326,6 @@ def test_torchrun_stops_and_saves(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
 def test_restarted_ranks_go_on(tmp_path: Path) -> None:
     """A killed rank after which torchrun's restart finds the folder locked, or begins the run again."""
     (tmp_path / "text.txt").write_text(TEXT)

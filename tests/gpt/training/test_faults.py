@@ -14,10 +14,11 @@ import pytest
 pytest.importorskip("resource", reason="the scenarios fork")
 
 from tests.gpt.training import faults
+from tests.gpt.training.forks import needs_fork
 
 ROOT = Path(__file__).parents[3]
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="the scenarios fork, on Linux")
+pytestmark = needs_fork
 
 
 @pytest.fixture(scope="module")

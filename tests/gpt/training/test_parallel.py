@@ -17,11 +17,12 @@ import torch
 import bench.parallel
 from gpt import InputError, TrainConfig, Trainer
 from gpt.training.distributed import Ranks
+from tests.gpt.training.forks import needs_fork
 from tests.gpt.training.parallel_ranks import DATA, ENGINES, RATE, TARGETS, UPDATE, Update, update
 from tests.gpt.training.ranks import without_noise
 from tests.gpt.training.small_runs import CONFIG, make_model
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="os.fork is POSIX's")
+pytestmark = needs_fork
 
 ROOT = Path(__file__).parents[3]
 Results = dict[int, list[dict[str, Any]]]

@@ -27,12 +27,13 @@ from gpt.weights.hashes import write_sums
 from gpt.weights.sharded import FILES, read_parts, tensor_files
 from gpt.weights.tensors import read_tensors, write_tensors
 from tests.gpt.text import TEXT
+from tests.gpt.training.forks import needs_fork
 from tests.gpt.weights import sharded_runs
 from tests.gpt.weights.sharded_runs import DDP, FSDP, GROUPS, STAGES, STOPPED
 
 ROOT = Path(__file__).parents[3]
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="os.fork is POSIX's")
+pytestmark = needs_fork
 
 
 @pytest.fixture(scope="module")
