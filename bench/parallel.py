@@ -79,8 +79,8 @@ class Figures:
     seconds: dict[str, float]
     saved: tuple[int, float, float]  # bytes; seconds until training goes on; until the checkpoint is complete
     sums: int = 0
-    started: int = 0  # before the last gradient was there
-    ended: int = 0  # before it was
+    started: int = 0  # sums that were started before the last gradient was there
+    ended: int = 0  # sums that had ended by then
 
 
 def main(argv: Sequence[str]) -> int:
@@ -180,7 +180,7 @@ def _measure(options: Options, config: GPTConfig, ranks: Ranks) -> Figures:
             if number >= WARM_UP:
                 samples[lane].append(time.perf_counter() - started)
     seconds = {lane: statistics.median(times) for lane, times in samples.items()}
-    saved = _save(model, step, ranks)
+    saved = _save(model, step, ranks)  # of the last lane, fsdp
     return Figures(seconds, saved, *(overlap(steps["ddp"]) if device.type == "cpu" else ()))
 
 

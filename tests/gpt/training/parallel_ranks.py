@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,7 @@ from gpt import GPT, TrainConfig, Trainer
 from gpt.data.dataset import IGNORED, Batch, TokenData
 from gpt.training import distributed, parallel
 from gpt.training.distributed import ALONE, Ranks
+from gpt.training.saver import Saver
 from gpt.training.step import DrawnBatches
 from tests.gpt.text import TEXT
 from tests.gpt.training.forks import check_succeeded, fork_ranks
@@ -172,10 +174,22 @@ def frozen(ranks: Ranks) -> bool:
     return all(kept)
 
 
+class SlowSaver(Saver):
+    """A saver that needs WAIT seconds more to complete what is being saved."""
+
+    WAIT = 0.3
+
+    def finish(self) -> None:
+        if self._saving is not None:
+            time.sleep(self.WAIT)
+        super().finish()
+
+
 def lanes(ranks: Ranks) -> bench.parallel.Figures:
-    """What bench.parallel measures."""
+    """What bench.parallel measures, with a slow saver."""
     options = bench.parallel.Options(steps=1, batch_size=2)
-    return bench.parallel._measure(options, without_noise().config, ranks)
+    with patch.object(bench.parallel, "Saver", SlowSaver):
+        return bench.parallel._measure(options, without_noise().config, ranks)
 
 
 SCENARIOS: dict[int, Sequence[Callable[[Ranks], Any]]] = {

@@ -18,7 +18,7 @@ import bench.parallel
 from gpt import InputError, TrainConfig, Trainer
 from gpt.training.distributed import Ranks
 from tests.gpt.training.forks import needs_fork
-from tests.gpt.training.parallel_ranks import DATA, ENGINES, RATE, TARGETS, UPDATE, Update, update
+from tests.gpt.training.parallel_ranks import DATA, ENGINES, RATE, TARGETS, UPDATE, SlowSaver, Update, update
 from tests.gpt.training.ranks import without_noise
 from tests.gpt.training.small_runs import CONFIG, make_model
 
@@ -147,14 +147,14 @@ def test_parameters_without_gradients_are_left(results: Results) -> None:
 def test_bench_times_every_lane(
     results: Results, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A lane that takes no steps, a percentage of another lane, or figures that are not saved."""
+    """A lane that takes no steps, a percentage of another lane, a save's two times mixed, or lost figures."""
     figures = results[2][0]["lanes"]
     assert tuple(figures.seconds) == bench.parallel.LANES
     assert min(figures.seconds.values()) > 0
     assert 0 <= figures.ended <= figures.started < figures.sums
     nbytes, blocked, complete = figures.saved
     assert nbytes > 3 * 4 * sum(p.numel() for p in without_noise().parameters())
-    assert 0 < blocked < complete
+    assert 0 < blocked <= complete - SlowSaver.WAIT
 
     seconds = dict(zip(bench.parallel.LANES, (0.1, 0.125, 0.12, 0.15, 0.1), strict=True))
     fixed = bench.parallel.Figures(seconds, (3 * 2**22, 0.5, 2.0), sums=4, started=3, ended=2)
