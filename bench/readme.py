@@ -31,7 +31,8 @@ PICTURE = RESULTS / "speed.svg"
 FILES = (ROOT / "README.md", ROOT / "bench" / "README.md")
 BLOCK = re.compile(r"<!-- bench:(?P<name>[\w-]+) -->\n.*?<!-- /bench:(?P=name) -->", re.DOTALL)
 NO_GPU = "Not measured on a GPU: run `python -m bench` on one."
-PARTS_OF_A_TOKEN = ("decode_block", "decode_embedding", "decode_head")
+# Left out of the summary: `generate` measures the whole token, and `train` the step.
+PARTS = ("decode_block", "decode_embedding", "decode_head", "curves")
 HEADLINES = ("both", "forward", "step", "decode")
 COLUMNS = f"| op | case | {OURS} | time over {OURS}'s (above 1: slower) |"
 RULE = "|---|---|---|---|"
@@ -130,7 +131,7 @@ def headlines(reports: dict[Path, Report]) -> tuple[Machine, list[list[Row]]] | 
     groups: dict[object, list[Row]] = {}
     for rows in table.races(row for row in report.rows if row.status == "measured"):
         headline = _headline(rows)
-        if headline and rows[0].op not in PARTS_OF_A_TOKEN:
+        if headline and rows[0].op not in PARTS:
             key = rows[0].op if report.machine.kind == "cuda" else _race(rows[0])
             groups.setdefault(key, headline)
     return (report.machine, list(groups.values())) if groups else None

@@ -123,7 +123,7 @@ def run(
     builds: dict[str, Callable[[], Call]] = {
         OURS: lambda: _step(config, train, batch, clock, use_triton=True if clock.on_gpu else "auto"),
         PLAIN: lambda: _step(
-            padded, train, batch, clock, use_triton=False, forward=_whole_logits, compiled=compiled
+            padded, train, batch, clock, use_triton=False, forward=whole_logits, compiled=compiled
         ),
     }
     if nanogpt is not None:
@@ -227,7 +227,7 @@ def _step(
     return lambda: step.enqueue([batch], train.learning_rate)
 
 
-def _whole_logits(
+def whole_logits(
     model: GPT, inputs: torch.Tensor, targets: torch.Tensor, document_start: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The loss over all logits. torch.compile fuses it; it would unroll a loop over chunks for minutes."""

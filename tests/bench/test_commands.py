@@ -301,7 +301,7 @@ def test_the_baseline_has_the_same_loss() -> None:
     idx, targets = torch.randint(TINY.vocab_size, (2, 3, 16))
     targets[0, :5] = IGNORED
     model = GPT(TINY)
-    torch.testing.assert_close(bench.train._whole_logits(model, idx, targets), model(idx, targets))
+    torch.testing.assert_close(bench.train.whole_logits(model, idx, targets), model(idx, targets))
 
 
 @pytest.mark.parametrize(
