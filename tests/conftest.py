@@ -66,7 +66,7 @@ def obstacle(marks: set[str], executing: bool) -> str | None:
             return "kernels are interpreted in this run: use -m gpu"
         if "driver" in marks and executing:
             return "no real GPU"
-    if marks & {"interpreter", "kernels"}:
+    elif marks & {"interpreter", "kernels"}:  # a module's mark does not keep its GPU tests off the GPU
         if not HAS_TRITON:
             return "triton is not installed"
         if not interpreting() and ("interpreter" in marks or not executing):
