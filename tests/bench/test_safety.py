@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import bench.safety
 import bench.sanitizer
 from bench.record import Report, load
-from bench.safety import Call, calls, changed_names, run
+from bench.safety import Call, calls, changed_names, run, zeroed_matmuls
 from gpt.cli import run_command
 from kernels.registry import SPECS
 from tests.bench.reports import MACHINE
@@ -100,6 +101,20 @@ def test_repeats_and_their_results(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.notes[0] == "layer_norm N5-C17 fp32: different bits when repeated: dbias, dweight, dx"
     assert run(todo, CPU, 0, None, report, "reference") == 0
     assert report.notes[-1] == "3 calls were made once"
+
+
+def test_rows_that_a_matmul_writes_are_zeroed() -> None:
+    """Padding that initcheck reports, a row of another chunk that is erased, or a result that is lost."""
+    a, b = torch.randn(2, 4), torch.randn(4, 5)
+    buffer = torch.full((4, 8), math.nan)
+    with zeroed_matmuls():
+        torch.mm(a, b, out=buffer[1:3, :5])
+    assert torch.equal(buffer[1:3, :5], torch.mm(a, b))
+    assert not buffer[1:3, 5:].any()
+    assert buffer[0].isnan().all()
+    assert buffer[3].isnan().all()
+    with zeroed_matmuls():
+        assert torch.equal(torch.mm(a, b), buffer[1:3, :5])
 
 
 OURS = """\
@@ -198,7 +213,8 @@ def test_a_tool_is_called_with_its_flags(tool: str, tmp_path: Path, monkeypatch:
     assert "--launch-timeout 0" in before
     assert ("--padding" in before) == (tool == "memcheck")
     assert uncached == ("1" if tool in ("memcheck", "initcheck") else "")
-    assert after.endswith("-m bench.safety --repeats 0 --op layer_norm --budget 9s")
+    zeroed = " --zero_matmuls" if tool == "initcheck" else ""
+    assert after.endswith(f"-m bench.safety --repeats 0 --op layer_norm{zeroed} --budget 9s")
     assert load(tmp_path / "report.json").notes == ["0 reports about this package's kernels, 0 about others"]
 
 
