@@ -86,6 +86,10 @@ def _layer_norm_bwd_kernel(
         dweight, dbias = new_dweight, new_dbias
 
         if dx_ptr is not None or dresidual_ptr is not None:
+            # The mean of one column is this column. A fused multiply-add, dy weight - mean_wdy, would give
+            # the rounding error of dy weight instead of 0.
+            if C == 1:
+                scaled = (total,)
             mean_wdy = (tl.sum(total, 1) / C)[:, None]  # (BLOCK_M, 1)
             mean_wdy_z = (tl.sum(projection, 1) / C)[:, None]  # (BLOCK_M, 1)
             for i in tl.static_range(TILES):
