@@ -7,7 +7,7 @@ and the host does not synchronise.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import kernels
 from gpt.block import Attention, Block, FeedForward, Linear, Norm, fuses_decoding
+from gpt.config import GPTConfig
 from gpt.head import TiedHead
 from gpt.inputs import positions
 from gpt.kept import borrow, fits
@@ -24,6 +25,7 @@ from gpt.kv_cache import KVCache
 from gpt.model import GPT
 from gpt.sampler import Form, Sampler, drawing
 
+OWN = frozenset(vars(nn.Module()))  # the attributes of every module, such as `training`
 PLAIN = (GPT, nn.Embedding, nn.ModuleList, Block, Norm, Attention, FeedForward, Linear, TiedHead)
 Logits = Callable[[Tensor, KVCache], Tensor]
 _capturing = threading.Lock()  # a process captures one graph at a time
@@ -73,15 +75,15 @@ class Decoder:
         self._choose(model.head(states[:, -1]), generator)
         self.length, self.intact = T + 1, True
 
-    def step(self, logits: Logits, generator: torch.Generator | None) -> None:
-        """Chooses the next token. `logits` is what `decoding_step` returns."""
+    def step(self, logits: Callable[[], Logits], generator: torch.Generator | None) -> None:
+        """Chooses the next token. `logits` returns what `decoding_step` does; a replay does not call it."""
         self.intact = False
         if not self._captures or not self._warm:
             self._warm = True  # the first step compiles kernels and fills the allocator's pools
-            self._run(logits, generator)
+            self._run(logits(), generator)
         else:
             if self._graph is None:
-                self._graph = self._capture(logits)
+                self._graph = self._capture(logits())
             self._replay(self._graph, generator)
         self.length, self.intact = self.length + 1, True
 
@@ -137,8 +139,10 @@ def lend(
         use_cache: False if no step uses the cache.
     """
     block, device = model.config.block_size, model.device
-    capturing = use_cache and captures(device) and not kernels.has_hooks(model)
-    if not (capturing and _is_plain(model) and fits(cache_bytes(model, batch, block))):
+    capturing, modules = use_cache and captures(device), list(model.modules())
+    plain = capturing and _are_plain(modules)
+    if not (plain and fits(cache_bytes(model, batch, block))):
+        capturing = capturing and (plain or not kernels.has_hooks(model))
         yield Decoder(model, form, batch, min(block, length), padded=padded, captures=capturing)
         return
 
@@ -154,7 +158,7 @@ def lend(
     def make() -> Decoder:
         return Decoder(model, form, batch, block, padded=padded, captures=True)
 
-    with borrow(model, key, _state(model), make) as decoder:
+    with borrow(model, key, _state(model.config, modules), make) as decoder:
         yield decoder
 
 
@@ -214,12 +218,13 @@ def _logits_of_modules(model: GPT, token: Tensor, cache: KVCache) -> Tensor:
 
 def _fuses(model: GPT) -> bool:
     """Whether the fused ops of decoding compute what the modules of `model` do."""
+    modules, dtype = list(model.modules()), model.dtype
     return (
         fuses_decoding(model.config)
         and not torch.is_autocast_enabled(model.device.type)
-        and _is_plain(model)
-        and len({norm.eps for norm in model.modules() if isinstance(norm, Norm)}) == 1
-        and all(p.dtype == model.dtype and p.is_contiguous() for p in model.parameters())
+        and _are_plain(modules)
+        and len({norm.eps for norm in modules if isinstance(norm, Norm)}) == 1
+        and all(p.dtype == dtype and p.is_contiguous() for p in _parameters(modules))
     )
 
 
@@ -237,24 +242,29 @@ def cache_bytes(model: GPT, batch: int, tokens: int) -> int:
     return 2 * config.n_layer * batch * config.n_head * tokens * config.head_size * model.dtype.itemsize
 
 
-def _is_plain(model: GPT) -> bool:
+def _are_plain(modules: Sequence[nn.Module]) -> bool:
     """Whether all modules are those of this package, without hooks."""
-    return all(kernels.is_plain(module, *PLAIN) for module in model.modules())
+    return all(kernels.is_plain(module, *PLAIN) for module in modules)
 
 
-def _state(model: GPT) -> Hashable:
+def _parameters(modules: Sequence[nn.Module]) -> Iterator[nn.Parameter]:
+    """The parameters of all modules of a model; torch's own iterator walks the tree of modules again."""
+    return (p for module in modules for p in module._parameters.values() if p is not None)
+
+
+def _state(config: GPTConfig, modules: Sequence[nn.Module]) -> Hashable:
     """What a graph has read of a plain model when it was captured: it is right while this stays equal."""
-    parameters = [(p.data_ptr(), p.dtype, p.shape, p.stride()) for p in model.parameters()]
-    modules = [(id(module), type(module), *_settings(module)) for module in model.modules()]
-    return model.config, tuple(parameters), tuple(modules)
+    parameters = [(p.data_ptr(), p.dtype, p.shape, p.stride()) for p in _parameters(modules)]
+    settings = [(id(module), type(module), *_settings(module)) for module in modules]
+    return config, tuple(parameters), tuple(settings)
 
 
-def _settings(module: nn.Module) -> Iterator[object]:
+def _settings(module: nn.Module) -> list[object]:
     """The attributes that a module's forward may read, such as `eps`; a GPT's own decide nothing here."""
-    if not isinstance(module, GPT):
-        for name, value in vars(module).items():
-            if name != "training" and isinstance(value, (str, int, float)):
-                yield value
+    if isinstance(module, GPT):
+        return []
+    attributes = vars(module).items()
+    return [value for name, value in attributes if name not in OWN and isinstance(value, (str, int, float))]
 
 
 @cache

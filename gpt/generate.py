@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache, partial
+
 import torch
 from torch import Tensor
 
@@ -72,7 +74,7 @@ def _continue_cached(
     """`idx` and the tokens after it, up to `end` or to the end of the cache."""
     decoder.start(model, idx, key_start, progress.generator)
     progress.update()
-    logits, end = decoding_step(model, len(idx)), min(end, decoder.cache.size + 1)
+    logits, end = cache(partial(decoding_step, model, len(idx))), min(end, decoder.cache.size + 1)
     while decoder.length < end and not progress.stopped:
         decoder.step(logits, progress.generator)
         progress.update()

@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import random
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import kernels
 from gpt import GPT
-from gpt.decoding import Decoder, captures
+from gpt.decoding import Decoder, Logits, captures, decoding_step
 from gpt.sampler import Settings, draw
 from tests.gpt.graphs import Recording, fake
 from tests.gpt.models import SMALL, padded, random_model, tokens
@@ -142,6 +143,23 @@ def test_a_second_generation_captures_nothing(graphs: list[Recording]) -> None:
     with torch.no_grad():
         model.wte.weight.add_(0.1)
     model.generate(tokens(1, 5), 3, **settings)
+    assert len(graphs) == 1
+
+
+def test_only_new_steps_are_prepared(graphs: list[Recording], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking up a step's parameters for the first token alone, or for steps that are replayed."""
+    prepared: list[int] = []
+
+    def prepare(model: GPT, batch: int) -> Logits:
+        prepared.append(batch)
+        return decoding_step(model, batch)
+
+    monkeypatch.setattr(sys.modules["gpt.generate"], "decoding_step", prepare)
+    model, counts = random_model(n_layer=1), []
+    for new in (1, 6, 6):
+        model.generate(tokens(1, 3), new)
+        counts.append(len(prepared))
+    assert counts == [0, 1, 1]
     assert len(graphs) == 1
 
 
