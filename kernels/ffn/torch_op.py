@@ -103,7 +103,8 @@ def _backward(
 ) -> Gradients:
     """The gradients for `dy`, the gradient of y. `needs` has a flag for each."""
     need_dx, need_dw_up, need_db_up, need_dw_down, need_db_down = needs
-    gradients = dx, dw_up, db_up, dw_down, db_down = _gradient_buffers(dy, x, h, w_up, w_down, needs)
+    later = False, *needs[1:]  # dx is allocated when the memory of `a` is free again
+    dx, dw_up, db_up, dw_down, db_down = _gradient_buffers(dy, x, h, w_up, w_down, later)
     rows, dy = _rows(x), _rows(dy)
     b_up = None if b_up is None else b_up.contiguous()
     a = torch.empty_like(h) if need_dw_down else None
@@ -121,15 +122,17 @@ def _backward(
         elif a is not None:
             bias_gelu_forward(h=h, bias=b_up, a=a, tanh=tanh).run()
 
-    if need_dx:
-        torch.mm(dh, w_up, out=_rows(dx))
-    if need_dw_up:
-        torch.mm(dh.t(), rows, out=dw_up)
     if a is not None:
         torch.mm(dy.t(), a, out=dw_down)
+        a = None
+    if need_dw_up:
+        torch.mm(dh.t(), rows, out=dw_up)
     if need_db_down:
         torch.sum(dy, 0, out=db_down)
-    return gradients
+    if need_dx:
+        dx = x.new_empty(x.shape)
+        torch.mm(dh, w_up, out=_rows(dx))
+    return dx, dw_up, db_up, dw_down, db_down
 
 
 def _backward_fake(
