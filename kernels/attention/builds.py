@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kernels import tuning
-from kernels.attention.backward import _attention_bwd_dkdv_kernel, attention_backward
+from kernels.attention.backward import attention_backward
 from kernels.attention.decode import attention_decode
 from kernels.attention.forward import attention_forward
 from kernels.spec import FLOAT_DTYPES, SHORT_DTYPE, Build
@@ -16,9 +16,14 @@ from kernels.spec import FLOAT_DTYPES, SHORT_DTYPE, Build
 _HEAD_DIMENSIONS = (16, 32, 64, 96, 128, 256)
 _GATED_HEAD_DIMENSIONS = (64, 128)
 _WITH_START = {"masked": "key_start is a second comparison for each element"}
-_WIDE_DKDV = dict.fromkeys(
-    ("spills", "masked"), "Triton 3.7 spills 24 bytes at 255 registers; fewer queries make smaller matmuls"
-)
+_WIDE = {  # the kernels of D 128
+    "_attention_bwd_dq_kernel": {
+        "spills": "only the masked loop spills; 128 registers let two programs share a multiprocessor"
+    },
+    "_attention_bwd_dkdv_kernel": dict.fromkeys(
+        ("copies", "spills", "masked"), "an H200 is slower with tiles that prefetch in 255 registers"
+    ),
+}
 _VARIANTS: tuple[dict[str, Any], ...] = ({}, {"key_start": True}, {"dropout_p": 0.1}, {"hkv": 2})
 
 
@@ -65,8 +70,8 @@ def _causal(
 
     arguments |= {"grad": grad, "dq": dq, "dk": dk, "dv": dv}
     for launch in attention_backward(**arguments, tiles=tiles._replace(atomic=None)):
-        wide = d == 128 and launch.kernel is _attention_bwd_dkdv_kernel
-        yield launch.build(label, gated=gated, exceptions=exceptions | _WIDE_DKDV if wide else exceptions)
+        wide = _WIDE.get(launch.kernel.__name__, {}) if d == 128 else {}
+        yield launch.build(label, gated=gated, exceptions=exceptions | wide)
     if d in _GATED_HEAD_DIMENSIONS and dtype != torch.float32:
         atomic = tiles._replace(atomic=tiles.atomic or tuning.ATTENTION_ATOMIC[d])
         for launch in attention_backward(**arguments, tiles=atomic):
