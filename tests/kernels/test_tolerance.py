@@ -88,6 +88,16 @@ def test_planted_faults_fail(fault: str, dtype: torch.dtype) -> None:
     assert not verdict.ok, f"{fault}: {verdict}"
 
 
+def test_few_elements_are_judged_by_their_largest_error() -> None:
+    """A correct result of 4 elements that fails because the reference's roundings happen to be small."""
+    r64 = torch.tensor([1.0, 0.4, 0.2, -0.3], dtype=torch.float64)
+    y, r = (r64 + torch.tensor(errors) for errors in ([4e-3, 4e-3, -4e-3, 4e-3], [1e-3, 1e-4, 1e-4, 0.0]))
+    assert compare("dw", y, r, r64, dtype=torch.bfloat16, scale=1.0).ok
+    many = [t.repeat(8) for t in (y, r, r64)]
+    assert not compare("dw", *many, dtype=torch.bfloat16, scale=1.0).ok
+    assert not compare("dw", r64 + 2e-2, r, r64, dtype=torch.bfloat16, scale=1.0).ok
+
+
 def test_a_missing_gradient_fails() -> None:
     """A backward pass that returns None where the reference has a gradient, or the reverse."""
     r64 = torch.ones(3, dtype=torch.float64)
