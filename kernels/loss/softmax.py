@@ -10,8 +10,6 @@ from kernels.device_functions import LOG2E
 from kernels.launch import Launch, cdiv
 from kernels.tuning import Tile, loss_tile
 
-LN2 = tl.constexpr(0.6931471805599453)
-
 
 @triton.jit
 def _load_logits(logits_ptr, bias_ptr, offs_v, counted, V, width, MASKED: tl.constexpr):
@@ -46,15 +44,25 @@ def _by_lane(x, LANES: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _exp(x):
+    """exp(x) of a difference x of logits.
+
+    The difference comes first: it is exact where the logits are close. Scaled first, large logits would be
+    rounded, and differently in each place where the compiler fuses the multiplication or does not.
+    """
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
 def _add_tile(logits, level, total, LANES: tl.constexpr, WIDTH: tl.constexpr):
     """Online softmax by lane: adds a tile of logits (BLOCK_M, BLOCK) to level and total (BLOCK_M, LANES).
 
-    Over all logits x of a lane, level = max(x) LOG2E and total = Σ 2^(x LOG2E - level).
+    Over all logits x of a lane, level = max(x) and total = Σ exp(x - level).
     """
     logits = _by_lane(logits, LANES, WIDTH)
-    new_level = tl.maximum(level, tl.max(tl.max(logits, 3), 1) * LOG2E)
-    p = tl.exp2(logits * LOG2E - new_level[:, None, :, None])
-    return new_level, total * tl.exp2(level - new_level) + tl.sum(tl.sum(p, 3), 1)
+    new_level = tl.maximum(level, tl.max(tl.max(logits, 3), 1))
+    p = _exp(logits - new_level[:, None, :, None])
+    return new_level, total * _exp(level - new_level) + tl.sum(tl.sum(p, 3), 1)
 
 
 @triton.jit
@@ -114,14 +122,14 @@ def _cross_entropy_kernel(
             logit_sum += tl.sum(tl.sum(_by_lane(logits, LANES, WIDTH), 3), 1)
 
     row_level = tl.max(level, 1)  # (BLOCK_M,)
-    row_sum = tl.sum(total * tl.exp2(level - row_level[:, None]), 1)
+    row_sum = tl.sum(total * _exp(level - row_level[:, None]), 1)
     log_sum = tl.log(row_sum)
-    lse = row_level * LN2 + log_sum
+    lse = row_level + log_sum
     # The loss is a sum of differences from the level: lse - target_logit would cancel in a confident row.
-    target_level = target_logit * LOG2E - row_level
-    loss = log_sum - (1 - label_smoothing) * LN2 * target_level + z_loss * lse * lse
+    shifted_target = target_logit - row_level
+    loss = log_sum - (1 - label_smoothing) * shifted_target + z_loss * lse * lse
     if HAS_SMOOTHING:
-        loss -= label_smoothing * LN2 * (tl.sum(logit_sum, 1) / V * LOG2E - row_level)
+        loss -= label_smoothing * (tl.sum(logit_sum, 1) / V - row_level)
     tl.store(losses_ptr + offs_m, tl.where(counted, loss, 0.0), mask=mask_m)
 
     if HAS_GRADIENT:
@@ -135,21 +143,21 @@ def _cross_entropy_kernel(
         for start in tl.range(0, whole, BLOCK_V):
             offs_v = start + tl.arange(0, BLOCK_V)
             logits = _load_logits(logits_ptr, bias_ptr, offs_v, counted, V, stride_ln, MASKED=False)
-            dlogits = tl.exp2(logits * LOG2E - row_level[:, None]) * factor[:, None]  # (BLOCK_M, BLOCK_V)
+            dlogits = _exp(logits - row_level[:, None]) * factor[:, None]  # (BLOCK_M, BLOCK_V)
             if HAS_SMOOTHING:
                 dlogits -= smoothing[:, None]
             tl.store(logits_ptr + offs_v[None, :], dlogits.to(logits_ptr.dtype.element_ty))
         for start in tl.range(whole, V, BLOCK_MASKED):
             offs_v = start + tl.arange(0, BLOCK_MASKED)
             logits = _load_logits(logits_ptr, bias_ptr, offs_v, counted, V, stride_ln, MASKED=True)
-            dlogits = tl.exp2(logits * LOG2E - row_level[:, None]) * factor[:, None]
+            dlogits = _exp(logits - row_level[:, None]) * factor[:, None]
             if HAS_SMOOTHING:
                 dlogits -= tl.where((offs_v < V)[None, :], smoothing[:, None], 0.0)
             mask = mask_m[:, None] & (offs_v < stride_ln)[None, :]
             tl.store(logits_ptr + offs_v[None, :], dlogits.to(logits_ptr.dtype.element_ty), mask=mask)
 
         tl.debug_barrier()  # the loops have written the target's column before another thread overwrites it
-        dtarget = tl.exp2(target_level) * factor - grad * (1 - label_smoothing) - smoothing
+        dtarget = _exp(shifted_target) * factor - grad * (1 - label_smoothing) - smoothing
         tl.store(target_ptrs, dtarget.to(logits_ptr.dtype.element_ty), mask=inside)
 
 

@@ -155,6 +155,21 @@ def test_the_level_of_the_logits_changes_nothing(shift: float) -> None:
 
 
 @pytest.mark.kernels
+@pytest.mark.parametrize("level", [-3000.0, 3000.0])
+def test_large_logits_lose_no_accuracy(level: float) -> None:
+    """Logits that are rounded once more, or differently in the sum and in the gradients."""
+    weight = (level + torch.randn(33, 1)).requires_grad_()  # the logits of x = 1
+    x, targets = torch.ones(1, 1), torch.tensor([5])
+    results = []
+    for leaf in (weight, weight.detach().double().requires_grad_()):
+        loss = on_triton if leaf is weight else reference.linear_cross_entropy
+        value = loss(x.to(leaf.dtype), leaf, targets)
+        results.append((value, *torch.autograd.grad(value, leaf)))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.kernels
 def test_all_targets_ignored() -> None:
     """0 / 0, or uninitialised gradients, where every target is ignored; or an ignore_index fixed at -100."""
     for reduction in ("mean", "sum", "none"):
