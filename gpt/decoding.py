@@ -6,7 +6,6 @@ and the host does not synchronise.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 import kernels
 from gpt.block import Attention, Block, FeedForward, Linear, Norm, fuses_decoding
 from gpt.config import GPTConfig
+from gpt.cuda_graph import captured
 from gpt.head import TiedHead
 from gpt.inputs import positions
 from gpt.kept import borrow, fits
@@ -28,7 +28,6 @@ from gpt.sampler import Form, Sampler, drawing
 OWN = frozenset(vars(nn.Module()))  # the attributes of every module, such as `training`
 PLAIN = (GPT, nn.Embedding, nn.ModuleList, Block, Norm, Attention, FeedForward, Linear, TiedHead)
 Logits = Callable[[Tensor, KVCache], Tensor]
-_capturing = threading.Lock()  # a process captures one graph at a time
 
 
 class Decoder:
@@ -97,15 +96,11 @@ class Decoder:
         self._ids.index_copy_(1, self.cache.index, self.sampler.token[:, None])
 
     def _capture(self, logits: Logits) -> torch.cuda.CUDAGraph:
-        """A step as a CUDA graph. Other threads may use the GPU during the capture."""
-        graph, device = torch.cuda.CUDAGraph(), self._ids.device
+        """A step as a CUDA graph."""
+        graph = torch.cuda.CUDAGraph()
         if self.sampler.form.do_sample:
             graph.register_generator_state(self._generator)
-        with (
-            _capturing,
-            torch.cuda.device(device),
-            torch.cuda.graph(graph, stream=_capture_stream(device), capture_error_mode="thread_local"),
-        ):
+        with captured(graph, _capture_stream(self._ids.device)):
             self._run(logits, self._generator)
         return graph
 

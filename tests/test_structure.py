@@ -23,7 +23,7 @@ GPT_LAYERS = (  # top first: a file imports from its own layer and from those be
     {"training", "generate", "decoding", "sampler", "weights"},
     {"model"},
     {"block", "head", "kv_cache", "kept", "inputs", "packing", "preflight", "step_time", "cluster", "data"},
-    {"config", "names", "device", "files", "cli"},
+    {"config", "names", "device", "cuda_graph", "files", "cli"},
     {"memory"},
     {"errors", "interrupts"},
 )

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from gpt.cuda_graph import captured
 from gpt.data.dataset import Batch
 from gpt.errors import first_line
 
@@ -75,10 +76,7 @@ class StepGraph:
             for b in batches
         ]
         try:
-            with (
-                torch.cuda.device(self._device),
-                torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
-            ):
+            with captured(graph, self._stream):
                 self._result = self._run(self._batches)
         except RuntimeError as error:
             self._fails = True

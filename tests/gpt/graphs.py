@@ -5,6 +5,7 @@ A capture leaves memory and random state unchanged, and a replay runs the same o
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -99,6 +100,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
 
     @contextmanager
     def capture(graph: Recording, stream: object, capture_error_mode: str) -> Iterator[None]:
+        assert not gc.isenabled()  # it could free another graph, which CUDA does not permit here
         try:
             with graph:
                 yield
