@@ -125,6 +125,8 @@ class OpSpec:
         dtypes: The dtypes that the kernels support; float64 runs on the reference only.
         follows_autocast: Whether the first output has the autocast dtype under autocast.
         writes: The inputs that the op writes, such as caches.
+        terms: ``(inputs) -> the number of values that an element of a gradient sums one after another``. None
+            if they are few, or if partial sums are added.
     """
 
     name: str
@@ -141,6 +143,7 @@ class OpSpec:
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
     follows_autocast: bool = True
     writes: tuple[str, ...] = ()
+    terms: Callable[[Mapping[str, Any]], int] | None = None
 
     def tagged(self, *tags: str) -> tuple[Case, ...]:
         """The cases that carry any of `tags`."""

@@ -86,6 +86,7 @@ class Oracle:
     ) -> None:
         wanted = spec.gradients if gradients is None else gradients
         self.dtype = dtype
+        self.terms = 1 if spec.terms is None else spec.terms(inputs)
         self.same_dtype = run_case(spec.reference, inputs, wanted, spec.writes)
         wide_inputs = {n: v.to(oracle_dtype) if _is_float(v) else v for n, v in inputs.items()}
         self.wide = run_case(spec.reference, wide_inputs, wanted, spec.writes)
@@ -95,7 +96,15 @@ class Oracle:
     def judge(self, results: Mapping[str, torch.Tensor | None]) -> list[Verdict]:
         """One verdict for each output and gradient in `results`, a dict as `run_case` returns it."""
         return [
-            compare(name, results.get(name), self.same_dtype[name], wide, dtype=self.dtype, scale=self.scale)
+            compare(
+                name,
+                results.get(name),
+                self.same_dtype[name],
+                wide,
+                dtype=self.dtype,
+                scale=self.scale,
+                terms=1 if name.startswith("out") else self.terms,
+            )
             for name, wide in self.wide.items()
         ]
 

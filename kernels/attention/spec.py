@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -109,6 +109,12 @@ def _causal_bytes(case: Case, dtype: torch.dtype, direction: str) -> int:
     queries = case["B"] * case["H"] * case["Tq"] * case["D"] * dtype.itemsize
     keys = case["B"] * _heads(case) * case["Tk"] * case["D"] * dtype.itemsize
     return 2 * queries + 2 * keys if direction == "forward" else 4 * queries + 4 * keys
+
+
+def _causal_terms(inputs: Mapping[str, Any]) -> int:
+    """A key's gradient sums over the queries of all heads that share it; a query's sums over the keys."""
+    q, k = inputs["q"], inputs["k"]
+    return max(q.shape[1] // k.shape[1] * q.shape[2], k.shape[2])
 
 
 def _decode_flops(case: Case, direction: str) -> int:
@@ -230,6 +236,7 @@ CAUSAL = OpSpec(
     flops=_causal_flops,
     builds=_causal_builds,
     bytes=_causal_bytes,
+    terms=_causal_terms,
 )
 
 CAUSAL_QKV = OpSpec(
@@ -260,6 +267,7 @@ CAUSAL_QKV = OpSpec(
     ),
     flops=lambda case, direction: _causal_flops(_unpacked(case), direction),
     bytes=lambda case, dtype, direction: _causal_bytes(_unpacked(case), dtype, direction),
+    terms=lambda inputs: inputs["qkv"].shape[1],
 )
 
 DECODE = OpSpec(

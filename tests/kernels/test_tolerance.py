@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -96,6 +98,23 @@ def test_few_elements_are_judged_by_their_largest_error() -> None:
     many = [t.repeat(8) for t in (y, r, r64)]
     assert not compare("dw", *many, dtype=torch.bfloat16, scale=1.0).ok
     assert not compare("dw", r64 + 2e-2, r, r64, dtype=torch.bfloat16, scale=1.0).ok
+
+
+def test_many_terms_may_be_added_one_after_another() -> None:
+    """A correct float32 sum that fails because the reference adds partial sums, or an excuse for faults."""
+    addends = torch.randn(8192, 2000) * 0.02
+    addends[0] = 2
+    addends[:, 100:] *= 0.01  # gradients of most keys are small
+    r, r64 = addends.sum(0), addends.double().sum(0)
+    y = torch.from_numpy(np.add.accumulate(addends.numpy())[-1])
+    rule: dict[str, Any] = {"dtype": torch.float32, "scale": 4.0}
+    assert not compare("dk", y, r, r64, **rule).ok
+    assert compare("dk", y, r, r64, **rule, terms=8192).ok
+    assert not compare("dk", r64.float() + 1e-4, r, r64, **rule, terms=8192).ok
+    assert not compare("dk", (r64 - addends[-1]).float(), r, r64, **rule, terms=8192).ok
+    half: dict[str, Any] = {"dtype": torch.bfloat16, "scale": 4.0}
+    ratios = [compare("dk", y, r, r64, **half, terms=terms).max_ratio for terms in (1, 8192)]
+    assert ratios[0] == pytest.approx(ratios[1], rel=0.01)  # hidden by the rounding of the result
 
 
 def test_a_missing_gradient_fails() -> None:
