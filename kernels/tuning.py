@@ -146,21 +146,34 @@ def _narrowest(rows: dict[int, Row], d: int) -> Row:
     return next(row for width, row in rows.items() if d <= width)
 
 
-def attention_decode_tile(architecture: int, itemsize: int, d: int) -> Tile:
-    """The tile of decoding: queries that share a key head, by keys; arguments as `attention_tiles`'."""
+def attention_decode_tile(architecture: int, itemsize: int, d: int, keys: int) -> Tile:
+    """The tile of decoding: queries that share a key head, by keys; arguments as `attention_tiles`'.
+
+    A short 16-bit cache has tiles of few keys and few warps: a part of its keys is one or two tiles, and the
+    program that joins the parts has fewer warps to synchronise. On sm_90, the only architecture that was
+    measured, 32 keys and one warp were the fastest of five tiles at 192 and at 1,000 keys. In a long cache,
+    larger tiles keep more reads in flight.
+
+    keys: the length of the cache.
+    """
     if architecture == 0:
         return Tile(16, 16)
-    return Tile(16, 128 * 64 // max(64, next_power_of_2(d)) * 2 // itemsize, 4, 2)
+    columns = max(64, next_power_of_2(d))
+    if itemsize == 2 and keys <= 2048:
+        return Tile(16, 32, columns // 64, 2)
+    return Tile(16, 128 * 64 // columns * 2 // itemsize, 4, 2)
 
 
-def attention_decode_splits(device: torch.device, programs: int, keys: int, block_n: int) -> int:
-    """How many parts decoding splits the keys into: enough for two programs per multiprocessor, at most 64.
+def attention_decode_splits(device: torch.device, programs: int, keys: int, tile: Tile) -> int:
+    """How many parts decoding splits the keys into: enough for eight warps per multiprocessor.
 
-    programs: programs per part. keys: the length of the cache. block_n: keys per tile.
+    At most 16 for each warp of a program, which reads all parts at once when it joins them.
+
+    programs: programs per part. keys: the length of the cache.
     """
     multiprocessors = _multiprocessors(device) if device.type == "cuda" else 2
-    wanted = -(-2 * multiprocessors // max(1, programs))
-    return max(1, min(wanted, -(-keys // block_n), 64))
+    wanted = -(-8 * multiprocessors // max(1, programs * tile.num_warps))
+    return max(1, min(wanted, -(-keys // tile.block_n), 16 * tile.num_warps))
 
 
 def _multiprocessors(device: torch.device) -> int:

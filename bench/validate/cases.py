@@ -131,7 +131,7 @@ def _decode(d: int) -> Callable[..., Sample]:
         from kernels.attention.decode import attention_decode
 
         inputs = Inputs()
-        tile = tuning.attention_decode_tile(architecture, HALF.itemsize, d)
+        tile = tuning.attention_decode_tile(architecture, HALF.itemsize, d, 1024)
         b, h, tq, keys = 2, 2, 3, PROGRAMS * 4 * tile.block_n - 9  # two parts of four tiles of keys
         q, k, v = (
             inputs.normal(b, h, tq, d),

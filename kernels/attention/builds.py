@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -79,14 +80,14 @@ def _causal(
 
 
 def decode_builds(architecture: int) -> Iterator[Build]:
-    """Decoding at every dtype and head dimension."""
-    for dtype in FLOAT_DTYPES:
+    """Decoding at every dtype and head dimension, with a short and a long cache."""
+    for dtype, keys in itertools.product(FLOAT_DTYPES, (1024, 4096)):
         for d in _HEAD_DIMENSIONS:
             meta: dict[str, Any] = {"device": "meta", "dtype": dtype}
             q, out = (torch.empty(2, 4, 1, d, **meta) for _ in range(2))
-            k, v = (torch.empty(2, 4, 1024, d, **meta) for _ in range(2))
+            k, v = (torch.empty(2, 4, keys, d, **meta) for _ in range(2))
             cache_len, key_start = (torch.empty(2, device="meta", dtype=torch.int32) for _ in range(2))
-            tile = tuning.attention_decode_tile(architecture, dtype.itemsize, d)
+            tile = tuning.attention_decode_tile(architecture, dtype.itemsize, d, keys)
             launch = attention_decode(
                 q=q,
                 k=k,
@@ -96,7 +97,7 @@ def decode_builds(architecture: int) -> Iterator[Build]:
                 out=out,
                 counter=cache_len,
                 scale=0.125,
-                splits=8,
+                splits=16 * tile.num_warps,
                 tile=tile,
             )
-            yield launch.build(f"{SHORT_DTYPE[dtype]}-D{d}")
+            yield launch.build(f"{SHORT_DTYPE[dtype]}-D{d}-T{keys}")

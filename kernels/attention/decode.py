@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels.attention.forward import block_d, load_rows, strides
 from kernels.device_functions import LOG2E
 from kernels.launch import Launch, cdiv, precision
-from kernels.tuning import Tile
+from kernels.tuning import Tile, next_power_of_2
 
 
 @triton.jit
@@ -21,33 +21,27 @@ def _join(
     part_ptr,
     lse2_ptr,
     part,
+    used,
     offs_d,
-    mask_m,
-    mask,
-    SPLITS: tl.constexpr,
     D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
-    """The output of a tile of queries: the sum of its parts, each weighted by its share of the softmax's sum.
+    """The output of a query: the sum of its parts, each weighted by its share of the softmax's sum.
 
-    part: (BLOCK_M,) int64, index of each query's first part. Returns float32 (BLOCK_M, BLOCK_D).
+    part: int64, index of the query's first part. used: how many parts, up to BLOCK_S, are stored. All of them
+    are read at once. Returns float32 (BLOCK_D,).
     """
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    for split in tl.range(SPLITS):
-        lse2 = tl.load(lse2_ptr + part + split, mask=mask_m, other=float("-inf"), cache_modifier=".cg")
-        row_max = tl.maximum(row_max, lse2)
-    shift = tl.where(row_max == float("-inf"), 0.0, row_max)
+    offs_s = tl.arange(0, BLOCK_S)
+    mask_s = offs_s < used
+    mask = mask_s[:, None] & (offs_d < D)[None, :]
+    offs = (part + offs_s)[:, None] * D + offs_d[None, :]
+    lse2 = tl.load(lse2_ptr + part + offs_s, mask=mask_s, other=float("-inf"), cache_modifier=".cg")
+    parts = tl.load(part_ptr + offs, mask=mask, other=0.0, cache_modifier=".cg")  # (BLOCK_S, BLOCK_D)
 
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    for split in tl.range(SPLITS):
-        lse2 = tl.load(lse2_ptr + part + split, mask=mask_m, other=float("-inf"), cache_modifier=".cg")
-        offs = (part + split)[:, None] * D + offs_d[None, :]
-        weight = tl.exp2(lse2 - shift)
-        acc += tl.load(part_ptr + offs, mask=mask, other=0.0, cache_modifier=".cg") * weight[:, None]
-        total += weight
-    return acc / tl.where(total == 0, 1.0, total)[:, None]
+    row_max = tl.max(lse2, 0)
+    weight = tl.exp2(lse2 - tl.where(row_max == float("-inf"), 0.0, row_max))  # (BLOCK_S,)
+    total = tl.sum(weight, 0)
+    return tl.sum(parts * weight[:, None], 0) / tl.where(total == 0, 1.0, total)
 
 
 @triton.jit
@@ -72,6 +66,7 @@ def _attention_decode_kernel(
     Tmax,  # keys that the caches have space for
     scale2,  # the softmax's scale * log2(e)
     SPLITS: tl.constexpr,  # parts of the keys; with one part, part_ptr, lse2_ptr and counter_ptr are None
+    BLOCK_S: tl.constexpr,  # SPLITS, rounded up to a power of two
     GROUPS: tl.constexpr,  # query heads per key head
     D: tl.constexpr,  # head dimension
     HAS_START: tl.constexpr,  # start_ptr is not None
@@ -83,7 +78,7 @@ def _attention_decode_kernel(
 ):  # fmt: skip
     """One part of the keys for a tile of the (GROUPS * Tq) queries that read the same key head.
 
-    The program that stores the last part of a tile joins the tile's parts.
+    The program that stores the last part of a tile joins the tile's parts. Parts without keys are not stored.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -110,9 +105,13 @@ def _attention_decode_kernel(
     if HAS_START:
         first = tl.minimum(tl.maximum(tl.load(start_ptr + pid_b * stride_sb), 0), Tmax)
     begin = first // BLOCK_N * BLOCK_N  # of all keys, then of this part
-    per_split = tl.cdiv(tl.cdiv(tl.maximum(cache_len - begin, 0), BLOCK_N), SPLITS) * BLOCK_N
-    begin += split * per_split
-    end = tl.minimum(begin + per_split, cache_len)
+    tiles = tl.cdiv(tl.maximum(cache_len, begin) - begin, BLOCK_N)
+    per_part = tl.maximum(tl.cdiv(tiles, SPLITS), 1)
+    used = tl.maximum(tl.cdiv(tiles, per_part), 1)  # parts with keys; without any key, the first
+    if split >= used:
+        return
+    begin += split * per_part * BLOCK_N
+    end = tl.minimum(begin + per_part * BLOCK_N, cache_len)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -135,21 +134,23 @@ def _attention_decode_kernel(
 
     empty = row_max == float("-inf")  # (BLOCK_M,) queries that see no key of this part
     out = acc / tl.where(empty, 1.0, row_sum)[:, None]
-    joins = True
-    if SPLITS > 1:
+    if SPLITS == 1:
+        out_rows = pid_b * stride_ob + pid_h * stride_oh + query.to(tl.int64) * stride_ot
+        tl.store(out_ptr + out_rows[:, None] + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
         part = ((pid_b * H + pid_h) * Tq + query) * SPLITS  # (BLOCK_M,)
         lse2 = row_max + tl.log2(tl.where(empty, 1.0, row_sum))
         tl.store(lse2_ptr + part + split, lse2, mask=mask_m)
         tl.store(part_ptr + (part + split)[:, None] * D + offs_d[None, :], out, mask=mask)
         # The barrier puts the stores of all threads before the release, which one thread does.
         tl.debug_barrier()
-        joins = tl.atomic_add(counter_ptr + pid // SPLITS, 1, sem="acq_rel") == SPLITS - 1
-
-    if joins:
-        if SPLITS > 1:
-            out = _join(part_ptr, lse2_ptr, part, offs_d, mask_m, mask, SPLITS, D, BLOCK_M, BLOCK_D)
-        out_rows = pid_b * stride_ob + pid_h * stride_oh + query.to(tl.int64) * stride_ot
-        tl.store(out_ptr + out_rows[:, None] + offs_d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+        if tl.atomic_add(counter_ptr + pid // SPLITS, 1, sem="acq_rel") == used - 1:
+            for row in tl.range(pid_m * BLOCK_M, tl.minimum((pid_m + 1) * BLOCK_M, GROUPS * Tq)):
+                row_h, row_t = pid_k * GROUPS + row // Tq, row % Tq
+                row_part = ((pid_b * H + row_h) * Tq + row_t) * SPLITS
+                joined = _join(part_ptr, lse2_ptr, row_part, used, offs_d, D, BLOCK_S)
+                out_row = out_ptr + pid_b * stride_ob + row_h * stride_oh + row_t.to(tl.int64) * stride_ot
+                tl.store(out_row + offs_d, joined.to(out_ptr.dtype.element_ty), mask=offs_d < D)
 
 
 def query_tiles(h: int, hkv: int, tq: int, tile: Tile) -> int:
@@ -200,6 +201,7 @@ def attention_decode(
         "Tmax": k.shape[2],
         "scale2": scale * LOG2E.value,
         "SPLITS": splits,
+        "BLOCK_S": next_power_of_2(splits),
         "GROUPS": groups,
         "D": d,
         "HAS_START": key_start is not None,

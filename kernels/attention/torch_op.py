@@ -319,8 +319,8 @@ def _decode(
     out = _decode_output(q)
     b, h, tq, d = q.shape
     hkv, tmax = k_cache.shape[1:3]
-    tile = attention_decode_tile(architecture(q.device), q.element_size(), d)
-    splits = attention_decode_splits(q.device, b * hkv, tmax, tile.block_n)
+    tile = attention_decode_tile(architecture(q.device), q.element_size(), d, tmax)
+    splits = attention_decode_splits(q.device, b * hkv, tmax, tile)
     tiles = b * query_tiles(h, hkv, tq, tile)
     counter = q.new_zeros(tiles, dtype=torch.int32) if splits > 1 else None
 

@@ -41,11 +41,11 @@ def decode_block_forward(
 
     Each launch reads what the one before it has written. Shapes as in `kernels.decode_block`.
     """
-    b, hkv, _, d = k_cache.shape
+    b, hkv, tmax, d = k_cache.shape
     width = proj_weight.shape[1]  # of the queries of all heads
     q, attended = x.new_empty(b, width), x.new_empty(b, width)
     h, inner = x.new_empty(x.shape), x.new_empty(b, up_weight.shape[0])
-    attention_tile = attention_decode_tile(architecture, x.element_size(), d)
+    attention_tile = attention_decode_tile(architecture, x.element_size(), d, tmax)
     counters = b * query_tiles(width // d, hkv, 1, attention_tile)
     counter = x.new_empty(counters, dtype=torch.int32) if splits > 1 else None
 

@@ -57,7 +57,7 @@ def block_builds(architecture: int) -> Iterator[Build]:
                     approximate="tanh",
                     out=x,
                     architecture=architecture,
-                    splits=8,
+                    splits=16,
                 )
                 for name, launch in zip(_NAMES, launches, strict=True):
                     label = f"{SHORT_DTYPE[dtype]}-C{c}-B{b}-{name}"

@@ -96,7 +96,7 @@ def _block(x: Tensor, k_cache: Tensor, v_cache: Tensor, cache_len: Tensor, **opt
     out = _block_output(x)
     b, hkv, tmax, d = k_cache.shape
     device = x.device
-    tile = attention_decode_tile(architecture(device), x.element_size(), d)
+    tile = attention_decode_tile(architecture(device), x.element_size(), d, tmax)
     launches = decode_block_forward(
         x=x,
         k_cache=k_cache,
@@ -105,7 +105,7 @@ def _block(x: Tensor, k_cache: Tensor, v_cache: Tensor, cache_len: Tensor, **opt
         **options,
         out=out,
         architecture=architecture(device),
-        splits=attention_decode_splits(device, b * hkv, tmax, tile.block_n),
+        splits=attention_decode_splits(device, b * hkv, tmax, tile),
     )
     with torch.cuda.device_of(x):
         for launch in launches:

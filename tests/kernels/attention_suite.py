@@ -126,7 +126,7 @@ def _launches_agree(
         counter=guarded(torch.zeros(b * hkv, dtype=torch.int32)),
         scale=d**-0.5,
         splits=2,
-        tile=attention_decode_tile(0, 2, d),
+        tile=attention_decode_tile(0, 2, d, tk),
     ).run()
     expected = kernels.reference.decode_attention(queries.clone(), *values[1:3], lengths, key_start=first)
     torch.testing.assert_close(decoded, expected, rtol=2e-2, atol=5e-3)

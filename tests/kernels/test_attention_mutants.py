@@ -201,14 +201,16 @@ MUTANTS: dict[str, Mutation] = {
         "offs_n[None, :] < cache_len",
     ),
     "decoding sees the padding": ("decode", "& (offs_n[None, :] >= first)", ""),
-    "the last split is lost": (
+    "the last split is lost": ("decode", "mask_s = offs_s < used", "mask_s = offs_s < used - 1"),
+    "parts that were not stored are joined": (
         "decode",
-        "tl.range(SPLITS):\n        lse2",
-        "tl.range(SPLITS - 1):\n        lse2",
+        "mask_s = offs_s < used",
+        "mask_s = offs_s < BLOCK_S",
     ),
-    "splits count alike": ("decode", '".cg") * weight[:, None]', '".cg")'),
+    "splits count alike": ("decode", "parts * weight[:, None]", "parts"),
+    "all rows of a tile are joined alike": ("decode", "* Tq + row_t) * SPLITS", "* Tq) * SPLITS"),
     "parts are not normalised": ("decode", "acc / tl.where(empty, 1.0, row_sum)[:, None]", "acc"),
-    "the first program joins": ("decode", '"acq_rel") == SPLITS - 1', '"acq_rel") == 0'),
+    "the first program joins": ("decode", '"acq_rel") == used - 1', '"acq_rel") == 0'),
     "one counter for all tiles": ("decode", "counter_ptr + pid // SPLITS", "counter_ptr"),
     "cache_len past the cache": (
         "decode",
@@ -217,7 +219,7 @@ MUTANTS: dict[str, Mutation] = {
     ),
     "decoding reads past its part": (
         "decode",
-        "end = tl.minimum(begin + per_split, cache_len)",
+        "end = tl.minimum(begin + per_part * BLOCK_N, cache_len)",
         "end = cache_len",
     ),
     "an empty query is NaN": ("decode", "tl.where(total == 0, 1.0, total)", "total"),

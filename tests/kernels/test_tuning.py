@@ -98,6 +98,18 @@ def test_chunks_of_the_loss_are_bounded_and_even(multiprocessors: int, width: in
         assert width > 128256 or not 0 < n % rows < rows // 2
 
 
+@pytest.mark.parametrize("keys", [1024, 32768])
+@pytest.mark.parametrize("programs", [1, 12, 96, 5000])
+def test_parts_of_the_keys_fill_a_gpu(programs: int, keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of the keys that leave a GPU idle, or more of them than the joining program reads at once."""
+    monkeypatch.setattr(tuning, "_multiprocessors", lambda device: 132)
+    tile = tuning.attention_decode_tile(90, 2, 64, keys)
+    parts = tuning.attention_decode_splits(torch.device("cuda"), programs, keys, tile)
+    most, warps = min(16 * tile.num_warps, keys // tile.block_n), programs * tile.num_warps
+    assert parts == most or parts * warps >= 8 * 132
+    assert parts == 1 or (parts <= most and (parts - 1) * warps < 8 * 132)
+
+
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize(
     ("n", "k"), [(2304, 768), (768, 3072), (50257, 1600), (1, 1), (40, 16384), (4800, 1600)]
