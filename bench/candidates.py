@@ -75,7 +75,7 @@ def forms(function: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -
     the kernels of a decoded token from sm_90 on.
     """
     if function in ("decode_linear_tile", "attention_decode_tile"):
-        return [[{"pdl": True}]] if arguments[0] >= 90 else []
+        return [[{"pdl": False}]] if arguments[0] >= 90 else []
     if function != "attention_tiles" or keywords.get("dropout"):
         return []
     architecture, itemsize, d = arguments

@@ -380,7 +380,7 @@ def _decoded(sizes: dict[str, int], **options: Any) -> Callable[..., Sample]:
 def _embedding_launches(inputs: dict[str, Any], out: Tensor, architecture: int) -> list[Launch]:
     from kernels.decode.embedding import decode_embedding_forward
 
-    tile = tuning.decode_embedding_tile(out.shape[1])
+    tile = tuning.decode_embedding_tile(architecture, out.shape[1])
     return [decode_embedding_forward(**inputs, out=out, tile=tile)]
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bench.validate.cases import HALF, Sample, samples
-from kernels import tolerance
+from kernels import tolerance, tuning
 from kernels.tuning import Tile
 
 
@@ -98,6 +98,7 @@ def write(path: str, architecture: str, *ops: str) -> None:
     """Records the samples of `ops` in a pickle file. The process has started with TRITON_INTERPRET=1."""
     # torch.empty then gives NaN, so that an element that a kernel should fill and does not is seen.
     torch.use_deterministic_algorithms(True)
+    tuning.starts_early = lambda architecture: False  # the interpreter runs one launch after another
     distinct: dict[str, Recorded] = {}
     for op in ops:
         for sample in samples(op, int(architecture)):

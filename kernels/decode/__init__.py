@@ -172,7 +172,9 @@ def decode_block(
 
     Backend:
         The reference runs for float64, for B > 8, for D > 256, for C, H D or I > 16,384, and wherever
-        `kernels.explain` says that Triton cannot run.
+        `kernels.explain` says that Triton cannot run. From sm_90 on, the kernels read parameters before the
+        launch ahead has ended: another launch, such as the one that writes x, must come between a write to a
+        parameter and this op.
 
     Source:
         Radford et al., "Language Models are Unsupervised Multitask Learners" (GPT-2, 2019), section 2.3; Dao
@@ -272,7 +274,7 @@ def decode_head(
 
     Backend:
         The reference runs for float64, for B > 8, for C > 16,384, and wherever `kernels.explain` says that
-        Triton cannot run.
+        Triton cannot run. Parameters are read early, as in `decode_block`.
 
     Source:
         As `decode_block`.

@@ -1,4 +1,12 @@
-"""The five launches of a transformer block for one decoded token."""
+"""The five launches of a transformer block for one decoded token.
+
+With `Tile.pdl`, a launch starts before the one ahead of it has ended. Every program of it waits (`gdc_wait`)
+until the launch ahead has ended and its writes are visible. Before that it reads parameters and nothing else,
+and it writes nothing. The launch ahead has waited in the same way before it ended, so after the wait all
+earlier launches have ended: no kernel reads what is not written yet, and none writes what an earlier one may
+still read, such as the counters, a cache, or memory that the allocator gives out again. A launch without the
+attribute, by torch for example, starts when all launches ahead of it have ended.
+"""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ _HEADS = {768: 12, 1600: 25}  # columns of the residual stream -> heads of 64
 _NAMES = ("qkv", "attention", "proj", "up", "down")
 
 
-def embedding_builds() -> Iterator[Build]:
+def embedding_builds(architecture: int) -> Iterator[Build]:
     """The embedding in every dtype."""
     for dtype in FLOAT_DTYPES:
         x, lengths = _empty(dtype, 1024, 768), _empty(torch.int32, 8)
@@ -30,7 +30,7 @@ def embedding_builds() -> Iterator[Build]:
             position_weight=x,
             key_start=lengths,
             out=x[:8],
-            tile=decode_embedding_tile(768),
+            tile=decode_embedding_tile(architecture, 768),
         ).build(f"{SHORT_DTYPE[dtype]}-C768")
 
 

@@ -27,8 +27,14 @@ def _decode_embedding_kernel(
     P,  # rows of position_weight
     C,  # columns
     BLOCK_N: tl.constexpr,  # columns per program
+    PDL: tl.constexpr,  # whether the launch starts before the one ahead of it has ended
 ):
     """One program adds BLOCK_N columns of a token's embedding and of its position's."""
+    if PDL:
+        # In this order, the kernels after this one read their weights once all work ahead of it has ended,
+        # an update of the weights included.
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     num_n = tl.cdiv(C, BLOCK_N)
     pid_b = (tl.program_id(0) // num_n).to(tl.int64)
     cols = tl.program_id(0) % num_n * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -123,7 +123,7 @@ def _block_bytes(case: Case, dtype: torch.dtype, direction: str) -> int:
 def _embedding_builds(architecture: int) -> Iterator[Build]:
     from kernels.decode.builds import embedding_builds
 
-    return embedding_builds()
+    return embedding_builds(architecture)
 
 
 def _block_builds(architecture: int) -> Iterator[Build]:

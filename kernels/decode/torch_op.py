@@ -81,7 +81,7 @@ def _embedding(
             position_weight=position_weight,
             key_start=key_start,
             out=out,
-            tile=decode_embedding_tile(out.shape[1]),
+            tile=decode_embedding_tile(architecture(out.device), out.shape[1]),
         ).run()
     return out
 

@@ -86,23 +86,33 @@ for build in builds("gelu_ffn", 90):
 
 
 @pytest.mark.slow
-def test_a_dependent_launch_reads_its_weights_before_it_waits() -> None:
-    """A kernel that waits for the one before it and only then starts what does not depend on that."""
+def test_a_launch_that_starts_early_waits() -> None:
+    """A kernel that waits for the launch ahead before it reads its weights, or after anything else.
+
+    The embedding must wait before it lets the next kernel start, so that an update of the weights is over.
+    """
     code = """
 import re
-from dataclasses import replace
 from bench.aot import builds, compile_build
-for build in builds("decode_block", 90):
-    if build.label in ("bf16-C768-B1-qkv", "bf16-C768-B1-down"):
-        tile, constants = build.tile._replace(pdl=True), dict(build.constants) | {"PDL": True}
-        text = compile_build(replace(build, tile=tile, constants=constants), 90).asm["ptx"]
-        parts = re.split("griddepcontrol.wait", text)
-        print(*(len(re.findall(r"ld.global.*v4", part)) for part in parts), "launch_dependents" in parts[0])
+for op in ("decode_embedding", "decode_block"):
+    for build in builds(op, 90):
+        if build.label.startswith("bf16-C768") and "B8" not in build.label:
+            before, after = compile_build(build, 90).asm["ptx"].split("griddepcontrol.wait")
+            loads, all_loads = (len(re.findall(r"ld.global.*v4", text)) for text in (before, before + after))
+            early = [n for n in ("st.global", "atom", "cp.async", "launch_dependents") if n in before]
+            print(build.label.split("-")[-1], loads, all_loads, *early)
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.stdout.splitlines() == ["12 3 True", "6 6 True"], done.stdout + done.stderr
+    assert done.stdout.splitlines() == [
+        "C768 0 2",
+        "qkv 12 15 launch_dependents",
+        "attention 0 12 launch_dependents",
+        "proj 3 6 launch_dependents",
+        "up 12 15 launch_dependents",
+        "down 6 12 launch_dependents",
+    ], done.stdout + done.stderr
 
 
 @pytest.mark.slow

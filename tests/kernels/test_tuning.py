@@ -122,7 +122,18 @@ def test_decoding_reads_its_weights_at_once(n: int, k: int, itemsize: int) -> No
     assert -(-tile.block_m // rows) * -(-k // tile.block_n) <= 8
     assert tile.block_m == 1 or n // tile.block_m >= 2 * 132
     assert per_row <= tile.num_warps <= 16
-    assert not tile.pdl
+
+
+@pytest.mark.parametrize("architecture", [0, 75, *SHARED_MEMORY, 121])
+def test_only_new_gpus_start_a_kernel_early(architecture: int) -> None:
+    """A launch that a GPU before sm_90 rejects, or a kernel of a token that alone waits for its launch."""
+    tiles = (
+        tuning.decode_embedding_tile(architecture, 768),
+        tuning.decode_linear_tile(architecture, 2, 2304, 768),
+        tuning.attention_decode_tile(architecture, 2, 64, 1024),
+        tuning.attention_decode_tile(architecture, 2, 64, 4096),
+    )
+    assert {tile.pdl for tile in tiles} == {architecture >= 90}
 
 
 @pytest.mark.slow
@@ -131,5 +142,8 @@ def test_decodings_tiles_of_a_gpu_are_right(sizes: dict[str, int], monkeypatch: 
     """Wrong results with several warps for each row, or several rows for each program."""
     from kernels.decode import torch_op
 
-    monkeypatch.setattr(torch_op, "architecture", lambda device: 90)
+    def tile(architecture: int, *sizes: int) -> tuning.Tile:
+        return tuning.decode_linear_tile(90, *sizes)._replace(pdl=False)  # unknown to the interpreter
+
+    monkeypatch.setattr(torch_op, "decode_linear_tile", tile)
     assert_all_ok(check(SPECS["decode_head"], Case(sizes), torch.float32, torch.device("cpu")))
