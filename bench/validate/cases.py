@@ -169,7 +169,7 @@ def _norm(c: int, *, residual: bool = False, dropout: bool = False) -> Callable[
         from kernels.norm.forward import layer_norm_forward
 
         inputs, rows = Inputs(), tuning.norm_tile(c).block_m
-        n = 4 * rows + rows // 2 + 1  # a program of backward has two or three blocks of rows
+        n = 4 * rows + rows // 2 + 1  # a program of backward has at least two blocks of rows
         x, dy, weight, bias = inputs.normal(n, c), inputs.normal(n, c), inputs.normal(c), inputs.normal(c)
         old, dnew = (inputs.normal(n, c, dtype=torch.float32) if residual else None for _ in range(2))
         y, dx, dweight, dbias = (torch.empty_like(z) for z in (x, x, weight, bias))
@@ -274,7 +274,15 @@ def _gelu(*, tanh: bool) -> Callable[..., Sample]:
         common: dict[str, Any] = {"h": h, "bias": bias, "tanh": tanh}
         launches = [
             bias_gelu_forward(**common, a=a),
-            bias_gelu_backward(**common, da=da, dh=dh, a=again, partial_dbias=partial, programs=PROGRAMS),
+            bias_gelu_backward(
+                **common,
+                da=da,
+                dh=dh,
+                a=again,
+                partial_dbias=partial,
+                programs=PROGRAMS,
+                tile=tuning.gelu_backward_tile(f, h.element_size()),
+            ),
             layer_norm_backward_sum(partial_dweight=None, partial_dbias=partial, dweight=None, dbias=dbias),
         ]
 

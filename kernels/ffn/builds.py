@@ -9,7 +9,7 @@ import torch
 from kernels.ffn.gelu import bias_gelu_backward, bias_gelu_forward
 from kernels.ffn.gemm import gelu_gemm_forward
 from kernels.spec import FLOAT_DTYPES, SHORT_DTYPE, Build
-from kernels.tuning import Tile
+from kernels.tuning import Tile, gelu_backward_tile
 
 _ROWS, _PROGRAMS = 4096, 64
 # The 16-bit tile of the matmul with GELU, where `bench.tune` starts; the tuning table has none. A wider tile
@@ -35,6 +35,7 @@ def gelu_ffn_builds() -> Iterator[Build]:
                     partial_dbias=_empty(torch.float32, _PROGRAMS, f),
                     tanh=tanh,
                     programs=_PROGRAMS,
+                    tile=gelu_backward_tile(f, dtype.itemsize),
                 ).build(label, gated=gated)
 
         c, f = 768, 3072

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels.device_functions import gelu, gelu_derivative, load_columns
 from kernels.launch import Launch, cdiv
-from kernels.tuning import gelu_tile
+from kernels.tuning import Tile, gelu_tile
 
 
 @triton.jit
@@ -48,6 +48,7 @@ def _bias_gelu_bwd_kernel(
     TANH: tl.constexpr,  # GELU by tanh, else by erf
     BLOCK_M: tl.constexpr,  # rows per tile
     BLOCK_N: tl.constexpr,  # columns per tile
+    STAGES: tl.constexpr,  # 1: a block is loaded when it is needed; 3: during the block before
 ):
     """The grid's axes are blocks of columns and programs; a program takes every programs-th block of rows."""
     pid_m = tl.program_id(1)
@@ -57,7 +58,7 @@ def _bias_gelu_bwd_kernel(
         bias = tl.load(bias_ptr + offs_n, mask=offs_n < F, other=0.0).to(tl.float32)
 
     dbias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # summed over this program's blocks of rows
-    for block in tl.range(pid_m, tl.cdiv(N, BLOCK_M), tl.num_programs(1)):
+    for block in tl.range(pid_m, tl.cdiv(N, BLOCK_M), tl.num_programs(1), num_stages=STAGES):
         offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
         mask = (offs_m < N)[:, None] & (offs_n < F)[None, :]
         offs = offs_m[:, None] * F + offs_n[None, :]
@@ -103,14 +104,14 @@ def bias_gelu_backward(
     partial_dbias: Tensor | None,
     tanh: bool,
     programs: int,
+    tile: Tile,
 ) -> Launch:
     """The launch that fills dh = da gelu'(h + bias) and, unless they are None, a and partial_dbias.
 
     da, h, dh, a: (N, F), contiguous; dh may be da; a = gelu(h + bias) is recomputed. bias: (F,), contiguous.
     partial_dbias: (programs, F) float32, the sums of dh over each program's rows.
     """
-    n, f = h.shape
-    tile = gelu_tile(f)
+    f = h.shape[1]
     arguments = {
         "da_ptr": da,
         "h_ptr": h,
@@ -118,10 +119,11 @@ def bias_gelu_backward(
         "dh_ptr": dh,
         "a_ptr": a,
         "dbias_ptr": partial_dbias,
-        "N": n,
+        "N": h.shape[0],
         "F": f,
         "TANH": tanh,
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
+        "STAGES": tile.num_stages,
     }
     return Launch(_bias_gelu_bwd_kernel, (cdiv(f, tile.block_n), programs), arguments, tile)

@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels.ffn.gelu import bias_gelu_backward, bias_gelu_forward
 from kernels.ffn.gemm import gelu_gemm_forward
 from kernels.torch_library import refuse, register
-from kernels.tuning import architecture, gelu_gemm_tile, gelu_programs
+from kernels.tuning import architecture, gelu_backward_tile, gelu_gemm_tile, gelu_programs
 
 # dx, dw_up, db_up, dw_down, db_down
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -112,10 +112,19 @@ def _backward(
     with torch.cuda.device_of(x):
         if need_dx or need_dw_up or need_db_up:
             dh = torch.mm(dy, w_down, out=torch.empty_like(h))  # da, which the kernel overwrites with dh
-            programs = gelu_programs(h.device, h.shape[0], h.shape[1], tanh)
+            tile = gelu_backward_tile(h.shape[1], h.element_size())
+            programs = gelu_programs(h.device, h.shape[0], h.shape[1], tile)
             partial = h.new_empty((programs, h.shape[1]), dtype=torch.float32) if need_db_up else None
             bias_gelu_backward(
-                da=dh, h=h, bias=b_up, dh=dh, a=a, partial_dbias=partial, tanh=tanh, programs=programs
+                da=dh,
+                h=h,
+                bias=b_up,
+                dh=dh,
+                a=a,
+                partial_dbias=partial,
+                tanh=tanh,
+                programs=programs,
+                tile=tile,
             ).run()
             if partial is not None:
                 db_up.copy_(partial.sum(0))

@@ -8,13 +8,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from bench.candidates import FORMS
 from kernels.registry import SPECS
-from kernels.tuning import SHARED_MEMORY, gelu_registers, norm_registers, norm_tile
+from kernels.tuning import SHARED_MEMORY, gelu_backward_tile, gelu_programs, norm_backward_tile, norm_programs
 
 pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
@@ -57,17 +59,24 @@ def test_attention_in_bfloat16(architecture: int, match: str, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_persistent_programs_run_at_once(tmp_path: Path) -> None:
-    """More programs than the register file holds at once: the last ones start after the others have ended."""
-    rows = report(tmp_path, "--op", "norm", "ffn", "--arch", "90", "--gated", "--match", "_bwd_kernel bf16")
-    for row in rows:
+def test_persistent_programs_run_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More programs than a multiprocessor holds at once: the last ones start after the others have ended."""
+    gpu = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    device, rows = torch.device("cuda"), 10**6
+    flags = ("--op", "norm", "ffn", "--arch", "80", "90", "--gated", "--match", "_bwd_kernel bf16")
+    for row in report(tmp_path, *flags):
+        itemsize = 4 if "+fp32" in row["label"] else 2
+        columns = int(re.search(r"-[CI](\d+)", row["label"])[1])
         if row["op"] == "gelu_ffn":
-            limit = gelu_registers(tanh=row["label"].endswith("tanh"))
+            tile = gelu_backward_tile(columns, itemsize)
+            programs = gelu_programs(device, rows, columns, tile) * -(-columns // tile.block_n)
         else:
-            c = int(re.search(r"-C(\d+)", row["label"])[1])
-            limit = norm_registers(c, norm_tile(c))
-        assert row["registers"] <= limit, row["label"]
-    assert {row["op"] for row in rows} == {"layer_norm", "add_layer_norm", "gelu_ffn"}
+            dropout = row["label"].endswith("dropout")
+            tile = norm_backward_tile(row["architecture"], columns, itemsize, dropout=dropout)
+            programs = norm_programs(device, rows, columns, tile)
+        assert (row["warps"], row["stages"]) == (tile.num_warps, tile.num_stages)
+        assert programs <= 132 * row["programs"], row["label"]
 
 
 def test_gelu_by_tanh_does_not_divide() -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import kernels
 from kernels.tolerance import compare
-from kernels.tuning import Tile, gelu_tile
+from kernels.tuning import Tile, gelu_backward_tile, gelu_tile
 from tests.memory import sparse, start_at_program
 
 pytestmark = pytest.mark.kernels
@@ -58,7 +58,8 @@ def gelu_and_derivative(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     values, slopes = torch.empty_like(h), torch.empty_like(h)
     arguments: dict[str, Any] = {"h": h, "bias": None, "partial_dbias": None, "tanh": True, "programs": 1}
-    bias_gelu_backward(**arguments, da=torch.ones_like(h), dh=slopes, a=values).run()
+    tile = gelu_backward_tile(h.shape[1], h.element_size())
+    bias_gelu_backward(**arguments, da=torch.ones_like(h), dh=slopes, a=values, tile=tile).run()
     return values, slopes
 
 
@@ -204,7 +205,7 @@ def test_partial_sums_keep_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_op, "gelu_programs", lambda *args: 2)
     leaves = arguments(63, 8, 40, torch.bfloat16)
     dy = torch.randn(8).expand(63, 8).clone()
-    dy[gelu_tile(40).block_m :] *= -1
+    dy[gelu_backward_tile(40, 2).block_m :] *= -1
     with torch.no_grad():
         leaves[0].zero_()
     (actual,) = torch.autograd.grad(kernels.gelu_ffn(*leaves), leaves[2], dy.bfloat16())
@@ -242,7 +243,15 @@ def test_activations_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None
     h[-rows:, -columns:] = near
     forward = bias_gelu_forward(h=h, bias=None, a=a, tanh=True)
     backward = bias_gelu_backward(
-        da=h, h=h, bias=None, dh=dh, a=None, partial_dbias=None, tanh=True, programs=1
+        da=h,
+        h=h,
+        bias=None,
+        dh=dh,
+        a=None,
+        partial_dbias=None,
+        tanh=True,
+        programs=1,
+        tile=gelu_tile(width),
     )
     with monkeypatch.context() as patch:
         start_at_program(patch, forward.grid[0] - 1)

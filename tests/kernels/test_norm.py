@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kernels
-from kernels.tuning import NORM_COLUMNS, norm_tile
+from kernels.tuning import NORM_COLUMNS, norm_backward_tile, norm_tile
 from tests.memory import sparse, start_at_program
 
 pytestmark = pytest.mark.kernels
@@ -107,7 +107,7 @@ def test_sums_of_more_programs_than_one_tile_holds() -> None:
 
 def test_partial_sums_keep_float32() -> None:
     """Partial sums of dweight and dbias that are rounded to 16 bits; those of two programs nearly cancel."""
-    rows = norm_tile(24).block_m
+    rows = norm_backward_tile(0, 24, 2, dropout=False).block_m
     x, _, weight, bias = (tensor.bfloat16() for tensor in arguments(1, 24))
     leaves = [weight.requires_grad_(), bias.requires_grad_()]
     dy = torch.randn(24).bfloat16().expand(2 * rows - 1, 24).clone()

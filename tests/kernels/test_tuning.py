@@ -52,17 +52,38 @@ def test_persistent_programs_fill_a_gpu_exactly(columns: int, monkeypatch: pytes
     )
     device, rows = torch.device("cuda"), 10**6
 
-    tile = tuning.norm_tile(columns)
-    registers = 32 * tile.num_warps * tuning.norm_registers(columns, tile)  # of one program
-    programs = tuning.norm_programs(device, rows, columns, tile)
-    assert programs == 132 or programs * registers <= 132 * tuning.REGISTERS < (programs + 132) * registers
-    assert tuning.norm_programs(device, 3, columns, tile) <= 3
+    for architecture, itemsize in itertools.product(SHARED_MEMORY, (2, 4)):
+        tile = tuning.norm_backward_tile(architecture, columns, itemsize, dropout=False)
+        programs = tuning.norm_programs(device, rows, columns, tile)
+        assert programs * tile.num_warps in (132 * 8, 132 * 12, 132 * 16)
+        assert tuning.norm_programs(device, 3, columns, tile) <= 3
 
-    tile = tuning.gelu_tile(columns)
-    for tanh in (True, False):
-        programs = tuning.gelu_programs(device, rows, columns, tanh) * -(-columns // tile.block_n)
-        registers = 32 * tile.num_warps * tuning.gelu_registers(tanh)  # of one program
-        assert 0.8 < programs * registers / (132 * tuning.REGISTERS) <= 1
+        tile = tuning.gelu_backward_tile(columns, itemsize)
+        blocks = -(-columns // tile.block_n)
+        programs = tuning.gelu_programs(device, rows, columns, tile) * blocks
+        assert 0.9 < programs * tile.num_warps / (132 * 12) <= 1
+
+
+@pytest.mark.parametrize("architecture", [0, 75, *SHARED_MEMORY])
+def test_tiles_of_the_norm_backward_fit(architecture: int) -> None:
+    """A tile of many rows that spills, or prefetched rows that exceed the shared memory."""
+    shared = SHARED_MEMORY.get(architecture, 99)
+    for c, itemsize in itertools.product(range(1, tuning.NORM_COLUMNS + 1, 15), (2, 4)):
+        rows, width, warps, stages = tuning.norm_backward_tile(architecture, c, itemsize, dropout=False)[:4]
+        elements = rows * -(-c // width) * width
+        assert elements <= 32 * 32 * warps or warps == 16
+        assert width == tuning.norm_tile(c, itemsize).block_n
+        assert stages == 1 or (architecture == 0 or (12 * 2 * elements < 1024 * shared and c % 16 == 0))
+
+
+@pytest.mark.parametrize(("f", "itemsize", "stages"), [(1536, 2, 3), (333, 2, 1), (333, 4, 3), (6400, 2, 3)])
+def test_gelu_prefetches_what_can_be_copied(f: int, itemsize: int, stages: int) -> None:
+    """Few programs, because they prefetch, where rows of an odd number of bytes cannot be prefetched."""
+    tile = tuning.gelu_backward_tile(f, itemsize)
+    assert tile.num_stages == stages
+    assert tile.block_m * tile.block_n * itemsize <= 4096
+    cpu = torch.device("cpu")
+    assert tuning.gelu_programs(cpu, 10**6, 256, tile) * tile.num_warps == (12 if stages == 3 else 20)
 
 
 @pytest.mark.parametrize(
