@@ -403,7 +403,7 @@ def _head_launches(inputs: dict[str, Any], out: Tensor, architecture: int) -> li
     from kernels.decode.linear import decode_linear
 
     weight = inputs["head_weight"]
-    tile = tuning.decode_linear_tile(architecture, HALF.itemsize, *weight.shape)
+    tile = tuning.decode_linear_tile(architecture, HALF.itemsize, *weight.shape, len(out))
     norm = inputs["norm_weight"], inputs["norm_bias"]
     launch = decode_linear(
         x=inputs["x"], weight=weight, bias=inputs["head_bias"], out=out, tile=tile, norm=norm, eps=1e-5

@@ -58,7 +58,7 @@ def decode_block_forward(
     counter = x.new_empty(counters, dtype=torch.int32) if splits > 1 else None
 
     def tile(weight: Tensor) -> Tile:
-        return decode_linear_tile(architecture, x.element_size(), *weight.shape)
+        return decode_linear_tile(architecture, x.element_size(), *weight.shape, b)
 
     return [
         decode_linear(

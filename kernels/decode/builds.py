@@ -76,7 +76,7 @@ def head_builds(architecture: int) -> Iterator[Build]:
                     weight=weight,
                     bias=None,
                     out=_empty(torch.float32, b, 50257),
-                    tile=decode_linear_tile(architecture, dtype.itemsize, *weight.shape),
+                    tile=decode_linear_tile(architecture, dtype.itemsize, *weight.shape, b),
                     norm=(norm, norm),
                     eps=1e-5,
                 )

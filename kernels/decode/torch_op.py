@@ -141,7 +141,7 @@ def _head(
             weight=head_weight,
             bias=head_bias,
             out=out,
-            tile=decode_linear_tile(architecture(x.device), x.element_size(), *head_weight.shape),
+            tile=decode_linear_tile(architecture(x.device), x.element_size(), *head_weight.shape, x.shape[0]),
             norm=(norm_weight, norm_bias),
             eps=eps,
         ).run()

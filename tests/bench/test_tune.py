@@ -117,7 +117,7 @@ def test_the_present_tiles_are_listed(architecture: int) -> None:
         assert not forms("attention_tiles", (architecture, 2, d), {"dropout": True, "grouped": False})
     assert not forms("norm_tile", (768,), {})
     pdl = [[{"pdl": False}]] if architecture >= 90 else []  # older GPUs never start a kernel early
-    assert forms("decode_linear_tile", (architecture, 2, 2304, 768), {}) == pdl
+    assert forms("decode_linear_tile", (architecture, 2, 2304, 768, 1), {}) == pdl
     assert forms("attention_decode_tile", (architecture, 2, 64, 1024), {}) == pdl
 
 

@@ -131,17 +131,20 @@ def test_parts_of_the_keys_fill_a_gpu(programs: int, keys: int, monkeypatch: pyt
     assert parts == 1 or (parts <= most and (parts - 1) * warps < 8 * 132)
 
 
+@pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize(
-    ("n", "k"), [(2304, 768), (768, 3072), (50257, 1600), (1, 1), (40, 16384), (4800, 1600)]
+    ("n", "k"),
+    [(2304, 768), (768, 768), (768, 3072), (50257, 768), (50257, 1600), (1, 1), (40, 16384), (4800, 1600)],
 )
-def test_decoding_reads_its_weights_at_once(n: int, k: int, itemsize: int) -> None:
+def test_decoding_reads_its_weights_at_once(n: int, k: int, itemsize: int, batch: int) -> None:
     """A tile whose program reads a part of its weights only after the rest, or that idles multiprocessors."""
-    tile = tuning.decode_linear_tile(90, itemsize, n, k)
+    tile = tuning.decode_linear_tile(90, itemsize, n, k, batch)
     per_row = tile.block_n * itemsize // 512
     rows = max(1, min(tile.block_m, tile.num_warps // per_row))
-    assert -(-tile.block_m // rows) * -(-k // tile.block_n) <= 8
-    assert tile.block_m == 1 or n // tile.block_m >= 2 * 132
+    most = 12 if per_row == batch == 1 else 8
+    assert -(-tile.block_m // rows) * -(-k // tile.block_n) <= most
+    assert tile.block_m == 1 or n // tile.block_m >= 132
     assert per_row <= tile.num_warps <= 16
 
 
@@ -150,7 +153,7 @@ def test_only_new_gpus_start_a_kernel_early(architecture: int) -> None:
     """A launch that a GPU before sm_90 rejects, or a kernel of a token that alone waits for its launch."""
     tiles = (
         tuning.decode_embedding_tile(architecture, 768),
-        tuning.decode_linear_tile(architecture, 2, 2304, 768),
+        tuning.decode_linear_tile(architecture, 2, 2304, 768, 1),
         tuning.attention_decode_tile(architecture, 2, 64, 1024),
         tuning.attention_decode_tile(architecture, 2, 64, 4096),
     )
