@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ _TRITON_TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
+
+_collected: list[Launch] | None = None  # where `Launch.run` puts launches instead of running them
 
 
 def cdiv(a: int, b: int) -> int:
@@ -56,9 +59,22 @@ class Launch(NamedTuple):
         return cls(kernel, grid, {name: available[name] for name in kernel.arg_names}, tile)
 
     def run(self) -> None:
-        """Launches on the current device; an empty grid launches nothing."""
-        if self.grid[0] > 0:
+        """Launches on the current device, or is collected; an empty grid launches nothing."""
+        if self.grid[0] <= 0:
+            return
+        if _collected is None:
             self.kernel[self.grid](**self.arguments, **options(self.tile))
+        elif (launch := self._replace(arguments=_without_data(self.arguments))) not in _collected:
+            _collected.append(launch)
+
+    def compile(self) -> None:
+        """Compiles the kernel and loads it on the current device, so that `run` has nothing left to compile.
+
+        Triton releases Python's global lock for most of that time: threads compile in parallel.
+        """
+        arguments = _without_data(self.arguments).values()
+        compiled = self.kernel.warmup(*arguments, grid=self.grid, **options(self.tile))
+        _ = compiled.run  # a property, which loads the kernel
 
     def build(self, label: str, *, gated: bool = False, exceptions: Mapping[str, str] | None = None) -> Build:
         """What Triton would compile for this launch. The tensors may be on the meta device."""
@@ -90,6 +106,26 @@ class Launch(NamedTuple):
             divisible=frozenset(divisible),
             exceptions=exceptions or {},
         )
+
+
+def _without_data(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """`arguments` with a dtype in place of each tensor, which to Triton is a tensor at an aligned address."""
+    return {name: a.dtype if isinstance(a, torch.Tensor) else a for name, a in arguments.items()}
+
+
+@contextmanager
+def collect() -> Iterator[list[Launch]]:
+    """Context manager: inside, in all threads, launches do not run, and results stay uninitialised.
+
+    Gives the list of the different launches, with dtypes in place of their tensors.
+    """
+    global _collected
+    launches: list[Launch] = []
+    _collected = launches
+    try:
+        yield launches
+    finally:
+        _collected = None
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -24,6 +26,7 @@ from kernels.registry import SPECS
 from kernels.spec import Case, OpSpec
 from kernels.verify import check, run_case
 
+COMPILERS = 16  # threads that compile at the same time; each takes a core and some 100 MB
 CHILD = [sys.executable, "-c", "from kernels.preflight import serve; serve()"]
 
 
@@ -193,24 +196,36 @@ def _synchronize(device: torch.device) -> None:
 def _run_isolated(
     cases: Sequence[tuple[str, Case]], device: torch.device, dtype: torch.dtype, prefer: str
 ) -> list[Row]:
-    """Runs the cases in a child process; if a child exits early, the next child takes the remaining cases."""
+    """Runs the cases in a child process; if a child exits early, the next child takes the remaining cases.
+
+    The first child compiles the kernels of all cases together. If it exits before its first row, any of them
+    may be the reason, so that the next child starts again, and compiles one case after the other.
+    """
     rows: list[Row] = []
+    together = True
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # the child finds the same modules
     while len(rows) < len(cases):
         rest = cases[len(rows) :]
         encoded = [(name, _encode(case)) for name, case in rest]
         order = {"device": str(device), "dtype": _name(dtype), "prefer": prefer, "cases": encoded}
         child = subprocess.run(
-            CHILD, input=json.dumps(order), capture_output=True, text=True, check=False, env=environment
+            CHILD,
+            input=json.dumps(order | {"together": together}),
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
         )
         finished = [Row(**json.loads(line)) for line in child.stdout.splitlines() if line.startswith("{")]
         rows += finished
-        if len(rows) < len(cases) and (child.returncode != 0 or not finished):
+        found = finished or not together
+        if found and len(rows) < len(cases) and (child.returncode != 0 or not finished):
             name, case = cases[len(rows)]
             last = child.stderr.strip().splitlines()[-1] if child.stderr.strip() else "no message"
             rows.append(
                 Row(name, case.id, problem=f"its process ended with exit code {child.returncode}: {last}")
             )
+        together = False
     return rows
 
 
@@ -221,12 +236,34 @@ def serve() -> None:
     process. The parent starts a new child for the remaining cases.
     """
     order = json.load(sys.stdin)
-    device, dtype = torch.device(order["device"]), getattr(torch, order["dtype"])
-    for name, case in order["cases"]:
-        row = _examine(SPECS[name], _decode(case), device, dtype, order["prefer"])
+    device, dtype, prefer = torch.device(order["device"]), getattr(torch, order["dtype"]), order["prefer"]
+    cases = [(SPECS[name], _decode(case)) for name, case in order["cases"]]
+    if order["together"] and device.type == "cuda":
+        _compile_together(cases, device, dtype, prefer)
+    for spec, case in cases:
+        row = _examine(spec, case, device, dtype, prefer)
         print(json.dumps(asdict(row)), flush=True)
         if row.problem and row.forward is None:
             os._exit(0)  # a normal exit can crash in a broken CUDA context
+
+
+def _compile_together(
+    cases: Sequence[tuple[OpSpec, Case]], device: torch.device, dtype: torch.dtype, prefer: str
+) -> None:
+    """Compiles the kernels of all cases in parallel. An error is ignored: the check of its case repeats it."""
+    from kernels.launch import Launch, collect
+
+    def load(launch: Launch) -> None:
+        with suppress(Exception), torch.cuda.device(device):
+            launch.compile()
+
+    with collect() as launches, dispatch.model_backend(prefer):
+        for spec, case in cases:
+            with suppress(Exception):
+                inputs = spec.make_inputs(case, dtype, device, torch.Generator(device).manual_seed(0))
+                run_case(spec.function, inputs, spec.gradients, spec.writes)
+    with ThreadPoolExecutor(min(COMPILERS, os.cpu_count() or 1)) as pool:
+        list(pool.map(load, launches))
 
 
 def _encode(case: Case) -> dict[str, Any]:

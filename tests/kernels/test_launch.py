@@ -129,6 +129,37 @@ def test_every_matmul_names_its_precision() -> None:
     assert matmuls > 0
 
 
+@OPS
+def test_collected_launches_do_not_run(spec: OpSpec, launches: list[Any]) -> None:
+    """A collected launch that runs, that holds tensors, or that differs from the one that runs later."""
+    with launch.collect() as collected:
+        results_of(spec)
+    launches.clear()
+    ran = results_of(spec)
+    assert ran
+    for one in filter(lambda one: one.grid[0] > 0, launches):
+        assert one._replace(arguments=launch._without_data(one.arguments)) in collected
+    assert not any(isinstance(a, torch.Tensor) for one in collected for a in one.arguments.values())
+
+
+def test_compiling_takes_the_options_of_the_run() -> None:
+    """A compilation ahead of the run with other arguments or options, so that the run compiles again."""
+    calls: list[Any] = []
+
+    class Kernel:
+        def warmup(self, *arguments: Any, **options: Any) -> Any:
+            calls.append((arguments, options))
+            return self
+
+        @property
+        def run(self) -> None:
+            calls.append("loaded")
+
+    launch.Launch(Kernel(), (3,), {"x_ptr": torch.ones(2), "n": 7}, Tile(16, 16, 8, 3)).compile()
+    options = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
+    assert calls == [((torch.float32, 7), {"grid": (3,), **options}), "loaded"]
+
+
 def test_every_compiler_option_is_explicit() -> None:
     """Fused multiply-adds left to Triton's default, about which 3.9 warns and which 3.10 changes."""
     options: dict[str, Any] = {}

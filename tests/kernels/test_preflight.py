@@ -244,6 +244,18 @@ module._examine = crash
 module.serve()
 """
 
+CRASH_TOGETHER = CRASH.replace(
+    "module.serve()",
+    """
+import io
+order = sys.stdin.read()
+if '"together": true' in order:
+    os.kill(os.getpid(), 11)
+sys.stdin = io.StringIO(order)
+module.serve()
+""",
+)
+
 
 def test_a_crashed_process_is_named_and_the_rest_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     """An illegal memory access that ends the run, or that keeps later ops from being checked."""
@@ -251,6 +263,14 @@ def test_a_crashed_process_is_named_and_the_rest_is_checked(monkeypatch: pytest.
     report = run_preflight([NORM, ATTENTION, NORM], CPU, torch.float32, isolate=True, use_cache=False)
     assert [row.op for row in report.rows] == ["layer_norm", "causal_attention", "layer_norm"]
     assert report.failed == {"causal_attention": "its process ended with exit code -11: no message"}
+
+
+def test_a_crash_while_all_ops_compile_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that crashes on one op while it compiles all of them, which is blamed on the first op."""
+    monkeypatch.setattr(preflight, "CHILD", [sys.executable, "-c", CRASH_TOGETHER])
+    report = run_preflight([NORM, ATTENTION], CPU, torch.float32, isolate=True, use_cache=False)
+    assert [row.op for row in report.rows] == ["layer_norm", "causal_attention"]
+    assert list(report.failed) == ["causal_attention"]
 
 
 def test_the_child_imports_the_package_from_any_folder(
