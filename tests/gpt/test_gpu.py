@@ -275,26 +275,48 @@ def batches(steps: int, batch: int = 8, length: int = 512) -> list[Batch]:
     return [Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()) for ids in torch.stack(tokens, 2)]
 
 
-def curve(use_triton: bool, seed: int, data: list[Batch]) -> list[float]:
-    torch.manual_seed(seed)
-    model = GPT("gpt2", vocab_size=VOCABULARY, use_triton=use_triton, device=DEVICE)
-    step = TrainStep(model, TrainConfig(dtype="bfloat16"))
-    return [step([batch], rate=6e-4).loss for batch in data]
+def model_124m(use_triton: bool) -> GPT:
+    torch.manual_seed(0)
+    return GPT("gpt2", vocab_size=VOCABULARY, use_triton=use_triton, device=DEVICE)
 
 
-def gap(a: list[float], b: list[float], window: int = 20) -> float:
-    """The largest difference between two curves averaged over `window` steps."""
-    smooth = [torch.tensor(x).unfold(0, window, window).mean(1) for x in (a, b)]
-    return (smooth[0] - smooth[1]).abs().max().item()
+def smoothed_losses(use_triton: bool, data: list[Batch], window: int = 20) -> torch.Tensor:
+    """The losses of a step on each batch, averaged over `window` steps, with a warm-up of 100 steps."""
+    step = TrainStep(model_124m(use_triton), TrainConfig(dtype="bfloat16"))
+    losses = [step([batch], rate=3e-4 * min(1, (i + 1) / 100)).loss for i, batch in enumerate(data)]
+    return torch.tensor(losses).unfold(0, window, window).mean(1)
 
 
 @pytest.mark.driver("200 steps of a 124M model")
-def test_training_stays_within_the_noise_of_seeds() -> None:
-    """A kernel whose error biases training, at a realistic size in bfloat16."""
+def test_training_curves_equal_the_references() -> None:
+    """A kernel whose error biases training, at a realistic size in bfloat16.
+
+    Without the warm-up, training is chaotic: references whose weights differ by 1e-6 are 0.69 apart. With it,
+    they are 0.005 apart, kernels and references 0.009, and another seed 0.1 (H200, 2026-11-26).
+    """
     data = batches(200)
-    triton, reference, other = curve(True, 0, data), curve(False, 0, data), curve(False, 1, data)
-    assert reference[-1] < 0.6 * reference[0]
-    assert gap(triton, reference) <= gap(other, reference)
+    kernels, references = smoothed_losses(True, data), smoothed_losses(False, data)
+    assert references[-1] < 0.2 * references[0]
+    assert (kernels - references).abs().max() < 0.05
+
+
+@pytest.mark.driver("a 124M model")
+def test_gradients_are_as_close_as_the_references() -> None:
+    """A kernel whose gradients are worse than PyTorch's in bfloat16, in the layers of a realistic model."""
+    (batch,) = batches(1)
+
+    def gradients(use_triton: bool, *, mixed: bool) -> dict[str, torch.Tensor]:
+        model = model_124m(use_triton)
+        with torch.autocast("cuda", torch.bfloat16, enabled=mixed):
+            loss = model(batch.inputs.to(DEVICE), batch.targets.to(DEVICE))
+        loss.backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    exact = gradients(False, mixed=False)
+    actual, reference = (gradients(use, mixed=True) for use in (True, False))
+    for name, expected in exact.items():
+        error, allowed = ((g[name] - expected).norm().item() for g in (actual, reference))
+        assert error <= 1.25 * allowed, f"{name}: {error:.2e}, the reference's {allowed:.2e}"
 
 
 def queue_steps(step: TrainStep, data: list[Batch]) -> list[PendingStep]:
