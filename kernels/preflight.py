@@ -250,7 +250,7 @@ def serve() -> None:
 def _compile_together(
     cases: Sequence[tuple[OpSpec, Case]], device: torch.device, dtype: torch.dtype, prefer: str
 ) -> None:
-    """Compiles the kernels of all cases in parallel. An error is ignored: the check of its case repeats it."""
+    """Compiles the kernels of all cases in parallel. An error is ignored: the case's check repeats it."""
     from kernels.launch import Launch, collect
 
     def load(launch: Launch) -> None:
