@@ -167,7 +167,18 @@ def capture(lane: Lane, clock: Clock) -> Lane:
     except Exception:
         _abandon(graph, pool, clock)
         raise
-    return Lane([graph.replay], units=len(lane.calls))
+    return Lane([_Replay(graph, lane.calls)], units=len(lane.calls))
+
+
+@dataclass(frozen=True)
+class _Replay:
+    """Replays a graph. The calls that it was captured from own tensors that it reads, so they stay alive."""
+
+    graph: torch.cuda.CUDAGraph
+    calls: Sequence[Call]
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
 @contextmanager

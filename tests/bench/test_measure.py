@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,6 +67,20 @@ def test_a_graph_has_no_launch_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
     lane = Lane([kernel(virtual, 0.001, launch=0.004), kernel(virtual, 0.003, launch=0.004)])
     assert clock.sample(lane, 1) == pytest.approx(0.006)
     assert clock.sample(capture(lane, clock), 1) == pytest.approx(0.002)
+
+
+def test_a_graph_keeps_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of outputs that are freed after the capture, while replays still read them."""
+    virtual = Time()
+    fake_cuda(monkeypatch, virtual)
+    clock, call = Clock(CUDA), kernel(virtual, 0.001)
+    captured, owner = capture(Lane([call]), clock), weakref.ref(call)
+    del call
+    gc.collect()
+    assert owner() is not None
+    del captured
+    gc.collect()
+    assert owner() is None
 
 
 def test_synchronising_calls_are_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
