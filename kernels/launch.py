@@ -72,8 +72,9 @@ class Launch(NamedTuple):
 
         Triton releases Python's global lock for most of that time: threads compile in parallel.
         """
-        arguments = _without_data(self.arguments).values()
-        compiled = self.kernel.warmup(*arguments, grid=self.grid, **options(self.tile))
+        arguments = _without_data(self.arguments)
+        ordered = [arguments[name] for name in self.kernel.arg_names]
+        compiled = self.kernel.warmup(*ordered, grid=self.grid, **options(self.tile))
         _ = compiled.run  # a property, which loads the kernel
 
     def build(self, label: str, *, gated: bool = False, exceptions: Mapping[str, str] | None = None) -> Build:

@@ -143,10 +143,12 @@ def test_collected_launches_do_not_run(spec: OpSpec, launches: list[Any]) -> Non
 
 
 def test_compiling_takes_the_options_of_the_run() -> None:
-    """A compilation ahead of the run with other arguments or options, so that the run compiles again."""
+    """A compilation ahead of the run with other options, or with arguments in a wrong order."""
     calls: list[Any] = []
 
     class Kernel:
+        arg_names = ("x_ptr", "n")
+
         def warmup(self, *arguments: Any, **options: Any) -> Any:
             calls.append((arguments, options))
             return self
@@ -155,7 +157,7 @@ def test_compiling_takes_the_options_of_the_run() -> None:
         def run(self) -> None:
             calls.append("loaded")
 
-    launch.Launch(Kernel(), (3,), {"x_ptr": torch.ones(2), "n": 7}, Tile(16, 16, 8, 3)).compile()
+    launch.Launch(Kernel(), (3,), {"n": 7, "x_ptr": torch.ones(2)}, Tile(16, 16, 8, 3)).compile()
     options = {"num_warps": 8, "num_stages": 3, "enable_fp_fusion": True}
     assert calls == [((torch.float32, 7), {"grid": (3,), **options}), "loaded"]
 
