@@ -35,6 +35,7 @@ NO_GPU = "Not measured on a GPU: run `python -m bench` on one."
 PARTS = ("decode_block", "decode_embedding", "decode_head", "curves")
 HEADLINES = ("both", "forward", "step", "decode")
 COLUMNS = f"| op | case | {OURS} | time over {OURS}'s (above 1: slower) |"
+ALONE = " GPU alone, without the host's time |"
 RULE = "|---|---|---|---|"
 
 
@@ -143,7 +144,7 @@ def summary(reports: dict[Path, Report], folder: Path) -> list[str]:
     if shown is None:
         return []
     machine, groups = shown
-    return ["\n".join([COLUMNS, RULE, *map(_line, groups)]), f"{table.machine(machine)}."]
+    return [_table(groups), f"{table.machine(machine)}."]
 
 
 def _each(render: Callable[[Report, Path, Path], str]) -> Callable[[dict[Path, Report], Path], list[str]]:
@@ -162,9 +163,7 @@ def speed(report: Report, at: Path, folder: Path) -> str:
             "",
             f"{table.machine(report.machine)}:",
             "",
-            COLUMNS,
-            RULE,
-            *map(_line, filter(None, groups)),
+            _table([rows for rows in groups if rows]),
         ]
     )
 
@@ -175,10 +174,22 @@ def _headline(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row.direction == direction]
 
 
-def _line(rows: Sequence[Row]) -> str:
-    ours = next((row for row in rows if row.contestant == OURS), None)
-    cells = [f"{name} {ratio:.2f}" for name, ratio in ratios(rows)]
-    return f"| {rows[0].op} | {rows[0].case} {rows[0].dtype} | {_figure(ours)} | {' · '.join(cells) or '-'} |"
+def _table(groups: Sequence[Sequence[Row]]) -> str:
+    """A line for each op at one case; the GPU's time alone has a column where CUDA graphs were timed."""
+    alone = any(row.graph_seconds is not None for rows in groups for row in rows)
+    lines = [COLUMNS + ALONE * alone, RULE + "---|" * alone]
+    for rows in groups:
+        ours = next((row for row in rows if row.contestant == OURS), None)
+        cells = [f"{rows[0].op}", f"{rows[0].case} {rows[0].dtype}", _figure(ours), _ratios(rows)]
+        replays = [row.alone for row in rows]
+        if alone:
+            cells.append(_ratios(replays))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _ratios(rows: Sequence[Row]) -> str:
+    return " · ".join(f"{name} {ratio:.2f}" for name, ratio in ratios(rows)) or "-"
 
 
 def _figure(row: Row | None) -> str:

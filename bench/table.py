@@ -136,8 +136,13 @@ def outcomes(results: Sequence[Outcome]) -> str:
         target = outcome.target
         goal = f"≥ {target.at_least:,g}" if target.at_most is None else f"≤ {target.at_most:g}"
         value = figure(outcome.value, ".3g" if (outcome.value or 0) < 1000 else ",.0f")
-        lines.append((target.name, goal, value, outcome.status, outcome.case or "-"))
-    return grid(("target", "goal", "measured", "outcome", "worst case"), lines)
+        alone = figure(outcome.alone, ".3g")
+        lines.append((target.name, goal, value, outcome.status, alone, outcome.case or "-"))
+    titles = ["target", "goal", "measured", "outcome", "GPU alone", "worst case"]
+    if all(outcome.alone is None for outcome in results):
+        titles.remove("GPU alone")
+        lines = [(*line[:4], line[5]) for line in lines]
+    return grid(tuple(titles), lines)
 
 
 def machine(about: Machine) -> str:

@@ -49,7 +49,11 @@ class Slower(NamedTuple):
     sizes: dict[str, tuple[int, int]]  # dimension -> smallest and largest size
 
 
-SLOWER: tuple[Slower, ...] = ()
+# The GPU's time alone on an H200, forward and backward, against cuDNN: bench/README.md, entry 18.
+SLOWER: tuple[Slower, ...] = (
+    Slower(90, "causal_attention", torch.bfloat16, {"D": (128, 128), "Tq": (1024, 4096)}),
+    Slower(90, "causal_attention", torch.bfloat16, {"D": (64, 64), "Tq": (2048, 4096)}),
+)
 
 
 def slower(op: str, tensor: torch.Tensor, **sizes: int) -> str | None:

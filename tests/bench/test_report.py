@@ -309,6 +309,28 @@ def test_a_gpu_fits_into_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert everything.count("| layer_norm |") == 2 * len(SPECS["layer_norm"].tagged("bench"))
 
 
+def test_the_gpus_time_alone_has_a_column() -> None:
+    """Kernels called slow because the host is; a graph's time of one contestant over another's with gaps."""
+    row = measured("layer_norm", "N65536-C768", "backward", limit=8e-5)
+    ours = replace(row, contestant=OURS, seconds=8e-4, graph_seconds=1e-4)
+    other = replace(row, contestant="torch.compile", seconds=6e-4)
+    liger = replace(row, contestant="liger-kernel", seconds=7e-4, graph_seconds=3e-4)
+    report = replace(invented(), rows=[ours, other, liger])
+    assert (
+        readme._table([report.rows])
+        .splitlines()[2]
+        .endswith("| torch.compile 0.75 · liger-kernel 0.88 | liger-kernel 3.00 |")
+    )
+    sizes: Any = {"op": "layer_norm", "direction": "backward"}
+    share = judge(Target("share", metric="share", at_least=0.8, **sizes), report)
+    assert (share.status, share.value, share.alone) == ("missed", pytest.approx(0.1), pytest.approx(0.8))
+    peers = ["torch.compile", "liger-kernel"]
+    outcome = judge(Target("speed", metric="speedup", at_least=1, against=peers, **sizes), report)
+    assert (outcome.value, outcome.alone) == (pytest.approx(0.75), pytest.approx(3))
+    assert "GPU alone" in table.outcomes([share])
+    assert "GPU alone" not in table.outcomes([replace(share, alone=None)])
+
+
 def test_the_later_run_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Contestants of two runs compared in one line; an older figure instead of a newer one."""
     monkeypatch.setattr(readme, "RESULTS", tmp_path)

@@ -183,6 +183,26 @@ def test_every_op_asks_the_table(spec: OpSpec, monkeypatch: pytest.MonkeyPatch) 
     assert case.sizes.items() <= asked[spec.name].items()
 
 
+@pytest.mark.parametrize(
+    ("change", "asks"),
+    [
+        ({}, True),
+        ({"key_start": torch.zeros(1, dtype=torch.int32, device="meta")}, False),
+        ({"dropout_p": 0.1}, False),
+        ({"q": torch.empty(1, 4, 7, 16, device="meta")}, False),
+        (dict.fromkeys("kv", torch.empty(1, 2, 8, 16, device="meta")), False),
+    ],
+)
+def test_attention_asks_the_table_for_plain_calls_only(
+    change: dict[str, Any], asks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table measured without masks and dropout that selects PyTorch's slow forms of them."""
+    monkeypatch.setattr("kernels.attention.slower", lambda *_, **sizes: "the table's reason")
+    monkeypatch.setattr(dispatch.Op, "obstacle", lambda *_: None)
+    inputs = dict.fromkeys("qkv", torch.empty(1, 4, 8, 16, device="meta")) | change
+    assert (kernels.explain("causal_attention", **inputs).reason == "auto: the table's reason") == asks
+
+
 def test_unsupported_dtypes_are_obstacles(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that receives float64, or an interpreter that receives bfloat16 and computes it wrongly."""
     assert OP.obstacle(X.device, torch.float64) == "the kernel takes float32, float16, bfloat16, not float64"
