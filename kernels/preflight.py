@@ -218,8 +218,8 @@ def _run_isolated(
         )
         finished = [Row(**json.loads(line)) for line in child.stdout.splitlines() if line.startswith("{")]
         rows += finished
-        found = finished or not together
-        if found and len(rows) < len(cases) and (child.returncode != 0 or not finished):
+        certain = finished or not together
+        if certain and len(rows) < len(cases) and (child.returncode != 0 or not finished):
             name, case = cases[len(rows)]
             last = child.stderr.strip().splitlines()[-1] if child.stderr.strip() else "no message"
             rows.append(
