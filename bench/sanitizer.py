@@ -117,9 +117,8 @@ def run(tool: str, line: Sequence[str], report: Report) -> int:
         report,
         f"{about_ours.total()} reports about this package's kernels, {others.total()} about others{listed}",
     )
-    report.notes += [
-        f"{count} times: {' '.join(text.split())}" for text, count in about_ours.most_common(SHOWN)
-    ]
+    for text, count in about_ours.most_common(SHOWN):
+        say(report, f"{count} times: {' '.join(text.split())}")
     report.complete = not failed
     return 1 if about_ours or failed else 0
 
