@@ -1,13 +1,18 @@
-"""Registration of the families' ops with torch.library."""
+"""Registration of the families' ops with torch.library, and the functions that call them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import or_
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKeySet
 
+ops = SimpleNamespace()  # the function of each op, by the op's name: see `register`
 _LIBRARY = torch.library.Library("fused_gpt", "FRAGMENT")
 
 
@@ -18,10 +23,14 @@ def register(
     differentiate: Callable[..., Any] | None = None,
     save: Callable[..., None] | None = None,
 ) -> None:
-    """Defines `torch.ops.fused_gpt.<name>`.
+    """Defines `torch.ops.fused_gpt.<name>`, and `ops.<name>`, which gives the same results and gradients.
+
+    torch's dispatcher takes longer to reach an implementation in Python than most kernels take. So, in eager
+    mode, `ops.<name>` calls `kernel` itself, inside an autograd function where a gradient is needed. It calls
+    torch's op under torch.compile, and where a call is not plain: see `_is_plain`.
 
     Args:
-        schema: Name, arguments and results in torch's schema notation.
+        schema: Name, arguments and results in torch's schema notation, without default values.
         kernel: The implementation for CUDA tensors, and for CPU tensors in Triton's interpreter.
         fake: Returns tensors with the shapes, dtypes and strides of the results and undefined values.
         differentiate: Computes the gradients of the arguments from those of the results; None if the op has
@@ -35,6 +44,72 @@ def register(
     torch.library.register_fake(f"fused_gpt::{name}", fake, lib=_LIBRARY)
     if differentiate is not None:
         torch.library.register_autograd(f"fused_gpt::{name}", differentiate, setup_context=save, lib=_LIBRARY)
+    op = getattr(torch.ops.fused_gpt, name).default
+    function = None if differentiate is None else _autograd_function(name, kernel, differentiate, save)
+    names = [argument.name for argument in op._schema.arguments]
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return op(*arguments, **named)
+        tensors = [value for value in (*arguments, *named.values()) if isinstance(value, Tensor)]
+        if not _is_plain(tensors):
+            return op(*arguments, **named)
+        if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+            return kernel(*arguments, **named)
+        if function is None:
+            return op(*arguments, **named)
+        return function.apply(*arguments, *(named[name] for name in names[len(arguments) :]))
+
+    setattr(ops, name, call)
+
+
+def _autograd_function(
+    name: str,
+    kernel: Callable[..., Any],
+    differentiate: Callable[..., Any],
+    save: Callable[..., None] | None,
+) -> type[torch.autograd.Function]:
+    """The autograd function of an op: what torch.library makes of `differentiate` and `save`."""
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        output = kernel(*arguments)
+        if save is not None:
+            save(ctx, arguments, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
+    return type(name, (torch.autograd.Function,), methods)
+
+
+def _keys(*names: str) -> DispatchKeySet:
+    return reduce(or_, (DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names))
+
+
+# With and without inference mode.
+_PLAIN_THREAD = _keys("BackendSelect", "ADInplaceOrView"), _keys("BackendSelect")
+_PLAIN_TENSOR = tuple(
+    keys
+    for device in ("CUDA", "CPU")
+    for keys in (
+        _keys(device, f"Autocast{device}", "ADInplaceOrView", f"Autograd{device}"),
+        _keys(device, f"Autocast{device}"),
+    )
+)
+
+
+def _is_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether a call of an op reaches autograd and the implementation for CUDA or the CPU, and nothing else.
+
+    Otherwise something has to see the call, or treats it in its own way: a mode, a transform of `torch.func`,
+    a tracer, the profiler; or an argument, which is of a subclass, a fake, meta or sparse tensor, or a view
+    of the negative of a tensor.
+    """
+    return (
+        not torch.overrides.has_torch_function(tensors)
+        and torch._C._dispatch_tls_local_include_set() in _PLAIN_THREAD
+        and not torch._C._autograd._profiler_enabled()
+        and all(torch._C._dispatch_keys(tensor) in _PLAIN_TENSOR for tensor in tensors)
+    )
 
 
 def refuse(op: str) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from kernels.attention.backward import attention_backward
 from kernels.attention.decode import attention_decode, query_tiles
 from kernels.attention.forward import attention_forward
 from kernels.philox import dropout_seed
-from kernels.torch_library import refuse, register
+from kernels.torch_library import ops, refuse, register
 from kernels.tuning import (
     AttentionTiles,
     architecture,
@@ -39,7 +39,7 @@ def causal_attention(
 ) -> Tensor:
     """`kernels.causal_attention`, after its arguments have been checked."""
     options = _options(q, scale, dropout_p, seed, deterministic)
-    out, _ = torch.ops.fused_gpt.attention_forward(q, k, v, key_start, *options)
+    out, _ = ops.attention_forward(q, k, v, key_start, *options)
     return out
 
 
@@ -53,7 +53,7 @@ def causal_attention_qkv(
 ) -> Tensor:
     """`kernels.causal_attention_qkv`, after its arguments have been checked."""
     options = _options(qkv, scale, dropout_p, seed, deterministic)
-    out, _ = torch.ops.fused_gpt.attention_qkv_forward(qkv, key_start, *options)
+    out, _ = ops.attention_qkv_forward(qkv, key_start, *options)
     return out
 
 
@@ -77,7 +77,7 @@ def decode_attention(
 ) -> Tensor:
     """`kernels.decode_attention`, after its arguments have been checked."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    return torch.ops.fused_gpt.attention_decode(q, k_cache, v_cache, cache_len, key_start, scale)
+    return ops.attention_decode(q, k_cache, v_cache, cache_len, key_start, scale)
 
 
 def _dense_like(x: Tensor) -> Tensor:
@@ -213,9 +213,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _differentiate(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
     """From the gradient of out to the gradients of attention_forward's eight arguments."""
     need_q, need_k, need_v = ctx.needs_input_grad[:3]
-    dq, dk, dv = torch.ops.fused_gpt.attention_backward(
-        grad, *ctx.saved_tensors, *ctx.options, need_q, need_k or need_v
-    )
+    dq, dk, dv = ops.attention_backward(grad, *ctx.saved_tensors, *ctx.options, need_q, need_k or need_v)
     return dq if need_q else None, dk if need_k else None, dv if need_v else None, *(None,) * 5
 
 
@@ -304,7 +302,7 @@ def _packed_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 def _packed_differentiate(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, ...]:
     """From the gradient of out to the gradients of attention_qkv_forward's six arguments."""
-    return torch.ops.fused_gpt.attention_qkv_backward(grad, *ctx.saved_tensors, *ctx.options), *(None,) * 5
+    return ops.attention_qkv_backward(grad, *ctx.saved_tensors, *ctx.options), *(None,) * 5
 
 
 def _decode_output(q: Tensor, *args: Any) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels.decode.block import decode_block_forward
 from kernels.decode.embedding import decode_embedding_forward
 from kernels.decode.linear import decode_linear
-from kernels.torch_library import register
+from kernels.torch_library import ops, register
 from kernels.tuning import (
     architecture,
     attention_decode_splits,
@@ -32,13 +32,13 @@ def decode_embedding(
     key_start: Tensor | None,
 ) -> Tensor:
     """`kernels.decode_embedding`, after its arguments have been checked."""
-    return torch.ops.fused_gpt.decode_embedding(token, cache_len, token_weight, position_weight, key_start)
+    return ops.decode_embedding(token, cache_len, token_weight, position_weight, key_start)
 
 
 def decode_block(*, scale: float | None, **arguments: Any) -> Tensor:
     """`kernels.decode_block`, after its arguments have been checked."""
     scale = 1 / math.sqrt(arguments["k_cache"].shape[-1]) if scale is None else float(scale)
-    return torch.ops.fused_gpt.decode_block(**arguments, scale=scale)
+    return ops.decode_block(**arguments, scale=scale)
 
 
 def decode_head(
@@ -50,7 +50,7 @@ def decode_head(
     eps: float,
 ) -> Tensor:
     """`kernels.decode_head`, after its arguments have been checked."""
-    return torch.ops.fused_gpt.decode_head(x, norm_weight, norm_bias, head_weight, head_bias, eps)
+    return ops.decode_head(x, norm_weight, norm_bias, head_weight, head_bias, eps)
 
 
 def _embedding_output(

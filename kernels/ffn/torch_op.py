@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.ffn.gelu import bias_gelu_backward, bias_gelu_forward
 from kernels.ffn.gemm import gelu_gemm_forward
-from kernels.torch_library import refuse, register
+from kernels.torch_library import ops, refuse, register
 from kernels.tuning import architecture, gelu_backward_tile, gelu_gemm_tile, gelu_programs
 
 # dx, dw_up, db_up, dw_down, db_down
@@ -26,7 +26,7 @@ def gelu_ffn(
     """`kernels.gelu_ffn`, after its arguments have been checked."""
     tensors = x, w_up, b_up, w_down, b_down
     save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    y, _ = torch.ops.fused_gpt.gelu_ffn_forward(*tensors, approximate == "tanh", save)
+    y, _ = ops.gelu_ffn_forward(*tensors, approximate == "tanh", save)
     return y
 
 
@@ -170,7 +170,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _differentiate(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
     """From the gradient of y to the gradients of gelu_ffn_forward's seven arguments."""
     needs = ctx.needs_input_grad[:5]
-    gradients = torch.ops.fused_gpt.gelu_ffn_backward(dy, *ctx.saved_tensors, ctx.tanh, *needs)
+    gradients = ops.gelu_ffn_backward(dy, *ctx.saved_tensors, ctx.tanh, *needs)
     return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), None, None
 
 

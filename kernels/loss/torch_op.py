@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.loss.softmax import cross_entropy, scale_gradient
-from kernels.torch_library import refuse, register
+from kernels.torch_library import ops, refuse, register
 from kernels.tuning import loss_chunk_rows
 
 
@@ -34,11 +34,11 @@ def linear_cross_entropy(
     needs = x.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad
 
     if torch.is_grad_enabled() and any(needs) and reduction != "none":
-        loss, *_ = torch.ops.fused_gpt.linear_cross_entropy_gradients(
+        loss, *_ = ops.linear_cross_entropy_gradients(
             rows, weight, flat, bias, *options, reduction == "mean", *needs
         )
         return loss
-    losses = torch.ops.fused_gpt.linear_cross_entropy_losses(rows, weight, flat, bias, *options)
+    losses = ops.linear_cross_entropy_losses(rows, weight, flat, bias, *options)
     if reduction == "none":
         return losses.reshape(targets.shape)
     return losses.sum() * _reduction_scale(flat, ignore_index, reduction == "mean")
@@ -237,9 +237,7 @@ def _differentiate_losses(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """From the gradients of the losses to those of linear_cross_entropy_losses' seven arguments."""
     need_x, need_weight, _, need_bias, *_ = ctx.needs_input_grad
     needs = need_x, need_weight, need_bias
-    gradients = torch.ops.fused_gpt.linear_cross_entropy_backward(
-        grad, *ctx.saved_tensors, *ctx.options, *needs
-    )
+    gradients = ops.linear_cross_entropy_backward(grad, *ctx.saved_tensors, *ctx.options, *needs)
     dx, dweight, dbias = _needed(gradients, needs)
     return dx, dweight, None, dbias, None, None, None
 
@@ -255,7 +253,7 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 def _differentiate_gradients(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     """From the gradient of the loss to those of linear_cross_entropy_gradients' eleven arguments."""
-    gradients = torch.ops.fused_gpt.linear_cross_entropy_scale(grad, *ctx.saved_tensors, ctx.dtype)
+    gradients = ops.linear_cross_entropy_scale(grad, *ctx.saved_tensors, ctx.dtype)
     dx, dweight, dbias = _needed(gradients, ctx.needs)
     return dx, dweight, None, dbias, *(None,) * 7
 

@@ -15,13 +15,13 @@ from kernels.norm.backward import layer_norm_backward, layer_norm_backward_sum
 from kernels.norm.dropout_kernel import dropout_forward
 from kernels.norm.forward import layer_norm_forward
 from kernels.philox import dropout_seed
-from kernels.torch_library import refuse, register
+from kernels.torch_library import ops, refuse, register
 from kernels.tuning import architecture, norm_backward_tile, norm_programs
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
     """`kernels.layer_norm` with y in `dtype`, after its arguments have been checked."""
-    y, _ = torch.ops.fused_gpt.layer_norm_forward(x, weight, bias, float(eps), dtype)
+    y, _ = ops.layer_norm_forward(x, weight, bias, float(eps), dtype)
     return y
 
 
@@ -37,7 +37,7 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """`kernels.add_layer_norm` with y in `dtype`, after its arguments have been checked."""
     seed = dropout_seed(dropout_p, seed, x.device)
-    y, new_residual, _ = torch.ops.fused_gpt.add_layer_norm_forward(
+    y, new_residual, _ = ops.add_layer_norm_forward(
         x, residual, weight, bias, seed, float(eps), float(dropout_p), dtype
     )
     return y, new_residual
@@ -45,7 +45,7 @@ def add_layer_norm(
 
 def dropout(x: Tensor, p: float, seed: int | Tensor | None) -> Tensor:
     """`kernels.dropout` for p > 0, after its arguments have been checked."""
-    return torch.ops.fused_gpt.dropout(x, dropout_seed(p, seed, x.device), float(p))
+    return ops.dropout(x, dropout_seed(p, seed, x.device), float(p))
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ def _differentiate(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
     """From the gradient of y to the gradients of layer_norm_forward's five arguments."""
     x, weight, stats = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-    dx, _, dweight, dbias = torch.ops.fused_gpt.layer_norm_backward(
+    dx, _, dweight, dbias = ops.layer_norm_backward(
         dy=dy,
         dnew_residual=None,
         h=x,
@@ -252,7 +252,7 @@ def _add_differentiate(
         dy = torch.zeros_like(new_residual)
     # Without dropout dx equals dresidual: one tensor serves for both where their dtypes agree.
     shared = need_x and need_residual and seed is None and ctx.x_dtype == new_residual.dtype
-    dx, dresidual, dweight, dbias = torch.ops.fused_gpt.layer_norm_backward(
+    dx, dresidual, dweight, dbias = ops.layer_norm_backward(
         dy=dy,
         dnew_residual=dnew_residual,
         h=new_residual,
@@ -294,7 +294,7 @@ def _dropout_save(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor
 def _dropout_differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
     """From the gradient of y to the gradient of x: dropout of dy with the same mask."""
     (seed,) = ctx.saved_tensors
-    return torch.ops.fused_gpt.dropout(dy, seed, ctx.p), None, None
+    return ops.dropout(dy, seed, ctx.p), None, None
 
 
 register(
