@@ -1,4 +1,4 @@
-"""A training step as a CUDA graph: the host launches all its kernels at once.
+"""A step of training or of evaluation as a CUDA graph: the host launches all its kernels at once.
 
 A step of few tokens takes the GPU less time than the host needs to launch its kernels one by one.
 """
@@ -30,10 +30,11 @@ class StepGraph:
         run: The step. It must not synchronise, and its memory and the order of its launches must depend on
             the batches' shapes alone.
         device: A CUDA GPU.
+        name: What the steps are, for the warning of a failed capture: "training steps".
     """
 
-    def __init__(self, run: Callable[[Sequence[Batch]], Tensor], device: torch.device) -> None:
-        self._run, self._device = run, device
+    def __init__(self, run: Callable[[Sequence[Batch]], Tensor], device: torch.device, name: str) -> None:
+        self._run, self._device, self._name = run, device, name
         self._stream = torch.cuda.Stream(device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._key: object = None  # of the captured step: settings and shapes
@@ -80,7 +81,7 @@ class StepGraph:
                 self._result = self._run(self._batches)
         except RuntimeError as error:
             self._fails = True
-            warnings.warn(f"training steps run without a CUDA graph: {first_line(error)}", stacklevel=2)
+            warnings.warn(f"{self._name} run without a CUDA graph: {first_line(error)}", stacklevel=2)
         else:
             self._graph, self._key = graph, key
 

@@ -96,8 +96,7 @@ class Evaluator:
     def loss_now(self) -> float:
         """The loss of one validation batch, the same on all ranks."""
         self._model.eval()
-        with torch.no_grad():
-            loss = self._step.loss(self._batch("validation", 0)).item()
+        loss = self._step.evaluate(self._batch("validation", 0)).item()
         self._model.train()
         return loss
 
@@ -132,13 +131,12 @@ class Evaluator:
         """
         totals, count = [], 0
         self._model.eval()
-        with torch.no_grad():
-            for batch, counts in self._rounds(batches, check):
-                loss = self._step.loss(batch).item()
-                if counts:
-                    targets = int((batch.targets != IGNORED).sum())
-                    totals.append(loss * targets)
-                    count += targets
+        for batch, counts in self._rounds(batches, check):
+            loss = self._step.evaluate(batch).item()
+            if counts:
+                targets = int((batch.targets != IGNORED).sum())
+                totals.append(loss * targets)
+                count += targets
         self._model.train()
         totals_of_ranks, targets_of_ranks = zip(*self._ranks.gather((totals, count)), strict=True)
         # fsum is exact, so the result does not depend on how the batches are spread over ranks.

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gpt.config import TrainConfig
@@ -82,10 +81,8 @@ def fit(
         model.train_loss.append(_mean(_train(step, learning_rate, _batches(train_loader))))
         if valid_loader is not None:
             model.eval()
-            with torch.no_grad():
-                model.validation_loss.append(
-                    _mean((step.loss(batch).item(), batch) for batch in _batches(valid_loader))
-                )
+            losses = ((step.evaluate(batch).item(), batch) for batch in _batches(valid_loader))
+            model.validation_loss.append(_mean(losses))
         stops = [callback(model, epoch) for callback in callbacks]
         if any(stops):
             break

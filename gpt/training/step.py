@@ -105,7 +105,8 @@ class TrainStep:
     """Trains `model` by one step per call.
 
     Every target of a step has the same weight in the gradient, however the targets are spread over
-    micro-batches and ranks. Steps of one process with up to capture.TOKENS tokens run as a CUDA graph.
+    micro-batches and ranks. Steps of one process with up to capture.TOKENS tokens run as a CUDA graph, those
+    of an evaluation too.
 
     Args:
         model: The model, on its device, with float32 parameters.
@@ -139,12 +140,13 @@ class TrainStep:
         rate_dtype = torch.float64 if self.device.type == "cpu" else torch.float32
         self._rate = torch.zeros((), dtype=rate_dtype, device=self.device)
         self._failed = torch.zeros((), dtype=torch.bool, device=self.device)
-        self._graph = None
+        self._graph = self._evaluation = None
         model.checkpoint_activations = config.checkpoint_activations
         # A capture runs no hooks, and cannot read random states, as a recomputation does.
-        captured = not (config.no_capture or config.checkpoint_activations or kernels.has_hooks(model))
-        if captures(self.device) and ranks.size == 1 and forward is None and captured:
-            self._graph = StepGraph(self._run, self.device)
+        if captures(self.device) and ranks.size == 1 and not (config.no_capture or kernels.has_hooks(model)):
+            self._evaluation = StepGraph(self._evaluate, self.device, "evaluation steps")
+            if forward is None and not config.checkpoint_activations:
+                self._graph = StepGraph(self._run, self.device, "training steps")
 
     def __call__(self, batches: Batches, rate: float, stop: Sized = ()) -> StepResult:
         """Takes one step and reads its result: see `enqueue` and `PendingStep.result`."""
@@ -165,10 +167,8 @@ class TrainStep:
         """
         self._zero_gradients()
         self._rate.fill_(rate)
-        captured = self._captured(batches)
-        if self._graph is not None and captured:
-            values = self._graph(captured, (self._model.training, self._model.use_triton))
-        else:
+        values = self._replay(self._graph, batches)
+        if values is None:
             values = self._run(batches, stop)
         return PendingStep(self, values, self._with_gradients, stop=self._ranks.size == 1 and bool(stop))
 
@@ -192,6 +192,12 @@ class TrainStep:
                 inputs, targets, document_start=document_start
             )
 
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Tensor:
+        """`loss` without gradients. The next call may overwrite the result."""
+        value = self._replay(self._evaluation, [batch])
+        return self.loss(batch) if value is None else value
+
     def tensors(self) -> dict[str, Tensor]:
         """The optimizers' state, keyed by parameter and entry: "wte.weight/exp_avg"."""
         return state_tensors(self.optimizers, self.names)
@@ -210,20 +216,25 @@ class TrainStep:
         for p in self.names:
             p.grad = None
 
-    def _captured(self, batches: Iterable[Batch]) -> list[Batch]:
-        """The batches on the device, if a graph may run them, else nothing.
+    def _replay(self, graph: StepGraph | None, batches: Iterable[Batch]) -> Tensor | None:
+        """The result of `graph` on the batches, or None if it may not run them.
 
         It may not with a dropout seed, which the caller may set each time, or with more than TOKENS tokens.
         """
-        if self._graph is None or self._model.dropout_seed is not None or not captures(self.device):
-            return []
+        if graph is None or self._model.dropout_seed is not None or not captures(self.device):
+            return None
         drawn, tokens = [], 0
         for batch in batches:
             tokens += batch.inputs.numel()
             if tokens > TOKENS:
-                return []
+                return None
             drawn.append(self._to_device(batch))
-        return drawn
+        return graph(drawn, (self._model.training, self._model.use_triton)) if drawn else None
+
+    def _evaluate(self, batches: Sequence[Batch]) -> Tensor:
+        """The loss of the one batch of an evaluation step."""
+        (batch,) = batches
+        return self.loss(batch)
 
     def _run(self, batches: Batches, stop: Sized = ()) -> Tensor:
         """Takes one step on the device.

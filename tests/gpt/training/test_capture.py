@@ -1,4 +1,4 @@
-"""Captured training steps against eager ones, with CUDA graphs simulated on a CPU."""
+"""Captured steps of training and evaluation against eager ones, with CUDA graphs simulated on a CPU."""
 
 from __future__ import annotations
 
@@ -94,8 +94,7 @@ def load_state(i: int, model: GPT, step: TrainStep) -> None:
 def evaluate_and_sample(i: int, model: GPT, step: TrainStep) -> None:
     """Uses the model as an evaluation does."""
     model.eval()
-    with torch.no_grad():
-        step.loss(make_batches(16)[0])
+    step.evaluate(make_batches(16)[0])
     model.generate(torch.zeros(1, 1, dtype=torch.int64), 3)
     model.train()
 
@@ -108,7 +107,7 @@ def other_shapes(i: int, model: GPT, step: TrainStep) -> None:
 
 @pytest.mark.parametrize(
     ("between", "replays"),
-    [(change_parameters, [5]), (load_state, [2, 2]), (evaluate_and_sample, [5]), (other_shapes, [5])],
+    [(change_parameters, [5]), (load_state, [2, 2]), (evaluate_and_sample, [5, 5]), (other_shapes, [5])],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_what_happens_between_steps_is_seen(
@@ -118,6 +117,43 @@ def test_what_happens_between_steps_is_seen(
     captured = train(data, CONFIG, between)
     assert [graph.replays for graph in graphs] == replays
     assert_equal(captured, train(data, replace(CONFIG, no_capture=True), between))
+
+
+def test_captured_evaluations_equal_eager_ones(data: TokenData, graphs: list[Recording]) -> None:
+    """An evaluation with old weights or an old batch, with dropout, or that builds a graph of gradients."""
+
+    def losses(config: TrainConfig) -> list[float]:
+        evaluated = []
+
+        def evaluate(i: int, model: GPT, step: TrainStep) -> None:
+            model.eval()
+            for batch in draw(i, packed=i > 2):
+                loss = step.evaluate(batch)
+                assert not loss.requires_grad
+                evaluated.append(loss.item())
+            model.train()
+
+        train(data, config, evaluate)
+        return evaluated
+
+    captured = losses(CONFIG)
+    # The twelve evaluations: the first of those without and of those with documents is eager.
+    assert [graph.replays for graph in graphs] == [5, 5, 5]
+    assert captured == losses(replace(CONFIG, no_capture=True))
+    assert len(set(captured)) == len(captured)
+
+
+def test_an_evaluation_sees_the_mode_and_the_backend(data: TokenData, graphs: list[Recording]) -> None:
+    """A replay of the graph of another mode: with dropout, or with kernels instead of references."""
+    model = make_model(data)
+    step, batch = TrainStep(model, CONFIG), make_batches(16)[0]
+    for change in (model.eval, model.train, model.eval):
+        change()
+        for _ in range(3):
+            step.evaluate(batch)
+    model.use_triton = False
+    step.evaluate(batch)
+    assert [graph.replays for graph in graphs] == [2, 2, 2]
 
 
 def test_captured_steps_read_document_starts(data: TokenData, graphs: list[Recording]) -> None:
@@ -186,7 +222,10 @@ def test_a_capture_that_fails_is_reported_once(
 def test_only_safe_steps_are_captured(
     data: TokenData, graphs: list[Recording], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A graph of large steps, of a compiled model, of several processes, or of a seed that can change."""
+    """A graph of large steps, of a compiled model, of several processes, or of a seed that can change.
+
+    An evaluation takes the model itself, also where training takes a compiled one.
+    """
     model = make_model(data)
     seeded = make_model(data)
     seeded.dropout_seed = 3
@@ -201,7 +240,11 @@ def test_only_safe_steps_are_captured(
     monkeypatch.setattr("gpt.training.step.TOKENS", 63)
     train(data, CONFIG)
     assert graphs == []
-    assert TrainStep(model, CONFIG, ranks=Ranks(size=2))._graph is None
+    alone, compiled, several = (
+        TrainStep(model, CONFIG, **options) for options in ({}, {"forward": model}, {"ranks": Ranks(size=2)})
+    )
+    assert (compiled._graph, several._graph, several._evaluation) == (None, None, None)
+    assert None not in (alone._graph, alone._evaluation, compiled._evaluation)
     monkeypatch.setattr("gpt.training.step.TOKENS", 64)
     train(data, CONFIG)
     assert len(graphs) == 1
