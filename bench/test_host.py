@@ -1,5 +1,6 @@
 """Benchmarks of the CPU work around the kernels: `pytest bench --benchmark-only`, on any machine.
 
+With TRITON_INTERPRET=1, also that of the kernels' calls.
 To compare two commits, pass `--benchmark-save NAME` at the first and `--benchmark-compare` at the second.
 """
 
@@ -15,7 +16,8 @@ import gpt
 import kernels
 from gpt.data.dataset import TokenData
 from gpt.weights.checkpoint import load_model, save_model
-from kernels import checks
+from kernels import checks, dispatch
+from kernels.launch import Launch
 from kernels.registry import SPECS
 
 TEXT = Path(checks.__file__).read_text("utf-8") * 4
@@ -48,6 +50,28 @@ def test_overhead(op: str, benchmark: Any) -> None:
     inputs = spec.make_inputs(spec.tagged("small")[0], torch.float32, CPU, torch.Generator().manual_seed(0))
     with torch.no_grad():
         benchmark(spec.function, **inputs)
+
+
+CALLS = [(op, backward) for op in SPECS for backward in (False, True) if SPECS[op].gradients or not backward]
+
+
+@pytest.mark.skipif(not dispatch.interpreting, reason="on a CPU, a kernel is called under TRITON_INTERPRET=1")
+@pytest.mark.parametrize(("op", "backward"), CALLS)
+def test_call(op: str, backward: bool, benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call of a kernel without gradients, or with its backward pass. Launches do nothing."""
+    monkeypatch.setattr(Launch, "run", lambda launch: None)
+    spec = SPECS[op]
+    inputs = spec.make_inputs(spec.tagged("small")[0], torch.float32, CPU, torch.Generator().manual_seed(0))
+    leaves = [inputs[name].requires_grad_() for name in spec.gradients if inputs[name] is not None]
+
+    def call() -> None:
+        result = spec.function(**inputs)
+        if backward:
+            outputs = result if isinstance(result, tuple) else (result,)
+            torch.autograd.grad(outputs, leaves, [torch.empty_like(output) for output in outputs])
+
+    with torch.set_grad_enabled(backward), kernels.use_backend("triton"):
+        benchmark(call)
 
 
 def test_use_backend(benchmark: Any) -> None:
