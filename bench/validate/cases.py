@@ -174,7 +174,7 @@ def _norm(c: int, *, residual: bool = False, dropout: bool = False) -> Callable[
         old, dnew = (inputs.normal(n, c, dtype=torch.float32) if residual else None for _ in range(2))
         y, dx, dweight, dbias = (torch.empty_like(z) for z in (x, x, weight, bias))
         new, dresidual = (torch.empty_like(old) if old is not None else None for _ in range(2))
-        h = x if new is None else new
+        z = None if new is None else torch.empty_like(y)
         seed, p, stats = torch.tensor(7) if dropout else None, dropout * DROPOUT_P, torch.empty(2, n)
         partials: dict[str, Any] = {
             f"partial_{name}": torch.empty(PROGRAMS, c) for name in ("dweight", "dbias")
@@ -189,13 +189,15 @@ def _norm(c: int, *, residual: bool = False, dropout: bool = False) -> Callable[
                 y=y,
                 new_residual=new,
                 stats=stats,
+                z=z,
                 eps=1e-5,
                 dropout_p=p,
             ),
             layer_norm_backward(
                 dy=dy,
                 dnew_residual=dnew,
-                h=h,
+                h=x if z is None else z,
+                holds_z=z is not None,
                 weight=weight,
                 seed=seed,
                 stats=stats,
@@ -203,7 +205,7 @@ def _norm(c: int, *, residual: bool = False, dropout: bool = False) -> Callable[
                 dresidual=dresidual,
                 dropout_p=p,
                 programs=PROGRAMS,
-                tile=tuning.norm_backward_tile(architecture, c, h.element_size(), dropout=dropout),
+                tile=tuning.norm_backward_tile(architecture, c, 4 if residual else 2, dropout=dropout),
                 **partials,
             ),
             layer_norm_backward_sum(**partials, dweight=dweight, dbias=dbias),

@@ -34,8 +34,13 @@ def layer_norm(
         RuntimeError: ``use_backend("triton")`` cannot be honoured.
 
     Numerics:
-        Mean, two-pass variance and normalisation in float32; one rounding at the store. Saved for backward:
-        x, weight and 8 bytes per row. The gradients are deterministic.
+        Mean, two-pass variance and normalisation in float32; one rounding at the store. The gradients are
+        deterministic.
+
+        Saved for backward: x, weight and 8 bytes per row. Where y has fewer bytes than x, as under autocast,
+        z = (x - mean(x)) / sqrt(var(x) + eps), rounded to y's dtype, in place of x. Its rounding adds as much
+        to the error of dweight as the rounding of dy (rms); to that of dx sqrt(2 / C) times as much if dy is
+        independent of z, and as much if it is along z / weight.
 
     Backend:
         The reference runs for float64, for C > 32,768, and wherever `kernels.explain` says that Triton cannot
@@ -97,8 +102,8 @@ def add_layer_norm(
         TypeError, ValueError, RuntimeError: As `layer_norm`; ValueError also for dropout_p outside [0, 1).
 
     Numerics:
-        As `layer_norm`; the norm reads new_residual after it is rounded to its dtype. Backward recomputes the
-        mask, which is never stored.
+        As `layer_norm`, with new_residual in place of x; the norm reads it after it is rounded to its dtype.
+        Backward recomputes the mask, which is never stored.
 
     Backend:
         As `layer_norm`.

@@ -20,7 +20,7 @@ from kernels.tuning import Tile
 def _layer_norm_bwd_kernel(
     dy_ptr,  # (N, C), the gradient of y
     dnew_ptr,  # (N, C), the gradient of new_residual, or None
-    h_ptr,  # (N, C), what forward normalised: new_residual, or x without a residual
+    h_ptr,  # (N, C), what forward normalised: new_residual, or x without a residual; z if HOLDS_Z
     weight_ptr,  # (C,), contiguous
     seed_ptr,  # 0-d int64; None: without dropout
     stats_ptr,  # (2, N) float32, contiguous, mean and 1 / standard deviation of each row
@@ -38,6 +38,7 @@ def _layer_norm_bwd_kernel(
     BLOCK_M: tl.constexpr,  # rows per block
     BLOCK_C: tl.constexpr,  # columns per tile
     TILES: tl.constexpr,  # tiles per row, cdiv(C, BLOCK_C)
+    HOLDS_Z: tl.constexpr,  # h is z already, as forward stored it
     STAGES: tl.constexpr,  # 1: a block is loaded when it is needed; 3: during the block before
 ):
     """A program takes every num_programs-th block of BLOCK_M whole rows."""
@@ -57,7 +58,8 @@ def _layer_norm_bwd_kernel(
     for block in tl.range(pid, tl.cdiv(N, BLOCK_M), tl.num_programs(0), num_stages=STAGES):
         offs_m = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
         mask_m = offs_m < N
-        mean = tl.load(stats_ptr + offs_m, mask=mask_m, other=0.0)
+        if not HOLDS_Z:
+            mean = tl.load(stats_ptr + offs_m, mask=mask_m, other=0.0)
         rstd = tl.load(stats_ptr + N + offs_m, mask=mask_m, other=0.0)
 
         # With z = (h - mean) rstd and wdy = weight dy: dh = (wdy - mean(wdy) - z mean(wdy z)) rstd.
@@ -75,7 +77,7 @@ def _layer_norm_bwd_kernel(
                 weight = load_columns(weight_ptr, offs_m, cols, mask)
             else:
                 weight = weights[i]
-            z = (h - mean[:, None]) * rstd[:, None]
+            z = h if HOLDS_Z else (h - mean[:, None]) * rstd[:, None]
             wdy = dy * weight
             total += wdy
             projection += wdy * z
@@ -152,6 +154,7 @@ def layer_norm_backward(
     dy: Tensor,
     dnew_residual: Tensor | None,
     h: Tensor,
+    holds_z: bool,
     weight: Tensor,
     seed: Tensor | None,
     stats: Tensor,
@@ -165,7 +168,8 @@ def layer_norm_backward(
 ) -> Launch:
     """The launch that fills dx, dresidual and the partial sums of dweight and dbias, each unless it is None.
 
-    dy, dnew_residual, h: (N, C) with a contiguous last dimension; h is what forward normalised. weight: (C,).
+    dy, dnew_residual, h: (N, C) with a contiguous last dimension; h is what forward normalised,
+    or z = (what it normalised - mean) / standard deviation with `holds_z`. weight: (C,).
     seed: 0-d int64, None without dropout. stats: (2, N) float32. dx, dresidual: (N, C), contiguous.
     partial_dweight, partial_dbias: (programs, C) float32, for `layer_norm_backward_sum`.
     """
@@ -186,6 +190,7 @@ def layer_norm_backward(
         "N": n,
         **dropout_arguments(seed, dropout_p),
         **tile_arguments(c, tile),
+        "HOLDS_Z": holds_z,
         "STAGES": tile.num_stages,
     }
     return Launch(_layer_norm_bwd_kernel, (programs,), arguments, tile)

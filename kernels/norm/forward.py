@@ -37,6 +37,7 @@ def _layer_norm_fwd_kernel(
     y_ptr,  # out: (N, C), contiguous
     new_residual_ptr,  # out: (N, C), contiguous, residual + dropout(x); None without a residual
     stats_ptr,  # out: (2, N) float32, contiguous, mean and 1 / standard deviation of each row
+    z_ptr,  # out: (N, C), contiguous, the rows before weight and bias, for backward; None: not stored
     stride_xn,  # x: elements between rows
     stride_rn,  # residual: elements between rows
     N,  # rows
@@ -86,11 +87,14 @@ def _layer_norm_fwd_kernel(
     for i in tl.static_range(TILES):
         cols = i * BLOCK_C + offs_c
         mask = mask_m[:, None] & (cols < C)[None, :]
-        y = (rows[i] - mean[:, None]) * rstd[:, None]
-        y *= load_columns(weight_ptr, offs_m, cols, mask)
+        out = offs_m[:, None] * C + cols[None, :]
+        z = (rows[i] - mean[:, None]) * rstd[:, None]
+        if z_ptr is not None:
+            tl.store(z_ptr + out, z.to(z_ptr.dtype.element_ty), mask=mask)
+        y = z * load_columns(weight_ptr, offs_m, cols, mask)
         if bias_ptr is not None:
             y += load_columns(bias_ptr, offs_m, cols, mask)
-        tl.store(y_ptr + offs_m[:, None] * C + cols[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def layer_norm_forward(
@@ -103,13 +107,14 @@ def layer_norm_forward(
     y: Tensor,
     new_residual: Tensor | None,
     stats: Tensor,
+    z: Tensor | None,
     eps: float,
     dropout_p: float,
 ) -> Launch:
-    """The launch that fills `y`, `stats` and, with a residual, `new_residual`.
+    """The launch that fills `y`, `stats`, with a residual `new_residual`, and `z` unless it is None.
 
     x, residual: (N, C) with a contiguous last dimension. weight, bias: (C,), contiguous. seed: 0-d int64,
-    None without dropout. y, new_residual: (N, C), contiguous. stats: (2, N) float32.
+    None without dropout. y, new_residual, z: (N, C), contiguous. stats: (2, N) float32.
     """
     n, c = x.shape
     tile = norm_tile(c, max(t.element_size() for t in (x, residual) if t is not None))
@@ -121,6 +126,7 @@ def layer_norm_forward(
         "y_ptr": y,
         "new_residual_ptr": new_residual,
         "stats_ptr": stats,
+        "z_ptr": z,
         "stride_xn": x.stride(0),
         "stride_rn": 0 if residual is None else residual.stride(0),
         "N": n,

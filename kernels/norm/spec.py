@@ -149,12 +149,17 @@ ADD_LAYER_NORM = OpSpec(
     gradients=("x", "residual", "weight", "bias"),
     cases=(
         _case(5, 17),
+        _case(5, 96, residual=torch.float32, parameters=torch.float32),
         _case(3, 768),
         _case(7, 64, bias=False),
-        _case(5, 96, residual=torch.float32, parameters=torch.float32),
         _case(6, 40, dropout_p=0.4, seed=11),
         *(_case(11, c, "edge", dropout_p=0.1, seed=3) for c in _COLUMNS),
         _case(67, 384, "edge", residual=torch.float32),
+        *(
+            _case(5, c, "edge", residual=torch.float32, parameters=torch.float32, dropout_p=0.1, seed=3)
+            for c in (17, 255, 1600)
+        ),
+        _case(7, 64, "edge", bias=False, residual=torch.float32),
         _case(5, 768, "edge", mean=1000, residual=torch.float32, parameters=torch.float32),
         *(
             _case(n, c, "slow", residual=residual, dropout_p=p, seed=2**40 + 1)

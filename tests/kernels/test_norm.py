@@ -1,13 +1,17 @@
-"""LayerNorm in Triton beyond the registry's cases: seeds, unused outputs, autocast, far offsets, tiles."""
+"""LayerNorm in Triton beyond the registry's cases: seeds, unused outputs, autocast, z, far offsets, tiles."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import kernels
+from kernels.tolerance import compare
 from kernels.tuning import NORM_COLUMNS, norm_backward_tile, norm_tile
 from tests.memory import sparse, start_at_program
 
@@ -205,20 +209,23 @@ def test_outputs_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch) -> None:
     first = 2**31 // (c * rows) + 5
     n = (first + 1) * rows
     near, weight = torch.randn(n - first * rows, c), torch.randn(c)
-    x, y, dx = (sparse(n * c, torch.bfloat16).view(n, c) for _ in range(3))
+    x, y, z, dx = (sparse(n * c, torch.bfloat16).view(n, c) for _ in range(4))
     x[first * rows :] = near
     stats = sparse(2 * n, torch.float32).view(2, n)
     partial = sparse((first + 1) * c, torch.float32).view(first + 1, c)
     common: dict[str, Any] = {"weight": weight, "seed": None, "stats": stats, "dropout_p": 0.0}
 
     start_at_program(monkeypatch, first)
-    forward = layer_norm_forward(**common, x=x, residual=None, bias=None, y=y, new_residual=None, eps=1e-5)
+    forward = layer_norm_forward(
+        **common, x=x, residual=None, bias=None, y=y, new_residual=None, z=z, eps=1e-5
+    )
     forward._replace(grid=(1,)).run()
     layer_norm_backward(
         **common,
         dy=y,
         dnew_residual=None,
-        h=x,
+        h=z,
+        holds_z=True,
         dx=dx,
         dresidual=None,
         partial_dweight=partial,
@@ -284,3 +291,154 @@ def test_tiles_mask_few_columns(itemsize: int) -> None:
 def test_a_warp_holds_a_row_of_a_tile() -> None:
     """Float32 tiles of 256 columns: two warps share a row, and each sum over it needs barriers."""
     assert norm_tile(768, 2).block_n * 2 == norm_tile(768, 4).block_n * 4 == 32 * 16
+
+
+Z = [("layer_norm", "autocast"), ("add_layer_norm", "autocast"), ("add_layer_norm", "mixed")]
+
+
+def narrower(op: str, how: str, n: int = 6, c: int = 40) -> tuple[Any, list[torch.Tensor]]:
+    """A function whose y is narrower than what it normalises, and its arguments, which require gradients."""
+    x, residual, weight, bias = arguments(n, c)
+    x = x if op == "layer_norm" else x.bfloat16()
+    tensors = (x, weight, bias) if op == "layer_norm" else (x, residual, weight, bias)
+    function = getattr(kernels, op)
+
+    def call(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
+            outputs = function(*tensors)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    return call, [tensor.detach().requires_grad_() for tensor in tensors]
+
+
+def gradients(function: Any, leaves: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The outputs of `function`, and the gradients of `leaves` for random gradients of the outputs."""
+    outputs = function(*leaves)
+    generator = torch.Generator().manual_seed(2)
+    grads = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs]
+    return *outputs, *torch.autograd.grad(outputs, leaves, grads)
+
+
+def stored(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor | None]:
+    """The list that collects what each forward pass stores as z."""
+    from kernels.norm import torch_op
+
+    launch, values = torch_op.layer_norm_forward, []
+    monkeypatch.setattr(
+        torch_op, "layer_norm_forward", lambda **given: values.append(given["z"]) or launch(**given)
+    )
+    return values
+
+
+@pytest.mark.parametrize(("op", "how"), Z)
+def test_z_is_saved_in_place_of_what_is_normalised(op: str, how: str) -> None:
+    """Float32 rows that are kept for backward: 4 bytes per element of each norm of a model, not 2."""
+    function, leaves = narrower(op, how)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = function(*leaves)[0]
+    matrices = [(tuple(t.shape), t.dtype) for t in saved if t.ndim == 2]
+    assert sorted(matrices, key=str) == [((2, 6), torch.float32), ((6, 40), torch.bfloat16)]
+    assert all(t.data_ptr() != y.data_ptr() for t in saved)
+
+
+def test_a_residual_that_no_one_uses_is_freed() -> None:
+    """A new_residual or an x that a reference of autograd keeps alive until the backward pass."""
+    for op, how in Z:
+        function, leaves = narrower(op, how)
+        inner = [leaf * 1 for leaf in leaves]
+        rows = weakref.ref(inner[0].untyped_storage())
+        y, *rest = function(*inner)
+        sums = [weakref.ref(tensor.untyped_storage()) for tensor in rest]
+        del inner, rest
+        gc.collect()
+        assert rows() is None
+        assert all(kept() is None for kept in sums)
+        y.sum().backward()
+
+
+@pytest.mark.parametrize(("op", "how"), Z)
+def test_z_is_stored_only_for_a_gradient(op: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation that writes z, or a y that is as wide as what is normalised and yet is kept twice."""
+    values = stored(monkeypatch)
+    function, leaves = narrower(op, how)
+    function(*leaves)
+    with torch.no_grad():
+        function(*leaves)
+    function(*(leaf.detach() for leaf in leaves))
+    assert [value is not None for value in values] == [True, False, False]
+
+    values.clear()
+    for dtypes in (
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16),
+    ):
+        x, residual = (torch.randn(3, 24, dtype=dtype, requires_grad=True) for dtype in dtypes)
+        kernels.add_layer_norm(x, residual, torch.ones(24))
+        kernels.layer_norm(x, torch.ones(24))
+    assert values == [None] * 6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mean", [0, 1000])
+def test_gradients_of_float32_rows_under_autocast(dtype: torch.dtype, mean: float) -> None:
+    """A gradient from a z that is y, unscaled or not centred: the reference reads the float32 rows."""
+    x, _, weight, bias = arguments(13, 96)
+    leaves = [tensor.requires_grad_() for tensor in (x + mean, weight, bias)]
+    results = []
+    for backend in ("triton", "reference"):
+        with kernels.use_backend(norm=backend), torch.autocast("cpu", dtype=dtype):
+            results.append(gradients(lambda *tensors: (kernels.layer_norm(*tensors),), leaves))
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    oracle = gradients(lambda *tensors: (kernels.reference.layer_norm(*tensors),), exact)
+    for name, *values in zip(("y", "dx", "dweight", "dbias"), *results, oracle, strict=True):
+        verdict = compare(name, *values, dtype=dtype, scale=float(mean or 4))
+        assert verdict.ok, str(verdict)
+
+
+@pytest.mark.parametrize(("op", "how"), Z)
+def test_the_outputs_do_not_depend_on_z(op: str, how: str) -> None:
+    """A y or new_residual that has other bits in training than in evaluation."""
+    function, leaves = narrower(op, how)
+    with torch.no_grad():
+        expected = function(*leaves)
+    assert all(map(torch.equal, function(*leaves), expected))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("op", "how"), Z)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_z_is_recomputed_by_checkpointing(op: str, how: str, reentrant: bool) -> None:
+    """A recomputation that stores another number of tensors, or gives other gradients."""
+    function, leaves = narrower(op, how)
+    expected = gradients(function, leaves)
+    outputs = checkpoint(function, *leaves, use_reentrant=reentrant)
+    generator = torch.Generator().manual_seed(2)
+    torch.autograd.backward(outputs, [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outputs])
+    assert all(map(torch.equal, (*outputs, *(leaf.grad for leaf in leaves)), expected))
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("op", "how"), Z)
+def test_z_compiles(op: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph break, compiled code that keeps z without a gradient, or one for training in evaluation."""
+    function, leaves = narrower(op, how)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=False)
+    expected = gradients(function, leaves)
+    values = stored(monkeypatch)
+    assert all(map(torch.equal, gradients(compiled, leaves), expected))
+    with torch.no_grad():
+        assert all(map(torch.equal, compiled(*leaves), expected))
+    torch.compiler.reset()
+    assert [value is not None for value in values] == [True, False]
+
+
+@pytest.mark.parametrize(("op", "how"), Z)
+def test_a_second_derivative_from_z_is_refused(op: str, how: str) -> None:
+    """A second derivative that takes z, or the statistics, for a constant."""
+    function, leaves = narrower(op, how)
+    y = function(*leaves)[0]
+    (gradient,) = torch.autograd.grad(y.float().square().sum(), leaves[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="expected one derivative"):
+        torch.autograd.grad(gradient.float().square().sum(), leaves[0])
