@@ -176,24 +176,23 @@ class GPTConfig:
 
         A parameter takes 16 bytes: a float32 weight, its gradient and AdamW's two averages. In half precision
         the matrices are kept in 16 bits too. The loss keeps the float32 gradient of the head's weight, and C
-        values per token; with the last norm that is 4 C + 2 value C bytes. DDP takes no more: the gradients
-        are views of its buckets.
+        values per token; with the last norm that is 3 value C bytes. DDP takes no more: the gradients are
+        views of its buckets.
 
         FSDP keeps the 16 bytes of a rank's own shard of each parameter. What is outside the blocks is
         gathered in float32 for the whole step, with a whole gradient: 8 bytes. Of the blocks, two are
         gathered, one of them has a gradient, and one a gradient that is sent in float32:
         3 value + 4 bytes. The head's matrix alone is kept in 16 bits too.
 
-        A block keeps per token two sums of the residual stream in float32, the outputs of its norms, q, k, v
-        and the output of attention, the feed-forward before its activation, and the statistics of norms and
-        softmax:
+        A block keeps per token what its two norms normalised, their outputs, q, k, v and the output of
+        attention, the feed-forward before its activation, and the statistics of norms and softmax:
 
-            8 C + value (2 C + 4 n_head D + I) + 16 + 4 n_head   bytes.
+            value (4 C + 4 n_head D + I) + 16 + 4 n_head   bytes.
 
-        The references also keep the feed-forward after its activation, value I bytes, and on a CPU compute
-        attention in float32. With `checkpoint_activations`, a block keeps its two inputs, 4 C + value C
-        bytes, and one block at a time has the rest. Dropout of the references, `document_start` and a chunk
-        of logits come on top.
+        The references keep the inputs of the norms in float32, 4 bytes per value, and the feed-forward after
+        its activation, value I bytes; on a CPU they compute attention in float32. With
+        `checkpoint_activations`, a block keeps its two inputs, 4 C + value C bytes, and one block at a time
+        has the rest. Dropout of the references, `document_start` and a chunk of logits come on top.
 
         Args:
             batch_size: Sequences of block_size tokens in a micro-batch.
@@ -203,8 +202,11 @@ class GPTConfig:
             shards: The ranks that share the parameters under FSDP; 1 has all of them, as under DDP.
         """
         c, hd, inner = self.n_embd, self.n_head * self.head_size, self.inner_size
-        block = 8 * c + value * (2 * c + 4 * hd + inner) + 16 + 4 * self.n_head
+        block = value * (4 * c + 4 * hd + inner) + 16 + 4 * self.n_head
+        last = 3 * value * c
         if not fused:
+            last += (4 - value) * c
+            block += 2 * (4 - value) * c
             block += value * inner + (4 - value) * 4 * hd + (value < 4) * value * hd
         inputs = (4 + value) * c
         blocks = self.n_layer * inputs + block if checkpoint_activations else self.n_layer * block
@@ -222,7 +224,7 @@ class GPTConfig:
             "matrices in 16 bits": value * matrices if value < 4 else 0,
             "gathered, in flight": in_flight,
             "gradient of the head": 4 * head,
-            "activations": batch_size * self.block_size * (blocks + 4 * c + 2 * value * c),
+            "activations": batch_size * self.block_size * (blocks + last),
         }
 
 

@@ -58,9 +58,10 @@ def _bytes(case: Case, dtype: torch.dtype, direction: str) -> int:
 
 
 def _add_bytes(case: Case, dtype: torch.dtype, direction: str) -> int:
-    residual = case.options.get("residual", dtype).itemsize
-    elements = case["N"] * case["C"]
-    return elements * (2 * dtype.itemsize + (2 if direction == "forward" else 3) * residual)
+    y, residual = dtype.itemsize, case.options.get("residual", dtype).itemsize
+    # Backward reads z in place of new_residual where y is narrower; then forward stores it.
+    z = min(y, residual) if direction == "backward" or y < residual else 0
+    return case["N"] * case["C"] * (2 * y + 2 * residual + z)
 
 
 def _dropout_flops(case: Case, direction: str) -> int:

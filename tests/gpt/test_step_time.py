@@ -84,7 +84,7 @@ def test_every_fused_norm_is_counted(
     assert st._norms(config) == {op: count for op, count in calls.items() if count}
     by_name = parts(config, 1)
     forward = by_name["norms forward"].bytes
-    assert forward == 8 * 16 * (4 * calls["layer_norm"] + 12 * calls["add_layer_norm"])
+    assert forward == 8 * 16 * (4 * calls["layer_norm"] + 14 * calls["add_layer_norm"])
     assert by_name["dropout forward"].bytes == 8 * 16 * 4 * dropouts
 
 
@@ -92,8 +92,8 @@ def test_bytes_of_the_norms_are_those_of_the_op() -> None:
     """A residual stream counted in bfloat16: it is float32 under autocast."""
     n, c = 4 * 1024, 768
     by_name = parts(GPT2, 4)
-    assert by_name["norms forward"].bytes == n * c * (24 * (2 + 4 + 2 + 4) + 2 * 2)
-    assert by_name["norms backward"].bytes == n * c * (24 * (2 + 2 + 3 * 4) + 3 * 2)
+    assert by_name["norms forward"].bytes == n * c * (24 * (2 + 4 + 2 + 4 + 2) + 2 * 2)
+    assert by_name["norms backward"].bytes == n * c * (24 * (2 + 2 + 2 + 2 * 4) + 3 * 2)
 
 
 def test_a_component_takes_its_slower_resource() -> None:
