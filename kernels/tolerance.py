@@ -19,6 +19,8 @@ PyTorch's matmuls add partial sums, and have smaller errors.
 The second line holds for tensors of at least SAMPLE elements. Two samples of n random errors of one size
 differ in rms: without the floor, one would have more than twice the rms of the other with a probability of
 10% at n = 4, 0.9% at n = 13 and 1e-4 at n = 32 (the F distribution beyond 4).
+
+Integers, such as the indices of an argmax, must be equal.
 """
 
 from __future__ import annotations
@@ -87,6 +89,9 @@ def compare(
         return Verdict(name, math.inf, math.inf, f"{y.dtype}, expected {r.dtype}")
     if y.numel() == 0:
         return Verdict(name, 0.0, 0.0)
+    if not y.is_floating_point():
+        wrong = (y != r64).sum().item()
+        return Verdict(name, 0.0, 0.0, f"{wrong} of {y.numel()} integers differ" if wrong else "")
     r64 = r64.detach().double()
     error, allowed = y.detach().double() - r64, r.detach().double() - r64
     for values, source in ((error, "the result"), (allowed, "the reference")):

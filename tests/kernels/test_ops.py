@@ -204,10 +204,15 @@ def test_explain_names_the_backend_that_runs(spec: OpSpec, monkeypatch: pytest.M
 def test_autocast_gives_the_autocast_dtype(spec: OpSpec) -> None:
     """An op that returns float32 activations under autocast, or a loss that is not float32."""
     inputs = inputs_of(spec, first_case(spec))
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+
+    def dtype_of_output() -> torch.dtype:
         result = spec.function(**inputs)
-    outputs = result if isinstance(result, tuple) else (result,)
-    assert outputs[0].dtype == (torch.bfloat16 if spec.follows_autocast else torch.float32)
+        return result[0].dtype if isinstance(result, tuple) else result.dtype
+
+    with torch.no_grad():
+        plain = dtype_of_output()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert dtype_of_output() == (torch.bfloat16 if spec.follows_autocast else plain)
 
 
 def _bad_tensor(spec: OpSpec, name: str, inputs: dict[str, Any]) -> list[tuple[str, Any, type[Exception]]]:
@@ -222,7 +227,7 @@ def _bad_tensor(spec: OpSpec, name: str, inputs: dict[str, Any]) -> list[tuple[s
     if any(isinstance(value, torch.Tensor) for other, value in inputs.items() if other != name):
         bad += [
             ("another device", value.to("meta"), ValueError),
-            ("another size", torch.cat([value, value], -1), ValueError),
+            ("another size", torch.cat([value, value], _shared_dimension(spec, name)), ValueError),
         ]
     bad += [
         (f"another size than {dim}", torch.cat([value, value], place), ValueError)
@@ -241,6 +246,14 @@ def _bad_tensor(spec: OpSpec, name: str, inputs: dict[str, Any]) -> list[tuple[s
     if not argument.optional:
         bad.append(("None", None, TypeError))
     return bad
+
+
+def _shared_dimension(spec: OpSpec, name: str) -> int:
+    """The last dimension of an argument that another argument has too, counted from the end."""
+    others = [a.dims for n, a in spec.arguments.items() if n != name and isinstance(a, TensorArgument)]
+    dims = spec.arguments[name].dims
+    shared = [place for place in range(-len(dims), 0) if any(dims[place] in other for other in others)]
+    return max(shared, default=-1)
 
 
 def _absent_tensor(spec: OpSpec, argument: TensorArgument, inputs: dict[str, Any]) -> torch.Tensor:

@@ -117,6 +117,13 @@ def test_many_terms_may_be_added_one_after_another() -> None:
     assert ratios[0] == pytest.approx(ratios[1], rel=0.01)  # hidden by the rounding of the result
 
 
+def test_integers_must_be_equal() -> None:
+    """An index that is off by one, which the rule for floats would call a rounding error."""
+    index = torch.tensor([3, 50000])
+    assert compare("out", index.clone(), index, index, dtype=torch.bfloat16, scale=1.0).ok
+    assert not compare("out", index + 1, index, index, dtype=torch.bfloat16, scale=1.0).ok
+
+
 def test_a_missing_gradient_fails() -> None:
     """A backward pass that returns None where the reference has a gradient, or the reverse."""
     r64 = torch.ones(3, dtype=torch.float64)
