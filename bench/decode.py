@@ -1,4 +1,4 @@
-"""`python -m bench.decode`: one decoded token of each sequence: embedding, block, head."""
+"""`python -m bench.decode`: one decoded token of each sequence: embedding, block, head, argmax."""
 
 from __future__ import annotations
 

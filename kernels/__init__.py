@@ -6,7 +6,7 @@ of the two a call takes, and why.
 
 from kernels import reference
 from kernels.attention import causal_attention, causal_attention_qkv, decode_attention
-from kernels.decode import DECODE_BATCH, decode_block, decode_embedding, decode_head
+from kernels.decode import DECODE_BATCH, decode_argmax, decode_block, decode_embedding, decode_head
 from kernels.dispatch import (
     Choice,
     FallbackWarning,
@@ -41,6 +41,7 @@ __all__ = [
     "backend_settings",
     "causal_attention",
     "causal_attention_qkv",
+    "decode_argmax",
     "decode_attention",
     "decode_block",
     "decode_embedding",

@@ -248,6 +248,15 @@ def decode_embedding_tile(architecture: int, c: int) -> Tile:
     return Tile(1, min(256, next_power_of_2(c)), 1, 1, pdl=starts_early(architecture))
 
 
+ARGMAX_COLUMNS = 2**30  # the longest row whose indices decoding's argmax holds in 32 bits
+
+
+def decode_argmax_tile(architecture: int, itemsize: int, v: int) -> Tile:
+    """The tile of decoding's argmax at `v` columns: one program per row, 16 bytes a thread and tile."""
+    width = min(32 * 512 // itemsize, next_power_of_2(v)) if architecture else 32
+    return Tile(1, width, max(1, width * itemsize // 512), 1, pdl=starts_early(architecture))
+
+
 @functools.cache
 def decode_linear_tile(architecture: int, itemsize: int, n: int, k: int, batch: int) -> Tile:
     """The tile of decoding's matmuls with a weight (n, k): rows and columns of the weight.

@@ -20,7 +20,7 @@ Mutation = tuple[str, str, str]  # file, text, replacement
 # The files with kernels. A mutation may also name device_functions, which all families share.
 FILES = {
     "attention": ("forward", "backward", "decode"),
-    "decode": ("embedding", "linear", "block"),
+    "decode": ("embedding", "linear", "block", "argmax"),
     "norm": ("forward", "backward", "dropout_kernel"),
     "ffn": ("gelu", "gemm"),
     "loss": ("softmax",),

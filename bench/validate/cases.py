@@ -378,10 +378,10 @@ def _decoded(sizes: dict[str, int], **options: Any) -> Callable[..., Sample]:
         def expected(dtype: torch.dtype) -> Outputs:
             wide = {n: v.to(dtype) if _is_float(v) else v for n, v in inputs.items()}
             y = spec.reference(**wide)
-            return {"out": y, **{name: wide[name] for name in spec.writes}}
+            return {name: wide[name] for name in spec.writes} | {"out": y}
 
         launches = _DECODE_LAUNCHES[op](inputs, torch.empty_like(out), architecture)
-        actual = {"out": launches[-1].arguments["out_ptr"], **{name: inputs[name] for name in spec.writes}}
+        actual = {name: inputs[name] for name in spec.writes} | {"out": launches[-1].arguments["out_ptr"]}
         return Sample(op, label, launches, actual, expected)
 
     return make
@@ -413,6 +413,14 @@ def _head_launches(inputs: dict[str, Any], out: Tensor, architecture: int) -> li
     return [launch]
 
 
+def _argmax_launches(inputs: dict[str, Any], out: Tensor, architecture: int) -> list[Launch]:
+    from kernels.decode.argmax import decode_argmax_forward
+
+    logits = inputs["logits"]
+    tile = tuning.decode_argmax_tile(architecture, HALF.itemsize, logits.shape[1])
+    return [decode_argmax_forward(logits=logits, out=out, tile=tile)]
+
+
 def _is_float(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.is_floating_point()
 
@@ -421,6 +429,7 @@ _DECODE_LAUNCHES = {
     "decode_embedding": _embedding_launches,
     "decode_block": _block_launches,
     "decode_head": _head_launches,
+    "decode_argmax": _argmax_launches,
 }
 _ATTENTION: dict[str, dict[str, Any]] = {
     "": {},
@@ -439,6 +448,7 @@ _SAMPLES: dict[str, dict[str, Callable[..., Sample]]] = {
     "decode_embedding": {"C300": _decoded({"B": 3, "C": 300, "V": 17, "P": 9}, key_start="padding")},
     "decode_block": {"C160": _decoded({"B": 3, "C": 160, "H": 2, "Tmax": 300, "D": 64, "I": 300})},
     "decode_head": {"C333": _decoded({"B": 2, "C": 333, "V": 67})},
+    "decode_argmax": {"V50257": _decoded({"B": 2, "V": 50257}), "V65": _decoded({"B": 1, "V": 65})},
     "layer_norm": {"C768": _norm(768), "C333": _norm(333), "sum": _norm_sum},
     "add_layer_norm": {
         "C768": _norm(768, residual=True),

@@ -1,6 +1,7 @@
 """One decoded token per sequence: `decode_embedding`, `decode_block` for each layer, then `decode_head`.
 
-The three ops are inference-only. Their kernels read each weight once, for up to `DECODE_BATCH` sequences.
+`decode_argmax` chooses the next token. The ops are inference-only. The kernels of the first three read each
+weight once, for up to `DECODE_BATCH` sequences.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from kernels import checks
 from kernels.checks import Dims
 from kernels.decode import reference
 from kernels.dispatch import Choice, Op, autocast_dtype
-from kernels.tuning import DECODE_COLUMNS, slower
+from kernels.tuning import ARGMAX_COLUMNS, DECODE_COLUMNS, slower
 
 _EMBEDDING = Op("decode_embedding", family="decode")
 _BLOCK = Op("decode_block", family="decode")
 _HEAD = Op("decode_head", family="decode")
+_ARGMAX = Op("decode_argmax", family="decode")
 DECODE_BATCH = 8  # the most sequences that the kernels take
 CACHE: Dims = ("B", "Hkv", "Tmax", "D")
 PARAMETERS: dict[str, Dims] = {  # of decode_block; R = (H + 2 Hkv) D, HD = H D
@@ -327,6 +329,54 @@ def _prepare_decode_head(
     return _choose(_HEAD, x, sizes)
 
 
+def decode_argmax(logits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """out = argmax(logits) of each sequence: the first index of the largest logit.
+
+    It writes `out`, so that a CUDA graph finds the token where it left it.
+
+    Args:
+        logits: (B, V), float16, bfloat16, float32 or float64. The kernel reads a copy of them unless the last
+            dimension is contiguous.
+        out: int64 (B,), overwritten.
+
+    Returns:
+        `out`.
+
+    Raises:
+        TypeError: A tensor of another dtype, or something that is not a tensor.
+        ValueError: Ranks, sizes or devices that do not fit.
+        RuntimeError: Gradients are asked for, or ``use_backend("triton")`` cannot be honoured.
+
+    Numerics:
+        Exactly `torch.argmax`: NaN is the largest, 0.0 and -0.0 are equal.
+
+    Backend:
+        The reference runs for float64, for V > 2³⁰, and wherever `kernels.explain` says that Triton cannot
+        run. The kernel takes any B.
+
+    Source:
+        `torch.argmax`.
+    """
+    choice = _prepare_decode_argmax(logits, out)
+    if choice.backend == "triton":
+        from kernels.decode import torch_op
+
+        return torch_op.decode_argmax(logits, out)
+    return reference.decode_argmax(logits, out)
+
+
+@_ARGMAX.prepares
+def _prepare_decode_argmax(logits: torch.Tensor, out: torch.Tensor) -> Choice:
+    op = "decode_argmax"
+    sizes = checks.shapes(op, logits=(logits, ("B", "V")), out=(out, ("B",)))
+    checks.dtype(op, "out", out, torch.int64)
+    checks.floating(op, logits=logits)
+    _check_gradients(op, logits=logits)
+    v = sizes["V"]
+    limit = f"the kernel takes V in [1, {ARGMAX_COLUMNS}], not {v}" if not 1 <= v <= ARGMAX_COLUMNS else None
+    return _ARGMAX.choose(logits, limit=limit, slower=slower(op, logits, **sizes))
+
+
 def _check_lengths(op: str, cache_len: torch.Tensor, key_start: torch.Tensor | None) -> None:
     checks.dtype(op, "cache_len", cache_len, torch.int32)
     checks.dtype(op, "key_start", key_start, torch.int32)
@@ -337,8 +387,13 @@ def _check_floats(op: str, /, **tensors: torch.Tensor | None) -> None:
     checks.same_dtype(op, **tensors)
     present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     checks.last_contiguous(op, **present)
+    _check_gradients(op, **present)
+
+
+def _check_gradients(op: str, /, **tensors: torch.Tensor) -> None:
+    """No gradient is asked for."""
     if torch.is_grad_enabled():
-        for name, tensor in present.items():
+        for name, tensor in tensors.items():
             if tensor.requires_grad:
                 raise RuntimeError(f"{op}: {name} requires a gradient, expected inference (torch.no_grad)")
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from kernels.decode import PARAMETERS
+from kernels.decode.argmax import decode_argmax_forward
 from kernels.decode.block import decode_block_forward
 from kernels.decode.embedding import decode_embedding_forward
 from kernels.decode.linear import decode_linear
 from kernels.spec import FLOAT_DTYPES, SHORT_DTYPE, Build
-from kernels.tuning import decode_embedding_tile, decode_linear_tile
+from kernels.tuning import decode_argmax_tile, decode_embedding_tile, decode_linear_tile
 
 _HEADS = {768: 12, 1600: 25}  # columns of the residual stream -> heads of 64
 _NAMES = ("qkv", "attention", "proj", "up", "down")
@@ -82,6 +83,17 @@ def head_builds(architecture: int) -> Iterator[Build]:
                 )
                 gated = _gated(dtype, c, b, architecture)
                 yield launch.build(f"{SHORT_DTYPE[dtype]}-C{c}-B{b}", gated=gated)
+
+
+def argmax_builds(architecture: int) -> Iterator[Build]:
+    """The argmax at GPT-2's vocabulary in every dtype, for one sequence and for eight."""
+    for dtype in FLOAT_DTYPES:
+        tile = decode_argmax_tile(architecture, dtype.itemsize, 50257)
+        for b in (1, 8):
+            launch = decode_argmax_forward(
+                logits=_empty(dtype, b, 50257), out=_empty(torch.int64, b), tile=tile
+            )
+            yield launch.build(f"{SHORT_DTYPE[dtype]}-B{b}", gated=dtype == torch.float32)
 
 
 def _gated(dtype: torch.dtype, c: int, b: int, architecture: int) -> bool:

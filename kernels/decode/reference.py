@@ -83,3 +83,9 @@ def decode_head(
     """layer_norm(x) head_weightᵀ + head_bias in float32; see `kernels.decode_head`."""
     logits = linear(layer_norm(x, norm_weight, norm_bias, eps), head_weight, head_bias)
     return logits.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def decode_argmax(logits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """out = argmax(logits) of each sequence; see `kernels.decode_argmax`."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # a CPU's argmax in 16 bits is slower
+    return torch.argmax(wide, -1, out=out)

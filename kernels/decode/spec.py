@@ -1,4 +1,4 @@
-"""The specification of `decode_embedding`, `decode_block` and `decode_head`."""
+"""The specification of `decode_embedding`, `decode_block`, `decode_head` and `decode_argmax`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from kernels.decode import (
     CACHE,
     PARAMETERS,
+    decode_argmax,
     decode_block,
     decode_embedding,
     decode_head,
@@ -103,6 +104,15 @@ def _head_inputs(
     }
 
 
+def _argmax_inputs(
+    case: Case, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> dict[str, Any]:
+    """Logits with many equal values; `out` does not hold an index yet."""
+    b, v = case["B"], case["V"]
+    logits = (2 * randn((b, v), torch.float32, device, generator)).round().to(dtype)
+    return {"logits": logits, "out": torch.full((b,), -1, device=device)}
+
+
 def _weights(case: Case) -> int:
     """Elements of a block's four weight matrices."""
     sizes = _sizes(case)
@@ -136,6 +146,12 @@ def _head_builds(architecture: int) -> Iterator[Build]:
     from kernels.decode.builds import head_builds
 
     return head_builds(architecture)
+
+
+def _argmax_builds(architecture: int) -> Iterator[Build]:
+    from kernels.decode.builds import argmax_builds
+
+    return argmax_builds(architecture)
 
 
 def _block(sizes: str, *tags: str, **options: Any) -> Case:
@@ -265,4 +281,29 @@ DECODE_HEAD = OpSpec(
     follows_autocast=False,
 )
 
-SPECS = (DECODE_EMBEDDING, DECODE_BLOCK, DECODE_HEAD)
+DECODE_ARGMAX = OpSpec(
+    name="decode_argmax",
+    family="decode",
+    function=decode_argmax,
+    reference=reference.decode_argmax,
+    arguments={"logits": TensorArgument(("B", "V")), "out": TensorArgument(("B",), torch.int64)},
+    make_inputs=_argmax_inputs,
+    gradients=(),
+    cases=(
+        _case("small", B=3, V=67),
+        _case("small", B=1, V=32),
+        _case("edge", B=8, V=1),
+        _case("edge", B=2, V=300),
+        *(_case("gpu", B=b, V=v) for b in (1, 8, 64) for v in (4096, 50257, 50304, 200019)),
+        *(_case("bench", B=b, V=50257) for b in (1, 8)),
+    ),
+    flops=lambda case, direction: case["B"] * case["V"] if direction == "forward" else 0,
+    bytes=lambda case, dtype, direction: (
+        case["B"] * (case["V"] * dtype.itemsize + 8) if direction == "forward" else 0
+    ),
+    builds=_argmax_builds,
+    follows_autocast=False,
+    writes=("out",),
+)
+
+SPECS = (DECODE_EMBEDDING, DECODE_BLOCK, DECODE_HEAD, DECODE_ARGMAX)

@@ -1,6 +1,6 @@
 """The torch.library ops of one decoded token: they allocate the outputs and run the launches.
 
-Shapes as in `kernels.decode`. decode_block writes the caches, as its schema says.
+Shapes as in `kernels.decode`. decode_block writes the caches, decode_argmax its `out`, as their schemas say.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.decode.argmax import decode_argmax_forward
 from kernels.decode.block import decode_block_forward
 from kernels.decode.embedding import decode_embedding_forward
 from kernels.decode.linear import decode_linear
@@ -19,6 +20,7 @@ from kernels.tuning import (
     architecture,
     attention_decode_splits,
     attention_decode_tile,
+    decode_argmax_tile,
     decode_embedding_tile,
     decode_linear_tile,
 )
@@ -51,6 +53,12 @@ def decode_head(
 ) -> Tensor:
     """`kernels.decode_head`, after its arguments have been checked."""
     return ops.decode_head(x, norm_weight, norm_bias, head_weight, head_bias, eps)
+
+
+def decode_argmax(logits: Tensor, out: Tensor) -> Tensor:
+    """`kernels.decode_argmax`, after its arguments have been checked."""
+    torch.ops.fused_gpt.decode_argmax(logits, out)
+    return out
 
 
 def _embedding_output(
@@ -148,6 +156,14 @@ def _head(
     return out
 
 
+def _argmax(logits: Tensor, out: Tensor) -> None:
+    """Writes `out` of decode_argmax."""
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    tile = decode_argmax_tile(architecture(logits.device), logits.element_size(), logits.shape[1])
+    with torch.cuda.device_of(logits):
+        decode_argmax_forward(logits=logits, out=out, tile=tile).run()
+
+
 register(
     "decode_embedding(Tensor token, Tensor cache_len, Tensor token_weight, Tensor position_weight,"
     " Tensor? key_start) -> Tensor",
@@ -169,3 +185,4 @@ register(
     kernel=_head,
     fake=_head_output,
 )
+register("decode_argmax(Tensor logits, Tensor(a!) out) -> ()", kernel=_argmax, fake=lambda logits, out: None)

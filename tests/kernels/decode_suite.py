@@ -103,6 +103,48 @@ def _rounds_once(launchers: Any) -> None:
     torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def logits_of(kind: str, b: int, v: int, dtype: torch.dtype, device: torch.device = CPU) -> torch.Tensor:
+    """Logits (b, v), most of which occur several times, with the special values that `kind` names."""
+    generator = torch.Generator().manual_seed(v)
+    logits = (2 * torch.randn(b, v, generator=generator)).round().to(dtype)
+    some = torch.rand(b, v, generator=generator) < 0.1
+    if kind == "zeros":
+        logits = torch.where(some, 0.0, -0.0)
+    elif kind == "the lowest":
+        logits = torch.full_like(logits, -math.inf)
+        logits[:, -1] = torch.finfo(dtype).min
+    elif kind == "-inf everywhere":
+        logits.fill_(-math.inf)
+    elif kind != "ties":
+        logits[some] = float(kind)
+    if kind == "nan":
+        logits[:, ::2].neg_()  # the sign of NaN does not count
+        logits[:, :2] = math.inf
+    return logits.to(device, dtype)
+
+
+KINDS = "ties", "zeros", "the lowest", "-inf everywhere", "inf", "-inf", "nan"
+
+
+def assert_argmax(logits: torch.Tensor) -> None:
+    """The kernel stores what torch.argmax gives, in a strided `out`, and nothing beside it."""
+    wide = torch.full((2 * len(logits),), -7, device=logits.device)
+    with kernels.use_backend(decode="triton"):
+        out = kernels.decode_argmax(logits, wide[::2])
+    assert out.tolist() == logits.argmax(-1).tolist()
+    assert wide[1::2].eq(-7).all()
+
+
+def _argmax(launchers: Any) -> None:
+    """Special values, ties within and across tiles, whole tiles and tails, rows that are far apart."""
+    for v in (1, 31, 32, 33, 97, 128, 200):
+        for kind in KINDS:
+            assert_argmax(poisoned(logits_of(kind, 3, v, torch.float32)))
+    one = torch.zeros(1, 96)
+    for column in (0, 31, 32, 63, 64, 95):  # the ends of tiles
+        assert_argmax(one.index_fill(1, torch.tensor(column), 1.0))
+
+
 def stays_inside(launchers: Any) -> None:
     """No access past the end of any tensor, including those that the launchers allocate."""
     with pytest.MonkeyPatch.context() as patch:
@@ -111,6 +153,7 @@ def stays_inside(launchers: Any) -> None:
             ("decode_block", SIZES),
             ("decode_head", {"B": 3, "C": 33, "V": 35}),
             ("decode_embedding", {"B": 3, "C": 300, "V": 7, "P": 5}),
+            ("decode_argmax", {"B": 3, "V": 67}),
         ):
             inputs = inputs_of(SPECS[op], sizes, key_start="padding")
             values = {n: guarded(v) if isinstance(v, torch.Tensor) else v for n, v in inputs.items()}
@@ -128,6 +171,7 @@ CHECKS: dict[str, Check] = {
     "several tiles": agrees("decode_head", {"B": 2, "C": 300, "V": 67}),
     "large means": _large_means,
     "float32 logits": _rounds_once,
+    "argmax": _argmax,
 }
 
 MUTANTS: dict[str, Mutation] = {
@@ -213,4 +257,27 @@ MUTANTS: dict[str, Mutation] = {
     "a negative position": ("embedding", "tl.maximum(position, 0)", "position"),
     "tokens ignore their stride": ("embedding", '"stride_tb": token.stride(0)', '"stride_tb": 1'),
     "columns past the row are stored": ("embedding", "mask = cols < C", "mask = cols < C + 1"),
+    # argmax
+    "the last tile of equals": ("argmax", "(x > best)", "(x >= best)"),
+    "the last column of equals": (
+        "argmax",
+        """(0x7FFFFFFF - first - cols)  # the largest rank, then the first index
+    tl.store(out_ptr + pid_b * stride_ob, 0x7FFFFFFF - (tl.max(key, 0) & 0x7FFFFFFF))""",
+        """(first + cols)
+    tl.store(out_ptr + pid_b * stride_ob, tl.max(key, 0) & 0x7FFFFFFF)""",
+    ),
+    "NaN is ignored": ("argmax", " | ((x != x) & (best == best))", ""),
+    "the last NaN": ("argmax", "((x != x) & (best == best))", "(x != x)"),
+    "NaN equals infinity": ("argmax", "rank = tl.where(best == best,", "rank = tl.where(best < 9e9,"),
+    "a negative NaN is the lowest": ("argmax", "tl.where(best == best, bits ^", "tl.where(True, bits ^"),
+    "-0.0 is below 0.0": ("argmax", "(best + 0.0)", "best"),
+    "negative logits in the wrong order": ("argmax", "bits ^ ((bits >> 31) & 0x7FFFFFFF)", "bits"),
+    "the last logit is lost": ("argmax", "whole + cols < V", "whole + cols < V - 1"),
+    "a column past the logits": ("argmax", "whole + cols < V", "whole + cols <= V"),
+    "the first tile is lost": ("argmax", "tl.range(0, whole", "tl.range(BLOCK_N, whole"),
+    "tiles start one column late": ("argmax", "logits_ptr + start + cols", "logits_ptr + start + cols + 1"),
+    "a tile without its place": ("argmax", "tl.where(larger, start, first)", "first"),
+    "the first row for all": ("argmax", "pid_b * stride_lb", "0 * stride_lb"),
+    "logits ignore their stride": ("argmax", "logits.stride(0) if b > 1 else 0", "v"),
+    "out ignores its stride": ("argmax", '"stride_ob": out.stride(0)', '"stride_ob": 1'),
 }

@@ -103,9 +103,9 @@ def test_a_launch_that_starts_early_waits() -> None:
     code = """
 import re
 from bench.aot import builds, compile_build
-for op in ("decode_embedding", "decode_block"):
+for op in ("decode_embedding", "decode_block", "decode_argmax"):
     for build in builds(op, 90):
-        if build.label.startswith("bf16-C768") and "B8" not in build.label:
+        if build.label.startswith(("bf16-C768", "bf16-B1")) and "B8" not in build.label:
             before, after = compile_build(build, 90).asm["ptx"].split("griddepcontrol.wait")
             loads, all_loads = (len(re.findall(r"ld.global.*v4", text)) for text in (before, before + after))
             early = [n for n in ("st.global", "atom", "cp.async", "launch_dependents") if n in before]
@@ -116,11 +116,12 @@ for op in ("decode_embedding", "decode_block"):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout.splitlines() == [
         "C768 0 2",
-        "qkv 12 15 launch_dependents",
+        "qkv 18 21 launch_dependents",
         "attention 0 12 launch_dependents",
-        "proj 3 6 launch_dependents",
-        "up 12 15 launch_dependents",
+        "proj 12 15 launch_dependents",
+        "up 18 21 launch_dependents",
         "down 6 12 launch_dependents",
+        "B1 0 5 launch_dependents",
     ], done.stdout + done.stderr
 
 

@@ -10,12 +10,24 @@ import torch
 import kernels
 from kernels.registry import SPECS
 from kernels.spec import Case
-from tests.kernels.decode_suite import CHECKS, MUTANTS, SIZES, assert_agrees, inputs_of, stays_inside
+from tests.kernels.decode_suite import (
+    CHECKS,
+    KINDS,
+    MUTANTS,
+    SIZES,
+    assert_agrees,
+    assert_argmax,
+    inputs_of,
+    logits_of,
+    stays_inside,
+)
 from tests.memory import in_a_fork
 from tests.planting import planted
 
 pytestmark = pytest.mark.kernels
-BLOCK, HEAD, EMBEDDING = (SPECS[f"decode_{name}"] for name in ("block", "head", "embedding"))
+BLOCK, HEAD, EMBEDDING, ARGMAX = (
+    SPECS[f"decode_{name}"] for name in ("block", "head", "embedding", "argmax")
+)
 
 
 def triton(inputs: dict[str, Any]) -> torch.Tensor:
@@ -97,7 +109,7 @@ def test_tokens_outside_the_vocabulary_read_its_ends() -> None:
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("spec", [EMBEDDING, BLOCK, HEAD], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", [EMBEDDING, BLOCK, HEAD, ARGMAX], ids=lambda spec: spec.name)
 def test_opcheck(spec: Any) -> None:
     """A wrong fake, or a write to a cache that the schema does not declare."""
     inputs = inputs_of(spec, spec.tagged("small")[0].sizes)
@@ -128,12 +140,33 @@ def test_compiled_code_keeps_the_order_of_the_writes() -> None:
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", ARGMAX.dtypes, ids=str)
+@pytest.mark.parametrize("batch", [1, 2, kernels.DECODE_BATCH])
+def test_argmax_is_that_of_torch(batch: int, dtype: torch.dtype) -> None:
+    """An order of the logits that is not torch's, in a dtype, or where one row's stride does not matter."""
+    for kind in KINDS:
+        assert_argmax(logits_of(kind, batch, 70, dtype))
+    assert_argmax(logits_of("ties", 70, batch, dtype).T)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ARGMAX.dtypes, ids=str)
+@pytest.mark.parametrize("v", [4096, 20483])
+def test_argmax_is_that_of_torch_in_tiles_of_a_gpu(v: int, dtype: torch.dtype) -> None:
+    """Equal logits, or NaN, in different threads, warps and unrolled tiles."""
+    for kind in KINDS:
+        assert_argmax(logits_of(kind, 1, v, dtype, torch.device("cuda")))
+    assert_argmax(logits_of("ties", 3, v, dtype, torch.device("cuda")))
+
+
 @pytest.mark.parametrize(
     ("spec", "sizes", "reason"),
     [
         (BLOCK, SIZES | {"B": 9}, "the kernel takes up to 8 sequences, not 9"),
         (BLOCK, SIZES | {"D": 257}, "the kernel takes head dimensions up to 256, not 257"),
         (HEAD, {"B": 1, "C": 16385, "V": 2}, r"the kernel takes C in \[1, 16384\], not 16385"),
+        (ARGMAX, {"B": 1, "V": 0}, r"the kernel takes V in \[1, 1073741824\], not 0"),
     ],
 )
 def test_explain_gives_the_limits(spec: Any, sizes: dict[str, int], reason: str) -> None:
@@ -184,6 +217,8 @@ def test_autocast_changes_nothing() -> None:
         ("the norm's bias is scaled", "block"),
         ("written one slot late", "block"),
         ("one counter is set", "parts"),
+        ("the last tile of equals", "argmax"),
+        ("-0.0 is below 0.0", "argmax"),
     ],
 )
 def test_likely_bugs_are_caught(name: str, check: str) -> None:

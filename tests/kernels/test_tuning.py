@@ -153,6 +153,7 @@ def test_only_new_gpus_start_a_kernel_early(architecture: int) -> None:
     """A launch that a GPU before sm_90 rejects, or a kernel of a token that alone waits for its launch."""
     tiles = (
         tuning.decode_embedding_tile(architecture, 768),
+        tuning.decode_argmax_tile(architecture, 4, 50257),
         tuning.decode_linear_tile(architecture, 2, 2304, 768, 1),
         tuning.attention_decode_tile(architecture, 2, 64, 1024),
         tuning.attention_decode_tile(architecture, 2, 64, 4096),
