@@ -32,7 +32,7 @@ FILES = (ROOT / "README.md", ROOT / "bench" / "README.md")
 BLOCK = re.compile(r"<!-- bench:(?P<name>[\w-]+) -->\n.*?<!-- /bench:(?P=name) -->", re.DOTALL)
 NO_GPU = "Not measured on a GPU: run `python -m bench` on one."
 # Left out of the summary: `generate` measures the whole token, and `train` the step.
-PARTS = ("decode_block", "decode_embedding", "decode_head", "curves")
+PARTS = ("decode_argmax", "decode_block", "decode_embedding", "decode_head", "curves")
 HEADLINES = ("both", "forward", "step", "decode")
 COLUMNS = f"| op | case | {OURS} | time over {OURS}'s (above 1: slower) |"
 ALONE = " GPU alone, without the host's time |"

@@ -23,7 +23,7 @@ from gpt.inputs import positions
 from gpt.kept import borrow, fits
 from gpt.kv_cache import KVCache
 from gpt.model import GPT
-from gpt.sampler import Form, Sampler, drawing
+from gpt.sampler import Form, Sampler, checked_once, drawing
 
 OWN = frozenset(vars(nn.Module()))  # the attributes of every module, such as `training`
 PLAIN = (GPT, nn.Embedding, nn.ModuleList, Block, Norm, Attention, FeedForward, Linear, TiedHead)
@@ -71,7 +71,8 @@ class Decoder:
         self._ids[:, :T] = idx
         states = model.hidden(idx, positions(T, key_start, idx.device), key_start, cache=self.cache)
         self.cache.end_prompt()
-        self._choose(model.head(states[:, -1]), generator)
+        self.sampler.choose(model.head(states[:, -1]), generator)
+        self._append()
         self.length, self.intact = T + 1, True
 
     def step(self, logits: Callable[[], Logits], generator: torch.Generator | None) -> None:
@@ -88,11 +89,11 @@ class Decoder:
 
     def _run(self, logits: Logits, generator: torch.Generator | None) -> None:
         row = logits(self.sampler.token, self.cache)  # (B, V)
+        self.sampler.choose(row, generator)  # right after the head: the two kernels overlap
         self.cache.advance()
-        self._choose(row, generator)
+        self._append()
 
-    def _choose(self, logits: Tensor, generator: torch.Generator | None) -> None:
-        self.sampler.choose(logits, generator)
+    def _append(self) -> None:
         self._ids.index_copy_(1, self.cache.index, self.sampler.token[:, None])
 
     def _capture(self, logits: Logits) -> torch.cuda.CUDAGraph:
@@ -177,7 +178,7 @@ def decoding_step(model: GPT, batch: int) -> Logits:
     }
 
     names = "decode_embedding", "decode_block", "decode_head"
-    decode_embedding, decode_block, decode_head = map(_checked_once, names)
+    decode_embedding, decode_block, decode_head = map(checked_once, names)
 
     def logits(token: Tensor, cache: KVCache) -> Tensor:
         x = decode_embedding(token, cache.lengths, **embedding, key_start=cache.key_start)  # (B, C)
@@ -186,23 +187,6 @@ def decoding_step(model: GPT, batch: int) -> Logits:
         return decode_head(x, **head)
 
     return logits
-
-
-def _checked_once(op: str) -> Callable[..., Tensor]:
-    """The op; if its first call takes the reference, then the reference itself, which checks no arguments.
-
-    On a CPU, checking the arguments of a block takes as long as some of its matmuls.
-    """
-    later: list[Callable[..., Tensor]] = []
-
-    def call(*args: Any, **kwargs: Any) -> Tensor:
-        if later:
-            return later[0](*args, **kwargs)
-        backend = kernels.explain(op, *args, **kwargs).backend
-        later.append(getattr(kernels.reference if backend == "reference" else kernels, op))
-        return getattr(kernels, op)(*args, **kwargs)
-
-    return call
 
 
 def _logits_of_modules(model: GPT, token: Tensor, cache: KVCache) -> Tensor:

@@ -49,6 +49,7 @@ def cases(
     calls: list[tuple[str, dict[str, int], dict[str, Any]]] = [
         ("causal_attention_qkv", {**heads, "T": seq_len}, dropout),
         ("decode_attention", {**heads, "Tq": 1, "Tmax": config.block_size}, {}),
+        ("decode_argmax", {"B": batch_size, "V": config.vocab_size}, {}),
         ("linear_cross_entropy", {"N": n, "C": c, "V": config.vocab_size}, {"bias": config.head_bias}),
     ]
     if config.dropout:

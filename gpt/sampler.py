@@ -10,11 +10,12 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+import kernels
 from gpt.errors import InputError
 
 SMALLEST, LARGEST = 1e-30, 1e30  # temperature and penalty: float32 logits stay finite
@@ -56,6 +57,23 @@ def draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:
     with drawing:
         noise.exponential_(1, generator=generator)
     return probabilities / noise.clamp_(min=torch.finfo(noise.dtype).tiny)
+
+
+def checked_once(op: str) -> Callable[..., Tensor]:
+    """The op; if its first call takes the reference, then the reference itself, which checks no arguments.
+
+    On a CPU, checking the arguments of a block takes as long as some of its matmuls.
+    """
+    later: list[Callable[..., Tensor]] = []
+
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        if later:
+            return later[0](*args, **kwargs)
+        backend = kernels.explain(op, *args, **kwargs).backend
+        later.append(getattr(kernels.reference if backend == "reference" else kernels, op))
+        return getattr(kernels, op)(*args, **kwargs)
+
+    return call
 
 
 class Form(NamedTuple):
@@ -144,6 +162,8 @@ class Sampler:
 
         self.form = form
         self.token = zeros(batch, dtype=torch.int64)  # the newest one of each row
+        self._chosen = torch.zeros_like(self.token)  # also for a row that has stopped
+        self._argmax = checked_once("decode_argmax")
         self._numbers = zeros(4, dtype=dtype).unbind()
         self._penalties = zeros(batch, vocab_size if form.penalty else 0, dtype=dtype)
 
@@ -180,9 +200,10 @@ class Sampler:
             generator: None is torch's own.
         """
         form, (penalty, temperature, rest, min_p) = self.form, self._numbers
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if form.vocab_size is not None:
             logits[:, form.vocab_size :] = -math.inf
+        if form.penalty or form.do_sample:
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if form.penalty:
             logits = penalize_repetition(logits, self._penalties)
 
@@ -197,10 +218,11 @@ class Sampler:
             logits = draw(logits, generator)
 
         if not form.stops:
-            torch.argmax(logits, -1, out=self.token)
+            self._argmax(logits, self.token)
         else:
             self.surplus.add_(self.all_stopped)
-            torch.where(self._stopped, self.token, logits.argmax(-1), out=self.token)
+            self._argmax(logits, self._chosen)
+            torch.where(self._stopped, self.token, self._chosen, out=self.token)
             # A stopped row repeats its stop token, so it stays stopped. torch.isin can synchronise.
             torch.any(self.token[:, None] == self._stop_ids, 1, out=self._stopped)
             torch.all(self._stopped, out=self.all_stopped)

@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import kernels
 from gpt import GPT
 from gpt.decoding import Decoder
 
@@ -179,7 +180,9 @@ def test_bytes_that_a_layer_saves() -> None:
 FILTERS = {"temperature": 0.8, "top_k": 5, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.2}
 
 
-def decoding_launches(n_layer: int, launches: list[str], **settings: Any) -> list[str]:
+def decoding_launches(
+    n_layer: int, launches: list[str], use_triton: bool = True, **settings: Any
+) -> list[str]:
     """What a decoding step of one sequence launches on a GPU, all of it in a CUDA graph."""
     step = Decoder.step
 
@@ -191,7 +194,8 @@ def decoding_launches(n_layer: int, launches: list[str], **settings: Any) -> lis
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Decoder, "step", record)
         patch.setattr(sys.modules["kernels.linear"], "FEW", 0)  # the matmul of a GPU
-        model = GPT(vocab_size=64, block_size=1024, n_layer=n_layer, n_head=2, n_embd=16, use_triton=True)
+        sizes = {"vocab_size": 64, "block_size": 1024, "n_layer": n_layer, "n_head": 2, "n_embd": 16}
+        model = GPT(sizes, use_triton=use_triton)
         model.generate(torch.zeros(1, 3, dtype=torch.int64), 4, **settings)
     return list(launches)
 
@@ -202,12 +206,35 @@ def test_launches_of_a_decoded_token(launches: list[str]) -> None:
     deep, shallow = (Counter(decoding_launches(n, launches, do_sample=False)) for n in (12, 11))
     assert deep - shallow == {"_decode_linear_kernel": 4, "_attention_decode_kernel": 1}
     assert deep.total() <= 66
-    # The token's choice, its place among the ids, and two counters.
+    assert deep["_decode_argmax_kernel"] == 1
+    # The token's place among the ids, and two counters.
     assert {name: count for name, count in deep.items() if not name.endswith("_kernel")} == {
-        "argmax.out": 1,
         "index_copy_.default": 1,
         "add_.Tensor": 2,
     }
+
+
+@pytest.mark.interpreter
+def test_the_choice_of_a_token_takes_the_models_backend(launches: list[str]) -> None:
+    """A kernel that runs although the model asks for references, or a choice that only greedy steps fuse."""
+    for settings in ({"do_sample": False}, {"do_sample": False, "stop_tokens": [1]}, {}):
+        assert "_decode_argmax_kernel" in decoding_launches(1, launches, **settings)
+        plain = decoding_launches(1, launches, use_triton=False, **settings)
+        assert "argmax.out" in plain
+        assert not [name for name in plain if name.endswith("_kernel")]
+
+
+def test_the_arguments_of_a_choice_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks for every token, which a CPU does not need."""
+    choose, calls = kernels.decode_argmax, []
+
+    def record(logits: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        calls.append(logits.shape)
+        return choose(logits, out)
+
+    monkeypatch.setattr(kernels, "decode_argmax", record)
+    make(1, use_triton=False).generate(torch.zeros(1, 3, dtype=torch.int64), 6, do_sample=False)
+    assert calls == [(1, 64)]
 
 
 @pytest.mark.interpreter
