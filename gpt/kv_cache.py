@@ -24,8 +24,13 @@ class KVCache:
 
     def __init__(self, layers: int, batch: int, size: int, *, padded: bool, device: torch.device) -> None:
         self.size = size
-        self.index = torch.zeros(1, dtype=torch.int64, device=device)  # of the newest token
-        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)  # tokens, the newest included
+        # One addition counts for the index, int64, whose upper half stays 0, and for the lengths, int32. They
+        # start at a multiple of 16 bytes, as in the kernels that preflight compiles.
+        self._counters = torch.zeros(4 + batch, dtype=torch.int32, device=device)
+        self._increments = torch.ones_like(self._counters)
+        self._increments[1:4] = 0
+        self.index = self._counters[:2].view(torch.int64)  # (1,) of the newest token
+        self.lengths = self._counters[4:]  # (B,) tokens, the newest included
         self.key_start = torch.zeros(batch, dtype=torch.int32, device=device) if padded else None
         self.layers: list[tuple[Tensor, Tensor]] = []  # keys and values (B, H, Tmax, D) of each layer
         self._count, self._store, self._has_prompt = layers, torch.empty(0), False
@@ -55,8 +60,7 @@ class KVCache:
 
     def advance(self) -> None:
         """Counts one more token."""
-        self.index.add_(1)
-        self.lengths.add_(1)
+        self._counters.add_(self._increments)
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
         """Stores the keys and values of qkv (B, T, 3, H, D); returns attention (B, T, H, D) to all stored."""
