@@ -57,7 +57,7 @@ def decode_head(
 
 def decode_argmax(logits: Tensor, out: Tensor) -> Tensor:
     """`kernels.decode_argmax`, after its arguments have been checked."""
-    torch.ops.fused_gpt.decode_argmax(logits, out)
+    ops.decode_argmax(logits, out)
     return out
 
 
