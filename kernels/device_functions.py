@@ -35,6 +35,17 @@ def dropout_keep_quads(seed, counter, threshold):
 
 
 @triton.jit
+def product_to_sum(a, b):
+    """a b, float32, for `tl.sum`, so that all threads get the same bits of the sum.
+
+    Each of two threads adds the other's sum to its own. If these are plain products, the addition may be
+    fused with its own one: each thread rounds the other's product only. The threads then store different
+    bits to one address of shared memory, a race. Products of 16-bit numbers are exact and need no such care.
+    """
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
 def load_columns(ptr, offs_m, cols, mask):
     """The elements `cols` of a vector (C,), once per row: float32 (BLOCK_M, BLOCK_C).
 

@@ -94,6 +94,39 @@ for build in builds("gelu_ffn", 90):
     assert done.stdout.splitlines() == 2 * ["False 16 16"], done.stdout + done.stderr
 
 
+def test_threads_get_the_same_bits_of_a_sum() -> None:
+    """The first addition of a sum over threads is fused with a product, so its two threads round differently.
+
+    They then store different bits to one address: racecheck of compute-sanitizer reports a hazard.
+    """
+    code = """
+import re
+import torch
+from bench.aot import builds, compile_build
+from kernels.attention.backward import attention_backward
+from kernels.tuning import attention_tiles
+
+names = ("grad", "q", "k", "v", "out", "dq", "dk", "dv")
+tensors = dict.fromkeys(names, torch.empty(2, 2, 3, 24, device="meta"))
+options = {"key_start": None, "seed": None, "scale": 1.0, "dropout_p": 0.0}
+tiles = attention_tiles(90, 4, 24, dropout=False, grouped=False)
+launches = attention_backward(**tensors, **options, lse2=torch.empty(2, 2, 3, device="meta"), tiles=tiles)
+losses = [build for build in builds("linear_cross_entropy", 90) if build.label == "fp32-V65"]
+for build in (launches[0].build(""), *losses):
+    text = compile_build(build, 90).asm["ptx"]
+    shuffled = set(re.findall(r"shfl.sync.bfly.b32\\s+(%r\\d+)", text))
+    added = re.findall(r"fma.rn.f32\\s.*(%r\\d+);", text)
+    print(build.kernel.__name__, len(shuffled) > 0, len(shuffled & {*added}))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        "_attention_bwd_dq_kernel True 0",
+        "_cross_entropy_kernel True 0",
+    ], done.stdout + done.stderr
+
+
 @pytest.mark.slow
 def test_a_launch_that_starts_early_waits() -> None:
     """A kernel that waits for the launch ahead before it reads its weights, or after anything else.
