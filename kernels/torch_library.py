@@ -25,9 +25,10 @@ def register(
 ) -> None:
     """Defines `torch.ops.fused_gpt.<name>`, and `ops.<name>`, which gives the same results and gradients.
 
-    torch's dispatcher takes longer to reach an implementation in Python than most kernels take. So, in eager
-    mode, `ops.<name>` calls `kernel` itself, inside an autograd function where a gradient is needed. It calls
-    torch's op under torch.compile, and where a call is not plain: see `_is_plain`.
+    torch's dispatcher takes longer to reach a gradient formula in Python, and then the implementation, than
+    most kernels take. So, in eager mode, `ops.<name>` calls `kernel` itself, inside an autograd function if a
+    gradient is needed. It calls torch's op under torch.compile, and where a call is not plain: see
+    `_is_plain`. For an op without a gradient formula it is torch's op, which takes no longer.
 
     Args:
         schema: Name, arguments and results in torch's schema notation, without default values.
@@ -42,10 +43,30 @@ def register(
     for device in ("CUDA", "CPU"):
         _LIBRARY.impl(name, kernel, device)
     torch.library.register_fake(f"fused_gpt::{name}", fake, lib=_LIBRARY)
+    op = getattr(torch.ops.fused_gpt, name).default
     if differentiate is not None:
         torch.library.register_autograd(f"fused_gpt::{name}", differentiate, setup_context=save, lib=_LIBRARY)
-    op = getattr(torch.ops.fused_gpt, name).default
-    function = None if differentiate is None else _autograd_function(name, kernel, differentiate, save)
+    setattr(ops, name, op if differentiate is None else _direct(name, op, kernel, differentiate, save))
+
+
+def _direct(
+    name: str,
+    op: torch._ops.OpOverload[..., Any],
+    kernel: Callable[..., Any],
+    differentiate: Callable[..., Any],
+    save: Callable[..., None] | None,
+) -> Callable[..., Any]:
+    """The function that calls `op`, or without the dispatcher what it would reach."""
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        output = kernel(*arguments)
+        if save is not None:
+            save(ctx, arguments, output)
+        return output
+
+    # What torch.library makes of `differentiate` and `save`.
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
+    function: Any = type(name, (torch.autograd.Function,), methods)
     names = [argument.name for argument in op._schema.arguments]
 
     def call(*arguments: Any, **named: Any) -> Any:
@@ -56,29 +77,9 @@ def register(
             return op(*arguments, **named)
         if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
             return kernel(*arguments, **named)
-        if function is None:
-            return op(*arguments, **named)
         return function.apply(*arguments, *(named[name] for name in names[len(arguments) :]))
 
-    setattr(ops, name, call)
-
-
-def _autograd_function(
-    name: str,
-    kernel: Callable[..., Any],
-    differentiate: Callable[..., Any],
-    save: Callable[..., None] | None,
-) -> type[torch.autograd.Function]:
-    """The autograd function of an op: what torch.library makes of `differentiate` and `save`."""
-
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        output = kernel(*arguments)
-        if save is not None:
-            save(ctx, arguments, output)
-        return output
-
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(differentiate)}
-    return type(name, (torch.autograd.Function,), methods)
+    return call
 
 
 def _keys(*names: str) -> DispatchKeySet:
