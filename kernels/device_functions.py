@@ -35,12 +35,12 @@ def dropout_keep_quads(seed, counter, threshold):
 
 
 @triton.jit
-def product_to_sum(a, b):
-    """a b, float32, for `tl.sum`, so that all threads get the same bits of the sum.
+def unfused_multiply(a, b):
+    """a b, float32, for a `tl.sum` whose result is the same bits in all threads.
 
-    Each of two threads adds the other's sum to its own. If these are plain products, the addition may be
-    fused with its own one: each thread rounds the other's product only. The threads then store different
-    bits to one address of shared memory, a race. Products of 16-bit numbers are exact and need no such care.
+    Each of two threads adds the other's value to its own. The addition may be fused with the thread's own
+    multiplication, so that each rounds the other's value only. The threads then store different bits to one
+    address of shared memory, a race. 16-bit numbers need no such care: what they multiply to is exact.
     """
     return tl.fma(a, b, 0.0)
 

@@ -24,7 +24,7 @@ from kernels.attention.forward import (
     store_rows,
     strides,
 )
-from kernels.device_functions import product_to_sum
+from kernels.device_functions import unfused_multiply
 from kernels.launch import Launch, cdiv
 from kernels.tuning import AttentionTiles
 
@@ -42,10 +42,11 @@ def _row_statistics(
     """
     do = load_rows(do_ptr, offs_m, stride_dot, Tq, D, BLOCK_D, True)
     out = load_rows(out_ptr, offs_m, stride_ot, Tq, D, BLOCK_D, True)
-    product = do.to(tl.float32) * out.to(tl.float32)
     if do.dtype == tl.float32:
-        product = product_to_sum(do, out)
-    delta = tl.sum(product, 1)
+        terms = unfused_multiply(do, out)
+    else:
+        terms = do.to(tl.float32) * out.to(tl.float32)
+    delta = tl.sum(terms, 1)
     tl.store(delta_ptr + pid_bh * Tq + offs_m, delta, mask=offs_m < Tq)
     if HAS_START:  # key_start is the same for all heads: head 0 stores it
         tl.store(first_ptr + pid_b * num_m + pid_m, tl.min(start, 0), mask=pid_h == 0)

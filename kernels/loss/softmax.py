@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.device_functions import LOG2E, product_to_sum
+from kernels.device_functions import LOG2E, unfused_multiply
 from kernels.launch import Launch, cdiv
 from kernels.tuning import Tile, loss_tile
 
@@ -122,7 +122,7 @@ def _cross_entropy_kernel(
             logit_sum += tl.sum(tl.sum(_by_lane(logits, LANES, WIDTH), 3), 1)
 
     row_level = tl.max(level, 1)  # (BLOCK_M,)
-    row_sum = tl.sum(product_to_sum(total, _exp(level - row_level[:, None])), 1)
+    row_sum = tl.sum(unfused_multiply(total, _exp(level - row_level[:, None])), 1)
     log_sum = tl.log(row_sum)
     lse = row_level + log_sum
     # The loss is a sum of differences from the level: lse - target_logit would cancel in a confident row.

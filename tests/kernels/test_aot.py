@@ -95,7 +95,7 @@ for build in builds("gelu_ffn", 90):
 
 
 def test_threads_get_the_same_bits_of_a_sum() -> None:
-    """The first addition of a sum over threads is fused with a product, so its two threads round differently.
+    """The first addition of a sum is fused with a multiplication, so that its two threads round differently.
 
     They then store different bits to one address: racecheck of compute-sanitizer reports a hazard.
     """
