@@ -167,15 +167,21 @@ def test_a_broken_gate_fails_the_command(tmp_path: Path, capsys: pytest.CaptureF
     assert [key.place for key in keys(["layer_norm"], [90])] == [0, 1]
 
 
-def test_sm_89_has_the_figures_of_sm_86() -> None:
-    """A gated build of sm_89 whose machine code differs: .ci/run compiles those of sm_86 for both."""
+def test_sm_89_passes_the_gates_of_sm_86() -> None:
+    """A gated build of sm_89 that is worse than that of sm_86: .ci/run compiles those of sm_86 for both.
+
+    Registers may differ: ptxas of Triton 3.7.1 gives one build 136 for sm_89 and 128 for sm_86.
+    """
     for table in ratchet.TABLES.glob("*.json"):
         rows = ratchet.load(table, "the table")
-        figures = [
-            [replace(row, architecture=0, programs=0) for row in rows if row.architecture == sm]
-            for sm in (86, 89)
-        ]
-        assert figures[0] == figures[1] != []
+        older, newer = (
+            {row.id: row for row in (replace(row, architecture=0, programs=0) for row in of_one)}
+            for of_one in ([row for row in rows if row.architecture == sm] for sm in (86, 89))
+        )
+        assert older.keys() == newer.keys() != set()
+        for name, row in newer.items():
+            assert ratchet.worse(row, older) == ""
+            assert (row.problem, row.spills) == (older[name].problem, older[name].spills)
 
 
 @pytest.mark.usefixtures("declared")
