@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import kernels
 from gpt import GPT, GPTConfig, TokenData, TrainConfig, Trainer
 from gpt.data.dataset import Batch
 from gpt.decoding import Decoder
@@ -324,6 +325,15 @@ def queue_steps(step: TrainStep, data: list[Batch]) -> list[PendingStep]:
     return [step.enqueue(data[i : i + 2], rate=1e-3 / (i + 1)) for i in range(0, len(data), 2)]
 
 
+@pytest.mark.driver("the dispatch keys of CUDA tensors")
+def test_ops_are_called_without_the_dispatcher() -> None:
+    """Tensors on a GPU that do not count as plain, so that each call takes the dispatcher."""
+    x, weight = (torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((4, 64), (64,)))
+    y = kernels.layer_norm(x, weight)
+    assert y.grad_fn is not None
+    assert y.grad_fn.name() == "layer_norm_forwardBackward"
+
+
 @pytest.mark.driver("CUDA graphs")
 @pytest.mark.parametrize("use_triton", [True, False])
 @pytest.mark.parametrize(("optimizer", "dtype"), [("adamw", "bfloat16"), ("muon", "float16")])
@@ -334,7 +344,8 @@ def test_captured_training_equals_eager(
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     data = batches(12, batch=4, length=128)
 
-    def train(no_capture: bool) -> tuple[list[StepResult], list[torch.Tensor]]:
+    def train(no_capture: bool) -> tuple[list[StepResult | float], list[torch.Tensor]]:
+        """The results of the steps and of evaluations after them, and the parameters."""
         torch.manual_seed(0)
         model = GPT(
             "gpt2", vocab_size=VOCABULARY, n_layer=2, dropout=0.1, use_triton=use_triton, device=DEVICE
@@ -342,8 +353,11 @@ def test_captured_training_equals_eager(
         config = TrainConfig(optimizer=optimizer, dtype=dtype, no_capture=no_capture)
         step = TrainStep(model, config)
         results = [pending.result() for pending in queue_steps(step, data)]
-        assert (step._graph is None or step._graph._graph is None) == no_capture
-        return results, [p.detach() for p in model.parameters()]
+        model.eval()
+        losses = [step.evaluate(batch).item() for batch in data[:4]]
+        for graph in (step._graph, step._evaluation):
+            assert (graph is None or graph._graph is None) == no_capture
+        return [*results, *losses], [p.detach() for p in model.parameters()]
 
     torch.use_deterministic_algorithms(True)
     try:
