@@ -75,7 +75,7 @@ def _direct(
         tensors = [value for value in (*arguments, *named.values()) if isinstance(value, Tensor)]
         if not _is_plain(tensors):
             return op(*arguments, **named)
-        if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+        if not needs_gradient(*tensors):
             return kernel(*arguments, **named)
         return function.apply(*arguments, *(named[name] for name in names[len(arguments) :]))
 
@@ -111,6 +111,11 @@ def _is_plain(tensors: Sequence[Tensor]) -> bool:
         and not torch._C._autograd._profiler_enabled()
         and all(torch._C._dispatch_keys(tensor) in _PLAIN_TENSOR for tensor in tensors)
     )
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd records a call with these arguments."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def refuse(op: str) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels.ffn.gelu import bias_gelu_backward, bias_gelu_forward
 from kernels.ffn.gemm import gelu_gemm_forward
-from kernels.torch_library import ops, refuse, register
+from kernels.torch_library import needs_gradient, ops, refuse, register
 from kernels.tuning import architecture, gelu_backward_tile, gelu_gemm_tile, gelu_programs
 
 # dx, dw_up, db_up, dw_down, db_down
@@ -25,8 +25,7 @@ def gelu_ffn(
 ) -> Tensor:
     """`kernels.gelu_ffn`, after its arguments have been checked."""
     tensors = x, w_up, b_up, w_down, b_down
-    save = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    y, _ = ops.gelu_ffn_forward(*tensors, approximate == "tanh", save)
+    y, _ = ops.gelu_ffn_forward(*tensors, approximate == "tanh", needs_gradient(*tensors))
     return y
 
 

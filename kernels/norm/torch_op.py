@@ -17,7 +17,7 @@ from kernels.norm.backward import layer_norm_backward, layer_norm_backward_sum
 from kernels.norm.dropout_kernel import dropout_forward
 from kernels.norm.forward import layer_norm_forward
 from kernels.philox import dropout_seed
-from kernels.torch_library import ops, refuse, register
+from kernels.torch_library import needs_gradient, ops, refuse, register
 from kernels.tuning import architecture, norm_backward_tile, norm_programs
 
 
@@ -54,8 +54,7 @@ def dropout(x: Tensor, p: float, seed: int | Tensor | None) -> Tensor:
 
 def _keeps_z(h_dtype: torch.dtype, y_dtype: torch.dtype, *inputs: Tensor | None) -> bool:
     """Whether forward stores z: y is narrower than what is normalised, and an input needs a gradient."""
-    narrower = y_dtype.itemsize < h_dtype.itemsize
-    return narrower and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    return y_dtype.itemsize < h_dtype.itemsize and needs_gradient(*inputs)
 
 
 def _rows(x: Tensor) -> Tensor:

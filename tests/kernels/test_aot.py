@@ -24,12 +24,24 @@ ROOT = Path(__file__).parents[2]
 FAMILIES = sorted({spec.family for spec in SPECS.values()})
 
 
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A Python process without the interpreter of Triton, after its end."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def printed(code: str) -> list[str]:
+    """The lines that `code` prints."""
+    done = python("-c", code)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
 def report(folder: Path, *arguments: str) -> list[dict[str, Any]]:
     """The rows of `python -m bench.aot`, which must exit with 0: no build is broken."""
     path = folder / "report.json"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.aot", *arguments, "--json", str(path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = python("-m", "bench.aot", *arguments, "--json", str(path))
     broken = "\n".join(line for line in done.stdout.splitlines() if "BROKEN" in line)
     assert done.returncode == 0, broken + done.stderr
     return json.loads(path.read_text(encoding="utf-8"))["builds"]
@@ -72,7 +84,7 @@ def test_persistent_programs_run_at_once(tmp_path: Path, monkeypatch: pytest.Mon
             tile = gelu_backward_tile(columns, itemsize)
             programs = gelu_programs(device, rows, columns, tile) * -(-columns // tile.block_n)
         else:
-            dropout = row["label"].endswith("dropout")
+            dropout = "-dropout" in row["label"]
             tile = norm_backward_tile(row["architecture"], columns, itemsize, dropout=dropout)
             programs = norm_programs(device, rows, columns, tile)
         assert (row["warps"], row["stages"]) == (tile.num_warps, tile.num_stages)
@@ -88,10 +100,7 @@ for build in builds("gelu_ffn", 90):
         text = compile_build(build, 90).asm["ptx"]
         print("div." in text, text.count("ex2.approx"), text.count("rsqrt.approx"))
 """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.stdout.splitlines() == 2 * ["False 16 16"], done.stdout + done.stderr
+    assert printed(code) == 2 * ["False 16 16"]
 
 
 def test_threads_get_the_same_bits_of_a_sum() -> None:
@@ -118,13 +127,10 @@ for build in (launches[0].build(""), *losses):
     added = re.findall(r"fma.rn.f32\\s.*(%r\\d+);", text)
     print(build.kernel.__name__, len(shuffled) > 0, len(shuffled & {*added}))
 """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.stdout.splitlines() == [
+    assert printed(code) == [
         "_attention_bwd_dq_kernel True 0",
         "_cross_entropy_kernel True 0",
-    ], done.stdout + done.stderr
+    ]
 
 
 @pytest.mark.slow
@@ -144,10 +150,7 @@ for op in ("decode_embedding", "decode_block", "decode_argmax"):
             early = [n for n in ("st.global", "atom", "cp.async", "launch_dependents") if n in before]
             print(build.label.split("-")[-1], loads, all_loads, *early)
 """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.stdout.splitlines() == [
+    assert printed(code) == [
         "C768 0 2",
         "qkv 18 21 launch_dependents",
         "attention 0 12 launch_dependents",
@@ -155,7 +158,7 @@ for op in ("decode_embedding", "decode_block", "decode_argmax"):
         "up 18 21 launch_dependents",
         "down 6 12 launch_dependents",
         "B1 0 5 launch_dependents",
-    ], done.stdout + done.stderr
+    ]
 
 
 @pytest.mark.slow
@@ -170,9 +173,7 @@ def test_every_kernel_fits(family: str, architecture: int, tmp_path: Path) -> No
 @pytest.mark.parametrize("architecture", FORMS)
 def test_every_listed_form_compiles(architecture: int) -> None:
     """A form of attention that `bench.tune` would reject, and so never compare."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.tune", "--compile_only", str(architecture)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = python("-m", "bench.tune", "--compile_only", str(architecture))
+    assert done.returncode == 0, done.stderr
     listed = sum(len(tiles) for kernels in FORMS[architecture].values() for tiles in kernels.values())
     assert len(done.stdout.splitlines()) == listed + 1
